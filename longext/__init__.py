@@ -1,0 +1,40 @@
+"""longext: extend, train and evaluate long-context Hugging Face checkpoints.
+
+Importing this package is cheap: everything public is loaded on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ROPE_METHODS": "longext.rope.methods",
+    "RopeSpec": "longext.rope.methods",
+    "compute_inv_freq": "longext.rope.methods",
+    "rope_parameters": "longext.rope.methods",
+    "ExtendConfig": "longext.config",
+    "PerplexityConfig": "longext.config",
+    "PasskeyConfig": "longext.config",
+    "CompareConfig": "longext.config",
+    "extend_checkpoint": "longext.checkpoint.extend",
+    "verify_checkpoint": "longext.checkpoint.verify",
+    "load_language_model": "longext.evaluation.model",
+    "evaluate_perplexity": "longext.evaluation.perplexity",
+    "evaluate_passkey": "longext.evaluation.passkey",
+    "compare_methods": "longext.evaluation.compare",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'longext' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

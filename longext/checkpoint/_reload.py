@@ -1,0 +1,79 @@
+"""Run in a fresh interpreter by verify.py: load a checkpoint with plain transformers and report what it computes.
+
+Imports nothing of longext. Usage: python -I _reload.py REQUEST.json; see verify.py for the request and the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+
+def _rotary_modules(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            yield name, type(module)(config=module.config)
+
+
+def _frequencies(config, length):
+    """{module[:layer_type]: [inv_freq after a forward over `length` positions, attention scaling]}."""
+    found = {}
+    for name, module in _rotary_modules(config):
+        nested = isinstance(module.rope_type, dict)
+        for kind in module.rope_type if nested else [None]:
+            prefix = f"{kind}_" if kind else ""
+            if not hasattr(module, f"{prefix}inv_freq"):
+                continue
+            extra = {"layer_type": kind} if kind else {}
+            module(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), **extra)
+            scaling = getattr(module, f"{prefix}attention_scaling", None)
+            if scaling is None:
+                scaling = module.attention_scaling
+            inv_freq = getattr(module, f"{prefix}inv_freq")
+            found[f"{name}:{kind}" if kind else name] = [inv_freq.double().tolist(), float(scaling)]
+    return found
+
+
+def _config(directory, layout, keys):
+    """AutoConfig of `directory` reduced to one layout of the RoPE keys ("both", "new", "old")."""
+    config = json.loads(open(f"{directory}/config.json", encoding="utf-8").read())
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    for key in keys.get(layout, []):
+        text.pop(key, None)
+    return AutoConfig.for_model(**config)
+
+
+def _logits(request):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["directory"], dtype=request["dtype"], output_loading_info=True
+    )
+    problems = {key: sorted(map(str, value)) for key, value in info.items() if value and key.endswith("_keys")}
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()
+    torch.save(logits, request["logits_path"])
+    return problems
+
+
+def main():
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(open(sys.argv[1], encoding="utf-8").read())
+    answer = {"frequencies": {}}
+    for layout in request["layouts"]:
+        config = _config(request["directory"], layout, request["dropped_keys"])
+        answer["frequencies"][layout] = {str(length): _frequencies(config, length) for length in request["lengths"]}
+    if request.get("input_ids"):
+        answer["loading_problems"] = _logits(request)
+    answer["longext_imported"] = any(name.split(".")[0] == "longext" for name in sys.modules)
+    with open(request["answer_path"], "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+if __name__ == "__main__":
+    main()

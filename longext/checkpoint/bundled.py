@@ -1,0 +1,18 @@
+"""What ships inside the package: one tiny real checkpoint and one sample document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+# name -> directory; accepted wherever a model is.
+BUNDLED_MODELS = {"books-5m": ASSETS / "books-5m"}
+
+# The story behind `--data sample`, written for this project.
+SAMPLE_DOCUMENT = ASSETS / "sample.txt"
+
+
+def is_bundled(directory: Path) -> bool:
+    """True for a checkpoint inside the package: its files are copied, never shared with a user's directory."""
+    return directory in BUNDLED_MODELS.values()

@@ -1,0 +1,124 @@
+"""The README.md of an extended checkpoint: what was done, with which numbers, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from longext.manifest import command_line, versions
+from longext.rope.methods import ROPE_METHODS
+
+_LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
+
+_TRAPS = {
+    "dynamic": (
+        "Dynamic NTK changes with the sequence length: `max_position_embeddings` stays at the trained length on "
+        "purpose, keys cached before the length grew keep their old rotation (generate with `use_cache=False`, or "
+        "choose a static method), and vLLM applies one static factor instead."
+    ),
+    "longrope": (
+        "transformers picks the short or long factors per forward pass; vLLM picks once per server from "
+        "`--max-model-len`. A cache that crosses the trained length mixes both."
+    ),
+}
+
+
+def license_of(source: Path) -> list[str]:
+    """Return the license lines of the base model's card, so that the new card keeps them."""
+    try:
+        text = (source / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    front = text.split("---", 2)[1] if text.startswith("---") else ""
+    return [match.group(0) for match in _LICENSE_LINE.finditer(front)]
+
+
+def formula_lines(record: dict[str, Any]) -> list[str]:
+    """Return the formula and its numbers, one fact a line, from an extension record (`extend.provenance`)."""
+    spec = record["spec"]
+    numbers = {
+        "theta": spec["rope_theta"],
+        "d (rotary dimensions)": spec["rotary_dim"],
+        "L (trained length)": spec["original_max_position_embeddings"],
+        "s (factor)": spec["factor"],
+        **{key: spec[key] for key in ROPE_METHODS[spec["method"]].options if _is_scalar(spec[key])},
+    }
+    return [record["formula"], *(f"{name} = {_number(value)}" for name, value in numbers.items())]
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is not None and not isinstance(value, (list, tuple))
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+
+
+def model_card(record: dict[str, Any], layers: str, license_lines: list[str]) -> str:
+    """Return the Markdown model card of an extended checkpoint.
+
+    Args:
+        record: `extend.provenance(plan)`.
+        layers: which layers the extension reaches.
+        license_lines: license lines of the base model's card.
+    """
+    spec = record["spec"]
+    method = ROPE_METHODS[spec["method"]]
+    base, length = record["base_model"], record["new_length"]
+    front = [f"base_model: {base}", "library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
+    trap = f"\n> {_TRAPS[spec['method']]}\n" if spec["method"] in _TRAPS else ""
+    formula = "\n".join(formula_lines(record))
+    served = spec["original_max_position_embeddings"] if method.keeps_length else length
+    return f"""---
+{chr(10).join(front)}
+---
+
+# {Path(base).name}: {record["old_length"]:,} to {length:,} tokens by {method.title}
+
+The weights of `{base}`, unchanged, with another rotary position embedding. No training was done, and no code of
+longext is needed to load it.
+
+| | before | after |
+|---|---|---|
+| context length | {record["old_length"]:,} | {length:,} |
+| rope | `{_short(record["old_rope_parameters"])}` | `{_short(record["rope_parameters"])}` |
+
+It {record["relation"]} what was there. Layers: {layers}.
+
+```
+{formula}
+```
+
+Source: {record["reference"]}.
+{trap}
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+`config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
+readers). With vLLM, state the length: `vllm serve DIR --max-model-len {served}`.
+`longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
+
+The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
+this one.
+
+## Made by
+
+```
+{command_line()}
+```
+
+longext {versions()["longext"]}; the resolved settings are in `run.json` and `recipe.yaml`.
+"""
+
+
+def _short(parameters: dict[str, Any]) -> str:
+    """`rope_parameters` on one line, long lists shortened."""
+    shown = {k: f"[{len(v)} numbers]" if isinstance(v, list) else v for k, v in parameters.items()}
+    return json.dumps(shown)

@@ -1,0 +1,65 @@
+"""What differs between model families in how config.json spells RoPE. Most need no row: the generic one serves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type's spelling.
+
+    Attributes:
+        theta_key: top-level name of the base in the transformers 4 layout.
+        partial_key: top-level name of the rotated fraction of a head in that layout.
+        omits_partial: True where a config may leave a rotated fraction other than 1 to transformers' default.
+        local_theta_key: top-level name of the local layers' base, for models with one RoPE per layer type.
+        per_layer_type: True where `rope_parameters` is nested by layer type; only full attention is extended.
+        head_dim_key: where the rotated head size is written.
+        writes_head_dim: False where transformers computes head_dim itself and refuses to have it set.
+        rope_types: the types the family's config accepts, or None for all of them.
+    """
+
+    theta_key: str = "rope_theta"
+    partial_key: str = "partial_rotary_factor"
+    omits_partial: bool = False
+    local_theta_key: str | None = None
+    per_layer_type: bool = False
+    head_dim_key: str = "head_dim"
+    writes_head_dim: bool = True
+    rope_types: frozenset[str] | None = None
+
+
+GENERIC = Family()
+
+FAMILIES: dict[str, Family] = {
+    "falcon": Family(writes_head_dim=False),
+    "gemma3_text": Family(per_layer_type=True, local_theta_key="rope_local_base_freq"),
+    "gpt_neox": Family(theta_key="rotary_emb_base", partial_key="rotary_pct", omits_partial=True),
+    "olmo3": Family(per_layer_type=True),
+    "phi": Family(omits_partial=True),
+    "phi3": Family(rope_types=frozenset({"default", "longrope"})),
+    "stablelm": Family(omits_partial=True),
+}
+
+# Model types without a RoPE that a config can change, and what they have instead.
+WITHOUT_ROPE = {
+    "bert": "learned absolute positions",
+    "bloom": "ALiBi",
+    "codegen": "RoPE hard-wired in its code",
+    "gpt2": "learned absolute positions",
+    "gpt_bigcode": "learned absolute positions",
+    "gpt_neo": "learned absolute positions",
+    "gptj": "RoPE hard-wired in its code",
+    "mamba": "no positions (a state-space model)",
+    "mamba2": "no positions (a state-space model)",
+    "mpt": "ALiBi",
+    "opt": "learned absolute positions",
+    "rwkv": "no positions (a recurrent model)",
+    "t5": "relative position biases",
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the row of `model_type`, or the generic one."""
+    return FAMILIES.get(model_type, GENERIC)

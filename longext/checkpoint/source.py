@@ -1,0 +1,172 @@
+"""Find a model's files: bundled name, local directory or Hub id; and read safetensors headers without the data."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.errors import CheckpointError
+from longext.registry import did_you_mean
+
+INDEX_NAME = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_LEGACY = ("*.bin", "*.pth", "*.pt")
+_HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
+_MAX_HEADER = 100 * 2**20  # safetensors' own limit
+
+
+def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the local directory of `model`: a bundled name, a directory, or a Hub id (downloaded to its cache).
+
+    Args:
+        revision: branch, tag or commit of a Hub id.
+        weights: False fetches only the small files of a Hub id.
+
+    Raises:
+        CheckpointError: nothing of that name; says what was looked for.
+    """
+    if model in BUNDLED_MODELS:
+        return BUNDLED_MODELS[model]
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model} is a file. Give the directory that holds config.json, or a Hub id.")
+    if not _HUB_ID.match(model):
+        raise CheckpointError(
+            f"No model at '{model}': not a directory, a Hub id (owner/name) or a bundled model. "
+            f"{did_you_mean(model, BUNDLED_MODELS)}"
+        )
+    return _download(model, revision, weights)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    ignored = _HUB_IGNORED if weights else [*_HUB_IGNORED, "*.safetensors"]
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"'{model}' is gated on the Hub: accept its terms there and run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"No directory and no Hub model called '{model}' (private ones need `hf auth login`)."
+        ) from error
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"No directory '{model}' here, and the Hub cannot be reached for a model of that name. "
+            "Give a local directory, or download it first with `hf download` where there is a connection."
+        ) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises:
+        CheckpointError: missing, unreadable or not an object; names the file and line.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"No {path.name} in {path.parent}: not {what}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from the original model.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the model's config.json as a dict (CheckpointError where there is none)."""
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it into its base model first.")
+    return read_json(directory / "config.json", "a Hugging Face model directory")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors as (dtype, shape, start, end), byte offsets counted from `data_start`."""
+
+    path: Path
+    size: int
+    data_start: int
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read the header of a safetensors file, never its data, and check that the file is whole.
+
+    Raises:
+        CheckpointError: the header is unreadable or the file is shorter than the header says.
+    """
+    advice = "Download it again."
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            raw = file.read(8)
+            if len(raw) < 8:
+                raise CheckpointError(f"{path} is truncated: {len(raw)} bytes, no safetensors header. {advice}")
+            (length,) = struct.unpack("<Q", raw)
+            if length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} has no readable safetensors header (it claims {length} bytes of {size}). {advice}"
+                )
+            header = json.loads(file.read(length))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} has a broken safetensors header ({error}). {advice}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"Weight file {path} is named in the index but missing. {advice}") from error
+    try:
+        tensors = {
+            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry[3] for entry in tensors.values()), default=0)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has a broken safetensors header ({error!r}). {advice}") from error
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, its header describes {8 + length + end}. {advice}")
+    return Shard(path, size, 8 + length, tensors)
+
+
+def read_shards(directory: Path) -> list[Shard]:
+    """Return the model's weight shards, headers checked: one file, or those its index names.
+
+    Raises:
+        CheckpointError: no safetensors weights (legacy .bin ones are named with the way out), a shard missing or
+            truncated, or a tensor that the index promises and no shard has.
+    """
+    index_path = directory / INDEX_NAME
+    if index_path.is_file():
+        weight_map = read_json(index_path, "a weight index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path} has no weight_map. Download the model again.")
+        shards = [read_shard(directory / name) for name in sorted(set(weight_map.values()))]
+        held = {tensor for shard in shards for tensor in shard.tensors}
+        missing = sorted(set(weight_map) - held)
+        if missing:
+            raise CheckpointError(f"{index_path} promises '{missing[0]}' ({len(missing)} missing), no shard has it.")
+        return shards
+    files = sorted(directory.glob("model*.safetensors")) or sorted(
+        file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter")
+    )
+    if len(files) > 1:
+        raise CheckpointError(f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. Download it again.")
+    if files:
+        return [read_shard(files[0])]
+    legacy = sorted(file.name for pattern in _LEGACY for file in directory.glob(pattern))
+    if legacy:
+        raise CheckpointError(
+            f"{directory} has only legacy pickle weights ({legacy[0]}). Convert them once to safetensors: "
+            "load with AutoModelForCausalLM.from_pretrained(DIR) and call .save_pretrained(NEW_DIR)."
+        )
+    raise CheckpointError(f"No *.safetensors weights in {directory}.")

@@ -1,0 +1,48 @@
+"""The command line: one file per command; torch is imported only inside the function that runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+import longext
+from longext.cli.errors import reported_errors
+
+
+class _Group(TyperGroup):
+    """Runs a command so that whatever goes wrong ends in one line and the right exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported_errors(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="longext",
+    cls=_Group,
+    help="Extend, train and evaluate long-context Hugging Face checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longext {longext.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_show_version, is_eager=True),
+) -> None:
+    """Extend, train and evaluate long-context Hugging Face checkpoints."""
+
+
+from longext.cli import compare, evaluate, extend, inspect, passkey, verify  # noqa: E402, F401

@@ -1,0 +1,98 @@
+"""`longext compare`: every method on the same documents, seeds and protocols."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longext.cli import app
+from longext.cli import options as opt
+from longext.config import CompareConfig
+
+if TYPE_CHECKING:
+    from longext.evaluation.compare import Comparison
+
+_DEFAULT = CompareConfig(model="")
+
+
+@app.command("compare")
+def compare(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated; parameters as name:key=value.")] = opt.join(
+        _DEFAULT.methods
+    ),
+    factor: Annotated[float, typer.Option(help="Target length / trained length.")] = _DEFAULT.factor,
+    lengths: opt.Lengths = opt.join(_DEFAULT.lengths),
+    data: opt.Data = _DEFAULT.data,
+    stride: opt.Stride = _DEFAULT.stride,
+    depths: opt.Depths = opt.join(_DEFAULT.depths),
+    num_trials: opt.NumTrials = _DEFAULT.num_trials,
+    passkey: Annotated[
+        bool, typer.Option("--passkey/--no-passkey", help="Include the passkey test.")
+    ] = _DEFAULT.passkey,
+    max_documents: opt.MaxDocuments = None,
+    max_tokens: opt.MaxTokens = None,
+    text_field: opt.TextField = _DEFAULT.text_field,
+    split: opt.Split = _DEFAULT.split,
+    batch_tokens: opt.BatchTokens = None,
+    num_buckets: opt.NumBuckets = _DEFAULT.num_buckets,
+    num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Compare extension methods in one run: perplexity, NLL by position, passkey, short-context price, HTML report.
+
+    Example: longext compare books-5m --methods none,linear,ntk,yarn,dynamic:alpha=8 --factor 8
+    """
+    config = opt.config_from(ctx, CompareConfig, recipe, settings)
+    _run(config, as_json)
+
+
+def _run(config: CompareConfig, as_json: bool) -> None:
+    from longext.evaluation.compare import compare_methods
+    from longext.reporting.console import print_table, progress, say, stdout
+    from longext.reporting.results import dump_json, output_directory
+    from longext.reporting.views import comparison_tables
+    from longext.staging import check_output
+
+    output = output_directory(config.output, "compare", config.model)
+    check_output(output, config.force)
+    comparison = compare_methods(config, progress, None if as_json else say)
+    write_comparison(config, comparison, output)
+    if as_json:
+        stdout().out(dump_json(comparison.record), highlight=False)
+        return
+    for table in comparison_tables(comparison):
+        print_table(table)
+    say(f"Report: {output / 'report.html'}")
+    say(f"Results: {output} (result.json, results.csv, table.md, *.png)")
+
+
+def write_comparison(config: CompareConfig, comparison: Comparison, output: object) -> None:
+    """Write the comparison's directory: JSON, CSV, Markdown, PNG files and the HTML page."""
+    from pathlib import Path
+
+    from longext.evaluation.compare import csv_rows
+    from longext.reporting.html import comparison_figures, comparison_page
+    from longext.reporting.results import write_results
+    from longext.reporting.views import comparison_tables
+
+    figures = comparison_figures(comparison)
+    tables = comparison_tables(comparison)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(csv_rows(comparison))
+    extra = {"results.csv": text.getvalue(), "report.html": comparison_page(comparison, tables, figures)}
+    write_results(Path(str(output)), "compare", config, comparison.record, tables, figures, extra)

@@ -1,0 +1,60 @@
+"""Turn every failure into one clear line and an exit code: 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from longext.errors import LongextError
+
+_INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
+_OUT_OF_MEMORY = (
+    "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
+)
+
+
+@contextlib.contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """Run a command; print what went wrong in one line on standard error and exit. `debug` shows the traceback."""
+    try:
+        yield
+    except (LongextError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        if explained is None or debug:
+            raise
+        message, code = explained
+        print(f"longext: {message}", file=sys.stderr)
+        raise typer.Exit(code) from None
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """Return (one line, exit code) for a failure a user can act on, None for a bug of ours."""
+    if isinstance(error, LongextError):
+        return " ".join(str(error).split()), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written.", _INTERRUPTED
+    if isinstance(error, MemoryError) or _is_torch_memory(error):
+        return _OUT_OF_MEMORY, 1
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    return None
+
+
+def _is_torch_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _explain_os(error: OSError) -> tuple[str, int] | None:
+    where = f" ({error.filename2 or error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{where}; nothing was written. Free some, or choose another -o.", 1
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"no permission to read or write{where}: {error.strerror}. Choose another -o, or change the permissions.",
+            1,
+        )
+    return (f"{error.strerror or error}{where}.", 1) if error.errno else None

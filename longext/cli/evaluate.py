@@ -1,0 +1,100 @@
+"""`longext eval ppl`: perplexity by length under a named protocol."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import app
+from longext.cli import options as opt
+from longext.config import PerplexityConfig
+
+eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(eval_app, name="eval")
+_DEFAULT = PerplexityConfig(model="")
+
+
+@eval_app.callback()
+def _eval() -> None:
+    """Evaluate a model under named protocols."""
+
+
+@eval_app.command("ppl")
+def perplexity(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    data: opt.Data = _DEFAULT.data,
+    lengths: opt.Lengths = opt.join(_DEFAULT.lengths),
+    protocol: Annotated[str, typer.Option(help="sliding, positional, yarn-truncated or longlora.")] = _DEFAULT.protocol,
+    stride: opt.Stride = _DEFAULT.stride,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    max_documents: opt.MaxDocuments = None,
+    max_tokens: opt.MaxTokens = None,
+    text_field: opt.TextField = _DEFAULT.text_field,
+    split: opt.Split = _DEFAULT.split,
+    batch_tokens: opt.BatchTokens = None,
+    num_buckets: opt.NumBuckets = _DEFAULT.num_buckets,
+    num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Measure perplexity at several context lengths: table, JSON and a picture.
+
+    Example: longext eval ppl books-5m --method yarn --factor 8 --data sample --lengths 512,1024,2048,4096
+    """
+    config = opt.config_from(ctx, PerplexityConfig, recipe, settings)
+    _run(config, as_json)
+
+
+def _run(config: PerplexityConfig, as_json: bool) -> None:
+    from longext.data.documents import load_documents
+    from longext.evaluation.model import load_language_model
+    from longext.evaluation.perplexity import (
+        check_perplexity_config,
+        evaluate_perplexity,
+        num_forward_tokens,
+        perplexity_record,
+        tokenize_documents,
+    )
+    from longext.reporting.console import print_table, progress, say, stdout
+    from longext.reporting.plots import nll_by_position, perplexity_by_length
+    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.views import perplexity_table
+    from longext.staging import check_output
+
+    check_perplexity_config(config)
+    output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
+    check_output(output, config.force)
+    documents = load_documents(config)
+    model = load_language_model(config, config.method, config.factor)
+    tokenized, num_short = tokenize_documents(model, documents, config)
+    with progress(f"ppl {config.protocol}", num_forward_tokens(tokenized, config), "tokens") as advance:
+        results = evaluate_perplexity(model, tokenized, config, advance)
+    record = perplexity_record(model, documents, tokenized, num_short, config, results)
+    name = f"{config.model} + {config.method} {config.factor:g}x" if config.method and config.factor else config.model
+    table = perplexity_table(name, config.protocol, results)
+    draw = nll_by_position if config.protocol == "positional" else perplexity_by_length
+    figure = draw(
+        {name: record["results"]},
+        trained=model.trained_length,
+        title=f"{name}: {record['protocol']['id']} on {config.data}",
+    )
+    write_results(output, "eval ppl", config, record, [table], {"ppl": figure})
+    if as_json:
+        stdout().out(dump_json(record), highlight=False)
+        return
+    print_table(table)
+    if num_short:
+        say(f"{num_short} document(s) shorter than the largest length were left out.")
+    say(f"Results: {output} (result.json, table.md, ppl.png)")

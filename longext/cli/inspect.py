@@ -1,0 +1,101 @@
+"""`longext inspect`: the RoPE as a model has it, and what a method would do to each dimension."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longext.cli import app
+from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
+from longext.config import ExtendConfig
+
+if TYPE_CHECKING:
+    from longext.checkpoint.rope_config import ModelRope
+    from longext.rope.methods import RopeSpec
+
+
+@app.command("inspect")
+def inspect(
+    ctx: typer.Context,
+    model: Model = None,
+    method: Annotated[str | None, typer.Option(help="Show what this method does to each dimension.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Factor of --method.")] = None,
+    target_length: Annotated[int | None, typer.Option(help="Target length of --method, instead of --factor.")] = None,
+    output: Results = None,
+    revision: Revision = None,
+    force: Force = False,
+    as_json: Json = False,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Show a model's RoPE: base, wavelengths, turns in the trained window, dimensions that never complete a turn.
+
+    Example: longext inspect books-5m --method yarn --factor 8
+    """
+    from longext.checkpoint.extend import exportable_parameters, plan_rope
+    from longext.checkpoint.rope_config import read_model_rope
+    from longext.checkpoint.source import resolve_model
+
+    defaults = {"method": "none", "factor": 1.0} if method is None and recipe is None else {}
+    config = config_from(ctx, ExtendConfig, recipe, settings, defaults)
+    directory = resolve_model(config.model, config.revision, weights=False)
+    rope = read_model_rope(directory)
+    has_method = config.method != "none"
+    spec = plan_rope(dataclasses.replace(config, replace=True), directory, rope)[0] if has_method else rope.spec
+    exportable_parameters(rope, spec)
+    _show(config, rope, spec, has_method, as_json)
+
+
+def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: bool, as_json: bool) -> None:
+    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.plots import rope_dimensions
+    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.views import dimension_table
+    from longext.rope.analysis import dimension_rows
+
+    trained = rope.spec.original_max_position_embeddings
+    target = round(trained * spec.factor) if has_method else trained
+    rows = dimension_rows(rope.spec, spec, target)
+    never = [row.index for row in rows if not row.completes_a_turn]
+    name = f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model
+    table = dimension_table(rows, trained, target if has_method else None, f"RoPE of {name}")
+    record = _record(config, rope, spec, rows, never)
+    output = output_directory(config.output, "inspect", config.model)
+    figure = rope_dimensions(rows, trained=trained, target=target, title=f"RoPE of {name}", has_method=has_method)
+    write_results(output, "inspect", config, record, [table], {"rope": figure})
+    if as_json:
+        stdout().out(dump_json(record), highlight=False)
+        return
+    print_table(table)
+    fraction = "" if rope.partial_rotary_factor == 1 else f" ({rope.partial_rotary_factor:g} of the head)"
+    say(f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}")
+    say(f"rope {rope.parameters}")
+    say(
+        f"trained length {trained:,}, max_position_embeddings {rope.max_position_embeddings:,}; {rope.describe_layers()}"
+    )
+    say(
+        f"{len(never)} of {len(rows)} dimension pairs never complete a turn in training"
+        + (f": {never[0]} to {never[-1]}" if never else "")
+    )
+    say(f"Picture: {output / 'rope.png'}")
+
+
+def _record(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, rows: list[Any], never: list[int]) -> dict[str, Any]:
+    return {
+        "schema": "longext.result/1",
+        "kind": "inspect",
+        "model": config.model,
+        "model_type": rope.model_type,
+        "head_dim": rope.head_dim,
+        "rotary_dim": rope.spec.rotary_dim,
+        "rope_parameters": rope.parameters,
+        "local_parameters": rope.local_parameters,
+        "trained_length": rope.spec.original_max_position_embeddings,
+        "max_position_embeddings": rope.max_position_embeddings,
+        "sliding_window": rope.sliding_window,
+        "method": dataclasses.asdict(spec),
+        "never_complete_a_turn": never,
+        "dimensions": [dataclasses.asdict(row) for row in rows],
+    }

@@ -1,0 +1,76 @@
+"""Options that several commands share, and how typed flags become a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from longext.config import build_config, find_recipe
+
+ConfigT = TypeVar("ConfigT")
+
+Model = Annotated[str | None, typer.Argument(help="Directory, Hub id, or books-5m (bundled).", show_default=False)]
+Recipe = Annotated[str | None, typer.Option("--config", "-c", help="Recipe: YAML file or the name of a shipped one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value, over the recipe; may be repeated.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Directory to write.")]
+Results = Annotated[
+    str | None, typer.Option("--output", "-o", help="Results directory (default: results/<name>-<time>).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that longext wrote before.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
+Attention = Annotated[str | None, typer.Option(help="transformers attention: sdpa, eager, flash_attention_2, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of prompts and bootstrap.")]
+Data = Annotated[
+    str, typer.Option(help="Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story).")
+]
+TextField = Annotated[str, typer.Option(help="Column of the text in jsonl, parquet and Hub data.")]
+Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
+MaxDocuments = Annotated[int | None, typer.Option(min=1, help="Read at most this many documents.")]
+MaxTokens = Annotated[int | None, typer.Option(min=2, help="Cut each document to this many tokens.")]
+Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")]
+Depths = Annotated[str, typer.Option(help="Needle depths from 0 (start) to 1 (end), comma-separated.")]
+Stride = Annotated[int, typer.Option(help="Tokens the window moves (sliding, longlora).")]
+Method = Annotated[str | None, typer.Option(help="Apply this extension method in memory first.")]
+Factor = Annotated[float | None, typer.Option(help="Factor of --method: target length / trained length.")]
+BatchTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).")
+]
+NumTrials = Annotated[int, typer.Option(help="Prompts per length and depth.")]
+NumBuckets = Annotated[int, typer.Option(help="Position buckets (positional).")]
+NumBootstrap = Annotated[int, typer.Option(min=0, help="Bootstrap samples for the interval.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and no table.")]
+
+_NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify", "skip_logits", "skip_hashes"}
+
+
+def typed_flags(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters the user typed (or set by environment), not those left at their default."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {
+        name: ctx.params[name]
+        for name, source in sources.items()
+        if name not in _NOT_CONFIG and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+    }
+
+
+def config_from(
+    ctx: typer.Context,
+    kind: type[ConfigT],
+    recipe: str | None,
+    settings: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Return the command's config: defaults < recipe < --set < typed flags."""
+    path = find_recipe(recipe) if recipe else None
+    typed = {**(defaults or {}), **typed_flags(ctx)}
+    return build_config(kind, path, settings or [], typed)
+
+
+def join(values: tuple[Any, ...]) -> str:
+    """Return a tuple default as the comma-separated text a flag takes."""
+    return ",".join(str(value) for value in values)

@@ -1,0 +1,84 @@
+"""`longext passkey`: retrieval accuracy by length and depth."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import app
+from longext.cli import options as opt
+from longext.config import PasskeyConfig
+
+_DEFAULT = PasskeyConfig(model="")
+
+
+@app.command("passkey")
+def passkey(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    lengths: opt.Lengths = opt.join(_DEFAULT.lengths),
+    depths: opt.Depths = opt.join(_DEFAULT.depths),
+    num_trials: opt.NumTrials = _DEFAULT.num_trials,
+    protocol: Annotated[
+        str, typer.Option(help="landmark (exact lengths), longlora or yarn (as published).")
+    ] = _DEFAULT.protocol,
+    filler: Annotated[str, typer.Option(help="landmark, book (the bundled story) or a text file.")] = _DEFAULT.filler,
+    num_needles: Annotated[
+        int, typer.Option(help="Needles in the text; one of them is asked for.")
+    ] = _DEFAULT.num_needles,
+    num_digits: Annotated[int, typer.Option(help="Digits of a key.")] = _DEFAULT.num_digits,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Hide a number in a long text and ask for it: accuracy with Wilson intervals, heat map, JSON.
+
+    Example: longext passkey books-5m --method yarn --factor 8 --lengths 512,1024,2048
+    """
+    config = opt.config_from(ctx, PasskeyConfig, recipe, settings)
+    _run(config, as_json)
+
+
+def _run(config: PasskeyConfig, as_json: bool) -> None:
+    from longext.evaluation.model import load_language_model
+    from longext.evaluation.passkey import (
+        accuracy_by_length,
+        check_passkey_config,
+        num_prompts,
+        passkey_record,
+        timed_passkey,
+    )
+    from longext.reporting.console import print_table, progress, say, stdout
+    from longext.reporting.plots import passkey_heat_maps
+    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.views import passkey_table
+    from longext.staging import check_output
+
+    check_passkey_config(config)
+    output = output_directory(config.output, f"passkey-{config.protocol}", config.model)
+    check_output(output, config.force)
+    model = load_language_model(config, config.method, config.factor)
+    with progress(f"passkey {config.protocol}", num_prompts(config), "prompts") as advance:
+        cells, seconds = timed_passkey(model, config, advance)
+    record = passkey_record(model, config, cells, seconds)
+    name = f"{config.model} + {config.method} {config.factor:g}x" if config.method and config.factor else config.model
+    table = passkey_table(name, config.protocol, cells, accuracy_by_length(cells))
+    figure = passkey_heat_maps({name: record["results"]}, title=f"{name}: passkey/{config.protocol}, %")
+    write_results(output, "passkey", config, record, [table], {"passkey": figure})
+    if as_json:
+        stdout().out(dump_json(record), highlight=False)
+        return
+    print_table(table)
+    say(f"Results: {output} (result.json, table.md, passkey.png)")

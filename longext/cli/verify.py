@@ -1,0 +1,49 @@
+"""`longext verify`: prove that a checkpoint is what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from longext.cli import app
+from longext.cli.options import Json
+from longext.errors import VerificationError
+
+
+@app.command("verify")
+def verify(
+    model: Annotated[str, typer.Argument(help="The checkpoint to check.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model it was made from (default: what its run.json names).")
+    ] = None,
+    logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Load the weights and compare logits.")] = True,
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare every weight with the base.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Reload a checkpoint with plain transformers in a fresh process and compare it with its formula and its base.
+
+    Exits 1 and names the culprit key on a mismatch. Example: longext verify out/books-5m-4k
+    """
+    run_verification(model, base, logits=logits, hashes=hashes, as_json=as_json)
+
+
+def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool, as_json: bool) -> None:
+    """Verify, print the checks, and raise VerificationError where one failed."""
+    from longext.checkpoint.verify import verify_checkpoint
+    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.results import dump_json
+    from longext.reporting.views import verification_table
+
+    result = verify_checkpoint(model, base, logits=logits, hashes=hashes)
+    if as_json:
+        record = {"schema": "longext.result/1", "kind": "verify", "ok": result.ok, **dataclasses.asdict(result)}
+        stdout().out(dump_json(record), highlight=False)
+    else:
+        print_table(verification_table(result))
+    failed = [check for check in result.checks if check.status == "fail"]
+    if failed:
+        raise VerificationError(f"{model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
+    if not as_json:
+        say(f"{model} is what it says.")

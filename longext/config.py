@@ -1,0 +1,237 @@
+"""One dataclass per command; recipes (YAML) and flags both fill it.
+
+Precedence: defaults < recipe (`-c FILE`) < `--set key=value` < flags actually typed. Unknown keys are errors. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from longext.errors import ConfigError
+from longext.registry import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig:
+    """`longext extend`: one checkpoint, one method, one length."""
+
+    model: str
+    method: str
+    output: str | None = None
+    factor: float | None = None
+    target_length: int | None = None
+    original_length: int | None = None
+    rope_theta: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    ramp: str | None = None
+    truncate: bool | None = None
+    attention_factor: float | None = None
+    alpha: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    factors: str | None = None
+    revision: str | None = None
+    replace: bool = False
+    copy: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What every command that runs a model shares."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    output: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where documents come from and how much of them is read."""
+
+    data: str = "sample"
+    text_field: str = "text"
+    split: str = "test"
+    max_documents: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(RuntimeConfig, DataConfig):
+    """`longext eval ppl`: perplexity by length under a named protocol."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    protocol: str = "sliding"
+    stride: int = 256
+    method: str | None = None
+    factor: float | None = None
+    batch_tokens: int | None = None
+    num_buckets: int = 16
+    num_bootstrap: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeyConfig(RuntimeConfig):
+    """`longext passkey`: retrieval accuracy by length and depth."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    num_trials: int = 4
+    protocol: str = "landmark"
+    filler: str = "landmark"
+    num_needles: int = 1
+    num_digits: int = 5
+    method: str | None = None
+    factor: float | None = None
+    batch_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(RuntimeConfig, DataConfig):
+    """`longext compare`: every method on the same documents, seeds and protocol."""
+
+    methods: tuple[str, ...] = ("none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn")
+    factor: float = 8.0
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    stride: int = 256
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    num_trials: int = 4
+    num_buckets: int = 16
+    num_bootstrap: int = 1000
+    passkey: bool = True
+    batch_tokens: int | None = None
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def build_config(
+    kind: type[ConfigT],
+    recipe: Path | None,
+    settings: Sequence[str],
+    typed: Mapping[str, Any],
+) -> ConfigT:
+    """Return a `kind` from a recipe file, `--set key=value` strings and the flags the user typed, in rising priority.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a required key that nothing gave.
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values.update(_checked(kind, load_recipe(recipe), str(recipe)))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes key=value, got '{setting}'.")
+        values.update(_checked(kind, {key.strip(): _parse_yaml(text, setting)}, f"--set {setting}"))
+    values.update(_checked(kind, dict(typed), "the command line"))
+    missing = [field.name for field in _required(kind) if values.get(field.name) is None]
+    if missing:
+        raise ConfigError(f"Missing: {', '.join(missing)}. Give it as an argument or flag, or in the recipe (-c FILE).")
+    return kind(**values)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the recipe file called `name`: a path, or a name inside the shipped recipes (`extend/books-5m-4k-yarn`).
+
+    Raises:
+        ConfigError: no such file; names the nearest shipped recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    key = name.removesuffix(".yaml").removeprefix("recipes/")
+    if key in shipped:
+        return shipped[key]
+    raise ConfigError(f"No recipe '{name}'. {did_you_mean(key, shipped)}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with longext, as name -> file."""
+    package = Path(__file__).parent
+    root = next((folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()), None)
+    if root is None:
+        return {}
+    return {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Return the mapping in a recipe file (ConfigError where it is missing, broken or not a mapping)."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"No recipe file {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold key: value lines, found {type(value).__name__}.")
+    return value
+
+
+def to_recipe(config: Any) -> str:
+    """Return `config` as recipe YAML that `build_config` reads back; keys at their default are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    values = {key: value for key, value in dataclasses.asdict(config).items() if value != defaults[key]}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _required(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+
+
+def _parse_yaml(text: str, setting: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: the value is not valid YAML.") from error
+
+
+def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `values` with each one converted to its field's type; unknown keys and wrong types are errors."""
+    known = typing.get_type_hints(kind)
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    return {key: _convert(value, known[key], f"{where}: `{key}`") for key, value in values.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    if typing.get_origin(target) is tuple:
+        items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        return tuple(_convert(item, typing.get_args(target)[0], where) for item in items)
+    if target is bool or isinstance(value, bool):
+        if target is bool and isinstance(value, bool):
+            return value
+        raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
+    try:
+        number = target(value) if target is not int or float(value) == int(float(value)) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
+    return number
+
+
+def _spell(target: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[target]

@@ -1,0 +1,166 @@
+"""Document sources: the bundled sample, text files, folders, JSON lines, parquet and Hub datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longext.config import DataConfig
+from longext.errors import DataError, MissingExtraError
+
+SAMPLE = "sample"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the name it has in its source."""
+
+    id: str
+    text: str
+
+
+def load_documents(config: DataConfig) -> list[Document]:
+    """Return the documents of `config.data`, at most `config.max_documents` of them, in a fixed order.
+
+    Raises:
+        DataError: no such source, an unreadable file (with its line), or no text in it.
+    """
+    found = list(itertools.islice(_open_source(config), config.max_documents))
+    documents = [document for document in found if document.text.strip()]
+    if not documents:
+        raise DataError(f"No text in {config.data}.")
+    return documents
+
+
+def data_hash(documents: Iterable[Document]) -> str:
+    """Return a SHA-256 over ids and texts, so that two results can be told to be on the same data."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.id.encode() + b"\0" + document.text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _open_source(config: DataConfig) -> Iterator[Document]:
+    if config.data == SAMPLE:
+        from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+
+        return _read_text(SAMPLE_DOCUMENT, config)
+    path = Path(config.data).expanduser()
+    if path.is_dir():
+        return _read_folder(path, config)
+    if path.is_file():
+        return _reader_of(path)(path, config)
+    if _HUB_ID.match(config.data):
+        return _read_hub(config)
+    raise DataError(
+        f"No data at '{config.data}': not a file, a folder, a Hub dataset id (owner/name) or '{SAMPLE}' (the bundled story)."
+    )
+
+
+def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Document]]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"Cannot read {path}: known kinds are {', '.join(sorted(_READERS))}, and folders of them.")
+    return reader
+
+
+def _read_folder(folder: Path, config: DataConfig) -> Iterator[Document]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
+    if not files:
+        raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
+    for file in files:
+        yield from _reader_of(file)(file, config)
+
+
+def _read_text(path: Path, _: DataConfig) -> Iterator[Document]:
+    try:
+        yield Document(path.name, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+            yield _row_document(row, config, f"{path}, line {number}", f"{path.name}:{number}")
+
+
+def _read_json(path: Path, config: DataConfig) -> Iterator[Document]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield _row_document(row, config, f"{path}, entry {number}", f"{path.name}:{number}")
+
+
+def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError("Reading parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield _row_document(row, config, f"{path}, row {number}", f"{path.name}:{number}")
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}).") from error
+
+
+def _row_document(row: Any, config: DataConfig, where: str, name: str) -> Document:
+    if not isinstance(row, dict) or not isinstance(row.get(config.text_field), str):
+        keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
+        )
+    return Document(str(row.get("id") or name), row[config.text_field])
+
+
+def _read_hub(config: DataConfig) -> Iterator[Document]:
+    """Stream a Hub dataset; script-only ones are read from the parquet copy the Hub keeps of them."""
+    name = config.data
+    try:
+        rows = _open_hub(name, config.split)
+        for number, row in enumerate(rows):
+            yield _row_document(row, config, f"{name}[{config.split}], row {number}", f"{name}:{number}")
+    except (OSError, ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"No file '{name}' here, and the Hub dataset of that name cannot be read ({reason}). "
+            f"Offline: fetch it elsewhere with `hf download --repo-type dataset {name} --local-dir DIR` and give --data DIR."
+        ) from error
+
+
+def _open_hub(name: str, split: str) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split, streaming=True)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        return load_dataset(name, split=split, streaming=True, revision="refs/convert/parquet")
+
+
+_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,51 @@
+"""The exceptions a user can meet.
+
+LongextError            a run failed (exit code 1)
+  ConfigError           a flag, recipe or method parameter is wrong (exit code 2)
+  CheckpointError       the model given cannot be used (exit code 2)
+  DataError             the documents given cannot be used (exit code 2)
+  MissingExtraError     an optional package is needed (exit code 2)
+  VerificationError     a check of `longext verify` failed (exit code 1)
+
+Every message is one line: what was given, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+
+class LongextError(Exception):
+    """A run failed for a reason the user can read; the command exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(LongextError):
+    """A flag, recipe key or method parameter is out of range or unknown."""
+
+    exit_code = 2
+
+
+class CheckpointError(LongextError):
+    """The model path or id cannot be read, or is of a kind longext cannot extend."""
+
+    exit_code = 2
+
+
+class DataError(LongextError):
+    """A document source is missing, unreadable or too short."""
+
+    exit_code = 2
+
+
+class MissingExtraError(LongextError):
+    """An optional package is needed; the message ends with its install line."""
+
+    exit_code = 2
+
+
+class VerificationError(LongextError):
+    """A checkpoint differs from what was promised; the message names the culprit key."""
+
+
+class LongextWarning(UserWarning):
+    """Something was decided for the user that they may want to know."""

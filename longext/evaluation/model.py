@@ -1,0 +1,376 @@
+"""A Hugging Face causal model as a `LanguageModel`: logits only where they are scored, a fresh RoPE for every call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longext.checkpoint.extend import extended_config, plan_extension
+from longext.checkpoint.rope_config import model_rope, read_model_rope
+from longext.checkpoint.source import read_config, read_shards, resolve_model
+from longext.config import ExtendConfig, RuntimeConfig
+from longext.errors import CheckpointError, ConfigError, LongextWarning
+from longext.evaluation.protocol import TokenScores
+
+_HEAD_BYTES = 32 * 2**20  # float32 logits alive at a time
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class HFLanguageModel:
+    """A transformers model, its tokenizer and the config it was built from.
+
+    Args:
+        name: what the user called it.
+        model: a causal LM in eval mode.
+        tokenizer: its tokenizer.
+        config: config.json as a dict; `set_rope` swaps it.
+        directory: where it was loaded from.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, config: dict[str, Any], directory: Path) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.directory = directory
+        self._head_is_plain: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def trained_length(self) -> int:
+        """The pre-training length the loaded RoPE refers to."""
+        return model_rope(self.config, self.directory).spec.original_max_position_embeddings
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        """The tokens the tokenizer puts before a text: one BOS or nothing."""
+        probe = self.tokenizer("a", add_special_tokens=True).input_ids
+        token = self.tokenizer.bos_token_id
+        return (token,) if token is not None and probe[:1] == [token] else ()
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return token ids; BOS in front where the tokenizer adds one itself and `add_bos`."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return [*self.bos, *ids] if add_bos else ids
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(input_ids), skip_special_tokens=True)
+        return text
+
+    # --- scoring ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
+        """Score tokens first .. T-1 of int64 [B, T]; logits exist for those positions only, a slice at a time.
+
+        Equals log_softmax of the full float32 logits at those positions.
+        """
+        assert first >= 1, "the first token of a window has nothing to be predicted from"
+        self.reset_rope()
+        input_ids = input_ids.to(self.device)
+        targets = input_ids[:, first:]
+        if self._head_is_plain is None:
+            self._head_is_plain = self._check_head()
+        if self._head_is_plain:
+            hidden = self._decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
+            return self._score_hidden(hidden, targets)
+        keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
+        return _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+
+    def _score_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        """Run the output head over [B, n, D] in slices of at most `_HEAD_BYTES` of float32 logits."""
+        flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        head = self.model.get_output_embeddings()
+        rows = max(1, _HEAD_BYTES // (4 * head.weight.shape[0]))
+        parts = [
+            _score_logits(self._after_head(head(states)), tokens)
+            for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+        ]
+        shape = targets.shape
+        return TokenScores(
+            torch.cat([part.nll for part in parts]).view(shape), torch.cat([part.is_top1 for part in parts]).view(shape)
+        )
+
+    def _decoder(self) -> Any:
+        decoder = self.model.get_decoder()
+        return decoder if decoder is not self.model else self.model.base_model
+
+    def _after_head(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply what some families do to logits after the output matrix (Gemma soft cap, Cohere and Granite scale)."""
+        config = self.model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        return logits
+
+    def _check_head(self) -> bool:
+        """True where decoder + head + `_after_head` give the model's own logits; checked once on a few tokens."""
+        ids = torch.arange(8, device=self.device)[None]
+        try:
+            hidden = self._decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            ours = self._after_head(self.model.get_output_embeddings()(hidden)).float()
+        except (AttributeError, TypeError):
+            ours = None
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        if ours is not None and ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+            return True
+        warnings.warn(
+            f"{type(self.model).__name__} changes its logits in a way longext does not know: "
+            "using its own output path, which needs memory for all scored logits at once.",
+            LongextWarning,
+            stacklevel=2,
+        )
+        return False
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of one prompt.
+
+        Length-dependent RoPE (dynamic NTK, LongRoPE) runs without a KV cache: cached keys would keep the rotation of
+        a shorter sequence and the result would equal no single forward pass.
+        """
+        ids = torch.tensor([list(input_ids)], device=self.device)
+        if not self.rope_depends_on_length:
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self._pad_token(),
+            )
+            new: list[int] = output[0, ids.shape[1] :].tolist()
+            return new
+        stops = self._stop_tokens()
+        generated: list[int] = []
+        while len(generated) < max_new_tokens:
+            self.reset_rope()
+            token = int(self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+            generated.append(token)
+            if token in stops:
+                break
+            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+        return generated
+
+    def _stop_tokens(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        return set(eos) if isinstance(eos, list) else {eos}
+
+    def _pad_token(self) -> int | None:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    # --- RoPE ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rope_type(self) -> str:
+        """`rope_type` of the layers an extension changes."""
+        parameters = self.model.config.get_text_config().rope_parameters
+        kind: str = parameters.get("full_attention", parameters)["rope_type"]
+        return kind
+
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """True for dynamic NTK, and for LongRoPE with different short and long factors."""
+        if self.rope_type != "longrope":
+            return self.rope_type in _LENGTH_DEPENDENT
+        parameters = self.model.config.get_text_config().rope_parameters
+        return bool(parameters["short_factor"] != parameters["long_factor"])
+
+    def reset_rope(self) -> None:
+        """Put every length-dependent rotary module back to its state after loading.
+
+        transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
+        was scored before.
+        """
+        if self.rope_type not in _LENGTH_DEPENDENT:
+            return
+        for module in rotary_modules(self.model):
+            originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
+            for name in originals:
+                prefix = name.removesuffix("original_inv_freq")
+                module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    def set_rope(self, config: dict[str, Any]) -> None:
+        """Give the loaded model the RoPE of another config.json (as `extended_config` makes it); weights stay.
+
+        Equals loading a checkpoint with that config: rotary modules are built anew from it.
+        """
+        new = _build_config(config)
+        self.config = config
+        text, new_text = self.model.config.get_text_config(), new.get_text_config()
+        text.rope_parameters = new_text.rope_parameters
+        text.max_position_embeddings = new_text.max_position_embeddings
+        if hasattr(new_text, "original_max_position_embeddings"):
+            text.original_max_position_embeddings = new_text.original_max_position_embeddings
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if _is_rotary(child):
+                    setattr(parent, name, type(child)(config=text).to(self.device))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model part of a result record."""
+        text = self.model.config.get_text_config()
+        return {
+            "id": self.name,
+            "config_sha256": _sha256(json.dumps(self.config, sort_keys=True)),
+            "tokenizer_sha256": _tokenizer_hash(self.directory),
+            "rope_parameters": text.rope_parameters,
+            "max_position_embeddings": text.max_position_embeddings,
+            "attention": f"full ({text._attn_implementation})",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": _device_name(self.device),
+            "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+
+def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    logits = logits.float()
+    nll = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
+    return TokenScores(nll, logits.argmax(-1) == targets)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "rope_type")
+
+
+def rotary_modules(model: nn.Module) -> list[Any]:
+    """Return the rotary embedding modules of a transformers model."""
+    return [module for module in model.modules() if _is_rotary(module)]
+
+
+def _build_config(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    # the constructor may edit the nested dicts it is given
+    return AutoConfig.for_model(**json.loads(json.dumps(config)))
+
+
+def load_language_model(
+    config: RuntimeConfig, method: str | None = None, factor: float | None = None
+) -> HFLanguageModel:
+    """Load `config.model` for evaluation, optionally with an extension method applied in memory.
+
+    Args:
+        method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it, or None for the model as it is.
+        factor: the method's factor.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        ConfigError: unknown device, dtype or method.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = resolve_model(config.model, config.revision)
+    read_shards(directory)
+    read_model_rope(directory)
+    raw = extension_config(config, method, factor) if method else read_config(directory)
+    device = resolve_device(config.device)
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory} has no tokenizer that transformers can load ({_first_line(error)})."
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=_build_config(raw) if method else None,
+            dtype=resolve_dtype(config.dtype, device),
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {_first_line(error)}") from error
+    return HFLanguageModel(config.model, model.to(device).eval(), tokenizer, raw, directory)
+
+
+def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
+    """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
+    request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision, replace=True)
+    return extended_config(plan_extension(request))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" takes a CUDA device, else Apple's, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got '{name}'.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device cpu.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> Any:
+    """Return the dtype called `name`; "auto" is float32 on a CPU and the checkpoint's own elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got '{name}'.")
+    return getattr(torch, name)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens per forward pass: one window on a CPU (larger batches were slower there), 32,768 on an accelerator."""
+    return 1 if device.type == "cpu" else 32_768
+
+
+def batch_size(batch_tokens: int | None, length: int, device: torch.device) -> int:
+    """Return how many windows of `length` tokens go through the model at once."""
+    return max(1, math.floor((batch_tokens or default_batch_tokens(device)) / length))
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' notes and loading bars: longext prints its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokenizer_hash(directory: Path) -> str | None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

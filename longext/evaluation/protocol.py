@@ -1,0 +1,69 @@
+"""What every evaluation shares: the `LanguageModel` it scores and the record it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+RESULT_SCHEMA = "longext.result/1"
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of the last tokens of a batch of windows.
+
+    Attributes:
+        nll: negative log-likelihood in nats, float32 [B, n].
+        is_top1: True where the token was the model's first choice, bool [B, n].
+    """
+
+    nll: torch.Tensor
+    is_top1: torch.Tensor
+
+
+class LanguageModel(Protocol):
+    """Everything that can be scored: a plain model, and later adapters, compressors and cache policies."""
+
+    name: str
+
+    def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
+        """Score tokens `first` .. T-1 of `input_ids` (int64 [B, T], first >= 1), each given all before it."""
+        ...
+
+    def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of one prompt, `max_new_tokens` at most."""
+        ...
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return token ids; BOS in front where the tokenizer has one and `add_bos`."""
+        ...
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a result must say of the model: id, config and tokenizer hashes, RoPE, attention, dtype, device."""
+        ...
+
+
+def result_record(
+    kind: str, model: dict[str, Any], protocol: dict[str, Any], data: dict[str, Any] | None, **body: Any
+) -> dict[str, Any]:
+    """Return the JSON record of one evaluation: schema, kind, model, protocol, data, then `body`."""
+    from longext.manifest import command_line, versions
+
+    return {
+        "schema": RESULT_SCHEMA,
+        "kind": kind,
+        "command": command_line(),
+        "versions": versions(),
+        "model": model,
+        "protocol": protocol,
+        "data": data,
+        **body,
+    }

@@ -1,0 +1,63 @@
+"""`run.json` and `recipe.yaml`: what stands beside every output so that it can be understood and made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import longext
+from longext.config import to_recipe
+
+MANIFEST_NAME = "run.json"
+RECIPE_NAME = "recipe.yaml"
+SCHEMA = "longext.run/1"
+_REPORTED = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, longext and the libraries that numbers depend on (none is imported)."""
+    found = {"python": platform.python_version(), "longext": longext.__version__}
+    for name in _REPORTED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """Return the command as the user typed it, its first word shortened to `longext`."""
+    return shlex.join(["longext", *sys.argv[1:]])
+
+
+def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> None:
+    """Write run.json (command, resolved config, versions, `extra`) and recipe.yaml (`longext COMMAND -c recipe.yaml`)."""
+    manifest = {
+        "schema": SCHEMA,
+        "command": command_line(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "config": dataclasses.asdict(config),
+        **extra,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    recipe = f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}"
+    (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the run.json in `directory`, or an empty dict where there is none that can be read."""
+    try:
+        value = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) and value.get("schema") == SCHEMA else {}

@@ -1,0 +1,85 @@
+"""The terminal: tables, progress with rate and ETA, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+from longext.reporting.tables import Table
+
+_PLAIN_SECONDS = 15.0  # without a terminal, one progress line at most this often
+
+
+def stdout() -> Console:
+    """Return a console on standard output; wide enough for our tables where there is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    """Return a console on standard error, for progress and messages."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to standard output."""
+    stdout().print(table.to_rich())
+
+
+def say(text: str) -> None:
+    """Print one line to standard output, with no markup."""
+    stdout().print(text, markup=False)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield advance(n): a rich bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+    console = stderr()
+    if not console.is_terminal:
+        yield _plain_progress(what, total, unit)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(amount: int) -> None:
+            done = bar.tasks[0].completed + amount
+            bar.update(task, advance=amount, rate=f"{done / (time.perf_counter() - started):,.0f} {unit}/s")
+
+        yield advance
+
+
+def _plain_progress(what: str, total: int, unit: str) -> Callable[[int], None]:
+    started = last = time.perf_counter()
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal last, done
+        done += amount
+        now = time.perf_counter()
+        if now - last < _PLAIN_SECONDS:
+            return
+        last = now
+        rate = done / (now - started)
+        left = (total - done) / rate
+        print(
+            f"{what}: {done:,}/{total:,} {unit} ({done / total:.0%}), {rate:,.0f} {unit}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return advance

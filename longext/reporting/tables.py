@@ -1,0 +1,90 @@
+"""One table, three writers: rich for a terminal, Markdown for a file, rows for HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings.
+
+    Attributes:
+        title: one line above it.
+        columns: the header; the first column is left-aligned, the others right-aligned unless in `left`.
+        rows: cells as text.
+        best: (row, column) pairs to emphasise.
+        left: indices of further left-aligned columns.
+        caption: one line below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+    left: frozenset[int] = frozenset()
+    caption: str = ""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def is_left(self, column: int) -> bool:
+        """True for a left-aligned column."""
+        return column == 0 or column in self.left
+
+    def to_markdown(self) -> str:
+        """Return the table as GitHub Markdown, best cells bold."""
+        marks = [":--" if self.is_left(i) else "--:" for i in range(len(self.columns))]
+        lines = [f"**{self.title}**", "", _pipe(self.columns), _pipe(marks)]
+        for r, row in enumerate(self.rows):
+            lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row)]))
+        return "\n".join([*lines, *(["", self.caption] if self.caption else []), ""])
+
+    def to_rich(self) -> RichTable:
+        """Return the table for a rich console, best cells bold green."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(
+            title=Text(self.title),
+            caption=Text(self.caption),
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for i, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="left" if self.is_left(i) else "right", no_wrap=not self.is_left(i))
+        for r, row in enumerate(self.rows):
+            table.add_row(
+                *(Text(cell, style="bold green" if (r, c) in self.best else "") for c, cell in enumerate(row))
+            )
+        return table
+
+
+def _pipe(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def number(value: float) -> str:
+    """Return a perplexity-like number in at most five characters or so: 4.213, 41.4, 207, 1.2e+04."""
+    if value < 10:
+        return f"{value:.3f}"
+    if value < 100:
+        return f"{value:.2f}"
+    if value < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value < 100_000 else f"{value:.1e}"
+
+
+def percent(value: float) -> str:
+    """Return a share as a whole percentage."""
+    return f"{100 * value:.0f}%"
+
+
+def interval(low: float, high: float) -> str:
+    """Return "low - high" for two perplexities."""
+    return f"{number(low)} - {number(high)}"

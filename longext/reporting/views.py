@@ -1,0 +1,184 @@
+"""From results to tables: what each command shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longext.reporting.tables import Table, interval, number, percent
+
+if TYPE_CHECKING:
+    from longext.checkpoint.extend import ExtensionPlan
+    from longext.checkpoint.verify import Verification
+    from longext.evaluation.compare import Comparison
+    from longext.evaluation.passkey import PasskeyCell
+    from longext.evaluation.perplexity import PerplexityAtLength
+    from longext.rope.analysis import DimensionRow
+
+
+def megabytes(size: int) -> str:
+    """Return a size in MB or GB (powers of ten)."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def extension_table(plan: ExtensionPlan) -> Table:
+    """Old -> new of an extension, one property a row."""
+    old, new, spec = plan.rope.parameters, plan.parameters, plan.spec
+    rows = [
+        ["context length", f"{plan.old_length:,}", f"{plan.new_length:,}"],
+        ["max_position_embeddings", f"{plan.old_length:,}", f"{plan.config_length:,}"],
+        ["trained length L", "", f"{spec.original_max_position_embeddings:,}"],
+        ["factor s (target / L)", "", f"{spec.factor:g}"],
+        *([key, _cell(old.get(key)), _cell(new.get(key))] for key in dict.fromkeys([*old, *new]) if key != "factor"),
+        ["layers", "", plan.rope.describe_layers()],
+        ["weights", f"{len(plan.shards)} file(s), {megabytes(plan.weight_bytes)}", "unchanged"],
+    ]
+    return Table(
+        f"{plan.config.model}: {spec.method} {plan.relation} {plan.rope.spec.method if plan.relation != 'extends' else 'the trained RoPE'}",
+        ["", "old", "new"],
+        [row for row in rows if row[1] or row[2]],
+        left=frozenset({1, 2}),
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return f"{len(value)} numbers, {min(value):.4g} to {max(value):.4g}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def dimension_table(rows: Sequence[DimensionRow], trained: int, target: int | None, title: str) -> Table:
+    """Wavelength and turns of each dimension pair; with a target, what the method does to it."""
+    columns = ["pair", "wavelength", f"turns in {trained:,}", "full turn"]
+    if target:
+        columns += ["method", f"turns in {target:,}"]
+    cells = []
+    for row in rows:
+        line = [
+            str(row.index),
+            f"{row.wavelength:,.1f}",
+            f"{row.turns:.3g}",
+            "yes" if row.completes_a_turn else "never",
+        ]
+        cells.append([*line, row.treatment, f"{row.turns_at_target:.3g}"] if target else line)
+    return Table(title, columns, cells, left=frozenset({3, 4}))
+
+
+def verification_table(result: Verification) -> Table:
+    """One row per check."""
+    return Table(
+        f"verify {result.model}" + (f" against {result.base}" if result.base else ""),
+        ["check", "", "detail"],
+        [[check.name, check.status, check.detail] for check in result.checks],
+        left=frozenset({1, 2}),
+    )
+
+
+def perplexity_table(name: str, protocol: str, results: Sequence[PerplexityAtLength]) -> Table:
+    """Perplexity by length, or by position bucket for the positional protocol."""
+    positional = protocol == "positional"
+    columns = ["positions" if positional else "length", "ppl", "95% interval", "NLL", "top-1", "tokens scored"]
+    rows = [
+        [
+            f"{row.start:,} - {row.length:,}" if positional else f"{row.length:,}",
+            number(row.ppl),
+            interval(row.ppl_low, row.ppl_high),
+            f"{row.nll:.4f}",
+            "" if positional else f"{row.accuracy:.1%}",
+            f"{row.num_tokens:,}",
+        ]
+        for row in results
+    ]
+    if positional:
+        columns.pop(4)
+        rows = [row[:4] + row[5:] for row in rows]
+    return Table(
+        f"Perplexity of {name} ({protocol})",
+        columns,
+        rows,
+        caption=f"{len(results[0].per_document)} document(s); interval: bootstrap over {results[0].resampled}; full attention",
+    )
+
+
+def passkey_table(name: str, protocol: str, cells: Sequence[PasskeyCell], pooled: Mapping[int, PasskeyCell]) -> Table:
+    """Accuracy by length (rows) and depth (columns), pooled with its Wilson interval."""
+    depths = list(dict.fromkeys(cell.depth for cell in cells))
+    by_place = {(cell.length, cell.depth): cell for cell in cells}
+    shown = [] if depths == [None] else depths
+    rows = [
+        [
+            f"{length:,}",
+            f"{pool.num_tokens:,.0f}",
+            *(percent(by_place[length, depth].accuracy) for depth in shown),
+            percent(pool.accuracy),
+            f"{percent(pool.low)} - {percent(pool.high)}",
+            str(pool.num_trials),
+        ]
+        for length, pool in pooled.items()
+    ]
+    columns = [
+        "length",
+        "tokens",
+        *(f"depth {d:.0%}" for d in shown if d is not None),
+        "accuracy",
+        "95% interval",
+        "trials",
+    ]
+    return Table(f"Passkey accuracy of {name} ({protocol})", columns, rows)
+
+
+def _best_in_columns(values: Sequence[Sequence[float]], offset: int, low_is_best: bool) -> frozenset[tuple[int, int]]:
+    best = set()
+    for column in range(len(values[0]) if values else 0):
+        own = [row[column] for row in values]
+        target = min(own) if low_is_best else max(own)
+        best |= {(r, column + offset) for r, value in enumerate(own) if value == target and (low_is_best or target > 0)}
+    return frozenset(best)
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Perplexity by length with the short-context price, then passkey by length."""
+    methods = comparison.methods
+    lengths = [row.length for row in methods[0].perplexity]
+    values = [[row.ppl for row in method.perplexity] for method in methods]
+    rows = []
+    for method, own in zip(methods, values, strict=True):
+        price = comparison.short_price(method)
+        rows.append([method.name, *map(number, own), "" if price is None else f"{price:+.1%}"])
+    tables = [
+        Table(
+            f"Perplexity by context length (trained length {comparison.trained_length:,})",
+            ["method", *(f"{length:,}" for length in lengths), f"price at {comparison.short_length:,}"],
+            rows,
+            _best_in_columns(values, 1, low_is_best=True),
+            caption="sliding window, token-weighted; price: change against the unchanged model; bold: best",
+        )
+    ]
+    if methods[0].passkey:
+        tables.append(_comparison_passkey(comparison))
+    return tables
+
+
+def _comparison_passkey(comparison: Comparison) -> Table:
+    pooled = [
+        {entry["length"]: entry for entry in method["passkey_by_length"]} for method in comparison.record["methods"]
+    ]
+    lengths = list(pooled[0])
+    values = [[own[length]["accuracy"] for length in lengths] for own in pooled]
+    rows = [
+        [
+            method.name,
+            *(f"{percent(own[n]['accuracy'])} ({percent(own[n]['low'])}-{percent(own[n]['high'])})" for n in lengths),
+        ]
+        for method, own in zip(comparison.methods, pooled, strict=True)
+    ]
+    trials = pooled[0][lengths[0]]["num_trials"]
+    return Table(
+        "Passkey accuracy by prompt length",
+        ["method", *(f"{length:,}" for length in lengths)],
+        rows,
+        _best_in_columns(values, 1, low_is_best=False),
+        caption=f"{trials} prompts per length over all depths; in brackets the 95% Wilson interval",
+    )

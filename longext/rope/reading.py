@@ -1,0 +1,109 @@
+"""From the `rope_parameters` a config carries back to a `RopeSpec`: the inverse of `methods.rope_parameters`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from longext.errors import CheckpointError
+from longext.rope.methods import RopeParameters, RopeSpec
+
+# Names that other projects wrote and transformers 5 does not know (it raises KeyError at model build).
+_FOREIGN = {
+    "dynamic-yarn": "it has no standard equivalent: load it with its authors' code",
+    "ntk-by-parts": "re-export it from the base model with `longext extend --method ntk-by-parts`",
+    "mrope": "multimodal RoPE has three position axes; longext extends text models only",
+    "proportional": "Gemma 4's proportional RoPE is not supported yet",
+}
+
+
+def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_embeddings: int) -> RopeSpec:
+    """Return the RoPE that a flat `rope_parameters` dict describes.
+
+    Args:
+        parameters: a flat dict with `rope_type` and `rope_theta` (transformers 5 layout).
+        rotary_dim: head_dim x partial_rotary_factor.
+        max_position_embeddings: the config's own value; the pre-training length where the type does not record it.
+
+    Raises:
+        CheckpointError: a rope type that longext cannot extend.
+    """
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in _READERS:
+        why = _FOREIGN.get(rope_type, f"known types: {', '.join(sorted(_READERS))}")
+        raise CheckpointError(f"The config's rope_type '{rope_type}' cannot be extended: {why}.")
+    length = parameters.get("original_max_position_embeddings") or max_position_embeddings
+    common = {
+        "rope_theta": float(parameters["rope_theta"]),
+        "rotary_dim": rotary_dim,
+        "original_max_position_embeddings": int(length),
+    }
+    try:
+        return RopeSpec(**{**common, **_READERS[rope_type](parameters, max_position_embeddings)})
+    except KeyError as missing:
+        raise CheckpointError(
+            f"The config's rope_parameters of type '{rope_type}' lack the key {missing}."
+        ) from missing
+
+
+def _linear(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
+    # `linear` does not record the pre-training length; configs that follow the convention hold L * factor.
+    factor = float(parameters["factor"])
+    return {
+        "method": "linear",
+        "factor": factor,
+        "original_max_position_embeddings": max(1, round(max_length / factor)),
+    }
+
+
+def _yarn(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
+    original = parameters.get("original_max_position_embeddings") or max_length
+    factor = float(parameters.get("factor") or max_length / original)
+    return {
+        "method": "yarn",
+        "factor": factor,
+        "beta_fast": float(parameters.get("beta_fast") or 32.0),
+        "beta_slow": float(parameters.get("beta_slow") or 1.0),
+        "truncate": bool(parameters.get("truncate", True)),
+        "attention_factor": parameters.get("attention_factor") or _deepseek_temperature(parameters, factor),
+    }
+
+
+def _deepseek_temperature(parameters: RopeParameters, factor: float) -> float | None:
+    """DeepSeek's mscale / mscale_all_dim pair as one attention factor, or None where the config has no such pair."""
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if not (mscale and all_dim) or factor <= 1:
+        return None
+    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+
+
+def _longrope(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
+    original = parameters.get("original_max_position_embeddings") or max_length
+    return {
+        "method": "longrope",
+        "factor": float(parameters.get("factor") or max_length / original),
+        "short_factor": tuple(parameters["short_factor"]),
+        "long_factor": tuple(parameters["long_factor"]),
+        "attention_factor": parameters.get("attention_factor"),
+    }
+
+
+def _llama3(parameters: RopeParameters, _: int) -> dict[str, Any]:
+    keys = ("factor", "low_freq_factor", "high_freq_factor")
+    return {"method": "llama3", **{key: float(parameters[key]) for key in keys}}
+
+
+_READERS: dict[str, Callable[[RopeParameters, int], dict[str, Any]]] = {
+    "default": lambda parameters, _: {"method": "none"},
+    "linear": _linear,
+    "dynamic": lambda parameters, length: {
+        "method": "dynamic",
+        "alpha": float(parameters["factor"]),
+        "original_max_position_embeddings": length,
+    },
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,
+    "llama3": _llama3,
+}
