@@ -38,7 +38,7 @@ def command_line() -> str:
 
 
 def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> None:
-    """Write run.json (command, resolved config, versions, `extra`) and recipe.yaml (`longext COMMAND -c recipe.yaml`)."""
+    """Write run.json (command, resolved config, versions, `extra`) and recipe.yaml, which makes the output again."""
     manifest = {
         "schema": SCHEMA,
         "command": command_line(),

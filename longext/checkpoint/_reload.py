@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 
-def _rotary_modules(config):
+def _rotary_modules(config: Any) -> Iterator[tuple[str, Any]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for name, module in model.named_modules():
@@ -21,9 +24,9 @@ def _rotary_modules(config):
             yield name, type(module)(config=module.config)
 
 
-def _frequencies(config, length):
+def _frequencies(config: Any, length: int) -> dict[str, Any]:
     """{module[:layer_type]: [inv_freq after a forward over `length` positions, attention scaling]}."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, module in _rotary_modules(config):
         nested = isinstance(module.rope_type, dict)
         for kind in module.rope_type if nested else [None]:
@@ -40,39 +43,39 @@ def _frequencies(config, length):
     return found
 
 
-def _config(directory, layout, keys):
+def _config(directory: Path, layout: str, keys: dict[str, list[str]]) -> Any:
     """AutoConfig of `directory` reduced to one layout of the RoPE keys ("both", "new", "old")."""
-    config = json.loads(open(f"{directory}/config.json", encoding="utf-8").read())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     for key in keys.get(layout, []):
         text.pop(key, None)
     return AutoConfig.for_model(**config)
 
 
-def _logits(request):
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["directory"], dtype=request["dtype"], output_loading_info=True
-    )
+def _logits(directory: str, path: str, request: dict[str, Any]) -> dict[str, list[str]]:
+    """Save the logits of the probe tokens to `path`; return the loading problems (missing, unexpected keys)."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=request["dtype"], output_loading_info=True)
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value and key.endswith("_keys")}
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()
-    torch.save(logits, request["logits_path"])
+    torch.save(logits, path)
     return problems
 
 
-def main():
+def main() -> None:
+    """Read the request, answer it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    request = json.loads(open(sys.argv[1], encoding="utf-8").read())
-    answer = {"frequencies": {}}
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer: dict[str, Any] = {"frequencies": {}}
     for layout in request["layouts"]:
-        config = _config(request["directory"], layout, request["dropped_keys"])
+        config = _config(Path(request["directory"]), layout, request["dropped_keys"])
         answer["frequencies"][layout] = {str(length): _frequencies(config, length) for length in request["lengths"]}
     if request.get("input_ids"):
-        answer["loading_problems"] = _logits(request)
+        problems = {where: _logits(where, path, request) for where, path in request["logits_of"].items()}
+        answer["loading_problems"] = problems[request["directory"]]
     answer["longext_imported"] = any(name.split(".")[0] == "longext" for name in sys.modules)
-    with open(request["answer_path"], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+    Path(request["answer_path"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 if __name__ == "__main__":

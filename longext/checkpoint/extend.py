@@ -26,6 +26,7 @@ from longext.rope.methods import (
     compute_inv_freq,
     rope_parameters,
 )
+from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 
 # Small files that travel with a checkpoint, beside config.json (rewritten) and the weights (linked).
@@ -134,14 +135,14 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
     if not (is_plain or composes or config.replace):
         raise ConfigError(
             f"{config.model} was trained with {origin.method} RoPE (factor {origin.factor:g} of "
-            f"{origin.original_max_position_embeddings} tokens), so `{config.method}` would undo what its weights learned. "
-            f"Use --method {origin.method} with a larger factor, or --replace to start again from the bare base theta."
+            f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
+            f"Use --method {origin.method} with a larger factor, or --replace to start from the bare base theta."
         )
     spec = _new_spec(config, rope, origin if composes else _bare(origin))
     if composes and spec.factor < origin.factor:
         raise ConfigError(
-            f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute (against the "
-            f"{origin.original_max_position_embeddings} tokens of pre-training), so give more than that, got {spec.factor:g}."
+            f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
+            f"{origin.original_max_position_embeddings} tokens of pre-training: give more, not {spec.factor:g}."
         )
     if composes:
         relation = "composes with"
@@ -158,8 +159,7 @@ def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
     extension = read_manifest(source).get("extension")
     if not extension or extension["rope_parameters"] != rope.parameters:
         return rope.spec, True
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in extension["origin"].items()}
-    return RopeSpec(**values), False
+    return spec_from_json(extension["origin"]), False
 
 
 def _bare(spec: RopeSpec) -> RopeSpec:
@@ -174,7 +174,7 @@ def _bare(spec: RopeSpec) -> RopeSpec:
 
 def _new_spec(config: ExtendConfig, rope: ModelRope, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
-    given = {
+    typed: dict[str, Any] = {
         "beta_fast": config.beta_fast,
         "beta_slow": config.beta_slow,
         "ramp": config.ramp,
@@ -185,7 +185,7 @@ def _new_spec(config: ExtendConfig, rope: ModelRope, start: RopeSpec) -> RopeSpe
         "high_freq_factor": config.high_freq_factor,
         "new_rope_theta": config.rope_theta,
     }
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in typed.items() if value is not None}
     if config.factors is not None:
         given.update(read_factors(Path(config.factors)))
     allowed = ROPE_METHODS[config.method].options

@@ -16,8 +16,11 @@ class Family:
         local_theta_key: top-level name of the local layers' base, for models with one RoPE per layer type.
         per_layer_type: True where `rope_parameters` is nested by layer type; only full attention is extended.
         head_dim_key: where the rotated head size is written.
+        omits_head_dim: True where a config may leave a head size other than hidden_size / num_attention_heads to
+            transformers' default.
         writes_head_dim: False where transformers computes head_dim itself and refuses to have it set.
         rope_types: the types the family's config accepts, or None for all of them.
+        old_type_key: how `rope_scaling` of the transformers 4 layout names the type.
     """
 
     theta_key: str = "rope_theta"
@@ -26,19 +29,26 @@ class Family:
     local_theta_key: str | None = None
     per_layer_type: bool = False
     head_dim_key: str = "head_dim"
+    omits_head_dim: bool = False
     writes_head_dim: bool = True
     rope_types: frozenset[str] | None = None
+    old_type_key: str = "rope_type"
 
 
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
     "falcon": Family(writes_head_dim=False),
-    "gemma3_text": Family(per_layer_type=True, local_theta_key="rope_local_base_freq"),
+    "gemma": Family(omits_head_dim=True),
+    "gemma2": Family(omits_head_dim=True),
+    "gemma3_text": Family(per_layer_type=True, local_theta_key="rope_local_base_freq", omits_head_dim=True),
     "gpt_neox": Family(theta_key="rotary_emb_base", partial_key="rotary_pct", omits_partial=True),
+    "olmo": Family(old_type_key="type"),  # transformers 4 takes exactly {"type", "factor"} here
+    "olmo2": Family(old_type_key="type"),
     "olmo3": Family(per_layer_type=True),
     "phi": Family(omits_partial=True),
     "phi3": Family(rope_types=frozenset({"default", "longrope"})),
+    "qwen3": Family(omits_head_dim=True),
     "stablelm": Family(omits_partial=True),
 }
 

@@ -113,10 +113,12 @@ _ROPE_BY_DEFAULT = frozenset(
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
     """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
-    has_head_dim = text.get(family.head_dim_key) or ("hidden_size" in text and "num_attention_heads" in text)
+    follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
+    has_head_dim = text.get(family.head_dim_key) or follows_hidden
     parameters = text.get("rope_parameters")
     if family.per_layer_type:
-        return not (has_head_dim and isinstance(parameters, dict) and FULL_ATTENTION in parameters)
+        kinds = {FULL_ATTENTION, *(text.get("layer_types") or ())}
+        return not (has_head_dim and isinstance(parameters, dict) and kinds <= {k for k, v in parameters.items() if v})
     theta = text.get(family.theta_key) or (isinstance(parameters, dict) and parameters.get("rope_theta"))
     partial = family.partial_key in text or (isinstance(parameters, dict) and "partial_rotary_factor" in parameters)
     is_complete = has_head_dim and theta and text.get("max_position_embeddings")
@@ -148,10 +150,9 @@ def _model_rope(
             f"{directory / 'config.json'} has no rope_theta. Add the base the model was trained with."
         )
     partial = float(parameters.pop("partial_rotary_factor", None) or text.get(family.partial_key) or 1.0)
-    if "original_max_position_embeddings" in text and "rope_type" in parameters:
+    if "original_max_position_embeddings" in text and parameters["rope_type"] in ("llama3", "yarn", "longrope"):
         # transformers gives the top-level key priority (Phi-3's layout)
-        if parameters["rope_type"] in ("llama3", "yarn", "longrope"):
-            parameters["original_max_position_embeddings"] = text["original_max_position_embeddings"]
+        parameters["original_max_position_embeddings"] = text["original_max_position_embeddings"]
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     return ModelRope(
         model_type=model_type,
@@ -203,12 +204,13 @@ def write_rope(config: dict[str, Any], rope: ModelRope, spec: RopeSpec, paramete
     text = config[rope.section] if rope.section else config
     family = rope.family
     flat = dict(parameters)
-    if rope.partial_rotary_factor != 1.0:
+    if rope.partial_rotary_factor != 1.0 or family.omits_partial:
         flat["partial_rotary_factor"] = rope.partial_rotary_factor
         text[family.partial_key] = rope.partial_rotary_factor
-    text["rope_parameters"] = {**rope.local_parameters, FULL_ATTENTION: flat} if rope.local_parameters else flat
+    is_nested = family.per_layer_type or rope.local_parameters
+    text["rope_parameters"] = {**rope.local_parameters, FULL_ATTENTION: flat} if is_nested else flat
     text[family.theta_key] = flat["rope_theta"]
-    text["rope_scaling"] = _old_scaling(parameters)
+    text["rope_scaling"] = _old_scaling(parameters, family)
     if rope.local_parameters and family.local_theta_key:
         text[family.local_theta_key] = next(iter(rope.local_parameters.values()))["rope_theta"]
     text["max_position_embeddings"] = length
@@ -224,7 +226,8 @@ def write_rope(config: dict[str, Any], rope: ModelRope, spec: RopeSpec, paramete
     return config
 
 
-def _old_scaling(parameters: RopeParameters) -> RopeParameters | None:
+def _old_scaling(parameters: RopeParameters, family: Family) -> RopeParameters | None:
     if parameters["rope_type"] == "default":
         return None
-    return {key: value for key, value in parameters.items() if key != "rope_theta"}
+    scaling = {key: value for key, value in parameters.items() if key not in ("rope_type", "rope_theta")}
+    return {family.old_type_key: parameters["rope_type"], **scaling}

@@ -10,11 +10,18 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.errors import reported_errors
 
+_ORDER = ("extend", "inspect", "verify", "eval", "passkey", "compare")
+
 
 class _Group(TyperGroup):
     """Runs a command so that whatever goes wrong ends in one line and the right exit code."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the commands in the order a user meets them."""
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
     def invoke(self, ctx: Any) -> Any:
+        """Run the command under `reported_errors`."""
         with reported_errors(debug=bool(ctx.params.get("debug"))):
             return super().invoke(ctx)
 

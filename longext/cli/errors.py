@@ -1,4 +1,7 @@
-"""Turn every failure into one clear line and an exit code: 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+"""Turn every failure into one clear line and an exit code.
+
+2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
+"""
 
 from __future__ import annotations
 

@@ -72,9 +72,8 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: boo
     fraction = "" if rope.partial_rotary_factor == 1 else f" ({rope.partial_rotary_factor:g} of the head)"
     say(f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}")
     say(f"rope {rope.parameters}")
-    say(
-        f"trained length {trained:,}, max_position_embeddings {rope.max_position_embeddings:,}; {rope.describe_layers()}"
-    )
+    claimed = rope.max_position_embeddings
+    say(f"trained length {trained:,}, max_position_embeddings {claimed:,}; {rope.describe_layers()}")
     say(
         f"{len(never)} of {len(rows)} dimension pairs never complete a turn in training"
         + (f": {never[0]} to {never[-1]}" if never else "")

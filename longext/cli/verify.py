@@ -31,12 +31,15 @@ def verify(
 
 def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool, as_json: bool) -> None:
     """Verify, print the checks, and raise VerificationError where one failed."""
+    from longext.checkpoint.source import read_shards, resolve_model
     from longext.checkpoint.verify import verify_checkpoint
-    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.console import print_table, progress, say, stdout
     from longext.reporting.results import dump_json
     from longext.reporting.views import verification_table
 
-    result = verify_checkpoint(model, base, logits=logits, hashes=hashes)
+    total = sum(shard.size for shard in read_shards(resolve_model(model)))
+    with progress(f"verify {model}", total, "bytes") as advance:
+        result = verify_checkpoint(model, base, logits=logits, hashes=hashes, on_progress=advance)
     if as_json:
         record = {"schema": "longext.result/1", "kind": "verify", "ok": result.ok, **dataclasses.asdict(result)}
         stdout().out(dump_json(record), highlight=False)

@@ -60,7 +60,7 @@ def _open_source(config: DataConfig) -> Iterator[Document]:
     if _HUB_ID.match(config.data):
         return _read_hub(config)
     raise DataError(
-        f"No data at '{config.data}': not a file, a folder, a Hub dataset id (owner/name) or '{SAMPLE}' (the bundled story)."
+        f"No data at '{config.data}': not a file, a folder, a Hub dataset id (owner/name) or '{SAMPLE}' (bundled)."
     )
 
 
@@ -142,11 +142,11 @@ def _read_hub(config: DataConfig) -> Iterator[Document]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"No file '{name}' here, and the Hub dataset of that name cannot be read ({reason}). "
-            f"Offline: fetch it elsewhere with `hf download --repo-type dataset {name} --local-dir DIR` and give --data DIR."
+            f"Offline: fetch it with `hf download --repo-type dataset {name} --local-dir DIR` and give --data DIR."
         ) from error
 
 
-def _open_hub(name: str, split: str) -> Iterable[Any]:
+def _open_hub(name: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:

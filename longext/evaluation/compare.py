@@ -19,6 +19,7 @@ from longext.evaluation.passkey import (
     PasskeyCell,
     accuracy_by_length,
     check_passkey_config,
+    check_prompts,
     evaluate_passkey,
     num_prompts,
 )
@@ -136,6 +137,8 @@ def compare_methods(
     documents = load_documents(ppl_config)
     model = load_language_model(config)
     tokenized, num_short = tokenize_documents(model, documents, ppl_config)
+    if config.passkey:
+        check_prompts(model, passkey_config)
     work = num_forward_tokens(tokenized, ppl_config) + num_forward_tokens(tokenized, position_config)
     if config.passkey:
         work += sum(config.lengths) * num_prompts(passkey_config) // len(config.lengths)

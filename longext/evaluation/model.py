@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,13 @@ class HFLanguageModel:
 
     @torch.inference_mode()
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of one prompt.
+        """Return the greedy continuation of one prompt, with a KV cache.
 
-        Length-dependent RoPE (dynamic NTK, LongRoPE) runs without a KV cache: cached keys would keep the rotation of
-        a shorter sequence and the result would equal no single forward pass.
+        Length-dependent RoPE (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a
+        change of length would keep their old rotation, and the result would equal no single forward pass.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
-        if not self.rope_depends_on_length:
+        with self._frozen_rope(ids.shape[1] + max_new_tokens):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -160,26 +161,13 @@ class HFLanguageModel:
                 do_sample=False,
                 pad_token_id=self._pad_token(),
             )
-            new: list[int] = output[0, ids.shape[1] :].tolist()
-            return new
-        stops = self._stop_tokens()
-        generated: list[int] = []
-        while len(generated) < max_new_tokens:
-            self.reset_rope()
-            token = int(self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
-            generated.append(token)
-            if token in stops:
-                break
-            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
-        return generated
-
-    def _stop_tokens(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        return set(eos) if isinstance(eos, list) else {eos}
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        return new
 
     def _pad_token(self) -> int | None:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
+        pad: int | None = self.tokenizer.pad_token_id
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos if pad is None else pad
 
     # --- RoPE ---------------------------------------------------------------------------------------------------
 
@@ -189,14 +177,6 @@ class HFLanguageModel:
         parameters = self.model.config.get_text_config().rope_parameters
         kind: str = parameters.get("full_attention", parameters)["rope_type"]
         return kind
-
-    @property
-    def rope_depends_on_length(self) -> bool:
-        """True for dynamic NTK, and for LongRoPE with different short and long factors."""
-        if self.rope_type != "longrope":
-            return self.rope_type in _LENGTH_DEPENDENT
-        parameters = self.model.config.get_text_config().rope_parameters
-        return bool(parameters["short_factor"] != parameters["long_factor"])
 
     def reset_rope(self) -> None:
         """Put every length-dependent rotary module back to its state after loading.
@@ -212,6 +192,25 @@ class HFLanguageModel:
                 prefix = name.removesuffix("original_inv_freq")
                 module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    @contextlib.contextmanager
+    def _frozen_rope(self, length: int) -> Iterator[None]:
+        """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
+        self.reset_rope()
+        modules = rotary_modules(self.model) if self.rope_type in _LENGTH_DEPENDENT else []
+        kinds = [module.rope_type for module in modules]
+        last = torch.tensor([[length - 1]], device=self.device)
+        try:
+            for module, kind in zip(modules, kinds, strict=True):
+                for layer_type in kind if isinstance(kind, dict) else [None]:
+                    module(last.float(), last, **({"layer_type": layer_type} if layer_type else {}))
+                # transformers updates by name: "default" is never updated
+                module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+            yield
+        finally:
+            for module, kind in zip(modules, kinds, strict=True):
+                module.rope_type = kind
+            self.reset_rope()
 
     def set_rope(self, config: dict[str, Any]) -> None:
         """Give the loaded model the RoPE of another config.json (as `extended_config` makes it); weights stay.

@@ -117,6 +117,12 @@ def check_passkey_config(config: PasskeyConfig) -> None:
         )
 
 
+def check_prompts(model: HFLanguageModel, config: PasskeyConfig) -> None:
+    """Raise ConfigError or DataError now where a later prompt could not be built: too short, or too little filler."""
+    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
+    _prompts(config, tokens, filler, min(config.lengths), _depths(config)[0])
+
+
 def num_prompts(config: PasskeyConfig) -> int:
     """Return how many prompts an evaluation runs."""
     return len(config.lengths) * len(_depths(config)) * config.num_trials
@@ -134,13 +140,17 @@ def evaluate_passkey(
     Args:
         on_progress: called with the number of prompts just answered.
     """
-    tokens = PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
+    tokens = _prompt_tokens(model)
     filler = _filler_ids(model, config)
     return [
         _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), on_progress)
         for length in sorted(config.lengths)
         for depth in _depths(config)
     ]
+
+
+def _prompt_tokens(model: HFLanguageModel) -> PromptTokens:
+    return PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
 
 
 def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
@@ -210,8 +220,8 @@ def _count_exact(
     """Count prompts whose greedy continuation is exactly the answer.
 
     One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every answer
-    token is the first choice given the prompt and the answer before it. No KV cache is involved, so length-dependent
-    RoPE is scored consistently.
+    token is the first choice given the prompt and the answer before it. A length-dependent RoPE has the rotation of
+    prompt + answer throughout, as `LanguageModel.greedy` has.
     """
     correct = 0
     for batch in batched_by(prompts, size, lambda p: (len(p.input_ids), len(p.answer_ids))):

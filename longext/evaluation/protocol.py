@@ -47,7 +47,7 @@ class LanguageModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what a result must say of the model: id, config and tokenizer hashes, RoPE, attention, dtype, device."""
+        """Return what a result says of the model: id, config and tokenizer hashes, RoPE, attention, dtype, device."""
         ...
 
 

@@ -33,8 +33,9 @@ def extension_table(plan: ExtensionPlan) -> Table:
         ["layers", "", plan.rope.describe_layers()],
         ["weights", f"{len(plan.shards)} file(s), {megabytes(plan.weight_bytes)}", "unchanged"],
     ]
+    there = "the trained RoPE" if plan.relation == "extends" else plan.rope.spec.method
     return Table(
-        f"{plan.config.model}: {spec.method} {plan.relation} {plan.rope.spec.method if plan.relation != 'extends' else 'the trained RoPE'}",
+        f"{plan.config.model}: {spec.method} {plan.relation} {there}",
         ["", "old", "new"],
         [row for row in rows if row[1] or row[2]],
         left=frozenset({1, 2}),
@@ -98,7 +99,7 @@ def perplexity_table(name: str, protocol: str, results: Sequence[PerplexityAtLen
         f"Perplexity of {name} ({protocol})",
         columns,
         rows,
-        caption=f"{len(results[0].per_document)} document(s); interval: bootstrap over {results[0].resampled}; full attention",
+        caption=f"{len(results[0].per_document)} document(s); interval: bootstrap over {results[0].resampled}",
     )
 
 

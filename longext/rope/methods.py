@@ -211,7 +211,8 @@ ROPE_METHODS.register(
 
 def ntk_rope_theta(spec: RopeSpec, factor: float) -> float:
     """Return theta * factor^(d / (d - 2)): the base whose slowest dimension is interpolated by exactly `factor`."""
-    return spec.rope_theta * float(factor) ** (spec.rotary_dim / (spec.rotary_dim - 2))
+    exponent: float = spec.rotary_dim / (spec.rotary_dim - 2)
+    return float(spec.rope_theta * factor**exponent)
 
 
 def _ntk_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
@@ -436,7 +437,8 @@ def compute_inv_freq(spec: RopeSpec, sequence_length: int | None = None) -> tupl
         ConfigError: an unknown method, or a parameter out of range.
     """
     check_spec(spec)
-    return ROPE_METHODS[spec.method].inv_freq(spec, sequence_length)
+    method = "none" if is_identity(spec) else spec.method
+    return ROPE_METHODS[method].inv_freq(spec, sequence_length)
 
 
 def rope_parameters(spec: RopeSpec) -> RopeParameters:
@@ -446,7 +448,14 @@ def rope_parameters(spec: RopeSpec) -> RopeParameters:
         ConfigError: an unknown method, or a parameter out of range.
     """
     check_spec(spec)
-    return ROPE_METHODS[spec.method].export(spec)
+    method = "none" if is_identity(spec) else spec.method
+    return ROPE_METHODS[method].export(spec)
+
+
+def is_identity(spec: RopeSpec) -> bool:
+    """True where a scaling method at factor 1 leaves the RoPE as it is, bit for bit."""
+    is_scaling = spec.method in ("none", "linear", "ntk", "ntk-by-parts", "yarn", "llama3")
+    return is_scaling and spec.factor == 1 and spec.attention_factor in (None, 1.0)
 
 
 def check_spec(spec: RopeSpec) -> None:

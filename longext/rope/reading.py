@@ -29,7 +29,7 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
     Raises:
         CheckpointError: a rope type that longext cannot extend.
     """
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    rope_type = str(parameters.get("rope_type", parameters.get("type", "default")))
     if rope_type not in _READERS:
         why = _FOREIGN.get(rope_type, f"known types: {', '.join(sorted(_READERS))}")
         raise CheckpointError(f"The config's rope_type '{rope_type}' cannot be extended: {why}.")
@@ -45,6 +45,12 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
         raise CheckpointError(
             f"The config's rope_parameters of type '{rope_type}' lack the key {missing}."
         ) from missing
+
+
+def spec_from_json(values: dict[str, Any]) -> RopeSpec:
+    """Return the RopeSpec that `dataclasses.asdict` and JSON made `values` from (lists become tuples again)."""
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return RopeSpec(**fields)
 
 
 def _linear(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
@@ -75,7 +81,8 @@ def _deepseek_temperature(parameters: RopeParameters, factor: float) -> float | 
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if not (mscale and all_dim) or factor <= 1:
         return None
-    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+    growth = 0.1 * math.log(factor)
+    return float((mscale * growth + 1) / (all_dim * growth + 1))
 
 
 def _longrope(parameters: RopeParameters, max_length: int) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+# make demo   set up, then compare every method on the bundled model (about two minutes after installation)
+# make test   set up, then run the tests
+# make check  lint, types and tests: what CI runs
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: help setup demo test lint typecheck format check bench build clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "longext needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/longext compare -c compare/books-5m-4k -o results/demo --force
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint typecheck test
+
+bench: setup
+	$(BIN)/python benchmarks/extend_speed.py
+	$(BIN)/python benchmarks/sliding_perplexity.py
+
+build: setup
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) dist build results

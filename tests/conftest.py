@@ -1,0 +1,51 @@
+"""Shared fixtures: offline, seeded, one real model loaded once."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of the Hub's libraries: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.update(COLUMNS="200", NO_COLOR="1")
+os.environ.pop("FORCE_COLOR", None)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from longext.config import RuntimeConfig  # noqa: E402
+from longext.evaluation.model import HFLanguageModel, load_language_model  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared"  # real data beside a developer's checkout; absent in a clone
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "network" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs the Hub"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same torch seed."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def books() -> HFLanguageModel:
+    """books-5m as it is; loading takes tens of milliseconds, and a fresh one cannot be spoilt by another test."""
+    return load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the command line in an empty directory: run("extend", "books-5m", ...) -> result."""
+    from longext.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])

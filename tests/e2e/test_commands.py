@@ -1,0 +1,226 @@
+"""Every command once, as a user types it: exit code, files, table, JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from longext.config import shipped_recipes
+
+SMALL = ("--lengths", "96,192", "--max-tokens", "400", "--num-bootstrap", "20")
+
+
+def ok(result):
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def result_of(directory):
+    for name in ("result.json", "table.md", "run.json", "recipe.yaml"):
+        assert (directory / name).is_file(), name
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_extend_prints_old_and_new_and_verify_agrees(run, tmp_path):
+    out = ok(run("extend", "books-5m", "--method", "yarn", "--target-length", 4096, "-o", "out"))
+    for text in ("context length", "512", "4,096", "yarn", "longext verify out"):
+        assert text in out
+    assert "is what it says" in ok(run("verify", "out"))
+    record = json.loads(ok(run("verify", "out", "--json")))
+    assert record["ok"] is True
+    assert record["kind"] == "verify"
+    assert record["base"] == "books-5m"
+
+
+def test_extend_verify_in_one_go(run):
+    assert "is what it says" in ok(
+        run("extend", "books-5m", "--method", "linear", "--factor", 2, "-o", "o", "--verify")
+    )
+
+
+def test_dry_run_writes_nothing(run, tmp_path):
+    out = ok(run("extend", "books-5m", "--method", "linear", "--factor", 4, "--dry-run"))
+    assert "2,048" in out
+    assert "nothing was written" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extend_from_a_recipe_with_typed_flags_on_top(run, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: books-5m\nmethod: linear\nfactor: 2\noutput: from-recipe\n")
+    ok(run("extend", "-c", "r.yaml", "--set", "factor=3", "--factor", 4))
+    config = json.loads((tmp_path / "from-recipe/config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 4.0
+
+
+def test_inspect_says_which_dimensions_never_turn(run, tmp_path):
+    out = ok(run("inspect", "books-5m", "-o", "i"))
+    record = result_of(tmp_path / "i")
+    # wavelength 2 pi 10000^(2i/64) exceeds 512 from pair 16 on
+    assert record["never_complete_a_turn"] == list(range(16, 32))
+    assert "16 of 32 dimension pairs never complete a turn" in out
+    assert (tmp_path / "i/rope.png").stat().st_size > 5000
+
+
+def test_inspect_shows_what_a_method_does(run, tmp_path):
+    out = ok(run("inspect", "books-5m", "--method", "linear", "--factor", 8, "-o", "i"))
+    assert "stretched 8.00x" in out
+    rows = result_of(tmp_path / "i")["dimensions"]
+    assert all(row["stretch"] == pytest.approx(8) for row in rows)
+
+
+@pytest.mark.parametrize("protocol", ["sliding", "positional", "yarn-truncated", "longlora"])
+def test_eval_ppl(run, tmp_path, protocol):
+    out = ok(run("eval", "ppl", "books-5m", "--protocol", protocol, *SMALL, "--stride", 32, "-o", "p"))
+    record = result_of(tmp_path / "p")
+    assert record["protocol"]["id"] == f"ppl/{protocol}"
+    assert record["model"]["attention"] == "full (sdpa)"
+    assert all(1 < row["ppl_low"] <= row["ppl"] <= row["ppl_high"] for row in record["results"])
+    assert (tmp_path / "p/ppl.png").is_file()
+    assert "Perplexity of books-5m" in out
+
+
+def test_eval_ppl_reads_every_kind_of_source(run, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    text = "It was a bright cold day, and the ship lay at anchor in the bay. " * 40
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text(text)
+    (tmp_path / "d/b.jsonl").write_text(
+        json.dumps({"text": text}) + "\n\n" + json.dumps({"text": text, "id": "x"}) + "\n"
+    )
+    (tmp_path / "d/c.json").write_text(json.dumps([{"text": text}]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "d/e.parquet")
+    ok(
+        run(
+            "eval", "ppl", "books-5m", "--data", "d", "--lengths", "64", "--stride", 32, "--num-bootstrap", 0, "-o", "p"
+        )
+    )
+    rows = result_of(tmp_path / "p")["results"][0]["per_document"]
+    assert [row["id"] for row in rows] == ["a.txt", "b.jsonl:1", "x", "c.json:1", "e.parquet:1"]
+    assert len({row["ppl"] for row in rows}) == 1
+
+
+def test_json_goes_to_stdout_alone(run):
+    record = json.loads(ok(run("eval", "ppl", "books-5m", *SMALL, "--stride", 32, "--json")))
+    assert record["schema"] == "longext.result/1"
+
+
+def test_results_get_a_directory_of_their_own_by_default(run, tmp_path):
+    out = ok(run("passkey", "books-5m", "--lengths", 128, "--depths", "0.5", "--num-trials", 1))
+    (directory,) = (tmp_path / "results").iterdir()
+    assert directory.name.startswith("passkey-landmark-books-5m-")
+    assert directory.name in out
+
+
+def test_passkey(run, tmp_path):
+    ok(run("passkey", "books-5m", "--lengths", "128,256", "--depths", "0,1", "--num-trials", 2, "-o", "k"))
+    record = result_of(tmp_path / "k")
+    assert [cell["num_tokens"] for cell in record["results"]] == [128, 128, 256, 256]
+    assert all(0 <= cell["low"] <= cell["accuracy"] <= cell["high"] <= 1 for cell in record["results"])
+    assert (tmp_path / "k/passkey.png").is_file()
+
+
+def test_passkey_in_a_book_with_several_needles(run, tmp_path):
+    args = ("--lengths", 256, "--depths", 0.5, "--num-trials", 1, "--filler", "book", "--num-needles", 2)
+    ok(run("passkey", "books-5m", *args, "-o", "k"))
+    assert result_of(tmp_path / "k")["protocol"]["num_needles"] == 2
+
+
+def test_compare_writes_report_csv_and_pictures(run, tmp_path):
+    args = ("--methods", "none,linear,dynamic:alpha=4,yarn:ramp=paper", "--factor", 4, "--stride", 32, *SMALL)
+    out = ok(run("compare", "books-5m", *args, "--depths", 0.5, "--num-trials", 1, "-o", "c"))
+    record = result_of(tmp_path / "c")
+    assert [m["name"] for m in record["methods"]] == ["none", "linear", "dynamic:alpha=4", "yarn:ramp=paper"]
+    assert record["methods"][2]["rope_parameters"]["factor"] == 4.0
+    assert record["methods"][3]["rope_parameters"]["rope_type"] == "longrope"
+    page = (tmp_path / "c/report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http://www.w3.org" in page
+    assert "<script" not in page
+    assert "src=" not in page
+    rows = list(csv.DictReader((tmp_path / "c/results.csv").open()))
+    assert {row["metric"] for row in rows} == {"ppl", "position_nll", "passkey"}
+    by_hand = next(m for m in record["methods"] if m["name"] == "linear")["perplexity"][0]["ppl"]
+    assert float(next(r for r in rows if r["method"] == "linear")["value"]) == by_hand
+    for name in ("perplexity.png", "positions.png", "passkey.png"):
+        assert (tmp_path / "c" / name).is_file()
+    assert "report.html" in out
+
+
+def test_compare_equals_the_single_commands(run, tmp_path):
+    """The same documents, seeds and protocol: one number, whichever command prints it."""
+    shared = ("--stride", 32, *SMALL)
+    ok(
+        run(
+            "compare",
+            "books-5m",
+            "--methods",
+            "none,yarn",
+            "--factor",
+            4,
+            *shared,
+            "--depths",
+            0.5,
+            "--num-trials",
+            2,
+            "-o",
+            "c",
+        )
+    )
+    ok(run("eval", "ppl", "books-5m", "--method", "yarn", "--factor", 4, *shared, "-o", "p"))
+    ok(
+        run(
+            "passkey",
+            "books-5m",
+            "--method",
+            "yarn",
+            "--factor",
+            4,
+            "--lengths",
+            "96,192",
+            "--depths",
+            0.5,
+            "--num-trials",
+            2,
+            "-o",
+            "k",
+        )
+    )
+    yarn = result_of(tmp_path / "c")["methods"][1]
+    fields = ("ppl", "ppl_low", "ppl_high", "num_tokens")
+    alone = result_of(tmp_path / "p")["results"]
+    assert [[row[f] for f in fields] for row in yarn["perplexity"]] == [[row[f] for f in fields] for row in alone]
+    assert [c["num_correct"] for c in yarn["passkey"]] == [
+        c["num_correct"] for c in result_of(tmp_path / "k")["results"]
+    ]
+
+
+def test_version_and_module_entry(run):
+    import subprocess
+    import sys
+
+    import longext
+
+    assert longext.__version__ in ok(run("--version"))
+    shown = subprocess.run([sys.executable, "-m", "longext", "--help"], capture_output=True, text=True, check=True)
+    assert "extend" in shown.stdout
+    assert "compare" in shown.stdout
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_recipe_loads_and_names_its_command(name):
+    from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, build_config
+
+    path = shipped_recipes()[name]
+    folder, _, file = name.partition("/")
+    kinds = {"extend": ExtendConfig, "compare": CompareConfig}
+    kind = kinds.get(folder) or (PasskeyConfig if file.startswith("passkey") else PerplexityConfig)
+    build_config(kind, path, [], {})
+    first = path.read_text().splitlines()[0]
+    command = {"extend": "extend", "compare": "compare"}.get(folder) or (
+        "passkey" if kind is PasskeyConfig else "eval ppl"
+    )
+    assert first == f"# longext {command} -c {name}"

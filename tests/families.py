@@ -1,0 +1,103 @@
+"""Tiny random models of every family that longext supports: two layers, a vocabulary of 64, 64 positions.
+
+Head sizes differ on purpose where a family allows it (partial rotation, head_dim apart from hidden / heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+LENGTH = 64  # max_position_embeddings of every tiny model
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": LENGTH,
+}
+_LOCAL_AND_FULL: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def _config(name: str, theta: float | None = 10_000.0, **keys: Any) -> PretrainedConfig:
+    """Return a tiny `name`Config; `theta` None leaves RoPE to the class or to `keys`."""
+    rope = {} if theta is None else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    config: PretrainedConfig = getattr(transformers, f"{name}Config")(**{**_SIZES, **_TOKENS, **rope, **keys})
+    return config
+
+
+def _partial(theta: float, fraction: float) -> dict[str, Any]:
+    return {
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction},
+    }
+
+
+def _per_layer_type(local_theta: float, full_theta: float) -> dict[str, Any]:
+    kinds = {"sliding_attention": local_theta, "full_attention": full_theta}
+    return {
+        **_LOCAL_AND_FULL,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in kinds.items()},
+    }
+
+
+def _gemma3_text() -> PretrainedConfig:
+    keys = _per_layer_type(10_000.0, 1_000_000.0)
+    return _config("Gemma3Text", None, intermediate_size=48, num_key_value_heads=1, head_dim=24, **keys)
+
+
+def _gemma3() -> PretrainedConfig:
+    """Return the multimodal config; the image tokens are the last three of the vocabulary."""
+    text = _gemma3_text()
+    images = {"mm_tokens_per_image": 4, "boi_token_index": 61, "eoi_token_index": 62, "image_token_index": 63}
+    config: PretrainedConfig = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config={"model_type": "siglip_vision_model", **_VISION}, **images
+    )
+    return config
+
+
+_MLP: dict[str, Any] = {"intermediate_size": 48}
+_GROUPED: dict[str, Any] = {**_MLP, "num_key_value_heads": 1}
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: _config("Llama", **_GROUPED),
+    "mistral": lambda: _config("Mistral", **_GROUPED, sliding_window=32),
+    "mixtral": lambda: _config("Mixtral", 1_000_000.0, **_GROUPED, num_local_experts=2, head_dim=None),
+    "qwen2": lambda: _config("Qwen2", **_GROUPED),
+    "qwen2.5": lambda: _config("Qwen2", 1_000_000.0, **_GROUPED),
+    "qwen3": lambda: _config("Qwen3", 1_000_000.0, **_GROUPED, head_dim=24),
+    "phi3": lambda: _config("Phi3", **_GROUPED),
+    "gemma2": lambda: _config("Gemma2", **_GROUPED, head_dim=24, **_LOCAL_AND_FULL),
+    "gemma3_text": _gemma3_text,
+    "gemma3": _gemma3,
+    "gpt_neox": lambda: _config("GPTNeoX", None, **_MLP, hidden_size=64, **_partial(10_000.0, 0.25)),
+    "phi": lambda: _config("Phi", None, **_MLP, hidden_size=40, **_partial(10_000.0, 0.4)),
+    "stablelm": lambda: _config(
+        "StableLm", None, **_MLP, num_key_value_heads=2, hidden_size=64, **_partial(10_000.0, 0.25)
+    ),
+    "olmo": lambda: _config("Olmo", **_MLP),
+    "olmo2": lambda: _config("Olmo2", 500_000.0, **_MLP),
+    "olmo3": lambda: _config("Olmo3", None, **_MLP, **_per_layer_type(500_000.0, 500_000.0)),
+    "falcon": lambda: _config("Falcon", alibi=False),
+}
+
+
+def save_tiny_model(config: PretrainedConfig, directory: Path, seed: int = 0) -> Path:
+    """Save a random model of `config`, the same one for the same `seed`, and return its directory."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory

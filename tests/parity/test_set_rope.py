@@ -1,0 +1,50 @@
+"""A method applied in memory equals the checkpoint that `extend` writes, loaded by plain transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from longext.checkpoint.extend import extend_checkpoint
+from longext.config import ExtendConfig, RuntimeConfig
+from longext.evaluation.model import extension_config, load_language_model
+
+IDS = torch.arange(3, 803)[None] % 8000
+
+
+@pytest.mark.parametrize("method", ["none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3"])
+def test_set_rope_equals_the_written_checkpoint(books, method, tmp_path):
+    factor = 1.0 if method == "none" else 8.0
+    extend_checkpoint(ExtendConfig(model="books-5m", method=method, factor=factor, output=str(tmp_path / "out")))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = saved(IDS, use_cache=False).logits
+        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), method, factor))
+        books.reset_rope()
+        assert torch.equal(books.model(IDS, use_cache=False).logits, expected)
+        loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), method, factor)
+        assert torch.equal(loaded.model(IDS, use_cache=False).logits, expected)
+
+
+def test_set_rope_and_back_is_the_identity(books):
+    with torch.inference_mode():
+        before = books.model(IDS, use_cache=False).logits
+        plain = books.config
+        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), "yarn", 8.0))
+        assert not torch.equal(books.model(IDS, use_cache=False).logits, before)
+        books.set_rope(plain)
+        assert torch.equal(books.model(IDS, use_cache=False).logits, before)
+
+
+def test_yarn_at_factor_one_leaves_logits_alone(books):
+    with torch.inference_mode():
+        before = books.model(IDS, use_cache=False).logits
+        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), "yarn", 1.0))
+        assert torch.equal(books.model(IDS, use_cache=False).logits, before)
+
+
+def test_frequencies_stay_float32_in_a_half_precision_model():
+    model = load_language_model(RuntimeConfig(model="books-5m", device="cpu", dtype="bfloat16"), "yarn", 8.0)
+    assert model.model.dtype == torch.bfloat16
+    assert model.model.model.rotary_emb.inv_freq.dtype == torch.float32
