@@ -1,6 +1,7 @@
 """Tiny random models of every family that longext supports: two layers, a vocabulary of 64, 64 positions.
 
-Head sizes differ on purpose where a family allows it (partial rotation, head_dim apart from hidden / heads).
+Bases, head sizes and rotated fractions differ from transformers' defaults where the family allows it: a value that is
+lost on the way to config.json then shows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _VISION = {
 }
 
 
-def _config(name: str, theta: float | None = 10_000.0, **keys: Any) -> PretrainedConfig:
+def _config(name: str, theta: float | None = 20_000.0, **keys: Any) -> PretrainedConfig:
     """Return a tiny `name`Config; `theta` None leaves RoPE to the class or to `keys`."""
     rope = {} if theta is None else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     config: PretrainedConfig = getattr(transformers, f"{name}Config")(**{**_SIZES, **_TOKENS, **rope, **keys})
@@ -55,7 +56,7 @@ def _per_layer_type(local_theta: float, full_theta: float) -> dict[str, Any]:
 
 
 def _gemma3_text() -> PretrainedConfig:
-    keys = _per_layer_type(10_000.0, 1_000_000.0)
+    keys = _per_layer_type(20_000.0, 500_000.0)
     return _config("Gemma3Text", None, intermediate_size=48, num_key_value_heads=1, head_dim=24, **keys)
 
 
@@ -75,7 +76,7 @@ _GROUPED: dict[str, Any] = {**_MLP, "num_key_value_heads": 1}
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: _config("Llama", **_GROUPED),
     "mistral": lambda: _config("Mistral", **_GROUPED, sliding_window=32),
-    "mixtral": lambda: _config("Mixtral", 1_000_000.0, **_GROUPED, num_local_experts=2, head_dim=None),
+    "mixtral": lambda: _config("Mixtral", 500_000.0, **_GROUPED, num_local_experts=2, head_dim=None),
     "qwen2": lambda: _config("Qwen2", **_GROUPED),
     "qwen2.5": lambda: _config("Qwen2", 1_000_000.0, **_GROUPED),
     "qwen3": lambda: _config("Qwen3", 1_000_000.0, **_GROUPED, head_dim=24),
@@ -83,13 +84,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: _config("Gemma2", **_GROUPED, head_dim=24, **_LOCAL_AND_FULL),
     "gemma3_text": _gemma3_text,
     "gemma3": _gemma3,
-    "gpt_neox": lambda: _config("GPTNeoX", None, **_MLP, hidden_size=64, **_partial(10_000.0, 0.25)),
-    "phi": lambda: _config("Phi", None, **_MLP, hidden_size=40, **_partial(10_000.0, 0.4)),
-    "stablelm": lambda: _config(
-        "StableLm", None, **_MLP, num_key_value_heads=2, hidden_size=64, **_partial(10_000.0, 0.25)
-    ),
+    "gpt_neox": lambda: _config("GPTNeoX", None, **_MLP, hidden_size=64, **_partial(20_000.0, 0.25)),
+    "phi": lambda: _config("Phi", None, **_MLP, hidden_size=40, **_partial(20_000.0, 0.4)),
+    "stablelm": lambda: _config("StableLm", None, **_MLP, num_key_value_heads=2, **_partial(20_000.0, 0.5)),
     "olmo": lambda: _config("Olmo", **_MLP),
     "olmo2": lambda: _config("Olmo2", 500_000.0, **_MLP),
+    # in the old spelling transformers 5 gives OLMo 3's local layers its default base, whatever `rope_theta` says
     "olmo3": lambda: _config("Olmo3", None, **_MLP, **_per_layer_type(500_000.0, 500_000.0)),
     "falcon": lambda: _config("Falcon", alibi=False),
 }

@@ -44,6 +44,7 @@ _SIDE_PATTERNS = (
 )
 _NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
 _LEGACY_INDEX = ".bin.index.json"
+_LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
 _FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
 
 
@@ -281,10 +282,11 @@ def extend_checkpoint(config: ExtendConfig) -> ExtensionPlan:
 def write_extension(plan: ExtensionPlan, output: Path) -> None:
     """Write `plan` to `output`: links, rewritten config and tokenizer length, model card, run.json."""
     with staged_directory(output, plan.config.force) as staging:
+        force_copy = plan.config.copy or is_bundled(plan.source)
         for shard in plan.shards:
-            place_file(shard.path, staging / shard.path.name, plan.config.copy or is_bundled(plan.source))
+            place_file(shard.path, staging / shard.path.name, force_copy)
         for file in plan.side_files:
-            shutil.copyfile(file, staging / file.name)
+            place_file(file, staging / file.name, force_copy or file.stat().st_size < _LINKED_FROM)
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
         _write_json(staging / "config.json", extended_config(plan))

@@ -1,4 +1,8 @@
-"""What differs between model families in how config.json spells RoPE. Most need no row: the generic one serves them."""
+"""What differs between model families in how config.json spells RoPE.
+
+The families here are tested one by one, and their config.json is read without transformers. Any other model type
+works too, as long as transformers knows it: its defaults are then looked up there, which takes a second or two.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +39,11 @@ class Family:
     old_type_key: str = "rope_type"
 
 
-GENERIC = Family()
-
 FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "qwen2": Family(),
     "falcon": Family(writes_head_dim=False),
     "gemma": Family(omits_head_dim=True),
     "gemma2": Family(omits_head_dim=True),
@@ -70,6 +76,10 @@ WITHOUT_ROPE = {
 }
 
 
+# A family without a row: everything may be left to the defaults of transformers.
+UNLISTED = Family(omits_partial=True, omits_head_dim=True)
+
+
 def family_of(model_type: str) -> Family:
-    """Return the row of `model_type`, or the generic one."""
-    return FAMILIES.get(model_type, GENERIC)
+    """Return the row of `model_type`, or `UNLISTED`."""
+    return FAMILIES.get(model_type, UNLISTED)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longext.checkpoint.families import WITHOUT_ROPE, Family, family_of
+from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_of
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
 from longext.rope.methods import RopeParameters, RopeSpec
@@ -113,6 +113,8 @@ _ROPE_BY_DEFAULT = frozenset(
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
     """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
+    if family is UNLISTED:
+        return True
     follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
     has_head_dim = text.get(family.head_dim_key) or follows_hidden
     parameters = text.get("rope_parameters")
@@ -188,6 +190,8 @@ def _flat_parameters(text: dict[str, Any], family: Family) -> tuple[RopeParamete
 def _normal(parameters: RopeParameters) -> RopeParameters:
     rope_type = parameters.get("rope_type") or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
+    if rope_type == "yarn" and "long_factor" in parameters:
+        rope_type = "longrope"  # an early Phi-3 spelling, which transformers renames too
     return {**parameters, "rope_type": _OLD_TYPES.get(rope_type, rope_type)}
 
 

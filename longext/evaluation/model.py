@@ -21,7 +21,8 @@ from longext.config import ExtendConfig, RuntimeConfig
 from longext.errors import CheckpointError, ConfigError, LongextWarning
 from longext.evaluation.protocol import TokenScores
 
-_HEAD_BYTES = 32 * 2**20  # float32 logits alive at a time
+_HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
+_HEAD_BYTES_ACCELERATOR = 256 * 2**20
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -95,10 +96,11 @@ class HFLanguageModel:
         return _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
 
     def _score_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        """Run the output head over [B, n, D] in slices of at most `_HEAD_BYTES` of float32 logits."""
+        """Run the output head over [B, n, D] in slices of a few MB of float32 logits."""
         flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         head = self.model.get_output_embeddings()
-        rows = max(1, _HEAD_BYTES // (4 * head.weight.shape[0]))
+        budget = _HEAD_BYTES if self.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
+        rows = max(1, budget // (4 * head.weight.shape[0]))
         parts = [
             _score_logits(self._after_head(head(states)), tokens)
             for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
@@ -247,9 +249,15 @@ class HFLanguageModel:
 
 
 def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """Score [..., V] logits; overwrites them, so that no second tensor of their size exists."""
     logits = logits.float()
-    nll = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
-    return TokenScores(nll, logits.argmax(-1) == targets)
+    best = logits.amax(-1)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    is_top1 = chosen == best
+    # half-precision logits tie often; greedy decoding then takes the first index
+    is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
+    nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
+    return TokenScores(nll, is_top1)
 
 
 def _is_rotary(module: nn.Module) -> bool:

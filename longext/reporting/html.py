@@ -39,7 +39,7 @@ th.left, td.left { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; }
 td.best { font-weight: 700; color: var(--accent); background: #eef6fb; }
 tr:last-child td { border-bottom: 0; }
-svg { display: block; max-width: 100%; height: auto; margin: 4px auto 0; }
+svg { display: block; width: 100%; max-width: 900px; height: auto; margin: 18px auto 0; }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 pre { background: var(--wash); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 6px 0 14px; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; font-size: 14px; }

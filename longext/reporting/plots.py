@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
 # One colour per method, the same in every picture; readable for the colour-blind (Okabe and Ito, extended).
 METHOD_COLOURS = {
@@ -59,12 +60,20 @@ def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
 
 
 def _log_perplexity(axes: Any) -> None:
+    """Log scale with round ticks; never narrower than a factor of two, so that small changes look small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if high / low < 2:
+        middle = math.sqrt(low * high)
+        low, high = middle / math.sqrt(2), middle * math.sqrt(2)
+        axes.set_ylim(low, high)
     nice = [m * 10**e for e in range(-1, 7) for m in (1, 1.5, 2, 3, 5, 7)]
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in nice if low <= tick <= high]))
+    ticks = [tick for tick in nice if low <= tick <= high]
+    if len(ticks) < 4:
+        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 2 else f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 20 else f"{value:g}"))
 
 
 def _mark_trained(axes: Any, trained: int) -> None:
@@ -124,7 +133,10 @@ def nll_by_position(series: Mapping[str, Sequence[Mapping[str, Any]]], *, traine
     colours = colours_for(list(series)) if len(series) > 1 else dict.fromkeys(series, METHOD_COLOURS["yarn"])
     for name, rows in series.items():
         edges = [rows[0]["start"], *(row["length"] for row in rows)]
-        axes.stairs([row["nll"] for row in rows], edges, baseline=None, color=colours[name], linewidth=1.9, label=name)
+        # dynamic NTK equals NTK-aware at the full window: dashes let the line under it show
+        dashes = (0, (3, 1.5)) if name.startswith("dynamic") else "solid"
+        values = [row["nll"] for row in rows]
+        axes.stairs(values, edges, baseline=None, color=colours[name], linewidth=1.9, linestyle=dashes, label=name)
     _style(axes, title, "position in the window (tokens)", "NLL (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     _mark_trained(axes, trained)
@@ -202,6 +214,7 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
     top.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     _style(top, title, "" if has_method else "dimension pair", f"turns in {trained:,} tokens")
     top.set_yscale("log")
+    top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     never = sum(not row.completes_a_turn for row in rows)
     top.annotate(
         f"{never} of {len(rows)} pairs never complete a turn",

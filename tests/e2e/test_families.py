@@ -76,8 +76,8 @@ def extended(base, tmp_path_factory) -> Extended:
     return made
 
 
-def extend(model: Path, method: str, out: Path) -> ExtensionPlan:
-    return extend_checkpoint(ExtendConfig(model=str(model), method=method, factor=4.0, output=str(out)))
+def extend(model: Path, method: str, out: Path, **options: Any) -> ExtensionPlan:
+    return extend_checkpoint(ExtendConfig(model=str(model), method=method, factor=4.0, output=str(out), **options))
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -231,9 +231,10 @@ def test_missing_layer_type_is_filled_from_the_defaults(base, family, dropped, t
     config = json.loads((source / "config.json").read_text())
     del config["rope_parameters"]["sliding_attention"]
     (source / "config.json").write_text(json.dumps(config))
+    assert local_spec(source) is not None
     plan = extend(source, "yarn", out)
-    assert_computes(load(out), plan.spec, local_spec(base(family)))
-    assert_computes(build(only(out, dropped, tmp_path / "layout")), plan.spec, local_spec(base(family)))
+    assert_computes(load(out), plan.spec, local_spec(source))
+    assert_computes(build(only(out, dropped, tmp_path / "layout")), plan.spec, local_spec(source))
 
 
 @LAYOUTS
@@ -262,31 +263,31 @@ SIZES = {
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 LONG = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]}
 LLAMA3 = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-GEMMA3 = {"head_dim": 24, "rope_theta": 1e6, "rope_local_base_freq": 1e4, **LAYERS}
+GEMMA3 = {"head_dim": 24, "rope_theta": 5e5, "rope_local_base_freq": 2e4, **LAYERS}
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 
 UNSCALED: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None},
+    "llama": {"model_type": "llama", "rope_theta": 2e4, "rope_scaling": None},
     "llama-without-theta": {"model_type": "llama"},
     "mistral": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": 32},
     "mixtral": {"model_type": "mixtral", "rope_theta": 1e6, "num_local_experts": 2, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 32},
     "qwen3": {"model_type": "qwen3", "head_dim": 24, "rope_theta": 1e6, "rope_scaling": None},
     "qwen3-without-head_dim": {"model_type": "qwen3", "rope_theta": 1e6},
-    "phi3": {"model_type": "phi3", "rope_theta": 1e4, "original_max_position_embeddings": LENGTH},
-    "phi3-partial": {"model_type": "phi3", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
-    "gemma2": {"model_type": "gemma2", "head_dim": 24, "rope_theta": 1e4, "sliding_window": 16},
-    "gemma2-without-head_dim": {"model_type": "gemma2", "rope_theta": 1e4, "sliding_window": 16},
+    "phi3": {"model_type": "phi3", "rope_theta": 2e4, "original_max_position_embeddings": LENGTH},
+    "phi3-partial": {"model_type": "phi3", "rope_theta": 2e4, "partial_rotary_factor": 0.75},
+    "gemma2": {"model_type": "gemma2", "head_dim": 24, "rope_theta": 2e4, "sliding_window": 16},
+    "gemma2-without-head_dim": {"model_type": "gemma2", "rope_theta": 2e4, "sliding_window": 16},
     "gemma3_text": {"model_type": "gemma3_text", **GEMMA3},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 25_000},
     "gpt_neox-full": {"model_type": "gpt_neox", "rotary_pct": 1.0, "rotary_emb_base": 10_000},
     "gpt_neox-without-rotary": {"model_type": "gpt_neox", "hidden_size": 64},
-    "phi": {"model_type": "phi", "hidden_size": 40, "rope_theta": 1e4, "partial_rotary_factor": 0.4},
-    "phi-without-partial": {"model_type": "phi", "rope_theta": 1e4},
-    "stablelm": {"model_type": "stablelm", "hidden_size": 64, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    "stablelm-without-partial": {"model_type": "stablelm", "hidden_size": 64, "rope_theta": 1e4},
-    "olmo": {"model_type": "olmo", "rope_theta": 1e4},
+    "phi": {"model_type": "phi", "hidden_size": 40, "rope_theta": 2e4, "partial_rotary_factor": 0.4},
+    "phi-without-partial": {"model_type": "phi", "rope_theta": 2e4},
+    "stablelm": {"model_type": "stablelm", "hidden_size": 64, "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    "stablelm-without-partial": {"model_type": "stablelm", "hidden_size": 64, "rope_theta": 2e4},
+    "olmo": {"model_type": "olmo", "rope_theta": 2e4},
     "olmo2": {"model_type": "olmo2", "rope_theta": 5e5, "rope_scaling": None},
     "olmo3": {"model_type": "olmo3", "rope_theta": 5e5, "rope_scaling": None, **LAYERS},
     "falcon": {"model_type": "falcon", "alibi": False, "multi_query": True, "parallel_attn": True},
@@ -309,6 +310,11 @@ SCALED: dict[str, dict[str, Any]] = {
         **UNSCALED["phi3"],
         "original_max_position_embeddings": 32,
         "rope_scaling": {"type": "su", "original_max_position_embeddings": 32, **LONG},
+    },
+    "phi3-yarn": {
+        **UNSCALED["phi3"],
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 32, **LONG},
     },
     "gemma3_text-linear": {**UNSCALED["gemma3_text"], "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma3": {
@@ -338,7 +344,7 @@ SCALED: dict[str, dict[str, Any]] = {
             "attention_factor": 1.2,
         },
     },
-    "falcon-dynamic": {**UNSCALED["falcon"], "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "falcon-dynamic": {**UNSCALED["falcon"], "rope_theta": 2e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
 }
 
 
@@ -370,9 +376,11 @@ def test_transformers_4_checkpoint_is_extended_in_both_layouts(name, dropped, tm
 
 
 @pytest.mark.parametrize(("family", "method"), [("gemma3_text", "yarn"), ("gpt_neox", "ntk")])
-def test_verify_passes_every_check(extended: Extended, family, method):
-    _, out, _ = extended(family, method)
-    statuses = {check.name: check.status for check in verify_checkpoint(str(out), logits=True, hashes=True).checks}
+def test_verify_passes_every_check(base, family, method, tmp_path):
+    extend(base(family), method, tmp_path / "out", copy=True)  # a hard link would need no hashing
+    checks = verify_checkpoint(str(tmp_path / "out"), logits=True, hashes=True).checks
+    statuses = {check.name: check.status for check in checks}
     assert statuses.pop("logits in old window") == "info"  # both methods change them by design
     assert set(statuses.values()) == {"pass"}
     assert {"config", "layouts", "frequencies", "new spelling", "old spelling", "loads", "weights"} <= set(statuses)
+    assert "by SHA-256" in checks[-1].detail

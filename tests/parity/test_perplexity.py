@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, save_tiny
+from families import CONFIGS
+from transformers import AutoModelForCausalLM
 
 from longext.config import PerplexityConfig, RuntimeConfig
 from longext.data.documents import Document
@@ -96,12 +97,14 @@ def test_bucket_edges_cover_the_window_once():
     assert bucket_edges(3, 16) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_scores_equal_full_logits_on_every_family(family, tmp_path):
     """Soft caps, logit scales, partial rotary: the sliced output head is the model's own."""
-    model = HFLanguageModel(family, save_tiny(family, tmp_path), None, {}, tmp_path)
+    tiny = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+    model = HFLanguageModel(family, tiny, None, {}, tmp_path)
     ids = torch.randint(3, 60, (2, 24))
     scores = model.score(ids, 9)
+    assert model._head_is_plain
     for row in range(2):
         np.testing.assert_allclose(scores.nll[row], reference_nll(model.model, ids[row].tolist())[8:], rtol=2e-5)
 
@@ -155,3 +158,14 @@ def test_bos_follows_the_protocol(books):
     for name, protocol in ((name, PERPLEXITY_PROTOCOLS[name]) for name in PERPLEXITY_PROTOCOLS):
         kept, _ = tokenize_documents(books, text, config_for(name))
         assert (kept[0].input_ids[0] == books.tokenizer.bos_token_id) == protocol.adds_bos
+
+
+def test_top1_is_what_greedy_decoding_would_take_also_where_logits_tie():
+    from longext.evaluation.model import _score_logits
+
+    logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 2.0], [2.0, 2.0, 2.0]])
+    for target in range(3):
+        targets = torch.full((3,), target)
+        scores = _score_logits(logits.clone(), targets)
+        assert torch.equal(scores.is_top1, logits.argmax(-1) == targets)
+        torch.testing.assert_close(scores.nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
