@@ -6,6 +6,7 @@ import os
 
 # Before any import of the Hub's libraries: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings, also in subprocesses
 os.environ.update(COLUMNS="200", NO_COLOR="1")
 os.environ.pop("FORCE_COLOR", None)
 
@@ -28,6 +29,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "network" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs the Hub"))
+
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

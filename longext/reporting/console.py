@@ -26,7 +26,8 @@ def stderr() -> Console:
 
 def print_table(table: Table) -> None:
     """Print a table to standard output."""
-    stdout().print(table.to_rich())
+    console = stdout()
+    console.print(table.to_rich(mark="" if console.color_system else "*"))
 
 
 def say(text: str) -> None:

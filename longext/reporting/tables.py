@@ -43,8 +43,8 @@ class Table:
             lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row)]))
         return "\n".join([*lines, *(["", self.caption] if self.caption else []), ""])
 
-    def to_rich(self) -> RichTable:
-        """Return the table for a rich console, best cells bold green."""
+    def to_rich(self, mark: str = "") -> RichTable:
+        """Return the table for a rich console, best cells bold green; `mark` goes behind them too."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -59,8 +59,9 @@ class Table:
         for i, column in enumerate(self.columns):
             table.add_column(Text(column), justify="left" if self.is_left(i) else "right", no_wrap=not self.is_left(i))
         for r, row in enumerate(self.rows):
+            marked = [f"{cell}{mark}" if (r, c) in self.best else cell for c, cell in enumerate(row)]
             table.add_row(
-                *(Text(cell, style="bold green" if (r, c) in self.best else "") for c, cell in enumerate(row))
+                *(Text(cell, style="bold green" if (r, c) in self.best else "") for c, cell in enumerate(marked))
             )
         return table
 

@@ -154,7 +154,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             ["method", *(f"{length:,}" for length in lengths), f"price at {comparison.short_length:,}"],
             rows,
             _best_in_columns(values, 1, low_is_best=True),
-            caption="sliding window, token-weighted; price: change against the unchanged model; bold: best",
+            caption="sliding window, token-weighted; price: change against the unchanged model; the best are marked",
         )
     ]
     if methods[0].passkey:
