@@ -185,9 +185,13 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def to_recipe(config: Any) -> str:
-    """Return `config` as recipe YAML that `build_config` reads back; keys at their default are left out."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    values = {key: value for key, value in dataclasses.asdict(config).items() if value != defaults[key]}
+    """Return `config` as recipe YAML that `build_config` reads back.
+
+    Keys at their default are left out, and so is `force`: making something again must not replace it unasked.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name != "force"}
+    asked = dataclasses.asdict(config)
+    values = {key: asked[key] for key, default in defaults.items() if asked[key] != default}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False)
 

@@ -169,4 +169,6 @@ def read_shards(directory: Path) -> list[Shard]:
             f"{directory} has only legacy pickle weights ({legacy[0]}). Convert them once to safetensors: "
             "load with AutoModelForCausalLM.from_pretrained(DIR) and call .save_pretrained(NEW_DIR)."
         )
-    raise CheckpointError(f"No *.safetensors weights in {directory}.")
+    raise CheckpointError(
+        f"No *.safetensors weights in {directory} (legacy .bin files of a Hub id are not fetched: convert them first)."
+    )

@@ -20,7 +20,7 @@ Results = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that longext wrote before.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, or map (layers over all GPUs).")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
 Attention = Annotated[str | None, typer.Option(help="transformers attention: sdpa, eager, flash_attention_2, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and bootstrap.")]

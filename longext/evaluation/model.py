@@ -24,6 +24,7 @@ from longext.evaluation.protocol import TokenScores
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+MAPPED = "map"  # --device map: layers spread over all devices by accelerate
 
 
 class HFLanguageModel:
@@ -251,6 +252,7 @@ class HFLanguageModel:
 def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """Score [..., V] logits; overwrites them, so that no second tensor of their size exists."""
     logits = logits.float()
+    targets = targets.to(logits.device)  # a mapped model may end on another device than it starts
     best = logits.amax(-1)
     chosen = logits.gather(-1, targets[..., None])[..., 0]
     is_top1 = chosen == best
@@ -295,7 +297,8 @@ def load_language_model(
     read_shards(directory)
     read_model_rope(directory)
     raw = extension_config(config, method, factor) if method else read_config(directory)
-    device = resolve_device(config.device)
+    is_mapped = config.device == MAPPED
+    device = resolve_device("auto" if is_mapped else config.device)
     quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
@@ -310,10 +313,12 @@ def load_language_model(
             dtype=resolve_dtype(config.dtype, device),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
+            device_map="auto" if is_mapped else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {directory}: {_first_line(error)}") from error
-    return HFLanguageModel(config.model, model.to(device).eval(), tokenizer, raw, directory)
+    placed = model if is_mapped else model.to(device)
+    return HFLanguageModel(config.model, placed.eval(), tokenizer, raw, directory)
 
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
@@ -331,7 +336,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got '{name}'.") from error
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N, mps or map, got '{name}'.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device cpu.")
     return device

@@ -260,7 +260,7 @@ def _score_windows(
         first = batch[0].first
         ids = torch.tensor([documents[w.document].input_ids[w.start : w.start + w.length] for w in batch])
         scores = model.score(ids, first)
-        for window, nll, is_top1 in zip(batch, scores.nll.double().cpu().numpy(), scores.is_top1, strict=True):
+        for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
             yield window, nll, int(is_top1.sum())
         if on_progress:
             on_progress(ids.numel())

@@ -37,6 +37,7 @@ th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); text-align: ri
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 th.left, td.left { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; }
+td.wrap:first-child { white-space: nowrap; }
 td.best { font-weight: 700; color: var(--accent); background: #eef6fb; }
 tr:last-child td { border-bottom: 0; }
 svg { display: block; width: 100%; max-width: 900px; height: auto; margin: 18px auto 0; }

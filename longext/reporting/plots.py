@@ -148,7 +148,7 @@ def nll_by_position(series: Mapping[str, Sequence[Mapping[str, Any]]], *, traine
 def passkey_heat_maps(cells: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> Figure:
     """Accuracy by length (columns) and depth (rows), one map per series, the share written in each cell."""
     names = list(cells)
-    columns = min(3, len(names))
+    columns = min(3 if len(names) <= 6 else 4, len(names))
     rows = -(-len(names) // columns)
     lengths = sorted({cell["length"] for own in cells.values() for cell in own})
     depths = list(dict.fromkeys(cell["depth"] for own in cells.values() for cell in own))

@@ -57,7 +57,7 @@ class Table:
             caption_justify="left",
         )
         for i, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="left" if self.is_left(i) else "right", no_wrap=not self.is_left(i))
+            table.add_column(Text(column), justify="left" if self.is_left(i) else "right")
         for r, row in enumerate(self.rows):
             marked = [f"{cell}{mark}" if (r, c) in self.best else cell for c, cell in enumerate(row)]
             table.add_row(

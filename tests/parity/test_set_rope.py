@@ -44,6 +44,19 @@ def test_yarn_at_factor_one_leaves_logits_alone(books):
         assert torch.equal(books.model(IDS, use_cache=False).logits, before)
 
 
+def test_a_mapped_model_scores_the_same(books):
+    mapped = load_language_model(RuntimeConfig(model="books-5m", device="map"))
+    assert torch.equal(mapped.score(IDS, 1).nll.cpu(), books.score(IDS, 1).nll) or mapped.device.type != "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.15)])
+def test_a_gpu_scores_like_the_cpu(books, dtype, tolerance):
+    on_gpu = load_language_model(RuntimeConfig(model="books-5m", device="cuda", dtype=dtype))
+    difference = on_gpu.score(IDS, 1).nll.cpu().float() - books.score(IDS, 1).nll
+    assert difference.abs().mean() < tolerance
+
+
 def test_frequencies_stay_float32_in_a_half_precision_model():
     model = load_language_model(RuntimeConfig(model="books-5m", device="cpu", dtype="bfloat16"), "yarn", 8.0)
     assert model.model.dtype == torch.bfloat16

@@ -1,0 +1,88 @@
+"""Numbers as people read them, tables in three forms, pictures with readable axes, strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from longext.reporting.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
+from longext.reporting.results import dump_json, output_directory
+from longext.reporting.tables import Table, number, percent
+from longext.staging import staged_directory
+
+TABLE = Table("T", ["name", "x"], [["a|b", "1"], ["c", "2"]], frozenset({(1, 1)}), caption="note")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.5, "2.500"), (41.36, "41.36"), (207.54, "207.5"), (5123.4, "5,123"), (3.2e6, "3.2e+06")]
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+    assert percent(0.125) == "12%"
+
+
+def test_markdown_escapes_pipes_and_marks_the_best():
+    text = TABLE.to_markdown()
+    assert "| a\\|b | 1 |" in text
+    assert "| c | **2** |" in text
+    assert text.endswith("note\n")
+
+
+def test_without_colour_the_best_gets_a_star():
+    from rich.console import Console
+
+    console = Console(width=60, record=True, no_color=True)
+    console.print(TABLE.to_rich(mark="*"))
+    assert "2*" in console.export_text()
+
+
+def rows(*values, width=0.02):
+    pairs = zip((512, 1024, 2048), values, strict=True)
+    return [{"length": n, "ppl": p, "ppl_low": p * (1 - width), "ppl_high": p * (1 + width)} for n, p in pairs]
+
+
+@pytest.mark.parametrize("values", [(40, 41, 40.5), (40, 300, 200), (2.41, 2.39, 2.38), (3, 4000, 1e5)])
+def test_the_perplexity_axis_always_has_ticks_and_is_never_a_magnifying_glass(values):
+    axes = perplexity_by_length({"m": rows(*values)}, trained=512, title="t").axes[0]
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(shown) >= 3
+    assert high / low >= 2 * (1 - 1e-9)
+
+
+def test_variants_of_a_method_have_colours_of_their_own():
+    colours = colours_for(["none", "yarn", "yarn:ramp=paper", "dynamic:alpha=8"])
+    assert len(set(colours.values())) == 4
+
+
+def test_svg_ids_of_two_pictures_on_a_page_differ():
+    cells = [{"length": 512, "depth": 0.5, "num_correct": 1, "num_trials": 2}]
+    pictures = [to_svg(passkey_heat_maps({"m": cells}, title="t"), name) for name in ("one", "two")]
+    assert all(picture.startswith("<svg") for picture in pictures)
+    assert pictures[0] != pictures[1]
+
+
+def test_json_is_strict():
+    assert json.loads(dump_json({"a": math.inf, "b": [math.nan, 1.5], "c": (1,)})) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": [1],
+    }
+
+
+def test_default_output_names_model_and_time():
+    assert output_directory(None, "ppl", "owner/My Model/").name.startswith("ppl-My-Model-")
+    assert str(output_directory("given", "ppl", "m")) == "given"
+
+
+def test_a_staged_directory_appears_complete_or_not_at_all(tmp_path):
+    with staged_directory(tmp_path / "deep/out") as staging:
+        (staging / "file").write_text("x")
+        assert not (tmp_path / "deep/out").exists()
+    assert (tmp_path / "deep/out/file").read_text() == "x"
+    with pytest.raises(ZeroDivisionError), staged_directory(tmp_path / "deep/other") as staging:
+        (staging / "file").write_text("x")
+        raise ZeroDivisionError
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
