@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from longext.cli import app
 from longext.cli import options as opt
+from longext.cli.output import deliver
 from longext.config import CompareConfig
-
-if TYPE_CHECKING:
-    from longext.evaluation.compare import Comparison
 
 _DEFAULT = CompareConfig(model="")
 
@@ -62,37 +60,20 @@ def compare(
 
 
 def _run(config: CompareConfig, as_json: bool) -> None:
-    from longext.evaluation.compare import compare_methods
-    from longext.reporting.console import print_table, progress, say, stdout
-    from longext.reporting.results import dump_json, output_directory
+    from longext.evaluation.compare import compare_methods, csv_rows
+    from longext.reporting.console import progress, say
+    from longext.reporting.html import comparison_figures, comparison_page
+    from longext.reporting.results import output_directory
     from longext.reporting.views import comparison_tables
     from longext.staging import check_output
 
     output = output_directory(config.output, "compare", config.model)
     check_output(output, config.force)
     comparison = compare_methods(config, progress, None if as_json else say)
-    write_comparison(config, comparison, output)
-    if as_json:
-        stdout().out(dump_json(comparison.record), highlight=False)
-        return
-    for table in comparison_tables(comparison):
-        print_table(table)
-    say(f"Report: {output / 'report.html'}")
-    say(f"Results: {output} (result.json, results.csv, table.md, *.png)")
-
-
-def write_comparison(config: CompareConfig, comparison: Comparison, output: object) -> None:
-    """Write the comparison's directory: JSON, CSV, Markdown, PNG files and the HTML page."""
-    from pathlib import Path
-
-    from longext.evaluation.compare import csv_rows
-    from longext.reporting.html import comparison_figures, comparison_page
-    from longext.reporting.results import write_results
-    from longext.reporting.views import comparison_tables
-
-    figures = comparison_figures(comparison)
-    tables = comparison_tables(comparison)
+    figures, tables = comparison_figures(comparison), comparison_tables(comparison)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(csv_rows(comparison))
-    extra = {"results.csv": text.getvalue(), "report.html": comparison_page(comparison, tables, figures)}
-    write_results(Path(str(output)), "compare", config, comparison.record, tables, figures, extra)
+    extra = {"report.html": comparison_page(comparison, tables, figures), "results.csv": text.getvalue()}
+    notes = [f"Report: {output / 'report.html'}"]
+    record = comparison.record
+    deliver(output, "compare", config, record, tables, figures, as_json=as_json, notes=notes, extra=extra)

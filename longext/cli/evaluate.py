@@ -8,6 +8,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
+from longext.cli.output import deliver
 from longext.config import PerplexityConfig
 
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True, rich_markup_mode=None)
@@ -67,9 +68,9 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
         perplexity_record,
         tokenize_documents,
     )
-    from longext.reporting.console import print_table, progress, say, stdout
+    from longext.reporting.console import progress
     from longext.reporting.plots import nll_by_position, perplexity_by_length
-    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.results import output_directory
     from longext.reporting.views import perplexity_table
     from longext.staging import check_output
 
@@ -90,11 +91,5 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
         trained=model.trained_length,
         title=f"{name}: {record['protocol']['id']} on {config.data}",
     )
-    write_results(output, "eval ppl", config, record, [table], {"ppl": figure})
-    if as_json:
-        stdout().out(dump_json(record), highlight=False)
-        return
-    print_table(table)
-    if num_short:
-        say(f"{num_short} document(s) shorter than the largest length were left out.")
-    say(f"Results: {output} (result.json, table.md, ppl.png)")
+    notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
+    deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)

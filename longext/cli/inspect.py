@@ -9,6 +9,7 @@ import typer
 
 from longext.cli import app
 from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
+from longext.cli.output import deliver
 from longext.config import ExtendConfig
 
 if TYPE_CHECKING:
@@ -49,9 +50,8 @@ def inspect(
 
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: bool, as_json: bool) -> None:
-    from longext.reporting.console import print_table, say, stdout
     from longext.reporting.plots import rope_dimensions
-    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.results import output_directory
     from longext.reporting.views import dimension_table
     from longext.rope.analysis import dimension_rows
 
@@ -59,26 +59,25 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: boo
     target = round(trained * spec.factor) if has_method else trained
     rows = dimension_rows(rope.spec, spec, target)
     never = [row.index for row in rows if not row.completes_a_turn]
-    name = f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model
-    table = dimension_table(rows, trained, target if has_method else None, f"RoPE of {name}")
+    title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
+    table = dimension_table(rows, trained, target if has_method else None, title)
     record = _record(config, rope, spec, rows, never)
     output = output_directory(config.output, "inspect", config.model)
-    figure = rope_dimensions(rows, trained=trained, target=target, title=f"RoPE of {name}", has_method=has_method)
-    write_results(output, "inspect", config, record, [table], {"rope": figure})
-    if as_json:
-        stdout().out(dump_json(record), highlight=False)
-        return
-    print_table(table)
+    figure = rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method)
+    notes = _notes(rope, len(rows), never)
+    deliver(output, "inspect", config, record, [table], {"rope": figure}, as_json=as_json, notes=notes)
+
+
+def _notes(rope: ModelRope, num_pairs: int, never: list[int]) -> list[str]:
     fraction = "" if rope.partial_rotary_factor == 1 else f" ({rope.partial_rotary_factor:g} of the head)"
-    say(f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}")
-    say(f"rope {rope.parameters}")
-    claimed = rope.max_position_embeddings
-    say(f"trained length {trained:,}, max_position_embeddings {claimed:,}; {rope.describe_layers()}")
-    say(
-        f"{len(never)} of {len(rows)} dimension pairs never complete a turn in training"
-        + (f": {never[0]} to {never[-1]}" if never else "")
-    )
-    say(f"Picture: {output / 'rope.png'}")
+    trained, claimed = rope.spec.original_max_position_embeddings, rope.max_position_embeddings
+    which = f": {never[0]} to {never[-1]}" if never else ""
+    return [
+        f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}",
+        f"rope {rope.parameters}",
+        f"trained length {trained:,}, max_position_embeddings {claimed:,}; {rope.describe_layers()}",
+        f"{len(never)} of {num_pairs} dimension pairs never complete a turn in training{which}",
+    ]
 
 
 def _record(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, rows: list[Any], never: list[int]) -> dict[str, Any]:

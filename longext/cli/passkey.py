@@ -8,6 +8,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
+from longext.cli.output import deliver
 from longext.config import PasskeyConfig
 
 _DEFAULT = PasskeyConfig(model="")
@@ -60,9 +61,9 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
         passkey_record,
         timed_passkey,
     )
-    from longext.reporting.console import print_table, progress, say, stdout
+    from longext.reporting.console import progress
     from longext.reporting.plots import passkey_heat_maps
-    from longext.reporting.results import dump_json, output_directory, write_results
+    from longext.reporting.results import output_directory
     from longext.reporting.views import passkey_table
     from longext.staging import check_output
 
@@ -76,9 +77,4 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
     name = f"{config.model} + {config.method} {config.factor:g}x" if config.method and config.factor else config.model
     table = passkey_table(name, config.protocol, cells, accuracy_by_length(cells))
     figure = passkey_heat_maps({name: record["results"]}, title=f"{name}: passkey/{config.protocol}, %")
-    write_results(output, "passkey", config, record, [table], {"passkey": figure})
-    if as_json:
-        stdout().out(dump_json(record), highlight=False)
-        return
-    print_table(table)
-    say(f"Results: {output} (result.json, table.md, passkey.png)")
+    deliver(output, "passkey", config, record, [table], {"passkey": figure}, as_json=as_json)

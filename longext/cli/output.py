@@ -1,0 +1,45 @@
+"""How every evaluation ends: files first, then tables and the path, or the record as JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from longext.reporting.tables import Table
+
+
+def deliver(
+    output: Path,
+    command: str,
+    config: Any,
+    record: Mapping[str, Any],
+    tables: Sequence[Table],
+    figures: Mapping[str, Figure],
+    *,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write the result directory, then print tables, notes and its path, or only the JSON record.
+
+    Args:
+        figures: name -> figure, saved as <name>.png.
+        extra: further text files by name.
+    """
+    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.results import dump_json, write_results
+
+    write_results(output, command, config, record, tables, figures, extra)
+    if as_json:
+        stdout().out(dump_json(record), highlight=False)
+        return
+    for table in tables:
+        print_table(table)
+    for note in notes:
+        say(note)
+    names = ["result.json", "table.md", *(extra or {}), *(f"{name}.png" for name in figures)]
+    say(f"Results: {output} ({', '.join(names)})")
