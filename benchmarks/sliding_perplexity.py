@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,8 @@ def memory(field: str) -> float:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
+        import resource
+
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 

@@ -125,13 +125,17 @@ def build_config(
     recipe: Path | None,
     settings: Sequence[str],
     typed: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Return a `kind` from a recipe file, `--set key=value` strings and the flags the user typed, in rising priority.
+
+    Args:
+        defaults: the command's own defaults, under all of them.
 
     Raises:
         ConfigError: unknown key, wrong type, or a required key that nothing gave.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     if recipe is not None:
         values.update(_checked(kind, load_recipe(recipe), str(recipe)))
     for setting in settings:
@@ -140,6 +144,7 @@ def build_config(
             raise ConfigError(f"--set takes key=value, got '{setting}'.")
         values.update(_checked(kind, {key.strip(): _parse_yaml(text, setting)}, f"--set {setting}"))
     values.update(_checked(kind, dict(typed), "the command line"))
+    _check_minimums(values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
     if missing:
         raise ConfigError(f"Missing: {', '.join(missing)}. Give it as an argument or flag, or in the recipe (-c FILE).")
@@ -168,7 +173,7 @@ def shipped_recipes() -> dict[str, Path]:
     root = next((folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()), None)
     if root is None:
         return {}
-    return {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
+    return {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -230,11 +235,21 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
     try:
         number = target(value) if target is not int or float(value) == int(float(value)) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None:
         raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
     return number
+
+
+# The least value of counts, checked here because recipes and --set pass no flag parser.
+_AT_LEAST = {"seed": 0, "num_bootstrap": 0, "max_documents": 1, "max_tokens": 2, "batch_tokens": 1, "num_buckets": 1}
+
+
+def _check_minimums(values: Mapping[str, Any]) -> None:
+    for key, least in _AT_LEAST.items():
+        if values.get(key) is not None and values[key] < least:
+            raise ConfigError(f"`{key}` must be >= {least}, got {values[key]}.")
 
 
 def _spell(target: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from longext.errors import ConfigError
+from longext.manifest import read_manifest
 
 
 def check_output(output: Path, force: bool, *, protected: Path | None = None) -> None:
@@ -25,6 +27,9 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
             raise ConfigError(f"The output {output} and the model {protected} overlap. Choose another -o directory.")
     if output.is_file():
         raise ConfigError(f"The output {output} is a file. Choose a directory with -o.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"Cannot write {output}: {parent} is not a writable directory. Choose another -o.")
     if output.is_dir() and any(output.iterdir()):
         if not force:
             raise ConfigError(f"The output {output} already exists. Choose another -o, or add --force to replace it.")
@@ -36,8 +41,8 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
 
 
 def is_ours(directory: Path) -> bool:
-    """Return True for a directory that a longext command wrote (it holds run.json)."""
-    return (directory / "run.json").is_file()
+    """Return True for a directory that a longext command wrote (it holds longext's run.json)."""
+    return bool(read_manifest(directory))
 
 
 @contextlib.contextmanager

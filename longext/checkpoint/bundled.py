@@ -15,4 +15,4 @@ SAMPLE_DOCUMENT = ASSETS / "sample.txt"
 
 def is_bundled(directory: Path) -> bool:
     """True for a checkpoint inside the package: its files are copied, never shared with a user's directory."""
-    return directory in BUNDLED_MODELS.values()
+    return directory.resolve() in {bundled.resolve() for bundled in BUNDLED_MODELS.values()}

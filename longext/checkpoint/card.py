@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from longext.checkpoint.source import HUB_ID
 from longext.manifest import command_line, versions
 from longext.rope.methods import ROPE_METHODS
 
@@ -23,6 +25,53 @@ _TRAPS = {
         "`--max-model-len`. A cache that crosses the trained length mixes both."
     ),
 }
+
+
+_CARD = Template("""---
+$front
+---
+
+# $name: $old to $new tokens by $title
+
+The weights of `$base`, unchanged, with another rotary position embedding. No training was done, and no code of
+longext is needed to load it.
+
+| | before | after |
+|---|---|---|
+| context length | $old | $new |
+| rope | `$old_rope` | `$new_rope` |
+
+It $relation what was there. Layers: $layers.
+
+```
+$formula
+```
+
+Source: $reference.
+$trap
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+`config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
+readers). With vLLM, state the length: `vllm serve DIR --max-model-len $served`.
+`longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
+
+The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
+this one.
+
+## Made by
+
+```
+$command
+```
+
+longext $version; the resolved settings are in `run.json` and `recipe.yaml`.
+""")
 
 
 def license_of(source: Path) -> list[str]:
@@ -67,55 +116,29 @@ def model_card(record: dict[str, Any], layers: str, license_lines: list[str]) ->
     spec = record["spec"]
     method = ROPE_METHODS[spec["method"]]
     base, length = record["base_model"], record["new_length"]
-    front = [f"base_model: {base}", "library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
+    front = ["library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
+    if HUB_ID.match(base) and not Path(base).exists():
+        front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
     trap = f"\n> {_TRAPS[spec['method']]}\n" if spec["method"] in _TRAPS else ""
-    formula = "\n".join(formula_lines(record))
     served = spec["original_max_position_embeddings"] if method.keeps_length else length
-    return f"""---
-{chr(10).join(front)}
----
-
-# {Path(base).name}: {record["old_length"]:,} to {length:,} tokens by {method.title}
-
-The weights of `{base}`, unchanged, with another rotary position embedding. No training was done, and no code of
-longext is needed to load it.
-
-| | before | after |
-|---|---|---|
-| context length | {record["old_length"]:,} | {length:,} |
-| rope | `{_short(record["old_rope_parameters"])}` | `{_short(record["rope_parameters"])}` |
-
-It {record["relation"]} what was there. Layers: {layers}.
-
-```
-{formula}
-```
-
-Source: {record["reference"]}.
-{trap}
-## Load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("DIR")
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-```
-
-`config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
-readers). With vLLM, state the length: `vllm serve DIR --max-model-len {served}`.
-`longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
-
-The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
-this one.
-
-## Made by
-
-```
-{command_line()}
-```
-
-longext {versions()["longext"]}; the resolved settings are in `run.json` and `recipe.yaml`.
-"""
+    return _CARD.substitute(
+        front="\n".join(front),
+        name=Path(base).name,
+        base=base,
+        old=f"{record['old_length']:,}",
+        new=f"{length:,}",
+        title=method.title,
+        old_rope=_short(record["old_rope_parameters"]),
+        new_rope=_short(record["rope_parameters"]),
+        relation=record["relation"],
+        layers=layers,
+        formula="\n".join(formula_lines(record)),
+        reference=record["reference"],
+        trap=trap,
+        served=served,
+        command=command_line(),
+        version=versions()["longext"],
+    )
 
 
 def _short(parameters: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ _SIDE_PATTERNS = (
     "USE_POLICY*",
 )
 _NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
+_DEFAULT_RAMP = {"yarn": "code", "ntk-by-parts": "paper"}
 _LEGACY_INDEX = ".bin.index.json"
 _LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
 _FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
@@ -196,6 +197,10 @@ def _new_spec(config: ExtendConfig, rope: ModelRope, start: RopeSpec) -> RopeSpe
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             raise ConfigError(f"`{config.method}` has no parameter `{flag}`: {takes}.")
     factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
+    if config.method == "none" and factor != 1:
+        raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
+    if "truncate" in given and (given.get("ramp") or start.ramp or _DEFAULT_RAMP[config.method]) == "paper":
+        raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
     return replace(start, **{**given, "method": config.method, "factor": factor})
 
 
@@ -215,6 +220,8 @@ def resolve_factor(config: ExtendConfig, original: int, from_file: float | None)
             )
         return config.target_length / original
     factor = config.factor if config.factor is not None else from_file
+    if factor is None and config.method == "none":
+        return 1.0
     if factor is None:
         raise ConfigError(f"Give --factor (for example 8) or --target-length (for example {8 * original}).")
     if not factor >= 1:
@@ -290,7 +297,8 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
         _write_json(staging / "config.json", extended_config(plan))
-        _raise_tokenizer_length(staging / "tokenizer_config.json", plan.new_length)
+        _raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
+        _raise_length(staging / "generation_config.json", "max_length", plan.new_length)
         record = provenance(plan)
         card = model_card(record, plan.rope.describe_layers(), license_of(plan.source))
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -363,17 +371,18 @@ def _side_files(source: Path) -> tuple[Path, ...]:
     )
 
 
-def _raise_tokenizer_length(path: Path, length: int) -> None:
-    """Raise `model_max_length` so that tokenizers and engines do not cut at the old length; never lower it."""
+def _raise_length(path: Path, key: str, length: int) -> None:
+    """Raise a length limit beside the config, so that nothing stops at the old length; never lower it."""
     if not path.is_file():
         return
-    config = read_json(path, "a tokenizer config")
-    if isinstance(config.get("model_max_length"), (int, float)) and config["model_max_length"] < length:
-        config["model_max_length"] = length
+    config = read_json(path, "a JSON file")
+    if isinstance(config.get(key), (int, float)) and config[key] < length:
+        config[key] = length
         _write_json(path, config)
 
 
 def _write_json(path: Path, value: Any) -> None:
+    path.unlink(missing_ok=True)  # it may be a hard link to the base model's file
     try:
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (TypeError, ValueError) as error:

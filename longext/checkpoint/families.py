@@ -23,6 +23,7 @@ class Family:
         omits_head_dim: True where a config may leave a head size other than hidden_size / num_attention_heads to
             transformers' default.
         writes_head_dim: False where transformers computes head_dim itself and refuses to have it set.
+        alternates: True where some layers may slide and others not, which old configs leave to transformers' code.
         rope_types: the types the family's config accepts, or None for all of them.
         old_type_key: how `rope_scaling` of the transformers 4 layout names the type.
     """
@@ -35,6 +36,7 @@ class Family:
     head_dim_key: str = "head_dim"
     omits_head_dim: bool = False
     writes_head_dim: bool = True
+    alternates: bool = False
     rope_types: frozenset[str] | None = None
     old_type_key: str = "rope_type"
 
@@ -46,7 +48,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(),
     "falcon": Family(writes_head_dim=False),
     "gemma": Family(omits_head_dim=True),
-    "gemma2": Family(omits_head_dim=True),
+    "gemma2": Family(omits_head_dim=True, alternates=True),
     "gemma3_text": Family(per_layer_type=True, local_theta_key="rope_local_base_freq", omits_head_dim=True),
     "gpt_neox": Family(theta_key="rotary_emb_base", partial_key="rotary_pct", omits_partial=True),
     "olmo": Family(old_type_key="type"),  # transformers 4 takes exactly {"type", "factor"} here

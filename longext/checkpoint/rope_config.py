@@ -66,7 +66,7 @@ class ModelRope:
         return "all layers"
 
 
-def read_model_rope(directory: Path) -> ModelRope:
+def read_model_rope(directory: Path, trust_remote_code: bool = False) -> ModelRope:
     """Read the RoPE of the model in `directory` from its config.json alone.
 
     Keys that the file leaves to transformers' defaults are looked up there (that imports transformers).
@@ -74,10 +74,10 @@ def read_model_rope(directory: Path) -> ModelRope:
     Raises:
         CheckpointError: no config.json, no RoPE in it, or a RoPE that cannot be extended.
     """
-    return model_rope(read_config(directory), directory)
+    return model_rope(read_config(directory), directory, trust_remote_code)
 
 
-def model_rope(config: dict[str, Any], directory: Path) -> ModelRope:
+def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool = False) -> ModelRope:
     """Read the RoPE of a parsed config.json; `directory` is where its defaults and its name come from."""
     section = "text_config" if isinstance(config.get("text_config"), dict) else None
     text: dict[str, Any] = dict(config[section]) if section else dict(config)
@@ -85,7 +85,7 @@ def model_rope(config: dict[str, Any], directory: Path) -> ModelRope:
     _refuse_without_rope(directory, model_type, text)
     family = family_of(model_type)
     if _needs_defaults(text, family):
-        text = _with_defaults(directory, section)
+        text = _with_defaults(directory, section, trust_remote_code)
     return _model_rope(text, model_type, section, family, directory)
 
 
@@ -113,7 +113,7 @@ _ROPE_BY_DEFAULT = frozenset(
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
     """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
-    if family is UNLISTED:
+    if family is UNLISTED or (family.alternates and "layer_types" not in text):
         return True
     follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
     has_head_dim = text.get(family.head_dim_key) or follows_hidden
@@ -127,11 +127,11 @@ def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
     return not is_complete or (family.omits_partial and not partial)
 
 
-def _with_defaults(directory: Path, section: str | None) -> dict[str, Any]:
+def _with_defaults(directory: Path, section: str | None, trust_remote_code: bool) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {error}") from error
     text = getattr(config, section) if section else config

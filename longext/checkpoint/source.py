@@ -14,7 +14,7 @@ from longext.errors import CheckpointError
 from longext.registry import did_you_mean
 
 INDEX_NAME = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _LEGACY = ("*.bin", "*.pth", "*.pt")
 _HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
@@ -37,7 +37,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
         return path
     if path.exists():
         raise CheckpointError(f"{model} is a file. Give the directory that holds config.json, or a Hub id.")
-    if not _HUB_ID.match(model):
+    if not HUB_ID.match(model):
         raise CheckpointError(
             f"No model at '{model}': not a directory, a Hub id (owner/name) or a bundled model. "
             f"{did_you_mean(model, BUNDLED_MODELS)}"
@@ -150,7 +150,11 @@ def read_shards(directory: Path) -> list[Shard]:
         weight_map = read_json(index_path, "a weight index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path} has no weight_map. Download the model again.")
-        shards = [read_shard(directory / name) for name in sorted(set(weight_map.values()))]
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{index_path} names '{outside[0]}': weight files must lie beside their index.")
+        shards = [read_shard(directory / name) for name in names]
         held = {tensor for shard in shards for tensor in shard.tensors}
         missing = sorted(set(weight_map) - held)
         if missing:

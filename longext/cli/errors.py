@@ -39,7 +39,7 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, LongextError):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written.", _INTERRUPTED
+        return "interrupted; nothing unfinished was left behind.", _INTERRUPTED
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY, 1
     if isinstance(error, OSError):

@@ -45,7 +45,7 @@ def extend(
         typer.Option("--truncate/--no-truncate", help="Code ramp: whole-dimension ends (default) or exact."),
     ] = None,
     attention_factor: Annotated[
-        float | None, typer.Option(help="yarn, longrope: multiplier of cos and sin (yarn: 0.1 ln s + 1).")
+        float | None, typer.Option(help="yarn, ntk-by-parts, longrope: multiplier of cos and sin (yarn: 0.1 ln s + 1).")
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="dynamic: 1 is the paper's form, the factor is the other common one.")

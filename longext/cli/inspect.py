@@ -11,6 +11,7 @@ from longext.cli import app
 from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
 from longext.cli.output import deliver
 from longext.config import ExtendConfig
+from longext.errors import ConfigError
 
 if TYPE_CHECKING:
     from longext.checkpoint.rope_config import ModelRope
@@ -39,8 +40,10 @@ def inspect(
     from longext.checkpoint.rope_config import read_model_rope
     from longext.checkpoint.source import resolve_model
 
-    defaults = {"method": "none", "factor": 1.0} if method is None and recipe is None else {}
-    config = config_from(ctx, ExtendConfig, recipe, settings, defaults)
+    config = config_from(ctx, ExtendConfig, recipe, settings, {"method": "none"})
+    config = dataclasses.replace(config, output=output, force=force)  # a recipe's output is for the checkpoint
+    if config.method == "none" and (config.factor or config.target_length):
+        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.")
     directory = resolve_model(config.model, config.revision, weights=False)
     rope = read_model_rope(directory)
     has_method = config.method != "none"

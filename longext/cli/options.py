@@ -45,7 +45,7 @@ NumBootstrap = Annotated[int, typer.Option(min=0, help="Bootstrap samples for th
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and no table.")]
 
-_NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify", "skip_logits", "skip_hashes"}
+_NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify"}
 
 
 def typed_flags(ctx: typer.Context) -> dict[str, Any]:
@@ -67,8 +67,7 @@ def config_from(
 ) -> ConfigT:
     """Return the command's config: defaults < recipe < --set < typed flags."""
     path = find_recipe(recipe) if recipe else None
-    typed = {**(defaults or {}), **typed_flags(ctx)}
-    return build_config(kind, path, settings or [], typed)
+    return build_config(kind, path, settings or [], typed_flags(ctx), defaults)
 
 
 def join(values: tuple[Any, ...]) -> str:

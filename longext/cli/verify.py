@@ -48,5 +48,6 @@ def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool
     failed = [check for check in result.checks if check.status == "fail"]
     if failed:
         raise VerificationError(f"{model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
+    skipped = [check.name for check in result.checks if check.status == "skip"]
     if not as_json:
-        say(f"{model} is what it says.")
+        say(f"{model} is what it says" + (f", as far as checked: {', '.join(skipped)} skipped." if skipped else "."))

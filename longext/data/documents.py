@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.checkpoint.source import HUB_ID
 from longext.config import DataConfig
 from longext.errors import DataError, MissingExtraError
 
 SAMPLE = "sample"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,13 @@ def data_hash(documents: Iterable[Document]) -> str:
 
 def _open_source(config: DataConfig) -> Iterator[Document]:
     if config.data == SAMPLE:
-        from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-
         return _read_text(SAMPLE_DOCUMENT, config)
     path = Path(config.data).expanduser()
     if path.is_dir():
         return _read_folder(path, config)
     if path.is_file():
         return _reader_of(path)(path, config)
-    if _HUB_ID.match(config.data):
+    if HUB_ID.match(config.data):
         return _read_hub(config)
     raise DataError(
         f"No data at '{config.data}': not a file, a folder, a Hub dataset id (owner/name) or '{SAMPLE}' (bundled)."
@@ -73,10 +73,20 @@ def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Document]]:
 
 def _read_folder(folder: Path, config: DataConfig) -> Iterator[Document]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
+    files = [file for file in files if file.stem.upper() != "README"]
     if not files:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    if config.split in splits.values() and len(set(splits.values())) > 1:
+        files = [file for file in files if splits[file] == config.split]  # a downloaded dataset: one split of it
     for file in files:
         yield from _reader_of(file)(file, config)
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the dataset split a relative path names (`test/a.txt`, `data/test-00000-of-00001.parquet`), or None."""
+    names = [*path.parts[:-1], re.split(r"[-_.]", path.stem)[0]]
+    return next((name for name in names if name in _SPLITS), None)
 
 
 def _read_text(path: Path, _: DataConfig) -> Iterator[Document]:
@@ -87,22 +97,22 @@ def _read_text(path: Path, _: DataConfig) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
             yield _row_document(row, config, f"{path}, line {number}", f"{path.name}:{number}")
 
 
 def _read_json(path: Path, config: DataConfig) -> Iterator[Document]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}).") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield _row_document(row, config, f"{path}, entry {number}", f"{path.name}:{number}")
 

@@ -25,7 +25,7 @@ QUESTION = "What is the pass key? The pass key is"
 NAMED_NEEDLE = "The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}."
 NAMED_QUESTION = "What is the pass key of {name}? The pass key of {name} is"
 NAMES = ("Arthur", "Beatrice", "Charles", "Dorothea", "Edmund", "Frances", "George", "Harriet", "Isaac", "Julia")
-_PUBLISHED_MAX_KEY = 50_000  # LongLoRA and YaRN draw keys from 1 .. 49999: one to five digits
+_PUBLISHED_MAX_KEY = 50_000  # keys of one to five digits; NumPy's randint (LongLoRA) stops before it, Python's does not
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,19 @@ def longlora_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePr
 
 
 def yarn_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePrompt:
-    """Return YaRN's prompt: filler grown by 128 characters, the last that stays within `length` tokens; seeded here."""
+    """Return YaRN's prompt: filler grown by 128 characters, the last that stays below `length` tokens; seeded here."""
     rng = np.random.default_rng([seed, length])
-    key, share = int(rng.integers(1, _PUBLISHED_MAX_KEY)), float(rng.random())
+    key, share = int(rng.integers(1, _PUBLISHED_MAX_KEY + 1)), float(rng.random())
 
     def prompt(steps: int) -> NeedlePrompt:
         return _published(tokens, 128 * steps, int(share * 128 * steps), key)
 
     low, high = 0, 1
-    while len(prompt(high).input_ids) <= length:
+    while len(prompt(high).input_ids) < length:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if len(prompt(middle).input_ids) <= length else (low, middle)
+        low, high = (middle, high) if len(prompt(middle).input_ids) < length else (low, middle)
     if low == 0:
         raise ConfigError(f"A yarn passkey prompt needs more than {length} tokens.")
     return prompt(low)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension
+from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, build_config
 from longext.data.documents import data_hash, load_documents
@@ -87,12 +90,14 @@ def parse_method(text: str, config: CompareConfig) -> ExtendConfig:
     Raises:
         ConfigError: unknown method or parameter.
     """
-    name, *settings = text.split(":")
+    name, *settings = re.split(r":(?=[A-Za-z_-]+=|$)", text)
     ROPE_METHODS[name]
+    if name == "none" and settings:
+        raise ConfigError(f"`none` is the model as it is and takes no parameters, got '{text}'.")
     settings = [_underscored(setting) for setting in settings]
-    typed: dict[str, Any] = {"model": config.model, "method": name, "revision": config.revision, "replace": True}
+    typed: dict[str, Any] = {"model": config.model, "method": name, "revision": config.revision}
     if not any(setting.startswith("factor=") for setting in settings):
-        typed["factor"] = 1.0 if name == "none" else config.factor
+        typed["factor"] = config.factor
     return build_config(ExtendConfig, None, settings, typed)
 
 
@@ -101,8 +106,8 @@ def _underscored(setting: str) -> str:
     return f"{key.replace('-', '_')}{separator}{value}"
 
 
-def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan]:
-    """Return the extension plan of every method asked for, by the name the user gave it.
+def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
+    """Return the extension plan of every method asked for, by the name the user gave it; None for the model as it is.
 
     Raises:
         ConfigError: unknown, repeated or impossible method.
@@ -111,7 +116,8 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan]:
         raise ConfigError("--methods needs at least one method, for example none,linear,yarn.")
     if len(set(config.methods)) != len(config.methods):
         raise ConfigError(f"--methods names one method twice: {','.join(config.methods)}.")
-    return {name: plan_extension(parse_method(name, config)) for name in config.methods}
+    requests = {name: parse_method(name, config) for name in config.methods}
+    return {name: None if request.method == "none" else plan_extension(request) for name, request in requests.items()}
 
 
 def compare_methods(
@@ -127,40 +133,35 @@ def compare_methods(
         ConfigError, CheckpointError, DataError: bad input; nothing has been run then.
     """
     plans = plan_methods(config)
-    trained = next(iter(plans.values())).origin.original_max_position_embeddings
+    directory = resolve_model(config.model, config.revision)
+    base = read_model_rope(directory, config.trust_remote_code)
+    trained = base.spec.original_max_position_embeddings
     lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
     ppl_config = _perplexity_config(config, lengths, "sliding")
     position_config = _perplexity_config(config, lengths, "positional")
-    passkey_config = _passkey_config(config)
+    passkey_config = _passkey_config(config) if config.passkey else None
     check_perplexity_config(ppl_config)
-    check_passkey_config(passkey_config)
+    if passkey_config is not None:
+        check_passkey_config(passkey_config)
     documents = load_documents(ppl_config)
     model = load_language_model(config)
     tokenized, num_short = tokenize_documents(model, documents, ppl_config)
-    if config.passkey:
-        check_prompts(model, passkey_config)
     work = num_forward_tokens(tokenized, ppl_config) + num_forward_tokens(tokenized, position_config)
-    if config.passkey:
+    if passkey_config is not None:
+        check_prompts(model, passkey_config)
         work += sum(config.lengths) * num_prompts(passkey_config) // len(config.lengths)
+    plain = read_config(directory)
     results = []
     for index, (name, plan) in enumerate(plans.items(), 1):
         with progress(f"{name} ({index}/{len(plans)})", work, "tokens") as advance:
-            results.append(
-                _run_method(
-                    model,
-                    name,
-                    plan,
-                    tokenized,
-                    ppl_config,
-                    position_config,
-                    passkey_config if config.passkey else None,
-                    advance,
-                )
-            )
+            model.set_rope(plain if plan is None else extended_config(plan))
+            evaluate = functools.partial(_run_method, model, name, tokenized, ppl_config, position_config)
+            spec, parameters = (base.spec, base.parameters) if plan is None else (plan.spec, plan.parameters)
+            results.append(evaluate(passkey_config, advance, ROPE_METHODS[spec.method].formula, parameters))
         if announce:
             announce(_one_line(results[-1]))
     short = max(length for length in lengths if length <= max(trained, min(lengths)))
-    model.set_rope(read_config(resolve_model(config.model, config.revision)))
+    model.set_rope(plain)
     record = _record(config, model, results, documents, tokenized, num_short, trained, short)
     return Comparison(trained_length=trained, short_length=short, methods=results, record=record)
 
@@ -168,15 +169,16 @@ def compare_methods(
 def _run_method(
     model: HFLanguageModel,
     name: str,
-    plan: ExtensionPlan,
     documents: Sequence[TokenizedDocument],
     ppl_config: PerplexityConfig,
     position_config: PerplexityConfig,
     passkey_config: PasskeyConfig | None,
     advance: Progress,
+    formula: str,
+    parameters: dict[str, Any],
 ) -> MethodResult:
+    """Run the evaluations on the RoPE that `model` has now."""
     started = time.perf_counter()
-    model.set_rope(extended_config(plan))
     perplexity = evaluate_perplexity(model, documents, ppl_config, advance)
     positions = evaluate_perplexity(model, documents, position_config, advance)
     cells: list[PasskeyCell] = []
@@ -185,8 +187,8 @@ def _run_method(
         cells = evaluate_passkey(model, passkey_config, lambda prompts: advance(prompts * mean_length))
     return MethodResult(
         name=name,
-        rope_parameters=plan.parameters,
-        formula=ROPE_METHODS[plan.spec.method].formula,
+        rope_parameters=parameters,
+        formula=formula,
         perplexity=perplexity,
         positions=positions,
         passkey=cells,

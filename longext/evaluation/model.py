@@ -284,7 +284,8 @@ def load_language_model(
     """Load `config.model` for evaluation, optionally with an extension method applied in memory.
 
     Args:
-        method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it, or None for the model as it is.
+        method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it; None or "none" for the model as
+            it is.
         factor: the method's factor.
 
     Raises:
@@ -295,7 +296,8 @@ def load_language_model(
 
     directory = resolve_model(config.model, config.revision)
     read_shards(directory)
-    read_model_rope(directory)
+    read_model_rope(directory, config.trust_remote_code)
+    method = None if method == "none" else method
     raw = extension_config(config, method, factor) if method else read_config(directory)
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
@@ -323,7 +325,7 @@ def load_language_model(
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
     """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
-    request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision, replace=True)
+    request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision)
     return extended_config(plan_extension(request))
 
 
@@ -337,8 +339,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N, mps or map, got '{name}'.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N, mps or map, got '{name}'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s) here.")
     return device
 
 

@@ -17,7 +17,7 @@ from longext.data.needles import FILLER, NAMES, NeedlePrompt, PromptTokens, exac
 from longext.errors import ConfigError, DataError
 from longext.evaluation.batching import batched_by
 from longext.evaluation.model import HFLanguageModel, batch_size
-from longext.evaluation.perplexity import Progress, check_lengths
+from longext.evaluation.perplexity import Progress, check_lengths, check_method
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import wilson_interval
 from longext.registry import Registry
@@ -67,7 +67,7 @@ PASSKEY_PROTOCOLS.register(
 PASSKEY_PROTOCOLS.register(
     "yarn",
     PasskeyProtocol(
-        "filler grown by 128 characters up to L tokens; key 1-49999 and depth drawn per trial (seeded here, unseeded "
+        "filler grown by 128 characters up to L tokens; key 1-50000 and depth drawn per trial (seeded here, unseeded "
         "there); the first integer of 10 greedy tokens must be the key",
         "YaRN eval/passkey.py (arXiv 2309.00071)",
         False,
@@ -81,7 +81,7 @@ class PasskeyCell:
     """Accuracy at one length and depth (`depth` None where the protocol draws it).
 
     Attributes:
-        num_tokens: mean measured tokens of prompt and answer.
+        num_tokens: mean measured tokens: prompt and answer (landmark), prompt alone (the published protocols).
         low, high: 95 % Wilson interval.
     """
 
@@ -103,6 +103,9 @@ def check_passkey_config(config: PasskeyConfig) -> None:
     """Raise ConfigError for an unknown protocol or a value out of range."""
     protocol = PASSKEY_PROTOCOLS[config.protocol]
     check_lengths(config.lengths, minimum=64)
+    check_method(config.method, config.factor)
+    if len({round(depth * 100) for depth in config.depths}) < len(config.depths):
+        raise ConfigError(f"--depths must differ by at least 0.01, got {list(config.depths)}.")
     if not all(0 <= depth <= 1 for depth in config.depths) or not config.depths:
         raise ConfigError(f"--depths must be numbers from 0 (start) to 1 (end), got {list(config.depths)}.")
     if config.num_trials < 1:
@@ -120,7 +123,8 @@ def check_passkey_config(config: PasskeyConfig) -> None:
 def check_prompts(model: HFLanguageModel, config: PasskeyConfig) -> None:
     """Raise ConfigError or DataError now where a later prompt could not be built: too short, or too little filler."""
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
-    _prompts(config, tokens, filler, min(config.lengths), _depths(config)[0])
+    for length in (min(config.lengths), max(config.lengths)):
+        _prompts(config, tokens, filler, length, _depths(config)[0])
 
 
 def num_prompts(config: PasskeyConfig) -> int:
@@ -157,12 +161,18 @@ def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
     """Return filler tokens for the longest prompt: the landmark sentence repeated, the bundled story or a text file."""
     longest = max(config.lengths)
     if config.filler == "landmark":
-        unit = len(model.encode(f" {FILLER}", add_bos=False))
-        return model.encode(" ".join([FILLER] * (longest // unit + 2)), add_bos=False)
+        repeats, ids = longest // len(FILLER) + 1, list[int]()
+        while len(ids) < longest:
+            repeats *= 2
+            ids = model.encode(" ".join([FILLER] * repeats), add_bos=False)
+        return ids
     path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler)
     if not path.is_file():
         raise ConfigError(f"--filler must be landmark, book (the bundled story) or a text file, got '{config.filler}'.")
-    ids = model.encode(path.read_text(encoding="utf-8"), add_bos=False)
+    try:
+        ids = model.encode(path.read_text(encoding="utf-8"), add_bos=False)
+    except UnicodeDecodeError as error:
+        raise DataError(f"--filler {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if len(ids) < longest:
         raise DataError(f"--filler {config.filler} has {len(ids)} tokens, the longest prompt needs {longest}.")
     return ids
@@ -203,12 +213,14 @@ def _evaluate_cell(
     else:
         num_correct = sum(_first_integer(model, prompt, on_progress) for prompt in prompts)
     low, high = wilson_interval(num_correct, len(prompts))
+    counts_answer = PASSKEY_PROTOCOLS[config.protocol].has_depths
     return PasskeyCell(
         length=length,
         depth=depth,
         num_correct=num_correct,
         num_trials=len(prompts),
-        num_tokens=sum(len(p.input_ids) + len(p.answer_ids) for p in prompts) / len(prompts),
+        # the published protocols report the prompt alone
+        num_tokens=sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts),
         low=low,
         high=high,
     )

@@ -146,11 +146,11 @@ class PerplexityAtLength:
         start: first scored position of the range (positional), else 0.
         ppl: exp of the mean NLL.
         nll: mean negative log-likelihood, nats per token.
-        ppl_low, ppl_high: 95 % bootstrap interval of `ppl`.
+        ppl_low, ppl_high: 95 % bootstrap interval of `ppl`; None where there is nothing to resample.
         resampled: what was resampled for it: "documents" or "windows".
         accuracy: share of scored tokens that were the model's first choice.
         num_tokens, num_windows: how much was scored.
-        seconds: wall time of the forward passes.
+        seconds: wall time of the forward passes (positional: of the one pass that all rows share).
         per_document: id, ppl, nll and tokens of each document.
     """
 
@@ -158,9 +158,9 @@ class PerplexityAtLength:
     start: int = 0
     ppl: float
     nll: float
-    ppl_low: float
-    ppl_high: float
-    resampled: str
+    ppl_low: float | None
+    ppl_high: float | None
+    resampled: str | None
     accuracy: float
     num_tokens: int
     num_windows: int
@@ -205,6 +205,7 @@ def tokenize_documents(
 def check_perplexity_config(config: PerplexityConfig) -> None:
     """Raise ConfigError for an unknown protocol or a length, stride or count out of range."""
     PERPLEXITY_PROTOCOLS[config.protocol]
+    check_method(config.method, config.factor)
     check_lengths(config.lengths, minimum=2)
     if config.stride < 1:
         raise ConfigError(f"--stride must be >= 1, got {config.stride}.")
@@ -216,8 +217,15 @@ def check_perplexity_config(config: PerplexityConfig) -> None:
 
 def check_lengths(lengths: Sequence[int], minimum: int) -> None:
     """Raise ConfigError unless `lengths` has at least one value and all are >= minimum."""
-    if not lengths or min(lengths) < minimum:
-        raise ConfigError(f"--lengths must be whole numbers >= {minimum}, for example 512,1024; got {list(lengths)}.")
+    if not lengths or min(lengths) < minimum or len(set(lengths)) < len(lengths):
+        given = ",".join(map(str, lengths))
+        raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")
+
+
+def check_method(method: str | None, factor: float | None) -> None:
+    """Raise ConfigError for a factor without a method: it would change nothing."""
+    if factor is not None and method in (None, "none"):
+        raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
 
 
 def evaluate_perplexity(
@@ -253,15 +261,15 @@ def _score_windows(
     windows: Sequence[Window],
     config: PerplexityConfig,
     on_progress: Progress | None,
-) -> Iterator[tuple[Window, NDArray[np.float64], int]]:
-    """Yield (window, NLL of its scored tokens float64 [n], how many were top-1), batching equal windows."""
+) -> Iterator[tuple[Window, NDArray[np.float64], NDArray[np.bool_]]]:
+    """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
     size = batch_size(config.batch_tokens, windows[0].length, model.device)
     for batch in batched_by(windows, size, lambda window: window.first):
         first = batch[0].first
         ids = torch.tensor([documents[w.document].input_ids[w.start : w.start + w.length] for w in batch])
         scores = model.score(ids, first)
         for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
-            yield window, nll, int(is_top1.sum())
+            yield window, nll, is_top1.cpu().numpy()
         if on_progress:
             on_progress(ids.numel())
 
@@ -286,7 +294,7 @@ def _evaluate_length(
         sums,
         counts,
         length=length,
-        accuracy=sum(top1 for _, _, top1 in scored) / counts.sum(),
+        accuracy=sum(int(top1.sum()) for _, _, top1 in scored) / counts.sum(),
         seconds=time.perf_counter() - started,
     )
 
@@ -303,23 +311,23 @@ def _summarise(
     weighting = PERPLEXITY_PROTOCOLS[config.protocol].weighting
     by_document = [(sums[owners == i].sum(), counts[owners == i].sum()) for i in range(len(documents))]
     document_sums, document_counts = (np.array(column) for column in zip(*by_document, strict=True))
-    resampled = "documents" if len(documents) >= _MIN_DOCUMENTS_TO_RESAMPLE else "windows"
+    resampled: str | None = "documents" if len(documents) >= _MIN_DOCUMENTS_TO_RESAMPLE else "windows"
     units, sizes = (document_sums, document_counts) if resampled == "documents" else (sums, counts)
     if weighting == "document":
-        units, sizes = document_sums / document_counts, np.ones(len(documents))
-        resampled, nll = "documents", float((document_sums / document_counts).mean())
+        units, sizes, resampled = document_sums / document_counts, np.ones(len(documents)), "documents"
     elif weighting == "window":
-        units, sizes, resampled = sums / counts, np.ones(len(sums)), "windows"
-        nll = float((sums / counts).mean())
-    else:
-        nll = float(sums.sum() / counts.sum())
-    low, high = bootstrap_mean(units, sizes, num_samples=config.num_bootstrap, seed=config.seed)
+        units, sizes = sums / counts, np.ones(len(sums))
+    nll = float(units.sum() / sizes.sum())
+    # overlapping windows that score the same tokens again are no sample: no interval for them
+    num_samples = 0 if weighting == "window" else config.num_bootstrap
+    interval = bootstrap_mean(units, sizes, num_samples=num_samples, seed=config.seed)
+    low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval else (None, None)
     return PerplexityAtLength(
         ppl=math.exp(nll),
         nll=nll,
-        ppl_low=math.exp(low),
-        ppl_high=math.exp(high),
-        resampled=resampled,
+        ppl_low=low,
+        ppl_high=high,
+        resampled=resampled if interval else None,
         num_tokens=int(counts.sum()),
         num_windows=len(sums),
         per_document=[
@@ -349,7 +357,7 @@ def _evaluate_positions(
     seconds = time.perf_counter() - started
     owners = np.array([window.document for window, _, _ in scored])
     nll = np.stack([values for _, values, _ in scored])  # [windows, length - 1], column j is position j + 1
-    accuracy = sum(top1 for _, _, top1 in scored) / nll.size
+    is_top1 = np.stack([values for _, _, values in scored])
     edges = bucket_edges(length, config.num_buckets)
     return [
         _summarise(
@@ -360,7 +368,7 @@ def _evaluate_positions(
             np.full(len(nll), float(end - start)),
             start=start,
             length=end,
-            accuracy=accuracy,
+            accuracy=float(is_top1[:, start - 1 : end - 1].mean()),
             seconds=seconds,
         )
         for start, end in zip(edges, edges[1:], strict=False)

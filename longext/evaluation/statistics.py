@@ -22,7 +22,7 @@ def wilson_interval(num_correct: int, num_trials: int) -> tuple[float, float]:
 
 def bootstrap_mean(
     sums: NDArray[np.float64], counts: NDArray[np.float64], *, num_samples: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return the 95 % percentile-bootstrap interval of sum(sums) / sum(counts), resampling units with replacement.
 
     Args:
@@ -30,11 +30,10 @@ def bootstrap_mean(
         counts: tokens per unit, float64 [units].
 
     Returns:
-        (low, high); both the mean itself where there is one unit.
+        (low, high), or None where there is nothing to resample (one unit, no samples).
     """
     if num_samples < 1 or len(sums) < 2:
-        mean = float(sums.sum() / counts.sum())
-        return mean, mean
+        return None
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, len(sums), (num_samples, len(sums)))
     means = sums[chosen].sum(1) / counts[chosen].sum(1)

@@ -94,9 +94,7 @@ def _legend(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def perplexity_by_length(
-    series: Mapping[str, Sequence[Mapping[str, Any]]], *, trained: int, title: str, y: str = "perplexity"
-) -> Figure:
+def perplexity_by_length(series: Mapping[str, Sequence[Mapping[str, Any]]], *, trained: int, title: str) -> Figure:
     """Perplexity against context length, one line per series, 95 % intervals shaded; log-log.
 
     Args:
@@ -110,10 +108,10 @@ def perplexity_by_length(
         axes.plot(
             x, [row["ppl"] for row in rows], marker="o", markersize=4.5, linewidth=1.9, color=colours[name], label=name
         )
-        axes.fill_between(
-            x, [r["ppl_low"] for r in rows], [r["ppl_high"] for r in rows], color=colours[name], alpha=0.14, linewidth=0
-        )
-    _style(axes, title, "context length (tokens)", f"{y} (log scale)")
+        if all(row["ppl_low"] is not None for row in rows):
+            low, high = ([row[key] for row in rows] for key in ("ppl_low", "ppl_high"))
+            axes.fill_between(x, low, high, color=colours[name], alpha=0.14, linewidth=0)
+    _style(axes, title, "context length (tokens)", "perplexity (log scale)")
     _length_ticks(axes, sorted({row["length"] for rows in series.values() for row in rows}))
     _log_perplexity(axes)
     _mark_trained(axes, trained)

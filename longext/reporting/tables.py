@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ class Table:
     best: frozenset[tuple[int, int]] = frozenset()
     left: frozenset[int] = frozenset()
     caption: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)
 
     def is_left(self, column: int) -> bool:
         """True for a left-aligned column."""
@@ -86,6 +85,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def interval(low: float, high: float) -> str:
-    """Return "low - high" for two perplexities."""
-    return f"{number(low)} - {number(high)}"
+def interval(low: float | None, high: float | None) -> str:
+    """Return "low - high" for two perplexities, "-" where there is no interval."""
+    return "-" if low is None or high is None else f"{number(low)} - {number(high)}"

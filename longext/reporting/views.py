@@ -87,20 +87,21 @@ def perplexity_table(name: str, protocol: str, results: Sequence[PerplexityAtLen
             number(row.ppl),
             interval(row.ppl_low, row.ppl_high),
             f"{row.nll:.4f}",
-            "" if positional else f"{row.accuracy:.1%}",
+            f"{row.accuracy:.1%}",
             f"{row.num_tokens:,}",
         ]
         for row in results
     ]
-    if positional:
-        columns.pop(4)
-        rows = [row[:4] + row[5:] for row in rows]
     return Table(
         f"Perplexity of {name} ({protocol})",
         columns,
         rows,
-        caption=f"{len(results[0].per_document)} document(s); interval: bootstrap over {results[0].resampled}",
+        caption=f"{len(results[0].per_document)} document(s); {_interval_note(results[0].resampled)}",
     )
+
+
+def _interval_note(resampled: str | None) -> str:
+    return f"interval: bootstrap over {resampled}" if resampled else "no interval: nothing to resample"
 
 
 def passkey_table(name: str, protocol: str, cells: Sequence[PasskeyCell], pooled: Mapping[int, PasskeyCell]) -> Table:

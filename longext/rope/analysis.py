@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from longext.rope.methods import Array, RopeSpec, compute_inv_freq, turns_in_window
+from longext.rope.methods import RopeSpec, compute_inv_freq, turns_in_window
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,3 @@ def dimension_rows(before: RopeSpec, after: RopeSpec, target_length: int) -> lis
     turns = turns_in_window(old, before.original_max_position_embeddings)
     turns_after = turns_in_window(new, target_length)
     return [DimensionRow(i, 2 * math.pi / old[i], turns[i], old[i] / new[i], turns_after[i]) for i in range(len(old))]
-
-
-def max_phase_error(inv_freq: Array, reference: Array, length: int) -> float:
-    """Return the largest angle difference, in radians, between two frequency tables at position `length` - 1."""
-    return float(abs(inv_freq - reference).max() * (length - 1))

@@ -66,6 +66,8 @@ EXTEND = ("--method", "yarn", "--factor", 8, "-o", "out")
         (("books-5m", *EXTEND, "--ramp", "steep"), ("'code' or 'paper'",)),
         (("books-5m", "--method", "longrope", "--factor", 8, "-o", "out"), ("--factors",)),
         (("books-5m", "--method", "longrope", "--factor", 8, "--factors", "no.json", "-o", "out"), ("no.json",)),
+        (("books-5m", "--method", "none", "--factor", 8, "-o", "out"), ("`none` leaves the RoPE as it is",)),
+        (("books-5m", *EXTEND, "--ramp", "paper", "--no-truncate"), ("`truncate` is for the code ramp",)),
         (("books-5m", *EXTEND, "--set", "metod=yarn"), ("unknown key 'metod'", "Did you mean 'method'")),
         (("books-5m", *EXTEND, "--set", "factor"), ("key=value",)),
         (("books-5m", *EXTEND, "-c", "no-such-recipe"), ("No recipe 'no-such-recipe'",)),
@@ -208,6 +210,12 @@ def test_a_failed_replacement_keeps_the_old_output(run, base, tmp_path, monkeypa
         (("--data", "no/where"), ("Hub dataset", "--data DIR")),
         (("--protocol", "slidding"), ("Unknown protocol 'slidding'", "Did you mean 'sliding'")),
         (("--lengths", "0"), ("--lengths",)),
+        (("--lengths", "512,512"), ("different whole numbers", "512,512")),
+        (("--lengths", "inf"), ("`lengths` must be a whole number", "inf")),
+        (("--factor", "8"), ("needs a --method",)),
+        (("--seed", "-1"), ("`seed` must be >= 0",)),
+        (("--set", "max_documents=-1"), ("`max_documents` must be >= 1",)),
+        (("--device", "meta"), ("--device must be",)),
         (("--lengths", "many"), ("`lengths` must be a whole number", "many")),
         (("--lengths", "512", "--stride", "512"), ("--stride must be below",)),
         (("--lengths", "99999"), ("No document of sample has 99999 tokens", "--lengths")),
@@ -224,6 +232,25 @@ def test_eval_ppl_refuses(run, tmp_path, args, texts):
 def test_broken_jsonl_names_file_and_line(run, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     fails(run("eval", "ppl", "books-5m", "--data", "d.jsonl"), 2, "d.jsonl, line 2", "not valid JSON")
+
+
+def test_jsonl_that_is_not_utf8_names_the_line(run, tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    fails(run("eval", "ppl", "books-5m", "--data", "d.jsonl"), 2, "d.jsonl, line 2")
+
+
+def test_an_output_under_a_file_is_refused_before_the_work(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    fails(run("eval", "ppl", "books-5m", "-o", "file/x"), 2, "not a writable directory")
+
+
+def test_an_index_that_points_into_a_folder(run, base):
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "sub/a.safetensors"}}))
+    fails(run("extend", base, *EXTEND), 2, "sub/a.safetensors", "beside their index")
+
+
+def test_inspect_refuses_a_factor_without_a_method(run, tmp_path):
+    fails(run("inspect", "books-5m", "--factor", 8), 2, "need a --method")
 
 
 def test_jsonl_without_the_text_column_names_what_is_there(run, tmp_path):
@@ -243,6 +270,8 @@ def test_data_that_is_not_text(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "texts"),
     [
+        (("--depths", "0.5,0.501"), ("--depths must differ",)),
+        (("--factor", "8"), ("needs a --method",)),
         (("--depths", "1.5"), ("--depths", "0 (start) to 1 (end)")),
         (("--num-trials", "0"), ("--num-trials",)),
         (("--lengths", "64"), ("needs at least",)),
@@ -261,6 +290,7 @@ def test_passkey_refuses(run, tmp_path, args, texts):
     [
         (("--methods", "none,yarm"), ("Unknown method 'yarm'",)),
         (("--methods", "yarn,yarn"), ("twice",)),
+        (("--methods", "none:factor=8"), ("takes no parameters",)),
         (("--methods", "yarn:betafast=3"), ("unknown key 'betafast'",)),
         (("--factor", "0.5"), ("factor",)),
     ],

@@ -63,6 +63,14 @@ def test_inspect_says_which_dimensions_never_turn(run, tmp_path):
     assert (tmp_path / "i/rope.png").stat().st_size > 5000
 
 
+def test_a_recipe_for_extend_also_serves_inspect(run, tmp_path):
+    ok(run("inspect", "-c", "extend/books-5m-4k-yarn", "-o", "i"))
+    assert result_of(tmp_path / "i")["method"]["method"] == "yarn"
+    ok(run("inspect", "books-5m", "--set", "method=linear", "--set", "factor=8", "-o", "j"))
+    assert result_of(tmp_path / "j")["method"]["method"] == "linear"
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_shows_what_a_method_does(run, tmp_path):
     out = ok(run("inspect", "books-5m", "--method", "linear", "--factor", 8, "-o", "i"))
     assert "stretched 8.00x" in out
@@ -76,7 +84,11 @@ def test_eval_ppl(run, tmp_path, protocol):
     record = result_of(tmp_path / "p")
     assert record["protocol"]["id"] == f"ppl/{protocol}"
     assert record["model"]["attention"] == "full (sdpa)"
-    assert all(1 < row["ppl_low"] <= row["ppl"] <= row["ppl_high"] for row in record["results"])
+    for row in record["results"]:
+        if protocol in ("sliding", "positional") and row["num_windows"] > 1:
+            assert 1 < row["ppl_low"] <= row["ppl"] <= row["ppl_high"]
+        else:  # one document, or windows that score the same tokens again: nothing to resample
+            assert row["ppl_low"] is row["ppl_high"] is row["resampled"] is None
     assert (tmp_path / "p/ppl.png").is_file()
     assert "Perplexity of books-5m" in out
 
@@ -196,6 +208,23 @@ def test_compare_equals_the_single_commands(run, tmp_path):
     assert [c["num_correct"] for c in yarn["passkey"]] == [
         c["num_correct"] for c in result_of(tmp_path / "k")["results"]
     ]
+
+
+def test_none_is_the_model_as_it_is_also_where_it_was_trained_with_scaling(run, tmp_path):
+    """A Llama-3.1-like model: `none` keeps its trained ramp, other methods are refused unless told to replace it."""
+    base = tmp_path / "base"
+    ok(run("extend", "books-5m", "--method", "llama3", "--factor", 4, "-o", base))
+    (base / "run.json").unlink()
+    shared = ("--stride", 32, *SMALL)
+    ok(run("compare", base, "--methods", "none,yarn:replace=true", "--factor", 4, *shared, "--no-passkey", "-o", "c"))
+    ok(run("eval", "ppl", base, *shared, "-o", "p"))
+    none, yarn = result_of(tmp_path / "c")["methods"]
+    assert none["rope_parameters"]["rope_type"] == "llama3"
+    assert none["perplexity"][0]["nll"] == result_of(tmp_path / "p")["results"][0]["nll"]
+    assert yarn["perplexity"][0]["nll"] != none["perplexity"][0]["nll"]
+    refused = run("compare", base, "--methods", "none,yarn", "--factor", 4, *shared)
+    assert refused.exit_code == 2
+    assert "was trained with llama3 RoPE" in refused.stderr
 
 
 def test_version_and_module_entry(run):

@@ -292,6 +292,7 @@ def test_force_replaces_only_what_longext_wrote(base, tmp_path):
     assert extend(base, out, "linear", force=True).parameters["rope_type"] == "linear"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "mine/run.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="not written by longext"):
         extend(base, tmp_path / "mine", force=True)
     assert (tmp_path / "mine/thesis.txt").exists()
@@ -303,7 +304,7 @@ def test_the_card_has_formula_numbers_command_and_base(base, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     for text in (
         "license: apache-2.0",
-        f"base_model: {base}",
+        f"The weights of `{base}`",
         "s (factor) = 8",
         "theta = 10000",
         "512 to 4,096",
@@ -319,6 +320,51 @@ def test_the_recipe_beside_an_output_makes_it_again(base, tmp_path):
     config = build_config(ExtendConfig, tmp_path / "out/recipe.yaml", [], {"output": str(tmp_path / "again")})
     extend_checkpoint(config)
     assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
+
+
+def test_rewritten_side_files_never_touch_the_base_however_large(base, tmp_path):
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "padding": "x" * 2**20}))
+    before = (base / "tokenizer_config.json").read_bytes()
+    extend(base, tmp_path / "out")
+    assert (base / "tokenizer_config.json").read_bytes() == before
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"] == 4096
+
+
+def test_a_generation_limit_at_the_old_length_is_raised(base, tmp_path):
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**generation, "max_length": 512}))
+    extend(base, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["max_length"] == 4096
+
+
+def test_verify_promises_no_identity_where_the_trained_ramp_was_replaced(base, tmp_path):
+    ramp = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    trained_with(base, ramp, 1024)
+    extend(base, tmp_path / "out", "dynamic", replace=True)
+    result = verify_checkpoint(str(tmp_path / "out"))
+    assert result.ok, result.checks
+    assert next(check for check in result.checks if check.name == "logits in old window").status == "info"
+
+
+def test_verify_says_when_the_recorded_base_is_gone(base, tmp_path):
+    extend(base, tmp_path / "out")
+    base.rename(tmp_path / "moved")
+    check = verify_checkpoint(str(tmp_path / "out"), logits=False).checks[-1]
+    assert (check.name, check.status) == ("weights", "skip")
+    assert str(base) in check.detail
+    assert verify_checkpoint(str(tmp_path / "out"), str(tmp_path / "moved"), logits=False).checks[-1].status == "pass"
+
+
+def test_layers_that_slide_are_counted_as_transformers_builds_them(tmp_path):
+    from families import CONFIGS
+
+    from longext.checkpoint.rope_config import read_model_rope
+
+    config = CONFIGS["gemma2"]().to_dict()
+    config.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
+    assert "1 of them see at most 16 tokens" in read_model_rope(tmp_path).describe_layers()
 
 
 def test_a_plan_writes_nothing(base, tmp_path):

@@ -144,3 +144,11 @@ def test_dynamic_generation_has_one_rotation_throughout(books, num_prompt):
     assert one_pass.is_top1.all()
     books.score(torch.tensor([prompt[:400]]), 1)  # and the model is back to normal afterwards
     assert books.model.model.rotary_emb.rope_type == "dynamic"
+
+
+def test_the_filler_is_long_enough_where_a_tokenizer_adds_a_token_per_call(books, monkeypatch):
+    """Llama-2's fast tokenizer puts a prefix token before every text."""
+    plain = books.encode
+    monkeypatch.setattr(books, "encode", lambda text, *, add_bos=True: [5, *plain(text, add_bos=add_bos)])
+    config = PasskeyConfig(model="books-5m", lengths=(8192,))
+    assert len(_filler_ids(books, config)) >= 8192

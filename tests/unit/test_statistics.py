@@ -24,7 +24,9 @@ def test_bootstrap_is_seeded_and_covers_the_mean():
     rng = np.random.default_rng(0)
     counts = rng.integers(5, 50, 40).astype(float)
     sums = counts * rng.normal(3, 0.5, 40)
-    low, high = bootstrap_mean(sums, counts, num_samples=2000, seed=1)
+    interval = bootstrap_mean(sums, counts, num_samples=2000, seed=1)
+    assert interval is not None
+    low, high = interval
     mean = sums.sum() / counts.sum()
     assert low < mean < high
     assert (low, high) == bootstrap_mean(sums, counts, num_samples=2000, seed=1)
@@ -34,5 +36,6 @@ def test_bootstrap_is_seeded_and_covers_the_mean():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
-def test_bootstrap_of_one_unit_is_the_value():
-    assert bootstrap_mean(np.array([6.0]), np.array([2.0]), num_samples=10, seed=0) == (3.0, 3.0)
+def test_one_unit_has_no_interval():
+    assert bootstrap_mean(np.array([6.0]), np.array([2.0]), num_samples=10, seed=0) is None
+    assert bootstrap_mean(np.array([6.0, 1.0]), np.array([2.0, 1.0]), num_samples=0, seed=0) is None

@@ -14,7 +14,7 @@ RANK = {
     "errors": 0,
     "registry": 1,
     "config": 1,
-    "staging": 1,
+    "staging": 2,
     "manifest": 2,
     "rope": 3,
     "checkpoint": 4,
