@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -135,73 +134,89 @@ def compare_methods(
     plans = plan_methods(config)
     directory = resolve_model(config.model, config.revision)
     base = read_model_rope(directory, config.trust_remote_code)
-    trained = base.spec.original_max_position_embeddings
-    lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
-    ppl_config = _perplexity_config(config, lengths, "sliding")
-    position_config = _perplexity_config(config, lengths, "positional")
-    passkey_config = _passkey_config(config) if config.passkey else None
-    check_perplexity_config(ppl_config)
-    if passkey_config is not None:
-        check_passkey_config(passkey_config)
-    documents = load_documents(ppl_config)
+    course = _Course.of(config, base.spec.original_max_position_embeddings)
+    documents = load_documents(course.perplexity)
     model = load_language_model(config)
-    tokenized, num_short = tokenize_documents(model, documents, ppl_config)
-    work = num_forward_tokens(tokenized, ppl_config) + num_forward_tokens(tokenized, position_config)
-    if passkey_config is not None:
-        check_prompts(model, passkey_config)
-        work += sum(config.lengths) * num_prompts(passkey_config) // len(config.lengths)
+    tokenized, num_short = tokenize_documents(model, documents, course.perplexity)
+    if course.passkey is not None:
+        check_prompts(model, course.passkey)
     plain = read_config(directory)
     results = []
     for index, (name, plan) in enumerate(plans.items(), 1):
-        with progress(f"{name} ({index}/{len(plans)})", work, "tokens") as advance:
+        rope, spec = (base.parameters, base.spec) if plan is None else (plan.parameters, plan.spec)
+        with progress(f"{name} ({index}/{len(plans)})", course.num_tokens(tokenized), "tokens") as advance:
             model.set_rope(plain if plan is None else extended_config(plan))
-            evaluate = functools.partial(_run_method, model, name, tokenized, ppl_config, position_config)
-            spec, parameters = (base.spec, base.parameters) if plan is None else (plan.spec, plan.parameters)
-            results.append(evaluate(passkey_config, advance, ROPE_METHODS[spec.method].formula, parameters))
+            numbers = course.run(model, tokenized, advance)
+        results.append(
+            MethodResult(name=name, rope_parameters=rope, formula=ROPE_METHODS[spec.method].formula, **numbers)
+        )
         if announce:
             announce(_one_line(results[-1]))
-    short = max(length for length in lengths if length <= max(trained, min(lengths)))
     model.set_rope(plain)
-    record = _record(config, model, results, documents, tokenized, num_short, trained, short)
-    return Comparison(trained_length=trained, short_length=short, methods=results, record=record)
+    data = {
+        "source": config.data,
+        "sha256": data_hash(documents),
+        "num_documents": len(tokenized),
+        "num_too_short": num_short,
+        "num_tokens": sum(len(document.input_ids) for document in tokenized),
+    }
+    record = _record(config, model, results, data, course)
+    return Comparison(trained_length=course.trained, short_length=course.short, methods=results, record=record)
 
 
-def _run_method(
-    model: HFLanguageModel,
-    name: str,
-    documents: Sequence[TokenizedDocument],
-    ppl_config: PerplexityConfig,
-    position_config: PerplexityConfig,
-    passkey_config: PasskeyConfig | None,
-    advance: Progress,
-    formula: str,
-    parameters: dict[str, Any],
-) -> MethodResult:
-    """Run the evaluations on the RoPE that `model` has now."""
-    started = time.perf_counter()
-    perplexity = evaluate_perplexity(model, documents, ppl_config, advance)
-    positions = evaluate_perplexity(model, documents, position_config, advance)
-    cells: list[PasskeyCell] = []
-    if passkey_config is not None:
-        mean_length = sum(passkey_config.lengths) // len(passkey_config.lengths)
-        cells = evaluate_passkey(model, passkey_config, lambda prompts: advance(prompts * mean_length))
-    return MethodResult(
-        name=name,
-        rope_parameters=parameters,
-        formula=formula,
-        perplexity=perplexity,
-        positions=positions,
-        passkey=cells,
-        seconds=time.perf_counter() - started,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """What every method runs through: the same evaluations, prompts and seeds.
 
+    Attributes:
+        trained: the model's pre-training length.
+        short: the longest evaluated length within it, where the short-context price is read.
+    """
 
-def _perplexity_config(config: CompareConfig, lengths: tuple[int, ...], protocol: str) -> PerplexityConfig:
-    return PerplexityConfig(**_shared(config, PerplexityConfig), lengths=lengths, protocol=protocol)
+    perplexity: PerplexityConfig
+    positions: PerplexityConfig
+    passkey: PasskeyConfig | None
+    trained: int
+    short: int
 
+    @staticmethod
+    def of(config: CompareConfig, trained: int) -> _Course:
+        """Check `config` and split it by evaluation; a length within the trained window is added where none is."""
+        lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
+        shared = _shared(config, PerplexityConfig)
+        perplexity = PerplexityConfig(**shared, lengths=lengths, protocol="sliding")
+        check_perplexity_config(perplexity)
+        passkey = PasskeyConfig(**_shared(config, PasskeyConfig), lengths=config.lengths) if config.passkey else None
+        if passkey is not None:
+            check_passkey_config(passkey)
+        return _Course(
+            perplexity=perplexity,
+            positions=dataclasses.replace(perplexity, protocol="positional"),
+            passkey=passkey,
+            trained=trained,
+            short=max(length for length in lengths if length <= trained),
+        )
 
-def _passkey_config(config: CompareConfig) -> PasskeyConfig:
-    return PasskeyConfig(**_shared(config, PasskeyConfig), lengths=config.lengths)
+    def num_tokens(self, documents: Sequence[TokenizedDocument]) -> int:
+        """Tokens that one method sends through the model, for its progress bar."""
+        work = num_forward_tokens(documents, self.perplexity) + num_forward_tokens(documents, self.positions)
+        return work + (num_prompts(self.passkey) * self._mean_prompt() if self.passkey else 0)
+
+    def _mean_prompt(self) -> int:
+        return sum(self.passkey.lengths) // len(self.passkey.lengths) if self.passkey else 0
+
+    def run(self, model: HFLanguageModel, documents: Sequence[TokenizedDocument], advance: Progress) -> dict[str, Any]:
+        """Evaluate the RoPE that `model` has now; return the numeric fields of a `MethodResult`."""
+        started = time.perf_counter()
+        numbers: dict[str, Any] = {
+            "perplexity": evaluate_perplexity(model, documents, self.perplexity, advance),
+            "positions": evaluate_perplexity(model, documents, self.positions, advance),
+            "passkey": [],
+        }
+        if self.passkey is not None:
+            size = self._mean_prompt()
+            numbers["passkey"] = evaluate_passkey(model, self.passkey, lambda prompts: advance(prompts * size))
+        return {**numbers, "seconds": time.perf_counter() - started}
 
 
 def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
@@ -223,11 +238,8 @@ def _record(
     config: CompareConfig,
     model: HFLanguageModel,
     results: Sequence[MethodResult],
-    documents: Any,
-    tokenized: Sequence[TokenizedDocument],
-    num_short: int,
-    trained: int,
-    short: int,
+    data: dict[str, Any],
+    course: _Course,
 ) -> dict[str, Any]:
     protocols = {
         "perplexity": {
@@ -241,20 +253,13 @@ def _record(
         else None,
         "seed": config.seed,
     }
-    data = {
-        "source": config.data,
-        "sha256": data_hash(documents),
-        "num_documents": len(tokenized),
-        "num_too_short": num_short,
-        "num_tokens": sum(len(document.input_ids) for document in tokenized),
-    }
     return result_record(
         "compare",
         model.describe(),
         protocols,
         data,
-        trained_length=trained,
-        short_length=short,
+        trained_length=course.trained,
+        short_length=course.short,
         factor=config.factor,
         methods=[
             {

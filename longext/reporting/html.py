@@ -119,7 +119,7 @@ def comparison_page(comparison: Comparison, tables: Sequence[Table], figures: Ma
 
 def _lead(record: Mapping[str, Any]) -> str:
     data = record["data"]
-    documents = "1 document" if data["num_documents"] == 1 else f"{data['num_documents']} documents"
+    documents = "document" if data["num_documents"] == 1 else f"{data['num_documents']} documents"
     return (
         f"{len(record['methods'])} RoPE extension methods at factor {record['factor']:g}, on the same {documents} "
         f"({data['num_tokens']:,} tokens of {data['source']}), the same prompts and the same protocol."
