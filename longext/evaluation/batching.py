@@ -1,10 +1,14 @@
-"""Cut a list of work into batches that can share a tensor."""
+"""How much goes through a model at once, and cutting a list of work into batches that can share a tensor."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -14,3 +18,13 @@ def batched_by(items: Sequence[T], size: int, key: Callable[[T], Hashable]) -> I
     for _, run in itertools.groupby(items, key):
         while batch := list(itertools.islice(run, size)):
             yield batch
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens per forward pass: one window on a CPU (larger batches were slower there), 32,768 on an accelerator."""
+    return 1 if device.type == "cpu" else 32_768
+
+
+def batch_size(batch_tokens: int | None, length: int, device: torch.device) -> int:
+    """Return how many windows of `length` tokens go through the model at once."""
+    return max(1, math.floor((batch_tokens or default_batch_tokens(device)) / length))

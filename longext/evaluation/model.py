@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -353,16 +352,6 @@ def resolve_dtype(name: str, device: torch.device) -> Any:
     if name not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got '{name}'.")
     return getattr(torch, name)
-
-
-def default_batch_tokens(device: torch.device) -> int:
-    """Tokens per forward pass: one window on a CPU (larger batches were slower there), 32,768 on an accelerator."""
-    return 1 if device.type == "cpu" else 32_768
-
-
-def batch_size(batch_tokens: int | None, length: int, device: torch.device) -> int:
-    """Return how many windows of `length` tokens go through the model at once."""
-    return max(1, math.floor((batch_tokens or default_batch_tokens(device)) / length))
 
 
 def quiet_transformers() -> None:

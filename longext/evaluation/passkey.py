@@ -15,8 +15,7 @@ from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.config import PasskeyConfig
 from longext.data.needles import FILLER, NAMES, NeedlePrompt, PromptTokens, exact_prompt, longlora_prompt, yarn_prompt
 from longext.errors import ConfigError, DataError
-from longext.evaluation.batching import batched_by
-from longext.evaluation.model import HFLanguageModel, batch_size
+from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.perplexity import Progress, check_lengths, check_method
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import wilson_interval
@@ -120,7 +119,7 @@ def check_passkey_config(config: PasskeyConfig) -> None:
         )
 
 
-def check_prompts(model: HFLanguageModel, config: PasskeyConfig) -> None:
+def check_prompts(model: LanguageModel, config: PasskeyConfig) -> None:
     """Raise ConfigError or DataError now where a later prompt could not be built: too short, or too little filler."""
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
     for length in (min(config.lengths), max(config.lengths)):
@@ -137,7 +136,7 @@ def _depths(config: PasskeyConfig) -> tuple[float | None, ...]:
 
 
 def evaluate_passkey(
-    model: HFLanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
+    model: LanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
 ) -> list[PasskeyCell]:
     """Return one cell per length and depth; the same seeds, keys and depths for every model.
 
@@ -153,7 +152,7 @@ def evaluate_passkey(
     ]
 
 
-def _prompt_tokens(model: HFLanguageModel) -> PromptTokens:
+def _prompt_tokens(model: LanguageModel) -> PromptTokens:
     return PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
 
 
@@ -201,7 +200,7 @@ def _prompts(
 
 
 def _evaluate_cell(
-    model: HFLanguageModel,
+    model: LanguageModel,
     config: PasskeyConfig,
     length: int,
     depth: float | None,
@@ -226,9 +225,7 @@ def _evaluate_cell(
     )
 
 
-def _count_exact(
-    model: HFLanguageModel, prompts: Sequence[NeedlePrompt], size: int, on_progress: Progress | None
-) -> int:
+def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: int, on_progress: Progress | None) -> int:
     """Count prompts whose greedy continuation is exactly the answer.
 
     One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every answer
@@ -244,7 +241,7 @@ def _count_exact(
     return correct
 
 
-def _first_integer(model: HFLanguageModel, prompt: NeedlePrompt, on_progress: Progress | None) -> bool:
+def _first_integer(model: LanguageModel, prompt: NeedlePrompt, on_progress: Progress | None) -> bool:
     text = model.decode(model.greedy(prompt.input_ids, _YARN_NEW_TOKENS))
     found = re.search(r"\d+", text)
     if on_progress:
@@ -267,7 +264,7 @@ def accuracy_by_length(cells: Sequence[PasskeyCell]) -> dict[int, PasskeyCell]:
 
 
 def timed_passkey(
-    model: HFLanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
+    model: LanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
 ) -> tuple[list[PasskeyCell], float]:
     """Return (cells, wall seconds)."""
     started = time.perf_counter()

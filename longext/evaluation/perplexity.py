@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
-from longext.evaluation.batching import batched_by
-from longext.evaluation.model import HFLanguageModel, batch_size
+from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
 from longext.registry import Registry
@@ -229,7 +228,7 @@ def check_method(method: str | None, factor: float | None) -> None:
 
 
 def evaluate_perplexity(
-    model: HFLanguageModel,
+    model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     config: PerplexityConfig,
     on_progress: Progress | None = None,
@@ -256,7 +255,7 @@ def _plan_windows(documents: Sequence[TokenizedDocument], config: PerplexityConf
 
 
 def _score_windows(
-    model: HFLanguageModel,
+    model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     windows: Sequence[Window],
     config: PerplexityConfig,
@@ -275,7 +274,7 @@ def _score_windows(
 
 
 def _evaluate_length(
-    model: HFLanguageModel,
+    model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     config: PerplexityConfig,
     length: int,
@@ -345,7 +344,7 @@ def bucket_edges(length: int, num_buckets: int) -> list[int]:
 
 
 def _evaluate_positions(
-    model: HFLanguageModel,
+    model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     config: PerplexityConfig,
     on_progress: Progress | None,

@@ -30,6 +30,16 @@ class LanguageModel(Protocol):
 
     name: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        ...
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        """The tokens put before a text: one BOS or nothing."""
+        ...
+
     def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
         """Score tokens `first` .. T-1 of `input_ids` (int64 [B, T], first >= 1), each given all before it."""
         ...
