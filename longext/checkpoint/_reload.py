@@ -72,8 +72,8 @@ def main() -> None:
         config = _config(Path(request["directory"]), layout, request["dropped_keys"])
         answer["frequencies"][layout] = {str(length): _frequencies(config, length) for length in request["lengths"]}
     if request.get("input_ids"):
-        problems = {where: _logits(where, path, request) for where, path in request["logits_of"].items()}
-        answer["loading_problems"] = problems[request["directory"]]
+        problems = [_logits(directory, path, request) for path, directory in request["logits"].items()]
+        answer["loading_problems"] = problems[0]  # the checkpoint itself; its base comes second
     answer["longext_imported"] = any(name.split(".")[0] == "longext" for name in sys.modules)
     Path(request["answer_path"]).write_text(json.dumps(answer), encoding="utf-8")
 

@@ -43,7 +43,6 @@ _SIDE_PATTERNS = (
     "USE_POLICY*",
 )
 _NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
-_DEFAULT_RAMP = {"yarn": "code", "ntk-by-parts": "paper"}
 _LEGACY_INDEX = ".bin.index.json"
 _LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
 _FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
@@ -140,7 +139,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
             f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
             f"Use --method {origin.method} with a larger factor, or --replace to start from the bare base theta."
         )
-    spec = _new_spec(config, rope, origin if composes else _bare(origin))
+    spec = _new_spec(config, origin if composes else _bare(origin))
     if composes and spec.factor < origin.factor:
         raise ConfigError(
             f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
@@ -174,7 +173,7 @@ def _bare(spec: RopeSpec) -> RopeSpec:
     )
 
 
-def _new_spec(config: ExtendConfig, rope: ModelRope, start: RopeSpec) -> RopeSpec:
+def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
     typed: dict[str, Any] = {
         "beta_fast": config.beta_fast,
@@ -199,7 +198,8 @@ def _new_spec(config: ExtendConfig, rope: ModelRope, start: RopeSpec) -> RopeSpe
     factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
     if config.method == "none" and factor != 1:
         raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
-    if "truncate" in given and (given.get("ramp") or start.ramp or _DEFAULT_RAMP[config.method]) == "paper":
+    ramp = given.get("ramp") or start.ramp or ROPE_METHODS[config.method].ramp
+    if "truncate" in given and ramp == "paper":
         raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
     return replace(start, **{**given, "method": config.method, "factor": factor})
 

@@ -202,7 +202,7 @@ def _reload(
         "lengths": sorted({length, round(length * max(spec.factor, 1)) + 1}),
         "input_ids": input_ids,
         "dtype": dtype,
-        "logits_of": {str(path.resolve()): str(scratch / f"{name}.pt") for name, path in directories.items()},
+        "logits": {str(scratch / f"{name}.pt"): str(path.resolve()) for name, path in directories.items()},
         "answer_path": str(answer_path),
     }
     request_path = scratch / "request.json"

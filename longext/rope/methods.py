@@ -82,6 +82,7 @@ class RopeMethod:
         inv_freq: (spec, sequence_length or None) -> (float64 array [rotary_dim / 2], attention_factor).
         export: spec -> rope_parameters of a standard rope type.
         options: the `RopeSpec` fields a user may set for it, beside `factor`.
+        ramp: the ramp it takes where the spec names none ("code" or "paper"); None for methods without that choice.
         keeps_length: True where `max_position_embeddings` must stay L (dynamic NTK).
         is_exact_inside: True where logits up to L tokens equal the base model's.
     """
@@ -92,6 +93,7 @@ class RopeMethod:
     inv_freq: Callable[[RopeSpec, int | None], tuple[Array, float]]
     export: Callable[[RopeSpec], RopeParameters]
     options: tuple[str, ...] = ()
+    ramp: str | None = None
     keeps_length: bool = False
     is_exact_inside: bool = False
 
@@ -280,14 +282,14 @@ ROPE_METHODS.register(
 # --- ramps: ntk-by-parts, yarn, llama3 ----------------------------------------------------------------------------
 
 
-def _ramp_inv_freq(spec: RopeSpec, default_ramp: str) -> Array:
-    if (spec.ramp or default_ramp) == "code":
+def _ramp_inv_freq(spec: RopeSpec) -> Array:
+    if (spec.ramp or ROPE_METHODS[spec.method].ramp) == "code":
         return _blend(spec, code_ramp(spec))
     return _blend(spec, paper_ramp(spec, _base(spec), spec.beta_slow, spec.beta_fast))
 
 
 def _by_parts_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return _ramp_inv_freq(spec, "paper"), spec.attention_factor or 1.0
+    return _ramp_inv_freq(spec), spec.attention_factor or 1.0
 
 
 def _by_parts_export(spec: RopeSpec) -> RopeParameters:
@@ -299,7 +301,7 @@ def _by_parts_export(spec: RopeSpec) -> RopeParameters:
 
 
 def _yarn_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return _ramp_inv_freq(spec, "code"), spec.attention_factor or yarn_temperature(spec.factor)
+    return _ramp_inv_freq(spec), spec.attention_factor or yarn_temperature(spec.factor)
 
 
 def _yarn_export(spec: RopeSpec) -> RopeParameters:
@@ -346,6 +348,7 @@ ROPE_METHODS.register(
         inv_freq=_by_parts_inv_freq,
         export=_by_parts_export,
         options=("beta_fast", "beta_slow", "ramp", "truncate", "attention_factor"),
+        ramp="paper",
     ),
 )
 
@@ -358,6 +361,7 @@ ROPE_METHODS.register(
         inv_freq=_yarn_inv_freq,
         export=_yarn_export,
         options=("beta_fast", "beta_slow", "ramp", "truncate", "attention_factor"),
+        ramp="code",
     ),
 )
 

@@ -356,6 +356,13 @@ def test_verify_says_when_the_recorded_base_is_gone(base, tmp_path):
     assert verify_checkpoint(str(tmp_path / "out"), str(tmp_path / "moved"), logits=False).checks[-1].status == "pass"
 
 
+def test_a_checkpoint_verifies_against_itself(base, tmp_path):
+    extend(base, tmp_path / "out")
+    result = verify_checkpoint(str(tmp_path / "out"), str(tmp_path / "out"))
+    assert result.ok, result.checks
+    assert "max |d| 0," in {check.name: check.detail for check in result.checks}["logits in old window"]
+
+
 def test_layers_that_slide_are_counted_as_transformers_builds_them(tmp_path):
     from families import CONFIGS
 
