@@ -20,12 +20,9 @@ from longext.registry import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtendConfig:
-    """`longext extend`: one checkpoint, one method, one length."""
+class RopeConfig:
+    """How far a RoPE method stretches the context, and the method's own parameters."""
 
-    model: str
-    method: str
-    output: str | None = None
     factor: float | None = None
     target_length: int | None = None
     original_length: int | None = None
@@ -39,8 +36,17 @@ class ExtendConfig:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     factors: str | None = None
-    revision: str | None = None
     replace: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig(RopeConfig):
+    """`longext extend`: one checkpoint, one method, one length."""
+
+    model: str
+    method: str
+    output: str | None = None
+    revision: str | None = None
     copy: bool = False
     force: bool = False
 
@@ -115,6 +121,96 @@ class CompareConfig(RuntimeConfig, DataConfig):
     num_bootstrap: int = 1000
     passkey: bool = True
     batch_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training run shares: steps, optimiser, memory, checkpoints, processes."""
+
+    num_steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 8
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpointing: bool = True
+    offload: bool = False
+    loss_chunk: int = 4096
+    eval_data: str | None = None
+    eval_lengths: tuple[int, ...] = ()
+    eval_documents: int = 8
+    eval_every: int | None = None
+    log_every: int = 1
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    resume: bool = False
+    report_to: str = "none"
+    num_processes: int = 1
+    sequence_parallel: int = 1
+    context_parallel: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RuntimeConfig, DataConfig, RopeConfig, TrainingConfig):
+    """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
+
+    split: str = "train"
+    method: str = "none"
+    task: str = "pretrain"
+    prompt: str = "auto"
+    window: int | None = None
+    positions: str = "plain"
+    separate_documents: bool = False
+    tuning: str = "lora+embed+norm"
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] | None = None
+    quantize: str = "none"
+    attention: str | None = "s2"
+    group_size: int | None = None
+    group_ratio: float = 0.25
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """`longext merge`: an adapter into a standard checkpoint."""
+
+    adapter: str
+    base: str | None = None
+    output: str | None = None
+    dtype: str = "auto"
+    check: bool = True
+    trust_remote_code: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`longext plan`: memory, FLOPs and time of a training run before it is paid for."""
+
+    model: str
+    length: int
+    gpus: str = "1xH100-80GB"
+    method: str = "longlora"
+    batch_size: int = 1
+    lora_r: int = 8
+    group_ratio: float = 0.25
+    group_size: int | None = None
+    checkpointing: bool = True
+    offload: bool = False
+    loss_chunk: int = 4096
+    sharding: str = "auto"
+    sequence_parallel: int = 1
+    dtype: str = "bfloat16"
+    num_tokens: int | None = None
+    probe: bool = False
+    revision: str | None = None
+    output: str | None = None
+    force: bool = False
 
 
 ConfigT = TypeVar("ConfigT")
@@ -243,7 +339,34 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 # The least value of counts, checked here because recipes and --set pass no flag parser.
-_AT_LEAST = {"seed": 0, "num_bootstrap": 0, "max_documents": 1, "max_tokens": 2, "batch_tokens": 1, "num_buckets": 1}
+_AT_LEAST = {
+    "seed": 0,
+    "num_bootstrap": 0,
+    "max_documents": 1,
+    "max_tokens": 2,
+    "batch_tokens": 1,
+    "num_buckets": 1,
+    "num_steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "loss_chunk": 1,
+    "eval_documents": 1,
+    "eval_every": 1,
+    "log_every": 1,
+    "save_every": 1,
+    "keep_checkpoints": 1,
+    "num_processes": 1,
+    "sequence_parallel": 1,
+    "context_parallel": 1,
+    "window": 2,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "group_size": 2,
+    "length": 1,
+    "num_tokens": 1,
+}
 
 
 def _check_minimums(values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ LongextError            a run failed (exit code 1)
   DataError             the documents given cannot be used (exit code 2)
   MissingExtraError     an optional package is needed (exit code 2)
   VerificationError     a check of `longext verify` failed (exit code 1)
+  TrainingError         a training run cannot go on: NaN loss, lost checkpoint (exit code 1)
 
 Every message is one line: what was given, what is allowed, what to do.
 """
@@ -45,6 +46,10 @@ class MissingExtraError(LongextError):
 
 class VerificationError(LongextError):
     """A checkpoint differs from what was promised; the message names the culprit key."""
+
+
+class TrainingError(LongextError):
+    """A training run cannot go on; the message names the step, and the batch where one is to blame."""
 
 
 class LongextWarning(UserWarning):

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.errors import reported_errors
 
-_ORDER = ("extend", "inspect", "verify", "eval", "passkey", "compare")
+_ORDER = ("extend", "finetune", "merge", "plan", "inspect", "verify", "eval", "passkey", "compare")
 
 
 class _Group(TyperGroup):

@@ -17,11 +17,14 @@ RANK = {
     "staging": 2,
     "manifest": 2,
     "rope": 3,
+    "attention": 3,
     "checkpoint": 4,
     "data": 5,
     "evaluation": 6,
-    "reporting": 7,
-    "cli": 8,
+    "training": 7,
+    "planning": 7,
+    "reporting": 8,
+    "cli": 9,
 }
 
 
