@@ -1,0 +1,209 @@
+"""Which kernel computes attention inside pieces, and why. All give the same numbers.
+
+A backend maps q [B, H, N, D] and k, v [B, K, N, D] (K divides H, or K = 1 head serves all) and the pieces of a layout
+to [B, N, H, D]; tokens in no piece (padding) get zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from longext.attention.layout import Layout
+from longext.errors import ConfigError, MissingExtraError
+from longext.registry import Registry
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attention computation over some heads.
+
+    Attributes:
+        layout, kind, group_size: the pieces, as `Layout` cuts them.
+        scale: multiplier of q k^T.
+        dropout: probability on the attention weights.
+        softcap: c of c * tanh(score / c) (Gemma 2), or None.
+        window: tokens a query sees, itself included (sliding-window layers), or None. Only with kind "dense".
+    """
+
+    layout: Layout
+    kind: str
+    group_size: int
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    window: int | None = None
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job, "torch.Tensor | None"], torch.Tensor]
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job], torch.Tensor]
+BACKENDS: Registry[Backend] = Registry("backend")
+
+
+def choose_backend(name: str, query: torch.Tensor, softcap: float | None) -> str:
+    """Return the backend to use for `name`; "auto" takes flash-attn where it can run, else SDPA, eager for soft caps.
+
+    Raises:
+        ConfigError: unknown name, or a backend that cannot do soft-capped scores.
+        MissingExtraError: flash asked for and not installed.
+    """
+    if name == "auto":
+        if softcap is not None:
+            return "eager"
+        return "flash" if query.is_cuda and query.dtype != torch.float32 and _has_flash() else "sdpa"
+    BACKENDS[name]
+    if softcap is not None and name != "eager":
+        raise ConfigError(f"--backend {name} cannot cap attention scores, as this model does: use auto or eager.")
+    if name == "flash" and not _has_flash():
+        raise MissingExtraError(
+            "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]', or use --backend sdpa."
+        )
+    return name
+
+
+def _has_flash() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _sdpa_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention on [P, H, L, D]: no mask for square causal pieces, so flash may run."""
+    # mask-free kernels know grouped heads on a CPU and in half precision
+    grouped = k.shape[1] != q.shape[1] and mask is None and (q.device.type == "cpu" or q.dtype != torch.float32)
+    if not grouped:
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=job.scale, dropout_p=job.dropout, enable_gqa=grouped
+    )
+
+
+def _eager_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The definition: softmax(q k^T * scale) v with the scores in memory, in float32 (float64 stays)."""
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    scores = (q @ k.transpose(-1, -2)).to(wide) * job.scale
+    if job.softcap is not None:
+        scores = torch.tanh(scores / job.softcap) * job.softcap
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    weights = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), job.dropout)
+    return weights.to(v.dtype) @ v
+
+
+def _repeat(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], 1)
+
+
+def _by_pieces(kernel: Kernel) -> Backend:
+    """Make a backend of a kernel for [P, H, L, D] pieces."""
+
+    def backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+        if job.window is not None and job.window < q.shape[2]:
+            return _sliding(kernel, q, k, v, job)
+        if job.layout.segments is None and job.kind != "wrapped":
+            return _whole_rows(kernel, q, k, v, job)
+        return _gathered(kernel, q, k, v, job)
+
+    return backend
+
+
+def _whole_rows(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+    """Every row is one segment: its pieces are slices and reshapes, no token is copied by index."""
+    total = q.shape[2]
+    size = total if job.kind == "dense" or total <= job.group_size else job.group_size
+    start = size // 2 if job.kind == "shifted" and size < total else 0
+    middle = (total - start) // size * size
+    cuts = [(0, start, start), (start, start + middle, size), (start + middle, total, total - start - middle)]
+    parts = [_slice(kernel, q, k, v, job, *cut) for cut in cuts if cut[1] > cut[0]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _slice(
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, start: int, end: int, size: int
+) -> torch.Tensor:
+    """Attend inside pieces of `size` tokens that tile [start, end); returns [B, end - start, H, D]."""
+    rows, heads, _, width = q.shape
+    count = (end - start) // size
+
+    def pieces(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, start:end].transpose(1, 2).reshape(rows * count, size, x.shape[1], width).transpose(1, 2)
+
+    out = kernel(pieces(q), pieces(k), pieces(v), job, None)
+    return out.transpose(1, 2).reshape(rows, end - start, heads, width)
+
+
+def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+    """General layouts: gather each bucket of pieces, attend, scatter. Padding is at a piece's end: causal hides it."""
+    rows, heads, length, width = q.shape
+    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
+    out = q.new_zeros(rows * length, heads, width)
+    for bucket in job.layout.buckets(job.kind, job.group_size, q.device):
+        parts = kernel(*(x[bucket.index].transpose(1, 2) for x in flat), job, None).transpose(1, 2)
+        index = bucket.index
+        if bucket.real is not None:
+            parts, index = parts[bucket.real], index[bucket.real]
+        out = out.index_put((index,), parts.to(out.dtype))
+    return out.view(rows, length, heads, width)
+
+
+def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+    """Sliding-window layers: queries in chunks of the window W against their own and the previous chunk.
+
+    Memory grows with N * W, not N^2.
+    """
+    rows, heads, length, width = q.shape
+    window = job.window or length
+    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
+    out = q.new_zeros(rows * length, heads, width)
+    distance = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
+    band = (distance >= 0) & (distance < window)
+    for tokens in job.layout.pieces("dense", 0):
+        index = torch.from_numpy(tokens).to(q.device)
+        for start in range(0, len(index), window):
+            queries, keys = index[start : start + window], index[max(0, start - window) : start + window]
+            mask = band[: len(queries), window - min(start, window) :][:, : len(keys)]
+            part = [flat[0][queries], flat[1][keys], flat[2][keys]]
+            result = kernel(*(x.transpose(0, 1)[None] for x in part), job, mask)
+            out = out.index_put((queries,), result[0].transpose(0, 1).to(out.dtype))
+    return out.view(rows, length, heads, width)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+    """flash-attn's variable-length kernel: all pieces of all rows in one call, boundaries in cu_seqlens."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    rows, heads, length, width = q.shape
+    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
+    lengths = torch.tensor([0, *job.layout.lengths(job.kind, job.group_size)], device=q.device)
+    ends = lengths.cumsum(0).to(torch.int32)
+    is_plain = job.layout.segments is None and job.kind != "wrapped"
+    index = None if is_plain else torch.from_numpy(job.layout.order(job.kind, job.group_size)).to(q.device)
+    longest = int(lengths.max())
+    window = (-1, -1) if job.window is None else (job.window - 1, 0)
+    out: torch.Tensor = flash_attn_varlen_func(
+        *(flat if index is None else [x[index] for x in flat]),
+        ends,
+        ends,
+        longest,
+        longest,
+        dropout_p=job.dropout,
+        softmax_scale=job.scale,
+        causal=True,
+        window_size=window,
+    )
+    if index is not None:
+        out = q.new_zeros(rows * length, heads, width).index_put((index,), out)
+    return out.view(rows, length, heads, width)
+
+
+BACKENDS.register("flash", _flash)
+BACKENDS.register("sdpa", _by_pieces(_sdpa_kernel))
+BACKENDS.register("eager", _by_pieces(_eager_kernel))

@@ -1,0 +1,154 @@
+"""Which tokens may attend to which: segments of a batch, cut into groups. No model, no kernel.
+
+A *segment* is a run of tokens that attend to one another causally: a row without its padding, or one document of it.
+S2-Attn (arXiv 2309.12307, section 3.2) cuts each segment into *pieces* of at most `group_size` tokens; attention is
+causal inside a piece and zero across pieces. Every cut is described here as index arrays, once per batch, so that all
+layers and all kernels share it.
+
+Shape legend: B rows, N tokens of a row, T = B * N, P pieces, L tokens of a piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longext.errors import ConfigError
+
+KINDS = ("dense", "plain", "shifted", "wrapped")
+_NUM_SIZES = 8  # ragged pieces are padded to one of this many lengths, so that few kernel calls serve them all
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pieces of one (padded) length.
+
+    Attributes:
+        index: int64 [P, L], flat token numbers (row * N + position); padding repeats the piece's last token.
+        real: bool [P, L], False on padding; None where there is none.
+    """
+
+    index: torch.Tensor
+    real: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of one batch.
+
+    Attributes:
+        num_rows, length: B and N.
+        segments: flat token numbers of each segment, in order; None where every row is one whole segment.
+    """
+
+    num_rows: int
+    length: int
+    segments: tuple[NDArray[np.int64], ...] | None = None
+    _cache: dict[tuple[str, int], list[Bucket]] = field(default_factory=dict, repr=False, compare=False)
+
+    def lengths(self, kind: str, group_size: int) -> list[int]:
+        """Return the lengths of all pieces, in token order (what a variable-length kernel wants)."""
+        return [len(piece) for piece in self.pieces(kind, group_size)]
+
+    def order(self, kind: str, group_size: int) -> NDArray[np.int64]:
+        """Return the flat token numbers of all pieces, one after the other; int64."""
+        pieces = self.pieces(kind, group_size)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def buckets(self, kind: str, group_size: int, device: torch.device) -> list[Bucket]:
+        """Return all pieces as few index tensors of equal length; made once per batch."""
+        key = (kind, group_size)
+        if key not in self._cache:
+            self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(kind, group_size))]
+        return self._cache[key]
+
+    def pieces(self, kind: str, group_size: int) -> list[NDArray[np.int64]]:
+        """Return all pieces in token order, each as its flat token numbers."""
+        segments = self.segments
+        if segments is None:
+            tokens = np.arange(self.num_rows * self.length, dtype=np.int64)
+            segments = tuple(tokens.reshape(self.num_rows, self.length))
+        return [piece for segment in segments for piece in cut_segment(segment, kind, group_size)]
+
+
+def make_layout(
+    num_rows: int,
+    length: int,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    separate_documents: bool = False,
+) -> Layout:
+    """Return the layout of a batch.
+
+    Args:
+        attention_mask: bool or int [B, N], zero on padding; holes are skipped. None: no padding.
+        document_ids: int [B, N], -1 on padding, else the number of the token's document in its row.
+        separate_documents: True makes each document a segment of its own.
+    """
+    real = np.ones((num_rows, length), dtype=bool)
+    if attention_mask is not None:
+        real &= attention_mask.cpu().numpy().astype(bool)
+    documents = None if document_ids is None else document_ids.cpu().numpy()
+    if documents is not None:
+        real &= documents >= 0
+    if real.all() and (documents is None or not separate_documents or bool((documents == documents[:, :1]).all())):
+        return Layout(num_rows, length)
+    segments: list[NDArray[np.int64]] = []
+    for row in range(num_rows):
+        positions = np.flatnonzero(real[row])
+        runs = [positions]
+        if documents is not None and separate_documents:
+            runs = np.split(positions, np.flatnonzero(np.diff(documents[row][positions])) + 1)
+        segments += [run.astype(np.int64) + row * length for run in runs if len(run)]
+    return Layout(num_rows, length, tuple(segments))
+
+
+def cut_segment(segment: NDArray[np.int64], kind: str, group_size: int) -> list[NDArray[np.int64]]:
+    """Cut one segment into pieces.
+
+    Args:
+        kind: "dense" keeps it whole; "plain" cuts at G, 2G, ...; "shifted" at G/2, 3G/2, ..., so that the two ends
+            are pieces of their own and nothing sees the future; "wrapped" is LongLoRA's roll by half a group, whose
+            last piece holds the end and then the beginning of the segment: its beginning attends to its end.
+        group_size: G; a segment of at most G tokens stays whole.
+
+    Raises:
+        ConfigError: "wrapped" and a length that G does not divide.
+    """
+    total = len(segment)
+    if kind == "dense" or total <= group_size:
+        return [segment]
+    if kind == "wrapped":
+        if total % group_size:
+            raise ConfigError(
+                f"s2-wrapped reproduces LongLoRA's roll and needs lengths that the group divides: {total} tokens, "
+                f"groups of {group_size}. Use --attention s2, which takes any length."
+            )
+        segment = np.roll(segment, -(group_size // 2))
+    first = group_size // 2 if kind == "shifted" else group_size
+    return np.split(segment, np.arange(first, total, group_size))
+
+
+def _by_size(pieces: list[NDArray[np.int64]]) -> list[tuple[int, list[NDArray[np.int64]]]]:
+    """Group pieces by length, ragged ones rounded up to a multiple of (longest / 8)."""
+    counts: dict[int, int] = {}
+    for piece in pieces:
+        counts[len(piece)] = counts.get(len(piece), 0) + 1
+    step = max(1, max(counts, default=1) // _NUM_SIZES)
+    exact = set(counts) if len(counts) <= _NUM_SIZES else {max(counts)}
+    groups: dict[int, list[NDArray[np.int64]]] = {}
+    for piece in pieces:
+        size = len(piece) if len(piece) in exact else -(-len(piece) // step) * step
+        groups.setdefault(size, []).append(piece)
+    return sorted(groups.items())
+
+
+def _bucket(group: tuple[int, list[NDArray[np.int64]]], device: torch.device) -> Bucket:
+    size, pieces = group
+    index = np.stack([np.pad(piece, (0, size - len(piece)), mode="edge") for piece in pieces])
+    lengths = np.array([len(piece) for piece in pieces])
+    real = None if (lengths == size).all() else torch.from_numpy(np.arange(size) < lengths[:, None]).to(device)
+    return Bucket(torch.from_numpy(index).to(device), real)

@@ -1,0 +1,231 @@
+"""Shifted sparse attention (S2-Attn, arXiv 2309.12307) and its relatives, as transformers attention functions.
+
+`register_attention()` makes each variant an `attn_implementation`; `model.set_attn_implementation("s2_attn")` switches
+a model to it. No forward is patched, so every family that goes through transformers' attention interface works.
+
+In train mode a variant attends as its name says. In eval mode each of them *is* torch SDPA full attention, bit for bit:
+a model trained with S2-Attn is used with full attention (table 6 of the paper: 8.12 against 8.64 perplexity).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longext.attention.backends import BACKENDS, Job, choose_backend
+from longext.attention.layout import Layout, make_layout
+from longext.attention.sequence import SequenceGroup, heads_to_sequence, local_heads, sequence_to_heads
+from longext.errors import ConfigError
+from longext.registry import Registry
+
+PLAN = "attention_plan"  # the forward keyword that carries an AttentionPlan to every layer
+_DEFAULT_RATIO = 4  # groups per row where no plan is given: the paper's choice
+
+
+@dataclass(frozen=True)
+class AttentionVariant:
+    """How the heads of a layer attend in train mode.
+
+    Attributes:
+        implementation: its name in transformers' registries.
+        lower, upper: how the first floor(H / 2) heads and the others cut a segment (`layout.KINDS`).
+        summary: one line for reports.
+    """
+
+    implementation: str
+    lower: str
+    upper: str
+    summary: str
+
+
+ATTENTION_VARIANTS: Registry[AttentionVariant] = Registry("attention")
+ATTENTION_VARIANTS.register(
+    "s2",
+    AttentionVariant(
+        "s2_attn",
+        "plain",
+        "shifted",
+        "groups; half of the heads shifted by half a group, the end pieces apart (no future leak)",
+    ),
+)
+ATTENTION_VARIANTS.register("full", AttentionVariant("full_attn", "dense", "dense", "full causal attention"))
+ATTENTION_VARIANTS.register(
+    "short", AttentionVariant("short_attn", "plain", "plain", "groups without shift (the paper's ablation)")
+)
+ATTENTION_VARIANTS.register(
+    "s2-wrapped",
+    AttentionVariant(
+        "s2_wrapped_attn",
+        "plain",
+        "wrapped",
+        "LongLoRA's roll: the shifted heads' first half group sees the last one, which is the future",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one batch's attention needs; passed to the model's forward as `attention_plan=`.
+
+    Attributes:
+        layout: the segments of the whole rows (before sequence parallelism cuts them).
+        group_size: G in tokens.
+        backend: "auto", "flash", "sdpa" or "eager".
+        sequence: the ranks that share each row, or None.
+    """
+
+    layout: Layout
+    group_size: int
+    backend: str = "auto"
+    sequence: SequenceGroup | None = None
+
+
+@dataclass(frozen=True)
+class LazyMask:
+    """What the mask interface returns for our variants: the arguments, turned into what the mode needs.
+
+    In eval mode that is SDPA's own mask, in train mode a default plan (groups of a quarter of the row).
+    """
+
+    arguments: dict[str, Any]
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def dense(self) -> torch.Tensor | None:
+        """Return the mask that `sdpa` would have got: bool [B, 1, Q, K] or None."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        if "dense" not in self._cache:
+            self._cache["dense"] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**self.arguments)
+        return self._cache["dense"]
+
+    def plan(self) -> AttentionPlan:
+        """Return the plan for a forward that was given none."""
+        if "plan" not in self._cache:
+            rows, length = self.arguments["batch_size"], self.arguments["q_length"]
+            layout = make_layout(int(rows), int(length), self.arguments.get("attention_mask"))
+            self._cache["plan"] = AttentionPlan(layout, max(2, int(length) // _DEFAULT_RATIO))
+        plan: AttentionPlan = self._cache["plan"]
+        return plan
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """The mask function of our variants (transformers calls it once per forward): keep the arguments."""
+    return LazyMask(arguments)
+
+
+def register_attention() -> None:
+    """Make every variant known to transformers' attention and mask registries; doing it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for name in ATTENTION_VARIANTS:
+        variant = ATTENTION_VARIANTS[name]
+        AttentionInterface.register(variant.implementation, functools.partial(attention_forward, variant))
+        AttentionMaskInterface.register(variant.implementation, lazy_mask)
+
+
+def attention_forward(
+    variant: AttentionVariant,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks: q [B, H, N, D], k and v [B, K, N, D] -> ([B, N, H, D], None).
+
+    Raises:
+        ConfigError: a mask, a cache or an attention kind that training with this variant cannot honour.
+    """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if not module.training:
+        return _evaluate(module, query, key, value, attention_mask, scale, softcap, sliding_window, kwargs)
+    if not isinstance(attention_mask, LazyMask):
+        raise ConfigError(f"{variant.implementation} makes its own mask: pass a 2-D attention_mask or none.")
+    if kwargs.get("s_aux") is not None:
+        raise ConfigError(f"{variant.implementation} does not know attention sinks (gpt-oss): use another model.")
+    if key.shape[2] != query.shape[2]:
+        raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
+    plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
+    return train_attention(variant, plan, query, key, value, scale, dropout, softcap, sliding_window), None
+
+
+def train_attention(
+    variant: AttentionVariant,
+    plan: AttentionPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Return [B, N, H, D]; with sequence parallelism N is the rank's share on both sides."""
+    num_heads, backend = query.shape[1], BACKENDS[choose_backend(plan.backend, query, softcap)]
+    first, last = 0, num_heads
+    if plan.sequence is not None:
+        first, last = local_heads(num_heads, plan.sequence)
+        query, key, value = sequence_to_heads(query, key, value, plan.sequence)
+    if sliding_window is not None:
+        ranges = [("dense", first, last)]
+    else:
+        half = min(max(num_heads // 2, first), last)
+        ranges = [(variant.lower, first, half), (variant.upper, half, last)]
+        if variant.lower == variant.upper:
+            ranges = [(variant.lower, first, last)]
+    outputs = []
+    for kind, start, end in ranges:
+        if end > start:
+            q, k, v = select_heads(query, key, value, start - first, end - first)
+            job = Job(plan.layout, kind, plan.group_size, scale, dropout, softcap, sliding_window)
+            outputs.append(backend(q, k, v, job))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    return out if plan.sequence is None else heads_to_sequence(out, plan.sequence)
+
+
+def select_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query heads start .. end and the key-value heads they use.
+
+    Key-value heads stay grouped where the range covers whole groups or lies in one; else they are repeated.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    low, high = start // repeats, -(-end // repeats)
+    if (start % repeats or end % repeats) and high - low > 1:
+        key, value = (x[:, low:high].repeat_interleave(repeats, 1) for x in (key, value))
+        low, high = start - low * repeats, end - low * repeats
+    return query[:, start:end], key[:, low:high], value[:, low:high]
+
+
+def _evaluate(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Full attention by transformers' own SDPA function (its numbers, its mask)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if softcap is not None:
+        raise ConfigError("This model caps attention scores: switch it to attn_implementation='eager' to evaluate it.")
+    mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
+    kwargs.pop(PLAN, None)
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, mask, scaling=scale, sliding_window=sliding_window, **kwargs
+    )
+    return out, None

@@ -1,0 +1,134 @@
+"""Every attention variant and backend against its definition in float64, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_reference import LAYOUTS, reference
+
+from longext.attention.layout import Layout, make_layout
+from longext.attention.shifted import ATTENTION_VARIANTS, AttentionPlan, train_attention
+from longext.errors import ConfigError, MissingExtraError
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+D = 8
+
+# name, attention_mask or None, document ids or None, segment ids of the reference
+BATCHES = {
+    "whole": (None, None, [[0] * 32] * 2),
+    "odd length": (None, None, [[0] * 29]),
+    "shorter than a group": (None, None, [[0] * 7]),
+    "right padding": ([[1] * 27 + [0] * 5, [1] * 32], None, [[0] * 27 + [-1] * 5, [0] * 32]),
+    "left padding": ([[0] * 9 + [1] * 23, [1] * 32], None, [[-1] * 9 + [0] * 23, [0] * 32]),
+    "one row all padding": ([[0] * 16, [1] * 16], None, [[-1] * 16, [0] * 16]),
+    "documents": (
+        None,
+        [[0] * 11 + [1] * 19 + [-1] * 2, [0] * 3 + [1] + [2] * 28],
+        [[0] * 11 + [1] * 19 + [-1] * 2, [0] * 3 + [1] + [2] * 28],
+    ),
+    "many documents": (None, [[i // 3 for i in range(40)]], [[i // 3 for i in range(40)]]),
+}
+
+
+def make_batch(name, heads, kv_heads, dtype):
+    attention_mask, documents, rows = BATCHES[name]
+    shape = (len(rows), heads, len(rows[0]), D)
+    q = torch.randn(shape, dtype=dtype)
+    k, v = (torch.randn(shape[0], kv_heads, shape[2], D, dtype=dtype) for _ in range(2))
+    layout = make_layout(
+        shape[0],
+        shape[2],
+        None if attention_mask is None else torch.tensor(attention_mask),
+        None if documents is None else torch.tensor(documents),
+        separate_documents=True,
+    )
+    return q, k, v, layout, rows
+
+
+def compare(variant, backend, layout, rows, q, k, v, group_size=8, **options):
+    """Forward and backward of a backend against the definition; tolerance relative to the largest gradient."""
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = [x.double().clone().requires_grad_() for x in (q, k, v)]
+    kinds = (ATTENTION_VARIANTS[variant].lower, ATTENTION_VARIANTS[variant].upper)
+    plan = AttentionPlan(layout, group_size, backend)
+    window = options.pop("window", None)
+    out = train_attention(
+        ATTENTION_VARIANTS[variant], plan, *ours, scale=0.3, sliding_window=window, softcap=options.get("softcap")
+    )
+    expected = reference(*theirs, rows, ("dense", "dense") if window else kinds, group_size, 0.3, window=window, **options)
+    weight = torch.randn_like(expected)
+    (out.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    tolerance = TOLERANCE[q.dtype]
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=tolerance * max(1, float(b.grad.abs().max())))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
+@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+def test_head_layouts(variant, heads, kv_heads, backend):
+    q, k, v, layout, rows = make_batch("whole", heads, kv_heads, torch.float32)
+    compare(variant, backend, layout, rows, q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+def test_batches(variant, name, backend):
+    q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
+    compare(variant, backend, layout, rows, q, k, v)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16, 31, 32, 33])
+def test_group_sizes_in_float64(group_size):
+    q, k, v, layout, rows = make_batch("left padding", 5, 1, torch.float64)
+    compare("s2", "sdpa", layout, rows, q, k, v, group_size)
+
+
+@pytest.mark.parametrize("name", ["whole", "left padding"])
+def test_wrapped_variant_is_longloras_roll(name):
+    q, k, v, layout, rows = make_batch("whole", 6, 2, torch.float32)
+    compare("s2-wrapped", "sdpa", layout, rows, q, k, v)
+
+
+def test_wrapped_variant_by_rolling_tensors():
+    """LongLoRA's own steps: roll the upper heads by half a group, attend in groups, roll back."""
+    group, (q, k, v) = 8, (torch.randn(2, 4, 32, D) for _ in range(3))
+    upper = [torch.cat([x[:, :2], x[:, 2:].roll(-group // 2, 2)], 1) for x in (q, k, v)]
+    pieces = [x.transpose(1, 2).reshape(2 * 4, group, 4, D).transpose(1, 2) for x in upper]
+    out = torch.nn.functional.scaled_dot_product_attention(*pieces, is_causal=True, scale=0.3)
+    out = out.transpose(1, 2).reshape(2, 32, 4, D)
+    expected = torch.cat([out[:, :, :2], out[:, :, 2:].roll(group // 2, 1)], 2)
+    ours = train_attention(ATTENTION_VARIANTS["s2-wrapped"], AttentionPlan(Layout(2, 32), group), q, k, v, 0.3)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_wrapped_variant_refuses_lengths_it_cannot_roll():
+    q, k, v = (torch.randn(1, 4, 30, D) for _ in range(3))
+    with pytest.raises(ConfigError, match="30 tokens, groups of 8"):
+        train_attention(ATTENTION_VARIANTS["s2-wrapped"], AttentionPlan(Layout(1, 30), 8), q, k, v, 0.3)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [1, 3, 8, 20, 31, 64])
+@pytest.mark.parametrize("name", ["whole", "left padding", "documents"])
+def test_sliding_window_layers_keep_their_window(name, window, backend):
+    q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
+    compare("s2", backend, layout, rows, q, k, v, window=window)
+
+
+def test_soft_capped_scores():
+    q, k, v, layout, rows = make_batch("documents", 4, 2, torch.float32)
+    compare("s2", "auto", layout, rows, q, k, v, softcap=5.0)
+    with pytest.raises(ConfigError, match="cannot cap attention scores"):
+        compare("s2", "sdpa", layout, rows, q, k, v, softcap=5.0)
+
+
+def test_flash_backend_without_flash_attn_says_how_to_get_it(monkeypatch):
+    q, k, v, layout, rows = make_batch("whole", 4, 2, torch.float32)
+    monkeypatch.setattr("longext.attention.backends._has_flash", lambda: False)
+    with pytest.raises(MissingExtraError, match="flash-attn"):
+        compare("s2", "flash", layout, rows, q, k, v)
