@@ -196,6 +196,7 @@ class PlanConfig:
     length: int
     gpus: str = "1xH100-80GB"
     method: str = "longlora"
+    attention: str | None = None
     batch_size: int = 1
     lora_r: int = 8
     group_ratio: float = 0.25
@@ -206,6 +207,7 @@ class PlanConfig:
     sharding: str = "auto"
     sequence_parallel: int = 1
     dtype: str = "bfloat16"
+    utilisation: float = 0.45
     num_tokens: int | None = None
     probe: bool = False
     revision: str | None = None

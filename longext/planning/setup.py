@@ -1,0 +1,141 @@
+"""One training run as the closed forms see it: what is trained, how, on how many GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longext.config import PlanConfig
+from longext.errors import ConfigError
+from longext.planning.shape import ModelShape
+from longext.registry import did_you_mean
+
+METHODS = ("longlora", "lora", "full")
+ATTENTIONS = ("s2", "full")
+SHARDINGS = ("auto", "none", "ddp", "zero2", "fsdp")
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """A training run, as far as it costs memory and time.
+
+    Attributes:
+        length: tokens of a sequence.
+        batch_size: sequences in one micro-batch.
+        method: longlora (LoRA, embeddings and norms), lora or full.
+        attention: s2 (half of the heads in groups, half in groups shifted by half a group) or full.
+        group_size: tokens of a group; None for `group_ratio` of the length.
+        lora_r: rank of the adapters on q, k, v and o.
+        checkpointing: each decoder layer keeps its input only and is computed again in the backward pass.
+        loss_chunk: tokens whose logits exist at once; None for all of them.
+        offload: the kept inputs wait in host memory.
+        sharding: none or ddp (replicas), zero2 (gradients and optimiser divided), fsdp (weights too).
+        num_gpus: GPUs in all.
+        sequence_parallel: GPUs that share each sequence.
+        compute_bytes: bytes of an activation and of a frozen weight (2 under bf16 autocast, 4 for plain float32).
+    """
+
+    length: int
+    batch_size: int = 1
+    method: str = "longlora"
+    attention: str = "s2"
+    group_size: int | None = None
+    group_ratio: float = 0.25
+    lora_r: int = 8
+    checkpointing: bool = True
+    loss_chunk: int | None = 4096
+    offload: bool = False
+    sharding: str = "none"
+    num_gpus: int = 1
+    sequence_parallel: int = 1
+    compute_bytes: int = 2
+
+    @property
+    def group(self) -> int | None:
+        """Tokens of an S2 group, None under full attention."""
+        if self.attention != "s2":
+            return None
+        return self.group_size or max(2, round(self.length * self.group_ratio))
+
+    @property
+    def is_full(self) -> bool:
+        """True where every parameter is trained."""
+        return self.method == "full"
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """True where embeddings and norms are trained."""
+        return self.method != "lora"
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of one micro-batch that one GPU holds."""
+        return self.batch_size * -(-self.length // self.sequence_parallel)
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Sequences that all GPUs together train on in one micro-batch."""
+        return self.batch_size * (self.num_gpus // self.sequence_parallel)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once on one GPU."""
+        return min(self.local_tokens, self.loss_chunk or self.local_tokens)
+
+    @property
+    def chunks_loss(self) -> bool:
+        """True where the loss is computed in more than one piece (each piece's logits are computed twice)."""
+        return self.chunk_tokens < self.local_tokens
+
+    def trainable(self, shape: ModelShape) -> int:
+        """Return the number of trained parameters."""
+        if self.is_full:
+            return shape.num_parameters
+        extra = shape.head_weights + shape.norm_weights if self.trains_embeddings else 0
+        return shape.lora_weights(self.lora_r) + extra
+
+
+def setup_of(config: PlanConfig, num_gpus: int) -> TrainingSetup:
+    """Return the setup that `config` describes (sharding "auto" is left for the search to decide).
+
+    Raises:
+        ConfigError: an unknown method, attention, sharding or dtype; a group or a division that cannot be.
+    """
+    _check_names(config)
+    attention = config.attention or ("s2" if config.method == "longlora" else "full")
+    if not 0 < config.group_ratio <= 1:
+        raise ConfigError(f"`group_ratio` must be in (0, 1], got {config.group_ratio:g}.")
+    if config.group_size is not None and config.group_size % 2:
+        raise ConfigError(f"`group_size` must be even (groups shift by half of it), got {config.group_size}.")
+    if num_gpus % config.sequence_parallel:
+        raise ConfigError(
+            f"`sequence_parallel` {config.sequence_parallel} must divide the {num_gpus} GPU(s) of --gpus."
+        )
+    if config.sharding not in ("auto", "none") and num_gpus == 1:
+        raise ConfigError(f"`sharding` {config.sharding} needs several GPUs; --gpus names one. Use none or auto.")
+    return TrainingSetup(
+        length=config.length,
+        batch_size=config.batch_size,
+        method=config.method,
+        attention=attention,
+        group_size=config.group_size,
+        group_ratio=config.group_ratio,
+        lora_r=config.lora_r,
+        checkpointing=config.checkpointing,
+        loss_chunk=config.loss_chunk,
+        offload=config.offload,
+        sharding=config.sharding,
+        num_gpus=num_gpus,
+        sequence_parallel=config.sequence_parallel,
+        compute_bytes=DTYPES[config.dtype],
+    )
+
+
+def _check_names(config: PlanConfig) -> None:
+    attentions = (config.attention or "s2", ATTENTIONS, "attention")
+    named = ((config.method, METHODS, "method"), attentions, (config.sharding, SHARDINGS, "sharding"))
+    for value, known, what in (*named, (config.dtype, DTYPES, "dtype")):
+        if value not in known:
+            raise ConfigError(f"Unknown {what} '{value}'. {did_you_mean(value, known)}")
+    if config.offload and not config.checkpointing:
+        raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")
