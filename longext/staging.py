@@ -67,12 +67,22 @@ def staged_directory(output: Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
+def replace_directory(finished: Path, output: Path, force: bool) -> None:
+    """Give a finished directory (of a long run, that could not be a temporary one) its final name.
+
+    Raises:
+        ConfigError: `output` exists and may not be replaced.
+    """
+    check_output(output, force)
+    _replace(finished, output)
+
+
 def _replace(staging: Path, output: Path) -> None:
     """Move `staging` to `output`; an old `output` is set aside first and deleted only when the new one stands."""
     if not output.exists():
         staging.rename(output)
         return
-    aside = staging.with_name(staging.name.replace(".partial-", ".old-"))
+    aside = staging.with_name(f".{output.name}.old-{os.getpid()}")
     output.rename(aside)
     try:
         staging.rename(output)

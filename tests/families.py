@@ -101,3 +101,14 @@ def save_tiny_model(config: PretrainedConfig, directory: Path, seed: int = 0) ->
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
+
+
+def tiny_model(name: str, seed: int = 0, attention: str = "eager") -> Any:
+    """Return the random model of `CONFIGS[name]` itself, dropout off."""
+    config = CONFIGS[name]()
+    for key in ("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -22,6 +22,7 @@ from longext.errors import ConfigError
 from longext.registry import Registry
 
 PLAN = "attention_plan"  # the forward keyword that carries an AttentionPlan to every layer
+_PROBE = "longext_probe_attn"
 _DEFAULT_RATIO = 4  # groups per row where no plan is given: the paper's choice
 
 
@@ -124,6 +125,40 @@ def register_attention() -> None:
         variant = ATTENTION_VARIANTS[name]
         AttentionInterface.register(variant.implementation, functools.partial(attention_forward, variant))
         AttentionMaskInterface.register(variant.implementation, lazy_mask)
+
+
+def check_model(model: Any) -> None:
+    """Raise ConfigError where a model's layers would not attend as told: every layer must get the plan.
+
+    Found out by a forward over two tokens with a function that notes what reaches it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    seen: list[bool] = []
+
+    def note(_: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        seen.append(PLAN in kwargs)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register(_PROBE, note)
+    AttentionMaskInterface.register(_PROBE, lazy_mask)
+    text = model.config.get_text_config()
+    before, was_training = text._attn_implementation, model.training
+    try:
+        if getattr(model, "_supports_attention_backend", False):
+            model.set_attn_implementation(_PROBE)
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+            with torch.no_grad():
+                model.eval()(ids, use_cache=False, **{PLAN: AttentionPlan(Layout(1, 2), 2)})
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+    if len(seen) < text.num_hidden_layers or not all(seen):
+        raise ConfigError(
+            f"{type(model).__name__} does not run its attention through transformers' attention interface, so longext "
+            "cannot train it with S2-Attn or packed documents. Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OLMo "
+            "and most others do."
+        )
 
 
 def attention_forward(

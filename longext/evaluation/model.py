@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import read_config, read_shards, resolve_model
 from longext.config import ExtendConfig, RuntimeConfig
-from longext.errors import CheckpointError, ConfigError, LongextWarning
+from longext.errors import CheckpointError, ConfigError
+from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
 from longext.evaluation.protocol import TokenScores
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
@@ -88,9 +88,9 @@ class HFLanguageModel:
         input_ids = input_ids.to(self.device)
         targets = input_ids[:, first:]
         if self._head_is_plain is None:
-            self._head_is_plain = self._check_head()
+            self._head_is_plain = head_is_plain(self.model)
         if self._head_is_plain:
-            hidden = self._decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
+            hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
             return self._score_hidden(hidden, targets)
         keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
         return _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
@@ -102,48 +102,13 @@ class HFLanguageModel:
         budget = _HEAD_BYTES if self.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
         rows = max(1, budget // (4 * head.weight.shape[0]))
         parts = [
-            _score_logits(self._after_head(head(states)), tokens)
+            _score_logits(scale_logits(self.model, head(states)), tokens)
             for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
         ]
         shape = targets.shape
         return TokenScores(
             torch.cat([part.nll for part in parts]).view(shape), torch.cat([part.is_top1 for part in parts]).view(shape)
         )
-
-    def _decoder(self) -> Any:
-        decoder = self.model.get_decoder()
-        return decoder if decoder is not self.model else self.model.base_model
-
-    def _after_head(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply what some families do to logits after the output matrix (Gemma soft cap, Cohere and Granite scale)."""
-        config = self.model.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        return logits
-
-    def _check_head(self) -> bool:
-        """True where decoder + head + `_after_head` give the model's own logits; checked once on a few tokens."""
-        ids = torch.arange(8, device=self.device)[None]
-        try:
-            hidden = self._decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            ours = self._after_head(self.model.get_output_embeddings()(hidden)).float()
-        except (AttributeError, TypeError):
-            ours = None
-        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
-        if ours is not None and ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
-            return True
-        warnings.warn(
-            f"{type(self.model).__name__} changes its logits in a way longext does not know: "
-            "using its own output path, which needs memory for all scored logits at once.",
-            LongextWarning,
-            stacklevel=2,
-        )
-        return False
 
     # --- generation ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 
@@ -35,9 +36,15 @@ def say(text: str) -> None:
     stdout().print(text, markup=False)
 
 
+class Advance(Protocol):
+    """Tell a progress display that `amount` more is done; `note` is shown beside it."""
+
+    def __call__(self, amount: int, note: str = "") -> None: ...
+
+
 @contextlib.contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield advance(n): a rich bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yield advance(n, note): a rich bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
     console = stderr()
     if not console.is_terminal:
         yield _plain_progress(what, total, unit)
@@ -52,33 +59,36 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     started = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(what, total=total, rate="", note="")
 
-        def advance(amount: int) -> None:
+        def advance(amount: int, note: str = "") -> None:
             done = bar.tasks[0].completed + amount
-            bar.update(task, advance=amount, rate=f"{done / (time.perf_counter() - started):,.0f} {unit}/s")
+            rate = f"{done / (time.perf_counter() - started):,.0f} {unit}/s"
+            bar.update(task, advance=amount, rate=rate, note=note)
 
         yield advance
 
 
-def _plain_progress(what: str, total: int, unit: str) -> Callable[[int], None]:
+def _plain_progress(what: str, total: int, unit: str) -> Advance:
     started = last = time.perf_counter()
     done = 0
 
-    def advance(amount: int) -> None:
+    def advance(amount: int, note: str = "") -> None:
         nonlocal last, done
         done += amount
         now = time.perf_counter()
         if now - last < _PLAIN_SECONDS:
             return
         last = now
-        rate = done / (now - started)
+        rate = max(done, 1) / (now - started)
         left = (total - done) / rate
+        tail = f"; {note}" if note else ""
         print(
-            f"{what}: {done:,}/{total:,} {unit} ({done / total:.0%}), {rate:,.0f} {unit}/s, {left:.0f} s left",
+            f"{what}: {done:,}/{total:,} {unit} ({done / total:.0%}), {rate:,.0f} {unit}/s, {left:.0f} s left{tail}",
             file=sys.stderr,
             flush=True,
         )

@@ -28,7 +28,7 @@ METHOD_COLOURS = {
     "abf": "#b2912f",
 }
 _SPARE = ("#5b3e96", "#117733", "#882255", "#44aa99", "#999933")
-_INK, _GRID = "#222222", "#e3e3e3"
+INK, GRID = "#222222", "#e3e3e3"
 
 
 def colours_for(names: Sequence[str]) -> dict[str, str]:
@@ -37,17 +37,19 @@ def colours_for(names: Sequence[str]) -> dict[str, str]:
     return {name: METHOD_COLOURS.get(name) or next(spare) for name in names}
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this project's look, sizes in inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
-def _style(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=10)
-    axes.set_xlabel(x, fontsize=9.5, color=_INK)
-    axes.set_ylabel(y, fontsize=9.5, color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
+def style(axes: Any, title: str, x: str, y: str) -> None:
+    """Give axes a title, labels and this project's look."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
+    axes.set_xlabel(x, fontsize=9.5, color=INK)
+    axes.set_ylabel(y, fontsize=9.5, color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8.5, colors=_INK, length=3)
+    axes.tick_params(labelsize=8.5, colors=INK, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -59,7 +61,7 @@ def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _log_perplexity(axes: Any) -> None:
+def log_perplexity(axes: Any) -> None:
     """Log scale with round ticks; never narrower than a factor of two, so that small changes look small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -77,7 +79,7 @@ def _log_perplexity(axes: Any) -> None:
 
 
 def _mark_trained(axes: Any, trained: int) -> None:
-    axes.axvline(trained, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(trained, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"trained length {trained:,}",
         (trained, 1),
@@ -86,7 +88,7 @@ def _mark_trained(axes: Any, trained: int) -> None:
         textcoords="offset points",
         va="top",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -100,7 +102,7 @@ def perplexity_by_length(series: Mapping[str, Sequence[Mapping[str, Any]]], *, t
     Args:
         series: name -> result rows with length, ppl, ppl_low, ppl_high.
     """
-    figure = _figure(7.4, 4.2)
+    figure = new_figure(7.4, 4.2)
     axes = figure.subplots()
     colours = colours_for(list(series)) if len(series) > 1 else dict.fromkeys(series, METHOD_COLOURS["yarn"])
     for name, rows in series.items():
@@ -111,9 +113,9 @@ def perplexity_by_length(series: Mapping[str, Sequence[Mapping[str, Any]]], *, t
         if all(row["ppl_low"] is not None for row in rows):
             low, high = ([row[key] for row in rows] for key in ("ppl_low", "ppl_high"))
             axes.fill_between(x, low, high, color=colours[name], alpha=0.14, linewidth=0)
-    _style(axes, title, "context length (tokens)", "perplexity (log scale)")
+    style(axes, title, "context length (tokens)", "perplexity (log scale)")
     _length_ticks(axes, sorted({row["length"] for rows in series.values() for row in rows}))
-    _log_perplexity(axes)
+    log_perplexity(axes)
     _mark_trained(axes, trained)
     if len(series) > 1:
         _legend(axes)
@@ -126,7 +128,7 @@ def nll_by_position(series: Mapping[str, Sequence[Mapping[str, Any]]], *, traine
     Args:
         series: name -> rows with start, length (end of the bucket) and nll.
     """
-    figure = _figure(7.4, 4.2)
+    figure = new_figure(7.4, 4.2)
     axes = figure.subplots()
     colours = colours_for(list(series)) if len(series) > 1 else dict.fromkeys(series, METHOD_COLOURS["yarn"])
     for name, rows in series.items():
@@ -135,7 +137,7 @@ def nll_by_position(series: Mapping[str, Sequence[Mapping[str, Any]]], *, traine
         dashes = (0, (3, 1.5)) if name.startswith("dynamic") else "solid"
         values = [row["nll"] for row in rows]
         axes.stairs(values, edges, baseline=None, color=colours[name], linewidth=1.9, linestyle=dashes, label=name)
-    _style(axes, title, "position in the window (tokens)", "NLL (nats per token)")
+    style(axes, title, "position in the window (tokens)", "NLL (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     _mark_trained(axes, trained)
     if len(series) > 1:
@@ -152,8 +154,8 @@ def passkey_heat_maps(cells: Mapping[str, Sequence[Mapping[str, Any]]], *, title
     depths = list(dict.fromkeys(cell["depth"] for own in cells.values() for cell in own))
     width = max(3.0, 0.62 * len(lengths) + 1.3)
     height = max(1.7, 0.36 * len(depths) + 1.15)
-    figure = _figure(width * columns + 0.5, height * rows + 0.45)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    figure = new_figure(width * columns + 0.5, height * rows + 0.45)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     grid = figure.subplots(rows, columns, squeeze=False)
     for index, axes in enumerate(grid.flat):
         if index >= len(names):
@@ -177,18 +179,18 @@ def _heat_map(axes: Any, name: str, cells: Sequence[Mapping[str, Any]], lengths:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if value > 0.55 else _INK,
+                color="white" if value > 0.55 else INK,
             )
-    axes.set_title(name, loc="left", fontsize=9.5, color=_INK)
+    axes.set_title(name, loc="left", fontsize=9.5, color=INK)
     axes.set_xticks([c + 0.5 for c in range(len(lengths))], [f"{length:,}" for length in lengths], fontsize=8)
     axes.set_yticks(
         [r + 0.5 for r in range(len(depths))],
         ["random" if d is None else f"{100 * d:.0f}%" for d in depths],
         fontsize=8,
     )
-    axes.set_xlabel("tokens", fontsize=8.5, color=_INK)
-    axes.set_ylabel("needle depth", fontsize=8.5, color=_INK)
-    axes.tick_params(length=0, colors=_INK)
+    axes.set_xlabel("tokens", fontsize=8.5, color=INK)
+    axes.set_ylabel("needle depth", fontsize=8.5, color=INK)
+    axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -199,7 +201,7 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
     Args:
         rows: `rope.analysis.DimensionRow`s.
     """
-    figure = _figure(7.4, 5.4 if has_method else 3.6)
+    figure = new_figure(7.4, 5.4 if has_method else 3.6)
     panels = figure.subplots(2 if has_method else 1, 1, squeeze=False, sharex=True)[:, 0]
     index = [row.index for row in rows]
     top = panels[0]
@@ -209,8 +211,8 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
         color=["#0072b2" if row.completes_a_turn else "#d55e00" for row in rows],
         width=0.8,
     )
-    top.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    _style(top, title, "" if has_method else "dimension pair", f"turns in {trained:,} tokens")
+    top.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    style(top, title, "" if has_method else "dimension pair", f"turns in {trained:,} tokens")
     top.set_yscale("log")
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     never = sum(not row.completes_a_turn for row in rows)
@@ -226,9 +228,9 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
     if has_method:
         bottom = panels[1]
         bottom.plot(index, [row.stretch for row in rows], color="#009e73", linewidth=2, marker="o", markersize=3)
-        bottom.axhline(target / trained, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        bottom.axhline(1, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
-        _style(bottom, "", "dimension pair (fast to slow)", f"wavelength stretch for {target:,}")
+        bottom.axhline(target / trained, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        bottom.axhline(1, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        style(bottom, "", "dimension pair (fast to slow)", f"wavelength stretch for {target:,}")
     return figure
 
 

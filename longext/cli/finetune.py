@@ -1,0 +1,181 @@
+"""`longext finetune`: train a checkpoint at a longer length."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longext.cli import app
+from longext.cli.options import Device, Dtype, Force, Json, Model, Output, Recipe, Revision, Settings, config_from
+from longext.config import FinetuneConfig
+from longext.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longext.training.loading import Extension
+    from longext.training.longlora import FinetuneResult, Run
+
+_METHODS = "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has"
+_HELP = """Extend a checkpoint and train it at its new length (LongLoRA).
+
+Trains with shifted sparse attention (S2-Attn), LoRA, embeddings and norms; every evaluation uses full attention. Writes
+an adapter that `longext merge` turns into a standard checkpoint. Rarer settings: -c RECIPE or --set key=value.
+
+Example: longext finetune books-5m --data BOOKS --method linear --target-length 4096 -o out/books-5m-4k-lora
+"""
+
+
+@app.command("finetune", help=_HELP)
+def finetune(
+    ctx: typer.Context,
+    model: Model = None,
+    data: Annotated[str, typer.Option(help="Text file, folder, .jsonl, .parquet, Hub dataset id.")] = "sample",
+    method: Annotated[str, typer.Option(help=f"{_METHODS}.")] = "none",
+    target_length: Annotated[int | None, typer.Option(help="Length to train for, in tokens.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Target length / trained length, instead.")] = None,
+    output: Output = None,
+    task: Annotated[str, typer.Option(help="pretrain (plain text) or sft (instructions, chats).")] = "pretrain",
+    tuning: Annotated[
+        str, typer.Option(help="lora+embed+norm, lora, lora+embed, lora+norm, full.")
+    ] = "lora+embed+norm",
+    attention: Annotated[str, typer.Option(help="In training: s2, full, short, s2-wrapped.")] = "s2",
+    group_size: Annotated[int | None, typer.Option(help="S2-Attn group in tokens (default: a quarter row).")] = None,
+    group_ratio: Annotated[float, typer.Option(help="S2-Attn group as a share of the row.")] = 0.25,
+    positions: Annotated[str, typer.Option(help="plain, or pose (skip-wise, with --window).")] = "plain",
+    window: Annotated[int | None, typer.Option(help="pose: row length in tokens.")] = None,
+    separate_documents: Annotated[
+        bool, typer.Option("--separate-documents", help="No attention across packed documents.")
+    ] = False,
+    num_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows per process and forward pass.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    lora_r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    quantize: Annotated[str, typer.Option(help="none, or nf4 (QLoRA; needs bitsandbytes).")] = "none",
+    eval_data: Annotated[str | None, typer.Option(help="Documents to measure perplexity on.")] = None,
+    eval_lengths: Annotated[
+        str | None, typer.Option(help="Lengths to measure (default: trained length to target).")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between measurements (default: start and end).")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
+    num_processes: Annotated[int, typer.Option(help="Processes on this machine (one per GPU).")] = 1,
+    sequence_parallel: Annotated[int, typer.Option(help="Processes that share each row (Ulysses).")] = 1,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of data order and initial adapter.")] = 0,
+    revision: Revision = None,
+    force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+    ] = False,
+    as_json: Json = False,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Check, launch processes where several are asked for, train, write."""
+    config = config_from(ctx, FinetuneConfig, recipe, settings)
+    if config.output is None and not dry_run:
+        raise ConfigError("Give an output directory with -o.")
+    from longext.training.loading import plan_training_rope
+    from longext.training.processes import is_launched, launch
+    from longext.training.settings import check_finetune_config
+
+    check_finetune_config(config)
+    extension = plan_training_rope(config)
+    if dry_run:
+        _dry_run(config)
+        return
+    output = Path(str(config.output))
+    if config.num_processes > 1 and not is_launched():
+        _check_directories(config, output, extension.source)
+        raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
+    _train(config, output, extension, as_json)
+
+
+def _dry_run(config: FinetuneConfig) -> None:
+    import tempfile
+
+    from longext.reporting.console import print_table, say
+    from longext.reporting.training_views import run_table
+    from longext.training.longlora import prepare, run_record
+
+    with tempfile.TemporaryDirectory() as directory:
+        run = prepare(config, Path(directory))
+        print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+    say("Dry run: nothing was trained.")
+
+
+def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Path:
+    """Return the working directory of the run after checking that it and the output may be written."""
+    from longext.staging import check_output, is_ours
+
+    check_output(output, config.force, protected=source)
+    work = output.with_name(f"{output.name}.running")
+    exists = work.is_dir() and any(work.iterdir())
+    if config.resume and not exists:
+        raise ConfigError(f"Nothing to resume: there is no {work}. Leave --resume out to start the run.")
+    if exists and not config.resume and not (config.force and is_ours(work)):
+        raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or --force to start over.")
+    return work
+
+
+def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: bool) -> None:
+    from longext.reporting.console import print_table, progress
+    from longext.reporting.training_views import run_table
+    from longext.training.longlora import finetune as run_finetune
+    from longext.training.longlora import num_tokens, run_record
+    from longext.training.processes import is_main_process, start_distributed, wait_for_all
+
+    start_distributed()
+    work = output.with_name(f"{output.name}.running")
+    if is_main_process():
+        _open(config, output, extension.source)
+    wait_for_all()
+
+    def show(run: Run) -> None:
+        if is_main_process() and not as_json:
+            print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+
+    with progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as advance:
+        result = run_finetune(config, work, advance if is_main_process() else None, show)
+    if is_main_process():
+        _finish(config, output, result, as_json)
+    wait_for_all()
+
+
+def _open(config: FinetuneConfig, output: Path, source: Path) -> None:
+    """Make the working directory, or take up the one that is there."""
+    import shutil
+
+    from longext.manifest import write_manifest
+
+    work = _check_directories(config, output, source)
+    if work.is_dir() and not config.resume:
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        write_manifest(work, "finetune", config, state="running")
+
+
+def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
+    """Write manifest, card, table and picture beside the adapter; give the directory its name; say what is next."""
+    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.results import dump_json
+    from longext.reporting.training_output import write_training_output
+    from longext.staging import replace_directory
+
+    tables, record = write_training_output(config, result)
+    replace_directory(result.directory, output, config.force)
+    if as_json:
+        stdout().out(dump_json(record), highlight=False)
+        return
+    for table in tables:
+        print_table(table)
+    is_adapter = (output / "adapter_config.json").is_file()
+    step = f"longext merge {output} -o {output}-merged" if is_adapter else f"longext verify {output}"
+    say(f"Wrote {output} (loss.png, metrics.jsonl, run.json). Next: {step}")

@@ -1,0 +1,93 @@
+"""What a finished fine-tuning run writes beside its weights: manifest, card, table, record and picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from longext.config import FinetuneConfig
+from longext.manifest import command_line, versions, write_manifest
+from longext.reporting.plots import save_png
+from longext.reporting.results import dump_json
+from longext.reporting.tables import Table
+from longext.reporting.training_views import perplexity_table, run_table, training_curve
+
+if TYPE_CHECKING:
+    from longext.training.longlora import FinetuneResult
+
+_CARD = Template("""---
+library_name: $library
+tags: [long-context, rope, longlora, longext]
+---
+
+# $base trained at $target tokens
+
+$what
+
+$tables
+![Loss](loss.png)
+
+## Use it
+
+```
+$use
+```
+
+Training attention: $attention. The model is used with full attention, as every evaluation here was made.
+
+## Made by
+
+```
+$command
+```
+
+longext $version; the resolved settings are in `run.json` and `recipe.yaml`, the losses in `metrics.jsonl`.
+""")
+
+
+def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tuple[list[Table], dict[str, Any]]:
+    """Write everything but the weights into the run's directory; returns (tables to print, the result record)."""
+    directory, record = result.directory, result.record
+    run, measured = run_table(record, config.num_steps, config.model), perplexity_table(result.metrics)
+    tables = [run, *([measured] if measured else [])]
+    losses = [line for line in result.metrics if "loss" in line]
+    full = {
+        "schema": "longext.result/1",
+        "kind": "finetune",
+        "finetune": record,
+        "final_loss": losses[-1]["loss"],
+        "perplexity": [line for line in result.metrics if "perplexity" in line],
+        "versions": versions(),
+    }
+    (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
+    (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    title = f"{Path(config.model).name}, {record['tuning']['tuning']}, {record['attention']['training']} attention"
+    save_png(training_curve(result.metrics, title=title), directory / "loss.png")
+    (directory / "README.md").write_text(_card(config, directory, record, tables), encoding="utf-8")
+    extension = result.extension
+    write_manifest(directory, "finetune", config, state="finished", extension=extension, finetune=record)
+    return ([measured] if measured else []), full
+
+
+def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table]) -> str:
+    is_adapter = (directory / "adapter_config.json").is_file()
+    adapter = (
+        "An adapter (LoRA and what was trained with it, in one safetensors file) for the base model above, with the "
+        "RoPE it was trained for in `config.json`."
+    )
+    return _CARD.substitute(
+        library="peft" if is_adapter else "transformers",
+        base=Path(config.model).name,
+        target=f"{record['target_length']:,}",
+        what=adapter
+        if is_adapter
+        else "All weights were trained. A standard checkpoint; no code of longext is needed.",
+        tables="\n".join(table.to_markdown() for table in tables),
+        use="longext merge DIR -o MERGED    # a standard checkpoint, proved equal"
+        if is_adapter
+        else "longext verify DIR",
+        attention=f"{record['attention']['training']} ({record['attention']['definition']})",
+        command=command_line(),
+        version=versions()["longext"],
+    )

@@ -1,0 +1,127 @@
+"""What a run tells while it trains: a metrics file, progress, and perplexity by length with full attention."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from longext.errors import TrainingError
+
+METRICS_NAME = "metrics.jsonl"
+Report = Callable[[int, str], None]  # (tokens since the last call, a note such as "loss 2.31")
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Write one JSON line per logged step, and feed the progress display.
+
+    Args:
+        path: the metrics file, or None on processes that write nothing.
+        tokens_per_step: of the whole run, all processes together.
+        on_progress: told about tokens and the last loss.
+    """
+
+    def __init__(self, path: Path | None, tokens_per_step: int, on_progress: Report | None) -> None:
+        self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
+        self._started = self._last = 0.0
+        self._last_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock; after a resume, drop the lines that came after the checkpoint."""
+        self._started = self._last = time.perf_counter()
+        self._last_step = state.global_step
+        if self.path is not None:
+            keep_metrics_until(self.path, state.global_step)
+        if self.on_progress and state.global_step:
+            self.on_progress(state.global_step * self.tokens_per_step, "resumed")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Write the line of this step; a gradient that is not finite ends the run before it is saved."""
+        if "loss" not in logs:
+            return
+        gradient = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(gradient):
+            raise TrainingError(
+                f"The gradient norm is {gradient} at step {state.global_step}. Lower --learning-rate, or continue from "
+                "the last checkpoint with --resume."
+            )
+        now, steps = time.perf_counter(), state.global_step - self._last_step
+        tokens = steps * self.tokens_per_step
+        line = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": gradient,
+            "tokens": state.global_step * self.tokens_per_step,
+            "tokens_per_second": tokens / (now - self._last),
+            "peak_memory_gib": peak_memory(args.device) / 2**30,
+        }
+        self._last, self._last_step = now, state.global_step
+        self._write(line)
+        if self.on_progress:
+            memory = f"{line['peak_memory_gib']:.1f} GiB"
+            self.on_progress(tokens, f"step {state.global_step}, loss {line['loss']:.4f}, {memory}")
+
+    def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Write the perplexities measured at `step`, and keep their time out of the training rate."""
+        self._write({"step": step, "perplexity": {str(row["length"]): row["ppl"] for row in rows}})
+        self._last = time.perf_counter()
+        if self.on_progress:
+            self.on_progress(0, ", ".join(f"ppl {row['ppl']:.2f} at {row['length']:,}" for row in rows))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class Evaluate(TrainerCallback):  # type: ignore[misc]
+    """Run `evaluate(step)` before the first step, every `every` steps and after the last."""
+
+    def __init__(self, evaluate: Callable[[int], None], every: int | None) -> None:
+        self.evaluate, self.every = evaluate, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the model as it is before training."""
+        if state.global_step == 0:
+            self.evaluate(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure at the chosen steps."""
+        if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
+            self.evaluate(state.global_step)
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step` (what an interrupted run wrote after its last checkpoint)."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line that was cut off in writing is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,177 @@
+"""The one training engine: transformers' Trainer on accelerate, for one process or many.
+
+What it adds: attention plans from document ids, sequence parallelism, complete-or-absent checkpoints, a stop at NaN
+that names the batch, a stop at SIGTERM that saves first, and data whose order depends on the seed alone.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback
+
+from longext.attention.layout import make_layout
+from longext.attention.sequence import SequenceGroup, split_sequence
+from longext.attention.shifted import PLAN, AttentionPlan
+from longext.errors import TrainingError
+from longext.training.checkpoints import keep_last, mark_complete
+from longext.training.losses import shift
+
+Planner = Callable[[dict[str, Any]], AttentionPlan]
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Rows in training order, as the processes of a run take them.
+
+    Args:
+        rows: row i of the whole run; a pure function of the seed and i.
+        batch_size: rows per process and forward.
+        copies: ranks that share a row (sequence parallelism): accelerate deals consecutive batches to consecutive
+            ranks, so each batch is repeated for them.
+    """
+
+    def __init__(self, rows: Any, batch_size: int, copies: int = 1) -> None:
+        self.rows, self.batch_size, self.copies = rows, batch_size, copies
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.copies
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch, offset = divmod(index, self.batch_size)
+        number = batch // self.copies * self.batch_size + offset
+        return {**self.rows[number], "row": torch.tensor(number)}
+
+
+class Engine(Trainer):  # type: ignore[misc]
+    """A Trainer whose batches are rows of `Rows`.
+
+    Args:
+        rows: the training rows.
+        group_size: G of S2-Attn, in tokens.
+        backend: attention backend.
+        separate_documents: documents of a row do not attend to one another.
+        sequence: the ranks that share each row.
+        fingerprint: what decides the run's numbers; stored with each checkpoint.
+        keep_checkpoints: how many to keep.
+        model, args, ...: as for Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Rows,
+        group_size: int,
+        backend: str,
+        separate_documents: bool,
+        sequence: SequenceGroup | None,
+        fingerprint: dict[str, Any],
+        keep_checkpoints: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train_dataset=rows, **kwargs)
+        self.rows = rows
+        self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
+        self.sequence = sequence
+        self.fingerprint, self.keep_checkpoints = fingerprint, keep_checkpoints
+        self.model_accepts_loss_kwargs = True  # our loss hook divides by num_items_in_batch
+        self._row_numbers: torch.Tensor | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the summed loss over the step's tokens, divided by their number in all processes."""
+        inputs = self._forward_arguments(dict(inputs))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # every rank of a sequence group counted the same labels
+        return loss if self.sequence is None else loss * self.sequence.size
+
+    def _forward_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Turn a batch of rows into what the model's forward takes; this rank's share of it where rows are shared."""
+        self._row_numbers = inputs.pop("row")
+        documents = inputs.pop("document_ids")
+        if "shift_labels" in inputs:  # accelerate's context parallelism has cut and shifted them already
+            return {**{name: x for name, x in inputs.items() if name != "labels"}, "use_cache": False}
+        rows, length = inputs["input_ids"].shape
+        layout = make_layout(rows, length, None, documents, self.separate_documents)
+        positions = inputs.pop("position_ids", None)
+        if positions is None:
+            positions = torch.arange(length, device=documents.device).expand(rows, length)
+        tensors = {
+            "input_ids": inputs["input_ids"],
+            "position_ids": positions,
+            "shift_labels": shift(inputs["labels"]),
+        }
+        if self.sequence is not None:
+            tensors = {name: split_sequence(x, self.sequence).contiguous() for name, x in tensors.items()}
+        return {
+            **tensors,
+            PLAN: AttentionPlan(layout, self.group_size, self.backend, self.sequence),
+            "use_cache": False,
+        }
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run forward and backward; a loss that is not finite ends the run and names the rows."""
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            numbers = [] if self._row_numbers is None else self._row_numbers.tolist()
+            where = "; ".join(self.rows.rows.describe(number) for number in numbers)
+            raise TrainingError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}, in {where}. Nothing was saved from "
+                "this step. Lower the learning rate, look at that text, or continue from the last checkpoint with "
+                "--resume."
+            )
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if dist.is_initialized():
+            dist.barrier()
+        if self.args.should_save:
+            directory = Path(self.args.output_dir)
+            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.fingerprint)
+            keep_last(directory, self.keep_checkpoints)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop. A second one stops at once.
+
+    All processes agree after each step, since the signal need not reach them in the same one.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Ask for a checkpoint and the end of the run once any process has a signal."""
+        number = self.received or 0
+        if dist.is_initialized():
+            flag = torch.tensor([number], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            number = int(flag)
+        if number:
+            self.received = number
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,193 @@
+"""The model of a training run: the base checkpoint under its new RoPE, ready to be trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
+from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension, provenance
+from longext.checkpoint.rope_config import model_rope
+from longext.checkpoint.source import read_config, read_shards, resolve_model
+from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
+from longext.errors import CheckpointError, ConfigError
+from longext.evaluation.model import quiet_transformers, resolve_device
+from longext.manifest import read_manifest
+from longext.training.tuning import TUNINGS, quantisation
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What the run trains for.
+
+    Attributes:
+        source: directory of the base model.
+        config: config.json with the RoPE to train with, in both spellings.
+        record: the provenance that run.json keeps under "extension".
+        target_length: tokens the trained model is for.
+        trained_length: tokens it was pre-trained on.
+        plan: the extension, or None where the model is trained with the RoPE it has.
+    """
+
+    source: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    target_length: int
+    trained_length: int
+    plan: ExtensionPlan | None
+
+    @property
+    def rope_type(self) -> str:
+        """The rope_type of the config (of its full-attention layers)."""
+        kind: str = model_rope(self.config, self.source).parameters["rope_type"]
+        return kind
+
+
+def plan_training_rope(config: FinetuneConfig) -> Extension:
+    """Work out the RoPE of the run from config files alone.
+
+    Raises:
+        ConfigError: a target length that the model does not reach without a method, or a method's own complaint.
+        CheckpointError: the model cannot be read.
+    """
+    source = resolve_model(config.model, config.revision)
+    rope = {field.name: getattr(config, field.name) for field in fields(RopeConfig)}
+    if config.method == "none":
+        return _as_it_is(config, source)
+    request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
+    plan = plan_extension(request)
+    record = {**provenance(plan), "trained": True}
+    original = plan.spec.original_max_position_embeddings
+    return Extension(source, extended_config(plan), record, plan.new_length, original, plan)
+
+
+def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
+    raw = read_config(source)
+    rope = model_rope(raw, source, config.trust_remote_code)
+    length = config.target_length or rope.max_position_embeddings
+    if length > rope.max_position_embeddings and rope.parameters["rope_type"] != "dynamic":
+        raise ConfigError(
+            f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
+            "add --method (linear, ntk, yarn, ...) to extend it."
+        )
+    known = read_manifest(source).get("extension")
+    if known is None:
+        request = ExtendConfig(model=config.model, method="none", revision=config.revision)
+        known = provenance(plan_extension(request)) if rope.parameters["rope_type"] == "default" else {}
+    record = {
+        **known,
+        "base_model": config.model,
+        "base_path": str(source.resolve()),
+        "rope_parameters": rope.parameters,
+        "trained": True,
+    }
+    return Extension(source, raw, record, length, rope.spec.original_max_position_embeddings, None)
+
+
+def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:
+    """Return (model, tokenizer): weights as trained, the new RoPE, the attention variant switched on.
+
+    Frozen weights are in `config.dtype` ("auto": float32 on a CPU, bfloat16 on a GPU).
+
+    Raises:
+        CheckpointError: transformers cannot load the model or its tokenizer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    register_attention()
+    quiet_transformers()
+    read_shards(extension.source)
+    device = training_device(config)
+    quantised = quantisation(config.quantize)
+    model_config = AutoConfig.for_model(**json.loads(json.dumps(extension.config)))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(extension.source, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            extension.source,
+            config=model_config,
+            dtype=training_dtype(config, device),
+            attn_implementation=implementation_of(config),
+            trust_remote_code=config.trust_remote_code,
+            quantization_config=quantised,
+            device_map={"": device} if quantised is not None else None,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"transformers cannot load {extension.source}: {reason}") from error
+    model.config.use_cache = False
+    if config.context_parallel == 1:
+        check_model(model)
+    return model, tokenizer
+
+
+def implementation_of(config: FinetuneConfig) -> str:
+    """Return the attn_implementation to train with: our variant, or sdpa under accelerate's context parallelism."""
+    if config.context_parallel > 1:
+        return "sdpa"
+    return ATTENTION_VARIANTS[config.attention or "full"].implementation
+
+
+def training_device(config: FinetuneConfig) -> torch.device:
+    """Return this process's device: with several processes, one CUDA device each."""
+    import os
+
+    device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def training_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen weights; full fine-tuning keeps float32 master weights and computes in bfloat16.
+
+    Raises:
+        ConfigError: unknown name; float16, whose gradients would need loss scaling.
+    """
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
+    if config.dtype == "float32" or not TUNINGS[config.tuning].lora:
+        return torch.float32
+    if config.dtype == "bfloat16":
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
+    """True where matrix products run in bfloat16."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+
+
+def enable_checkpointing(model: Any, offload: bool) -> None:
+    """Recompute each decoder layer in the backward pass; with `offload` its input waits in CPU memory.
+
+    transformers renamed the method between 5.17 and 5.23; both take the same arguments.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, **({"offload": True} if offload else {}))
+
+
+@contextlib.contextmanager
+def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator[None]:
+    """Put `model` into eval mode under transformers' own full attention; undone on leaving.
+
+    Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
+    """
+    trained_with = model.config.get_text_config()._attn_implementation
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    was_training = model.training
+    model.set_attn_implementation("eager" if capped else "sdpa")
+    model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            yield
+    finally:
+        model.set_attn_implementation(trained_with)
+        model.train(was_training)

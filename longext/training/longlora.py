@@ -1,0 +1,347 @@
+"""`longext finetune`: extend a checkpoint and train it at its new length, as LongLoRA (arXiv 2309.12307) does.
+
+S2-Attn or full attention in training, LoRA with trainable embeddings and norms, full attention in every evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.attention.sequence import check_heads, make_sequence_group
+from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.checkpoint.source import read_shards
+from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
+from longext.data.documents import load_documents
+from longext.data.rows import collate_rows, open_rows
+from longext.errors import ConfigError, TrainingError
+from longext.evaluation.head import head_is_plain
+from longext.evaluation.model import HFLanguageModel
+from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
+from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
+from longext.training.checkpoints import check_fingerprint, complete_checkpoints, drop_incomplete
+from longext.training.engine import Engine, Rows, StopOnSignal
+from longext.training.loading import (
+    Extension,
+    enable_checkpointing,
+    full_attention,
+    load_for_training,
+    plan_training_rope,
+    training_device,
+    uses_autocast,
+)
+from longext.training.losses import chunked_loss
+from longext.training.processes import is_main_process, num_processes, wait_for_all
+from longext.training.settings import check_finetune_config, fingerprint_of, trainer_arguments
+from longext.training.tuning import Trainable, make_trainable
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Run:
+    """One fine-tuning run in this process: what it trains, on what, where it writes.
+
+    Attributes:
+        config: the resolved config.
+        extension: the RoPE it trains for.
+        directory: working directory (`<output>.running`); becomes the output when the run is done.
+        model, base, tokenizer: the model to train, the causal LM inside it, its tokenizer.
+        trainable: what is trained.
+        rows: the training rows.
+        device: of this process.
+    """
+
+    config: FinetuneConfig
+    extension: Extension
+    directory: Path
+    model: Any
+    base: Any
+    tokenizer: Any
+    trainable: Trainable
+    rows: Any
+    device: torch.device
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a training row."""
+        return row_length(self.config, self.extension)
+
+    @property
+    def group_size(self) -> int:
+        """G of S2-Attn: constant for the run."""
+        return self.config.group_size or max(2, round(self.row_length * self.config.group_ratio))
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimiser step, all processes together."""
+        return global_batch(self.config)
+
+
+def row_length(config: FinetuneConfig, extension: Extension) -> int:
+    """Return the tokens of a training row: the PoSE window, or the whole target length."""
+    return config.window or extension.target_length
+
+
+def global_batch(config: FinetuneConfig) -> int:
+    """Return the rows of one optimiser step, all processes together."""
+    return config.batch_size * config.accumulation * num_processes() // config.sequence_parallel
+
+
+def num_tokens(config: FinetuneConfig, extension: Extension) -> int:
+    """Return the tokens of the whole run."""
+    return config.num_steps * global_batch(config) * row_length(config, extension)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished run leaves behind.
+
+    Attributes:
+        directory: where the weights are.
+        record: what was trained, on what, how (`run_record`).
+        extension: the provenance of the RoPE.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    directory: Path
+    record: dict[str, Any]
+    extension: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+def finetune(
+    config: FinetuneConfig,
+    directory: Path,
+    on_progress: Report | None = None,
+    on_start: Callable[[Run], None] | None = None,
+) -> FinetuneResult:
+    """Train, and write the adapter (or, with `--tuning full`, the checkpoint) into `directory`.
+
+    Args:
+        directory: the run's working directory; holds checkpoints and metrics from the first step.
+        on_progress: told about tokens done and the last loss.
+        on_start: told about the run before its first step.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something given cannot be used.
+        TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
+    """
+    check_finetune_config(config)
+    run = prepare(config, directory)
+    fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
+    resume_from = _find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
+    metrics = Metrics(
+        directory / METRICS_NAME if is_main_process() else None, run.global_batch * run.row_length, on_progress
+    )
+    signals = StopOnSignal()
+    engine = Engine(
+        model=run.model,
+        args=trainer_arguments(config, directory / CHECKPOINTS, run.device),
+        data_collator=collate_rows,
+        rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
+        group_size=run.group_size,
+        backend=config.backend,
+        separate_documents=config.separate_documents or config.task == "sft",
+        sequence=make_sequence_group(config.sequence_parallel),
+        fingerprint=fingerprint,
+        keep_checkpoints=config.keep_checkpoints,
+        callbacks=[metrics, signals, *_evaluation(run, metrics)],
+    )
+    _quiet(engine)
+    if on_start:
+        on_start(run)
+    started = time.perf_counter()
+    chunked = chunked_loss(run.base, config.loss_chunk) if head_is_plain_in(run) else contextlib.nullcontext()
+    with signals, chunked:
+        engine.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    _raise_if_stopped(signals, engine, directory)
+    save_trained(run, engine)
+    record = run_record(run, time.perf_counter() - started)
+    wait_for_all()
+    lines = read_metrics(directory / METRICS_NAME) if is_main_process() else []
+    return FinetuneResult(directory, record, run.extension.record, lines)
+
+
+def prepare(config: FinetuneConfig, directory: Path) -> Run:
+    """Load everything a run needs: RoPE, model, trainable parameters, rows."""
+    extension = plan_training_rope(config)
+    device = training_device(config)
+    if config.sequence_parallel > 1:
+        _check_sequence_parallel(config, extension)
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    base, tokenizer = load_for_training(config, extension)
+    resolved = dataclasses.replace(config, target_length=extension.target_length)
+    num_rows = config.num_steps * global_batch(config)
+    rows = open_rows(resolved, tokenizer, length=row_length(config, extension), num_rows=num_rows)
+    model, trainable = make_trainable(base, config, str(extension.record.get("base_path", config.model)))
+    base = model.get_base_model() if model is not base else base
+    if config.checkpointing:
+        enable_checkpointing(base, config.offload)
+    return Run(config, extension, directory, model.to(device), base, tokenizer, trainable, rows, device)
+
+
+def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> None:
+    length = row_length(config, extension)
+    if length % config.sequence_parallel:
+        raise ConfigError(
+            f"--sequence-parallel {config.sequence_parallel} must divide the row length {length}: choose a "
+            "--target-length that is a multiple of it."
+        )
+    if extension.rope_type in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"--sequence-parallel cannot train {extension.rope_type} RoPE: it depends on the sequence length, and each "
+            "rank sees a part of it. Use linear, ntk, ntk-by-parts or yarn."
+        )
+    check_heads(int(extension.config["num_attention_heads"]), config.sequence_parallel)
+
+
+def head_is_plain_in(run: Run) -> bool:
+    """True where the chunked loss gives the model's own loss (checked on a few tokens with full attention)."""
+    with full_attention(run.base, run.device, uses_autocast(run.config, run.device)):
+        return head_is_plain(run.base)
+
+
+def _evaluation(run: Run, metrics: Metrics) -> list[Evaluate]:
+    """Return the callback that measures perplexity by length, where evaluation data was given."""
+    config = run.config
+    if config.eval_data is None:
+        return []
+    lengths = config.eval_lengths or default_lengths(run.extension)
+    request = PerplexityConfig(
+        model=config.model,
+        data=config.eval_data,
+        text_field=config.text_field,
+        split="validation",
+        max_documents=config.eval_documents,
+        max_tokens=max(lengths),
+        lengths=lengths,
+        stride=max(1, min(lengths) // 2),
+        num_bootstrap=0,
+    )
+    scorer = HFLanguageModel(config.model, run.base, run.tokenizer, run.extension.config, run.extension.source)
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+    source = DataConfig(**{name: getattr(request, name) for name in fields})
+    documents, _ = tokenize_documents(scorer, load_documents(source), request)
+
+    def evaluate(step: int) -> None:
+        with full_attention(run.base, run.device, uses_autocast(config, run.device)):
+            results = evaluate_perplexity(scorer, documents, request)
+        metrics.evaluation(step, [dataclasses.asdict(result) for result in results])
+
+    return [Evaluate(evaluate, config.eval_every)]
+
+
+def default_lengths(extension: Extension) -> tuple[int, ...]:
+    """Return the trained length, its doublings below the target, and the target."""
+    lengths = [extension.trained_length]
+    while lengths[-1] * 2 < extension.target_length:
+        lengths.append(lengths[-1] * 2)
+    return tuple(dict.fromkeys([*lengths, extension.target_length]))
+
+
+def _find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
+    """Return the last complete checkpoint of this very run, or None where the run stopped before its first."""
+    if is_main_process():
+        drop_incomplete(directory)
+    wait_for_all()
+    found = complete_checkpoints(directory)
+    if not found:
+        return None
+    check_fingerprint(found[-1], fingerprint)
+    return found[-1]
+
+
+def _raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:
+    done, wanted = engine.state.global_step, engine.state.max_steps
+    if signals.received and done < wanted:
+        raise TrainingError(
+            f"stopped by a signal after step {done} of {wanted}; a checkpoint is in {directory / CHECKPOINTS}. "
+            "Run the same command with --resume to go on."
+        )
+
+
+def _quiet(engine: Engine) -> None:
+    """Take away the printing and bars of transformers: longext shows its own."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        engine.remove_callback(callback)
+
+
+def save_trained(run: Run, engine: Engine) -> None:
+    """Write adapter or model, config.json with the RoPE in both spellings, and the tokenizer files.
+
+    Raises:
+        TrainingError: the written adapter is empty (what sharded training can do to one).
+    """
+    import json
+
+    engine.save_model(str(run.directory))
+    wait_for_all()
+    if not is_main_process():
+        return
+    for name in ("training_args.bin", "README.md"):
+        (run.directory / name).unlink(missing_ok=True)
+    config = {**run.extension.config, "use_cache": True}
+    if run.model is run.base:
+        config["dtype"] = "float32"
+    (run.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    run.tokenizer.save_pretrained(run.directory)
+    _check_saved(run)
+
+
+def _check_saved(run: Run) -> None:
+    if run.model is run.base:
+        read_shards(run.directory)
+        return
+    from safetensors import safe_open
+
+    with safe_open(run.directory / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "lora_B" in name]  # noqa: SIM118
+        if not names or not any(bool(file.get_tensor(name).any()) for name in names):
+            raise TrainingError(
+                f"The adapter in {run.directory} is empty: nothing was learned or it was not gathered from all "
+                "processes. The last checkpoint is kept; do not use this adapter."
+            )
+
+
+def run_record(run: Run, seconds: float) -> dict[str, Any]:
+    """Return the "finetune" part of run.json: what was trained, on what, how."""
+    config = run.config
+    attention = config.attention or "full"
+    return {
+        "tuning": dataclasses.asdict(run.trainable),
+        "attention": {
+            "training": attention,
+            "definition": ATTENTION_VARIANTS[attention].summary,
+            "group_size": run.group_size if attention != "full" else None,
+            "evaluation": "full",
+        },
+        "row_length": run.row_length,
+        "target_length": run.extension.target_length,
+        "trained_length": run.extension.trained_length,
+        "positions": config.positions,
+        "data": run.rows.report,
+        "rows_per_step": run.global_batch,
+        "num_tokens": num_tokens(config, run.extension),
+        "num_processes": num_processes(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(run.device),
+    }
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Delete the checkpoints of a finished run."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""Cross-entropy without the logits: the output head runs over a chunk of tokens at a time.
+
+At 100k tokens and a vocabulary of 128k, logits and their gradient take 102 GB in float32; here a chunk's worth lives at
+a time, forward and backward. The loss equals `F.cross_entropy(head(hidden).float(), labels)`.
+
+Shape legend: B rows, N tokens of a row, T labelled tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from longext.evaluation.head import decoder_of, scale_logits
+
+IGNORED = -100
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
+) -> torch.Tensor:
+    """Return the summed cross-entropy, a float32 scalar.
+
+    The gradients of a chunk are computed right after its logits, so that no logits are kept and none is computed twice.
+
+    Args:
+        hidden: [T, D], what the head reads.
+        labels: int64 [T]; tokens with -100 are left out before the head runs.
+        head: [t, D] -> logits [t, V].
+        parameters: the head's parameters that are trained (their gradients are summed over chunks).
+        chunk: tokens per head call.
+    """
+    kept = labels != IGNORED
+    if not bool(kept.all()):
+        hidden, labels = hidden[kept], labels[kept]
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return _recomputed(hidden, labels, head, chunk)  # DeepSpeed ZeRO-3 gathers weights per module call only
+    loss: torch.Tensor = _ChunkedLoss.apply(hidden, labels, head, chunk, *parameters)
+    return loss
+
+
+def _sum_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
+    """The same by activation checkpointing: logits are computed twice."""
+    total = hidden.sum() * 0.0
+    for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + checkpoint(_sum_loss, states, targets, head, use_reentrant=False)
+    return total.float()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forward computes the loss and its gradients chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        trained = [p for p in parameters if p.requires_grad]
+        wants_hidden = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+        sums: list[torch.Tensor | None] = [None] * len(trained)
+        for start in range(0, len(labels), chunk):
+            states = hidden[start : start + chunk].detach().requires_grad_(wants_hidden)
+            with torch.enable_grad():
+                loss = _sum_loss(states, labels[start : start + chunk], head)
+            total += loss.detach()
+            inputs = [*([states] if wants_hidden else []), *trained]
+            if not inputs:
+                continue
+            gradients = list(torch.autograd.grad(loss, inputs))
+            if hidden_gradient is not None:
+                hidden_gradient[start : start + chunk] = gradients.pop(0)
+            sums = [g if s is None else s.add_(g) for s, g in zip(sums, gradients, strict=True)]
+        ctx.gradients = (hidden_gradient, iter(sums), [p.requires_grad for p in parameters])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        hidden_gradient, sums, is_trained = ctx.gradients
+        scale = outputs[0]
+        found = [next(sums) if trained else None for trained in is_trained]
+        scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (hidden_gradient, *found)]
+        return (scaled[0], None, None, None, *scaled[1:])
+
+
+@dataclass
+class _Call:
+    """What one forward passes from hook to hook."""
+
+    shift_labels: torch.Tensor | None = None
+    num_items: Any = None
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def chunked_loss(model: Any, chunk: int) -> Iterator[None]:
+    """While open, a training forward of `model` with labels makes its loss in chunks and no logits.
+
+    Three forward hooks, no patched method: one takes the labels away and asks for zero logits, one keeps the decoder's
+    output, one puts the loss into the model's output. Being inside the model's call, it works under DDP, FSDP and PEFT.
+
+    The forward takes `labels` [B, N] (shifted here) or `shift_labels` [B, N] (already aligned), and
+    `num_items_in_batch`, which divides the sum; without it the mean over labelled tokens is returned.
+
+    Args:
+        model: a transformers causal LM (below PEFT), for which `head_is_plain` holds.
+        chunk: tokens per head call.
+    """
+    call = _Call()
+    handles = [
+        model.register_forward_pre_hook(_before(call), with_kwargs=True),
+        decoder_of(model).register_forward_hook(lambda _, __, output: _keep_hidden(call, output)),
+        model.register_forward_hook(lambda module, _, output: _after(call, module, output, chunk)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """Return labels [B, N] moved one position to the left, so that label t belongs to the output at t."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _before(call: _Call) -> Callable[..., Any]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call.shift_labels, call.hidden = None, []
+        if not module.training or ("labels" not in kwargs and "shift_labels" not in kwargs):
+            return None
+        labels = kwargs.pop("labels", None)
+        given = kwargs.pop("shift_labels", None)
+        call.shift_labels = shift(labels) if given is None else given
+        call.num_items = kwargs.pop("num_items_in_batch", None)
+        nothing = torch.empty(0, dtype=torch.int64, device=call.shift_labels.device)
+        return args, {**kwargs, "logits_to_keep": nothing}
+
+    return hook
+
+
+def _keep_hidden(call: _Call, output: Any) -> None:
+    if call.shift_labels is not None:
+        call.hidden = [output[0]]
+
+
+def _after(call: _Call, model: Any, output: Any, chunk: int) -> Any:
+    if call.shift_labels is None:
+        return None
+    (hidden,), labels = call.hidden, call.shift_labels.reshape(-1)
+    call.shift_labels, call.hidden = None, []
+    module = model.get_output_embeddings()
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        return scale_logits(model, module(states))
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    total = chunked_cross_entropy(flat, labels, head, [p for p in module.parameters() if p.requires_grad], chunk)
+    count = call.num_items if call.num_items is not None else (labels != IGNORED).sum()
+    output["loss"] = total / count
+    return output

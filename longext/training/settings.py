@@ -1,0 +1,204 @@
+"""A fine-tuning config, checked and translated: Trainer arguments, and the fingerprint of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.attention.backends import BACKENDS
+from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.config import FinetuneConfig, RopeConfig
+from longext.errors import ConfigError, MissingExtraError
+from longext.rope.methods import ROPE_METHODS
+from longext.training.loading import Extension, training_device, uses_autocast
+from longext.training.tuning import TUNINGS
+
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_CHOICES = {
+    "task": ("pretrain", "sft"),
+    "positions": ("plain", "pose"),
+    "schedule": tuple(_SCHEDULES),
+    "quantize": ("none", "nf4"),
+}
+# Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
+_DECIDING = (
+    "method",
+    "task",
+    "prompt",
+    "window",
+    "positions",
+    "separate_documents",
+    "tuning",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "quantize",
+    "attention",
+    "group_size",
+    "group_ratio",
+    "batch_size",
+    "accumulation",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "dtype",
+    "sequence_parallel",
+    *(field.name for field in dataclasses.fields(RopeConfig)),
+)
+
+
+def check_finetune_config(config: FinetuneConfig) -> None:
+    """Raise ConfigError for values out of range or combinations that cannot run; reads no weights."""
+    ROPE_METHODS[config.method]
+    ATTENTION_VARIANTS[config.attention or "full"]
+    TUNINGS[config.tuning]
+    if config.backend != "auto":
+        BACKENDS[config.backend]
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got '{getattr(config, name)}'.")
+    _check_numbers(config)
+    _check_combinations(config)
+    _check_processes(config)
+    _check_reporting(config.report_to)
+
+
+def _check_numbers(config: FinetuneConfig) -> None:
+    if not config.learning_rate > 0:
+        raise ConfigError(f"--learning-rate must be above 0, got {config.learning_rate:g}.")
+    if not config.max_grad_norm > 0:
+        raise ConfigError(f"`max_grad_norm` must be above 0 (1 is usual), got {config.max_grad_norm:g}.")
+    if not 0 < config.group_ratio <= 1:
+        raise ConfigError(f"--group-ratio must be above 0 and at most 1, got {config.group_ratio:g}.")
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {config.lora_dropout:g}.")
+    if config.method == "none" and config.factor is not None:
+        raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
+    if config.eval_lengths and min(config.eval_lengths) < 2:
+        raise ConfigError(f"--eval-lengths must be whole numbers >= 2, got {min(config.eval_lengths)}.")
+
+
+def _check_combinations(config: FinetuneConfig) -> None:
+    if config.positions == "pose" and config.window is None:
+        raise ConfigError("--positions pose trains on short windows: add --window (for example the trained length).")
+    if config.window is not None and config.positions != "pose":
+        raise ConfigError("--window is the row length of --positions pose: add it, or leave --window out.")
+    if config.positions == "pose" and config.sequence_parallel > 1:
+        raise ConfigError("--positions pose has short rows: sequence parallelism has nothing to share there.")
+    if config.quantize != "none" and config.tuning == "full":
+        raise ConfigError("--tuning full cannot train quantised weights: use --quantize none or a LoRA tuning.")
+    if config.task == "sft" and config.attention == "s2-wrapped":
+        raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
+    if config.separate_documents and config.attention == "s2-wrapped":
+        raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
+
+
+def _check_processes(config: FinetuneConfig) -> None:
+    device = training_device(config)
+    if config.offload and device.type != "cuda":
+        raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
+    if config.offload and not config.checkpointing:
+        raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")
+    if config.sequence_parallel > 1 and config.context_parallel > 1:
+        raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and device.type == "cpu":
+        raise ConfigError(
+            "This accelerate configuration asks for FSDP, which accelerate ignores on a CPU (it would train plain "
+            "data parallel). Use GPUs, or a configuration without FSDP."
+        )
+    if config.context_parallel > 1:
+        _check_context_parallel(config, device, sharded)
+    if config.num_processes > 1 and device.type == "cuda" and config.num_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPU(s), one for "
+            "each process. Use torchrun or accelerate launch for several machines."
+        )
+
+
+def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharded: bool) -> None:
+    if device.type != "cuda" or not sharded:
+        raise ConfigError(
+            "--context-parallel is accelerate's, for CUDA devices under FSDP2: start with `accelerate launch "
+            "--config_file recipes/accelerate/fsdp2.yaml`, or use --sequence-parallel, which runs anywhere."
+        )
+    if config.attention != "full":
+        raise ConfigError(
+            f"--context-parallel knows full attention alone, got --attention {config.attention}: use --attention full, "
+            "or --sequence-parallel, which carries S2-Attn."
+        )
+
+
+def _check_reporting(report_to: str) -> None:
+    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(report_to, report_to)
+    if report_to != "none" and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise MissingExtraError(f"--report-to {report_to} needs the package {package}: pip install {package}")
+
+
+def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.device) -> Any:
+    """Return the TrainingArguments of a run: AdamW (0.9, 0.95), warm-up, clipping, no evaluation of Trainer's own."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=config.num_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_SCHEDULES[config.schedule],
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=config.max_grad_norm,
+        bf16=uses_autocast(config, device),
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        **_parallelism(config),
+    )
+
+
+def _parallelism(config: FinetuneConfig) -> dict[str, Any]:
+    if config.context_parallel == 1:
+        return {}
+    from accelerate.parallelism_config import ParallelismConfig
+
+    return {"parallelism_config": ParallelismConfig(cp_size=config.context_parallel)}
+
+
+def fingerprint_of(
+    config: FinetuneConfig, extension: Extension, data: dict[str, Any], processes: int
+) -> dict[str, Any]:
+    """Return everything that decides the numbers of a run, as plain JSON values.
+
+    `num_steps` is part of it only where the schedule depends on it: a constant one may be prolonged.
+    """
+    settings = {name: getattr(config, name) for name in _DECIDING}
+    text = json.dumps(extension.config, sort_keys=True)
+    return {
+        "model_config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "data": data.get("sha256"),
+        "processes": processes,
+        "num_steps": config.num_steps if config.schedule != "constant" else None,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+    }

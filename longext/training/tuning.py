@@ -1,0 +1,181 @@
+"""What a fine-tuning run trains: LoRA, LoRA with embeddings and norms (LongLoRA, arXiv 2309.12307), or everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from longext.config import FinetuneConfig
+from longext.errors import ConfigError, MissingExtraError
+from longext.registry import Registry
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A choice of trainable parameters."""
+
+    summary: str
+    lora: bool
+    embeddings: bool
+    norms: bool
+
+
+TUNINGS: Registry[Tuning] = Registry("tuning")
+TUNINGS.register("lora+embed+norm", Tuning("LoRA, embeddings and norms (the paper's LoRA+)", True, True, True))
+TUNINGS.register("lora", Tuning("LoRA alone", True, False, False))
+TUNINGS.register("lora+embed", Tuning("LoRA and embeddings", True, True, False))
+TUNINGS.register("lora+norm", Tuning("LoRA and norms", True, False, True))
+TUNINGS.register("full", Tuning("every parameter", False, True, True))
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What came out: parameter counts by kind, and the modules they are in."""
+
+    tuning: str
+    num_total: int
+    num_trainable: int
+    by_kind: dict[str, int]
+    modules: list[str]
+
+
+def attention_projections(model: Any) -> list[str]:
+    """Return the leaf names of the linear layers inside attention modules (q, k, v, o, or a family's fused ones)."""
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        parent = name.rsplit(".", 2)[-2] if name.count(".") else ""
+        if isinstance(module, nn.Linear) and "attn" in parent or _is_attention_linear(name, module):
+            found[name.rsplit(".", 1)[-1]] = None
+    return sorted(found)
+
+
+def _is_attention_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and any(part in ("attention", "self_attention") for part in name.split("."))
+
+
+def norm_modules(model: Any) -> list[str]:
+    """Return the full names of the normalisation layers of the residual stream.
+
+    Norms inside attention heads (Qwen3's q_norm and k_norm, head_dim wide) are left alone: LongLoRA's set has none.
+    """
+    hidden = model.config.get_text_config().hidden_size
+    names = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.shape == (hidden,):
+            names.append(name)
+    return names
+
+
+def embedding_module(model: Any) -> str:
+    """Return the full name of the input embedding."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
+
+
+def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[Any, Trainable]:
+    """Freeze and adapt `model` as `config.tuning` says; returns (the model to train, what is trained).
+
+    Embeddings and norms are PEFT `modules_to_save`, so one adapter file holds all that was trained; tied embeddings
+    stay tied. Trained parameters are float32 whatever the frozen ones are.
+
+    Raises:
+        ConfigError: unknown tuning, or LoRA targets that match no linear layer.
+    """
+    tuning = TUNINGS[config.tuning]
+    if not tuning.lora:
+        model.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        return model, describe_trainable(model, config.tuning)
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(config.lora_targets or attention_projections(model))
+    _check_targets(model, targets)
+    saved = [embedding_module(model)] if tuning.embeddings else []
+    saved += norm_modules(model) if tuning.norms else []
+    tied = bool(tuning.embeddings and model.config.get_text_config().tie_word_embeddings)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=saved or None,
+        ensure_weight_tying=tied,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted, describe_trainable(adapted, config.tuning)
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    unknown = [target for target in targets if target not in linear]
+    if unknown or not targets:
+        raise ConfigError(f"LoRA targets {unknown or targets} are no linear layers of this model: choose of {linear}.")
+
+
+def describe_trainable(model: Any, tuning: str) -> Trainable:
+    """Count the trained parameters by kind: lora, embeddings, norms, other (tied weights once)."""
+    kinds: dict[str, int] = {}
+    modules: dict[str, None] = {}
+    total = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() if not _is_quantised(parameter) else 2 * parameter.numel()
+        total += size
+        if parameter.requires_grad:
+            kind = _kind_of(name)
+            kinds[kind] = kinds.get(kind, 0) + size
+            modules[_short_name(name)] = None
+    return Trainable(tuning, total, sum(kinds.values()), kinds, list(modules))
+
+
+def _is_quantised(parameter: torch.Tensor) -> bool:
+    return type(parameter).__name__ == "Params4bit"  # two weights to a byte
+
+
+def _kind_of(name: str) -> str:
+    if "lora_" in name:
+        return "lora"
+    if "embed" in name or "lm_head" in name:
+        return "embeddings"
+    return "norms" if "norm" in name.lower() else "other"
+
+
+def _short_name(name: str) -> str:
+    """Name a module once for all layers."""
+    parts = [part for part in name.split(".") if part not in ("base_model", "model", "default", "modules_to_save")]
+    parts = ["*" if part.isdigit() else part for part in parts if not part.startswith("lora_")]
+    return ".".join(parts[:-1] if parts and parts[-1] in ("weight", "bias") else parts)
+
+
+def quantisation(name: str) -> Any:
+    """Return the BitsAndBytesConfig for `--quantize nf4` (QLoRA, arXiv 2305.14314), or None for "none".
+
+    Raises:
+        ConfigError: unknown name.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if name == "none":
+        return None
+    if name != "nf4":
+        raise ConfigError(f"--quantize must be none or nf4, got '{name}'.")
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("--quantize nf4 needs bitsandbytes: pip install 'longext[qlora]'") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
