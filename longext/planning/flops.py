@@ -125,7 +125,7 @@ def training_flops(
 
     A product X W costs the same forward, for the gradient of X and for the gradient of W; the last is not computed for
     frozen W. Checkpointing computes each layer once more, but for its last matrix where nothing behind it needs that
-    (torch stops early). A loss in chunks computes the logits once more.
+    (torch stops early). A loss in chunks computes its gradients at once, so its logits are not computed again.
 
     Args:
         flash: the attention kernel computes the scores again in its backward pass (FLASH_BACKWARD).
@@ -142,12 +142,11 @@ def training_flops(
 
 
 def _recomputed(shape: ModelShape, setup: TrainingSetup, forward: Flops) -> Flops:
-    head = forward.head if setup.chunks_loss else 0.0
     if not setup.checkpointing:
-        return Flops(head=head)
+        return Flops()
     matrices = 3 if shape.family.gated else 2
-    kept = 1.0 if shape.family.post_norm else (matrices - 1) / matrices
-    return dataclasses.replace(forward, mlp=forward.mlp * kept, head=head)
+    again = 1.0 if shape.family.post_norm else (matrices - 1) / matrices
+    return dataclasses.replace(forward, mlp=forward.mlp * again, head=0.0)
 
 
 def _backward(shape: ModelShape, setup: TrainingSetup, forward: Flops, attention: float) -> Flops:

@@ -33,6 +33,7 @@ class TrainingSetup:
         num_gpus: GPUs in all.
         sequence_parallel: GPUs that share each sequence.
         compute_bytes: bytes of an activation and of a frozen weight (2 under bf16 autocast, 4 for plain float32).
+        hidden_bytes: bytes of an element of the hidden states between layers; None for what autocast makes them.
     """
 
     length: int
@@ -49,6 +50,7 @@ class TrainingSetup:
     num_gpus: int = 1
     sequence_parallel: int = 1
     compute_bytes: int = 2
+    hidden_bytes: int | None = None
 
     @property
     def group(self) -> int | None:
@@ -84,14 +86,14 @@ class TrainingSetup:
 
     @property
     def chunks_loss(self) -> bool:
-        """True where the loss is computed in more than one piece (each piece's logits are computed twice)."""
+        """True where the loss is computed in more than one piece."""
         return self.chunk_tokens < self.local_tokens
 
     def trainable(self, shape: ModelShape) -> int:
         """Return the number of trained parameters."""
         if self.is_full:
             return shape.num_parameters
-        extra = shape.head_weights + shape.norm_weights if self.trains_embeddings else 0
+        extra = shape.head_weights + shape.stream_norm_weights if self.trains_embeddings else 0
         return shape.lora_weights(self.lora_r) + extra
 
 

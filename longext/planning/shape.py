@@ -118,12 +118,16 @@ class ModelShape:
         return self.hidden_size * self.vocab_size
 
     @property
-    def norm_weights(self) -> int:
-        """Elements of all norms: of the layers, of queries and keys, and the last one."""
+    def stream_norm_weights(self) -> int:
+        """Elements of the norms over the hidden size, the last one included (what LongLoRA trains)."""
         each = self.hidden_size * (2 if self.family.norm_has_bias else 1)
+        return (self.num_layers * self.family.num_norms + 1) * each
+
+    @property
+    def norm_weights(self) -> int:
+        """Elements of all norms, those of queries and keys too."""
         heads = {"head": 2 * self.head_dim, "full": self.query_size + self.kv_size}
-        inside = heads.get(self.family.query_key_norm or "", 0)
-        return self.num_layers * (self.family.num_norms * each + inside) + each
+        return self.stream_norm_weights + self.num_layers * heads.get(self.family.query_key_norm or "", 0)
 
     @property
     def layer_weights(self) -> int:
