@@ -28,17 +28,63 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True)
+class Row:
+    """One entry of a source before it is known what it means.
+
+    Attributes:
+        id: its name in results: file and line, or Hub id and number.
+        where: its place as an error names it.
+        value: what the file holds there.
+    """
+
+    id: str
+    where: str
+    value: Any
+
+
 def load_documents(config: DataConfig) -> list[Document]:
     """Return the documents of `config.data`, at most `config.max_documents` of them, in a fixed order.
 
     Raises:
         DataError: no such source, an unreadable file (with its line), or no text in it.
     """
-    found = list(itertools.islice(_open_source(config), config.max_documents))
-    documents = [document for document in found if document.text.strip()]
+    documents = [document for document in iterate_documents(config) if document.text.strip()]
     if not documents:
         raise DataError(f"No text in {config.data}.")
     return documents
+
+
+def iterate_documents(config: DataConfig) -> Iterator[Document]:
+    """Yield what `load_documents` returns one at a time, empty documents included (they count as documents).
+
+    Raises:
+        DataError: as `load_documents`, when the document at fault is reached.
+    """
+    return (_row_document(row, config) for row in iterate_rows(config))
+
+
+def iterate_rows(config: DataConfig) -> Iterator[Row]:
+    """Yield the entries of `config.data` uninterpreted; a text file is one entry with its text under `text_field`.
+
+    Raises:
+        DataError: no such source, or an unreadable file (with its line), when it is reached.
+    """
+    return itertools.islice(_open_source(config), config.max_documents)
+
+
+def source_identity(config: DataConfig) -> dict[str, Any]:
+    """Return what tells two sources apart: names and SHA-256 of local files, or a Hub id, split and commit.
+
+    `commit` is None where the Hub cannot be reached.
+
+    Raises:
+        DataError: no such source, or no readable file in it.
+    """
+    files = _source_files(config)
+    if files is not None:
+        return {"files": [[file.name, _file_hash(file)] for file in files]}
+    return {"hub": config.data, "split": config.split, "commit": _hub_commit(config.data)}
 
 
 def data_hash(documents: Iterable[Document]) -> str:
@@ -49,29 +95,39 @@ def data_hash(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def _open_source(config: DataConfig) -> Iterator[Document]:
+def _open_source(config: DataConfig) -> Iterator[Row]:
+    files = _source_files(config)
+    if files is None:
+        yield from _read_hub(config)
+    for file in files or ():
+        yield from _reader_of(file)(file, config)
+
+
+def _source_files(config: DataConfig) -> list[Path] | None:
+    """Return the local files of `config.data` in reading order, or None for a Hub id."""
     if config.data == SAMPLE:
-        return _read_text(SAMPLE_DOCUMENT, config)
+        return [SAMPLE_DOCUMENT]
     path = Path(config.data).expanduser()
     if path.is_dir():
-        return _read_folder(path, config)
+        return _folder_files(path, config)
     if path.is_file():
-        return _reader_of(path)(path, config)
+        _reader_of(path)
+        return [path]
     if HUB_ID.match(config.data):
-        return _read_hub(config)
+        return None
     raise DataError(
         f"No data at '{config.data}': not a file, a folder, a Hub dataset id (owner/name) or '{SAMPLE}' (bundled)."
     )
 
 
-def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Document]]:
+def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Row]]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"Cannot read {path}: known kinds are {', '.join(sorted(_READERS))}, and folders of them.")
     return reader
 
 
-def _read_folder(folder: Path, config: DataConfig) -> Iterator[Document]:
+def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
     files = [file for file in files if file.stem.upper() != "README"]
     if not files:
@@ -79,8 +135,24 @@ def _read_folder(folder: Path, config: DataConfig) -> Iterator[Document]:
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     if config.split in splits.values() and len(set(splits.values())) > 1:
         files = [file for file in files if splits[file] == config.split]  # a downloaded dataset: one split of it
-    for file in files:
-        yield from _reader_of(file)(file, config)
+    return files
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_commit(name: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception:  # offline or unreachable, in many kinds; reading the data says so where it must be read
+        return None
 
 
 def _split_of(path: Path) -> str | None:
@@ -89,14 +161,14 @@ def _split_of(path: Path) -> str | None:
     return next((name for name in names if name in _SPLITS), None)
 
 
-def _read_text(path: Path, _: DataConfig) -> Iterator[Document]:
+def _read_text(path: Path, config: DataConfig) -> Iterator[Row]:
     try:
-        yield Document(path.name, path.read_text(encoding="utf-8"))
+        yield Row(path.name, str(path), {config.text_field: path.read_text(encoding="utf-8")})
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
-def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -105,19 +177,19 @@ def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            yield _row_document(row, config, f"{path}, line {number}", f"{path.name}:{number}")
+            yield Row(f"{path.name}:{number}", f"{path}, line {number}", row)
 
 
-def _read_json(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_json(path: Path, _: DataConfig) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid JSON ({error}).") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield _row_document(row, config, f"{path}, entry {number}", f"{path.name}:{number}")
+        yield Row(f"{path.name}:{number}", f"{path}, entry {number}", row)
 
 
-def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_parquet(path: Path, _: DataConfig) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -127,27 +199,27 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield _row_document(row, config, f"{path}, row {number}", f"{path.name}:{number}")
+            yield Row(f"{path.name}:{number}", f"{path}, row {number}", row)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} is not a readable parquet file ({error}).") from error
 
 
-def _row_document(row: Any, config: DataConfig, where: str, name: str) -> Document:
-    if not isinstance(row, dict) or not isinstance(row.get(config.text_field), str):
-        keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+def _row_document(row: Row, config: DataConfig) -> Document:
+    value = row.value
+    if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
+        keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise DataError(
-            f"{where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
+            f"{row.where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
         )
-    return Document(str(row.get("id") or name), row[config.text_field])
+    return Document(str(value.get("id") or row.id), value[config.text_field])
 
 
-def _read_hub(config: DataConfig) -> Iterator[Document]:
+def _read_hub(config: DataConfig) -> Iterator[Row]:
     """Stream a Hub dataset; script-only ones are read from the parquet copy the Hub keeps of them."""
     name = config.data
     try:
-        rows = _open_hub(name, config.split)
-        for number, row in enumerate(rows):
-            yield _row_document(row, config, f"{name}[{config.split}], row {number}", f"{name}:{number}")
+        for number, row in enumerate(_open_hub(name, config.split)):
+            yield Row(f"{name}:{number}", f"{name}[{config.split}], row {number}", row)
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -167,7 +239,7 @@ def _open_hub(name: str, split: str) -> Any:
         return load_dataset(name, split=split, streaming=True, revision="refs/convert/parquet")
 
 
-_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Row]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".jsonl": _read_jsonl,

@@ -1,0 +1,169 @@
+"""From a `finetune` config to training rows: find or build the token cache, then serve rows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from longext.config import FinetuneConfig
+from longext.data.documents import iterate_documents, iterate_rows, source_identity
+from longext.data.packing import (
+    PackedExamples,
+    PackedRows,
+    TokenCache,
+    TokenRows,
+    build_token_cache,
+    encode_documents,
+    open_token_cache,
+)
+from longext.data.sft import ExampleEncoder
+from longext.errors import ConfigError, DataError
+from longext.registry import did_you_mean
+
+TASKS = ("pretrain", "sft")
+_VERSION = 1  # raise it whenever the same data gives other tokens, so that old caches are not taken for new ones
+
+
+def open_rows(
+    config: FinetuneConfig,
+    tokenizer: Any,
+    *,
+    length: int,
+    num_rows: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenRows:
+    """Return the `num_rows` training rows of `length` tokens that `config` asks for.
+
+    Args:
+        length: tokens in a row; with PoSE the window, while `config.target_length` is what positions reach.
+        on_progress: called with the number of tokens so far while they are made; never for tokens found in the cache.
+
+    Raises:
+        ConfigError: unknown task, prompt or positions.
+        DataError: no such data, or too little of it.
+    """
+    cache = cached_tokens(config, tokenizer, length=length, on_progress=on_progress)
+    places: dict[str, Any] = {"positions": config.positions, "target_length": config.target_length}
+    if config.task == "sft":
+        return PackedExamples(cache, length, config.seed, num_rows, **places)
+    separate = config.separate_documents
+    return PackedRows(cache, length, config.seed, num_rows, separate_documents=separate, **places)
+
+
+def cached_tokens(
+    config: FinetuneConfig,
+    tokenizer: Any,
+    *,
+    length: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenCache:
+    """Return the tokens of `config.data`, from the cache where the same data, tokenizer and settings were seen before.
+
+    Caches lie under `cache_root()`, one directory for each key. Processes that build one at the same time do so
+    independently; the first to finish provides it.
+
+    Args:
+        length: only supervised examples depend on it (they are cut to it).
+        on_progress: called with the number of tokens so far while they are made.
+
+    Raises:
+        ConfigError: unknown task or prompt.
+        DataError: no such data, or nothing in it to train on.
+    """
+    if config.task not in TASKS:
+        raise ConfigError(f"Unknown task '{config.task}'. {did_you_mean(config.task, TASKS)}")
+    encoder = ExampleEncoder(tokenizer, length, config) if config.task == "sft" else None
+    key = _cache_key(config, tokenizer, encoder)
+    found = _find_cache(key)
+    if found is not None:
+        return found
+    directory = cache_root() / _digest(key)[:32]
+    if encoder is not None:
+        texts, meta = encoder.encode(iterate_rows(config)), encoder.meta
+    else:
+        source = _DocumentSource(config)
+        texts, meta = encode_documents(source, tokenizer, max_tokens=config.max_tokens), source.meta
+    return build_token_cache(texts, directory, meta=lambda: {**meta(), "key": key}, on_progress=on_progress)
+
+
+def cache_root() -> Path:
+    """Return where token caches lie: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
+    given = os.environ.get("LONGEXT_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache/longext/tokens"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return a SHA-256 over all of a tokenizer that decides which tokens a text or chat becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        model.update(truncation=None, padding=None)  # left over from earlier calls
+    else:
+        model = sorted(tokenizer.get_vocab().items())
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return _digest([type(tokenizer).__name__, model, special, tokenizer.chat_template])
+
+
+class _DocumentSource:
+    """The documents of a config as (name, text), counted and hashed while they pass."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self._config = config
+        self._digest = hashlib.sha256()
+        self._num_empty = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for document in iterate_documents(self._config):
+            if not document.text.strip():
+                self._num_empty += 1
+                continue
+            self._digest.update(document.id.encode() + b"\0" + document.text.encode() + b"\0")
+            yield document.id, document.text
+
+    def meta(self) -> dict[str, Any]:
+        """Return what has been counted; `data_sha256` equals `data_hash` of the same documents."""
+        return {"num_empty_documents": self._num_empty, "data_sha256": self._digest.hexdigest()}
+
+
+def _cache_key(config: FinetuneConfig, tokenizer: Any, encoder: ExampleEncoder | None) -> dict[str, Any]:
+    """Return all that the tokens depend on."""
+    settings: dict[str, Any] = {"max_documents": config.max_documents, "max_tokens": config.max_tokens}
+    settings |= {"text_field": config.text_field} if encoder is None else encoder.settings
+    return {
+        "version": _VERSION,
+        "task": config.task,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "data": source_identity(config),
+        "settings": settings,
+    }
+
+
+def _find_cache(key: Mapping[str, Any]) -> TokenCache | None:
+    """Return the cache of `key`; for Hub data out of reach, the newest cache of any commit of it."""
+    candidates = [cache_root() / _digest(key)[:32]]
+    if key["data"].get("commit", "") is None and cache_root().is_dir():
+        made = [folder for folder in cache_root().iterdir() if not folder.name.startswith(".")]
+        candidates += sorted(made, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for directory in candidates:
+        try:
+            cache = open_token_cache(directory)
+        except DataError:
+            continue
+        if _without_commit(cache.meta["key"]) == _without_commit(key):
+            return cache
+    return None
+
+
+def _without_commit(key: Mapping[str, Any]) -> Mapping[str, Any]:
+    plain = json.loads(json.dumps(key))
+    plain["data"].pop("commit", None)
+    return dict(plain)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
