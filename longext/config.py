@@ -181,6 +181,7 @@ class MergeConfig:
 
     adapter: str
     base: str | None = None
+    revision: str | None = None
     output: str | None = None
     dtype: str = "auto"
     check: bool = True

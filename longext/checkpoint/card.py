@@ -1,4 +1,4 @@
-"""The README.md of an extended checkpoint: what was done, with which numbers, and how to load it."""
+"""The README.md of an extended or merged checkpoint: what was done, with which numbers, and how to load it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ $front
 
 # $name: $old to $new tokens by $title
 
-The weights of `$base`, unchanged, with another rotary position embedding. No training was done, and no code of
-longext is needed to load it.
+$summary
+No code of longext is needed to load it.
 
 | | before | after |
 |---|---|---|
@@ -60,9 +60,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 `config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
 readers). With vLLM, state the length: `vllm serve DIR --max-model-len $served`.
 `longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
-
-The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
-this one.
+$links
 
 ## Made by
 
@@ -72,6 +70,12 @@ $command
 
 longext $version; the resolved settings are in `run.json` and `recipe.yaml`.
 """)
+
+
+_LINKS = """
+The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
+this one.
+"""
 
 
 def license_of(source: Path) -> list[str]:
@@ -105,13 +109,16 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
 
 
-def model_card(record: dict[str, Any], layers: str, license_lines: list[str]) -> str:
-    """Return the Markdown model card of an extended checkpoint.
+def model_card(
+    record: dict[str, Any], layers: str, license_lines: list[str], merge: dict[str, Any] | None = None
+) -> str:
+    """Return the Markdown model card of an extended checkpoint, or of one with a merged adapter.
 
     Args:
         record: `extend.provenance(plan)`.
         layers: which layers the extension reaches.
         license_lines: license lines of the base model's card.
+        merge: `MergeResult.summary`, for a merged adapter.
     """
     spec = record["spec"]
     method = ROPE_METHODS[spec["method"]]
@@ -124,7 +131,8 @@ def model_card(record: dict[str, Any], layers: str, license_lines: list[str]) ->
     return _CARD.substitute(
         front="\n".join(front),
         name=Path(base).name,
-        base=base,
+        summary=_untrained_summary(base) if merge is None else _merged_summary(base, merge),
+        links=_LINKS if merge is None else "",
         old=f"{record['old_length']:,}",
         new=f"{length:,}",
         title=method.title,
@@ -138,6 +146,25 @@ def model_card(record: dict[str, Any], layers: str, license_lines: list[str]) ->
         served=served,
         command=command_line(),
         version=versions()["longext"],
+    )
+
+
+def _untrained_summary(base: str) -> str:
+    return f"The weights of `{base}`, unchanged, with another rotary position embedding. No training was done."
+
+
+def _merged_summary(base: str, merge: dict[str, Any]) -> str:
+    """What was merged, and how closely the result was compared with base + adapter."""
+    proof = merge["proof"]
+    proven = "was not compared with base + adapter (`--no-check`)"
+    if proof:
+        proven = (
+            f"was compared with base + adapter on {proof['num_tokens']} tokens: largest logit difference "
+            f"{proof['max_difference']:.2g}, allowed {proof['limit']:.2g}"
+        )
+    return (
+        f"The weights of `{base}` with the LoRA adapter `{merge['adapter']}` merged in, computed in float32 and stored "
+        f"as {', '.join(merge['dtypes'])}.\nThe result {proven}."
     )
 
 

@@ -117,7 +117,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         new_length=new_length,
         relation=relation,
         shards=tuple(read_shards(source)),
-        side_files=_side_files(source),
+        side_files=side_files(source),
     )
 
 
@@ -155,12 +155,27 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
 def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
     """Return the RoPE the weights were trained with, and False where the config holds a later, training-free one.
 
-    longext's own run.json remembers it, as long as nobody changed the config since.
+    longext's own run.json remembers it, as long as nobody changed the config since. After training (a merged
+    adapter) it is the RoPE that is there, spelled as the method that made it.
     """
-    extension = read_manifest(source).get("extension")
-    if not extension or extension["rope_parameters"] != rope.parameters:
-        return rope.spec, True
+    extension = _record(source, rope)
+    if extension is None or extension.get("trained"):
+        return written_rope(source, rope), True
     return spec_from_json(extension["origin"]), False
+
+
+def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
+    """Return the RoPE that the config holds: as run.json spells it where the two agree, else as it reads."""
+    extension = _record(source, rope)
+    return rope.spec if extension is None else spec_from_json(extension["spec"])
+
+
+def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
+    """The extension record in run.json, unless somebody changed the config since."""
+    extension: dict[str, Any] | None = read_manifest(source).get("extension")
+    if not extension or "spec" not in extension or extension["rope_parameters"] != rope.parameters:
+        return None
+    return extension
 
 
 def _bare(spec: RopeSpec) -> RopeSpec:
@@ -296,9 +311,9 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
             place_file(file, staging / file.name, force_copy or file.stat().st_size < _LINKED_FROM)
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
-        _write_json(staging / "config.json", extended_config(plan))
-        _raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
-        _raise_length(staging / "generation_config.json", "max_length", plan.new_length)
+        write_json(staging / "config.json", extended_config(plan))
+        raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
+        raise_length(staging / "generation_config.json", "max_length", plan.new_length)
         record = provenance(plan)
         card = model_card(record, plan.rope.describe_layers(), license_of(plan.source))
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -364,25 +379,27 @@ def _clone(source: Path, target: Path) -> bool:
     return True
 
 
-def _side_files(source: Path) -> tuple[Path, ...]:
+def side_files(source: Path) -> tuple[Path, ...]:
+    """Return the small files that travel with the checkpoint in `source`: tokenizer, generation config, license."""
     files = {file for pattern in _SIDE_PATTERNS for file in source.glob(pattern) if file.is_file()}
     return tuple(
         sorted(file for file in files if file.name not in _NOT_COPIED and not file.name.endswith(_LEGACY_INDEX))
     )
 
 
-def _raise_length(path: Path, key: str, length: int) -> None:
+def raise_length(path: Path, key: str, length: int) -> None:
     """Raise a length limit beside the config, so that nothing stops at the old length; never lower it."""
     if not path.is_file():
         return
     config = read_json(path, "a JSON file")
     if isinstance(config.get(key), (int, float)) and config[key] < length:
         config[key] = length
-        _write_json(path, config)
+        write_json(path, config)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.unlink(missing_ok=True)  # it may be a hard link to the base model's file
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
+    path.unlink(missing_ok=True)
     try:
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (TypeError, ValueError) as error:

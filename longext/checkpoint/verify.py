@@ -17,6 +17,7 @@ import numpy as np
 
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
 from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
+from longext.checkpoint.writing import file_hash, stored_blocks
 from longext.errors import LongextError
 from longext.manifest import read_manifest
 from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
@@ -25,7 +26,6 @@ from longext.rope.reading import read_parameters, spec_from_json
 _TOLERANCE = 1e-6  # relative; float32 frequencies are exact to about 4e-7
 _FLOAT32_LIMIT = 8 * 2**30  # larger checkpoints are compared in their own dtype
 _RELOAD = Path(__file__).with_name("_reload.py")
-_CHUNK = 16 * 2**20
 
 # What to delete from config.json to leave one layout of the RoPE keys.
 _OLD_KEYS = [
@@ -85,7 +85,8 @@ def verify_checkpoint(
     directory = resolve_model(model)
     shards = read_shards(directory)
     rope = read_model_rope(directory)
-    extension = read_manifest(directory).get("extension")
+    manifest = read_manifest(directory)
+    extension, merge = manifest.get("extension"), manifest.get("merge")
     base_name, base_directory = _find_base(base, extension)
     spec = _promised_spec(rope, extension)
     checks = [
@@ -101,12 +102,15 @@ def verify_checkpoint(
             checks.append(_check_loading(answer))
         if logits and base_directory is not None:
             is_plain = read_model_rope(base_directory).spec.method == "none"
-            checks.append(_check_logits(Path(scratch), spec, is_plain))
+            checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=merge is not None))
+    if merge and hashes:
+        checks.append(_check_merge(shards, merge))
     if base_directory is None:
         why = f"the base model {base_name} is not here any more" if base_name else "no base model given or recorded"
         checks.append(Check("weights", "skip", f"{why}: pass --base MODEL"))
     elif hashes:
-        checks.append(_check_weights(shards, read_shards(base_directory), on_progress))
+        touched = set(merge["touched"]) if merge else set()
+        checks.append(_check_weights(shards, read_shards(base_directory), touched, on_progress))
     return Verification(model, base_name, tuple(checks))
 
 
@@ -274,7 +278,7 @@ def _check_loading(answer: dict[str, Any]) -> Check:
     return Check("loads", "pass", "plain AutoModelForCausalLM, no missing or unexpected keys")
 
 
-def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool) -> Check:
+def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool, was_trained: bool) -> Check:
     import torch
 
     ours, theirs = (torch.load(scratch / f"{name}.pt").double() for name in ("out", "base"))
@@ -282,6 +286,8 @@ def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool) -> Check:
     kl = float(torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="none").sum(-1).mean())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     detail = f"{len(ours)} tokens: max |d| {difference:.2g}, KL {kl:.2g}, same top-1 {agreement:.1%}"
+    if was_trained:
+        return Check("logits in old window", "info", f"{detail} (the merged training changes them by design)")
     promised = base_is_plain and (ROPE_METHODS[spec.method].is_exact_inside or _is_identity(spec))
     if not promised:
         return Check("logits in old window", "info", f"{detail} ({spec.method} changes them by design)")
@@ -295,22 +301,49 @@ def _is_identity(spec: RopeSpec) -> bool:
     return temperature == 1.0 and bool((plain == ours).all())
 
 
-def _check_weights(ours: list[Shard], theirs: list[Shard], on_progress: Callable[[int], None] | None) -> Check:
-    """Compare every tensor with the base's; files that are one inode need no reading."""
+def _check_merge(shards: list[Shard], merge: dict[str, Any]) -> Check:
+    """Compare every weight file with what `merge` wrote and proved."""
+    for shard in shards:
+        if merge["files"].get(shard.path.name) != file_hash(shard.path):
+            return Check("merged weights", "fail", f"{shard.path.name} is not the file that `merge` wrote")
+    proof = merge["proof"]
+    proven = f"proven then to {proof['max_difference']:.2g}" if proof else "not proven then (--no-check)"
+    return Check("merged weights", "pass", f"{len(shards)} file(s) as `merge` wrote them, by SHA-256; {proven}")
+
+
+def _check_weights(
+    ours: list[Shard], theirs: list[Shard], touched: set[str], on_progress: Callable[[int], None] | None
+) -> Check:
+    """Compare every tensor with the base's, but for those that a merged adapter `touched`.
+
+    Files that are one inode need no reading; a tensor stored in another type must be the base's, rounded.
+    """
     base = {name: shard for shard in theirs for name in shard.tensors}
     names = {name for shard in ours for name in shard.tensors}
-    for name in sorted(names ^ set(base)):
+    for name in sorted((names ^ set(base)) - touched):
         return Check("weights", "fail", f"tensor '{name}' is in only one of the two models")
     hashed = 0
     for shard in ours:
-        for name in shard.tensors:
-            if not _is_same_file(shard, base[name]) and _tensor_hash(shard, name) != _tensor_hash(base[name], name):
+        for name in sorted(set(shard.tensors) - touched):
+            is_same_file = _is_same_file(shard, base[name])
+            if not is_same_file and not _is_same_tensor(shard, base[name], name):
                 return Check("weights", "fail", f"tensor '{name}' in {shard.path.name} differs from the base's")
-            hashed += not _is_same_file(shard, base[name])
+            hashed += not is_same_file
         if on_progress:
             on_progress(shard.size)
     how = f"{hashed} by SHA-256" if hashed else "one file on disk with the base"
-    return Check("weights", "pass", f"{len(names)} tensors identical to the base's ({how})")
+    kept = len(names - touched)
+    changed = f"; {len(names) - kept} changed by the adapter" if touched else ""
+    return Check("weights", "pass", f"{kept} tensors identical to the base's ({how}){changed}")
+
+
+def _is_same_tensor(ours: Shard, theirs: Shard, name: str) -> bool:
+    if ours.tensors[name][0] == theirs.tensors[name][0]:
+        return _tensor_hash(ours, name) == _tensor_hash(theirs, name)
+    from longext.checkpoint.adapter import read_tensor
+
+    stored = read_tensor(ours, name)
+    return bool((read_tensor(theirs, name).to(stored.dtype) == stored).all())
 
 
 def _is_same_file(a: Shard, b: Shard) -> bool:
@@ -318,14 +351,9 @@ def _is_same_file(a: Shard, b: Shard) -> bool:
 
 
 def _tensor_hash(shard: Shard, name: str) -> tuple[str, tuple[int, ...], str]:
-    """(dtype, shape, SHA-256 of the bytes) of one tensor, read in chunks."""
-    dtype, shape, start, end = shard.tensors[name]
+    """(dtype, shape, SHA-256 of the bytes) of one tensor, read in pieces."""
+    dtype, shape, *_ = shard.tensors[name]
     digest = hashlib.sha256()
-    with shard.path.open("rb") as file:
-        file.seek(shard.data_start + start)
-        left = end - start
-        while left > 0:
-            block = file.read(min(_CHUNK, left))
-            digest.update(block)
-            left -= len(block)
+    for block in stored_blocks(shard, name):
+        digest.update(block)
     return dtype, shape, digest.hexdigest()

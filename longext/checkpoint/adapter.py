@@ -1,0 +1,366 @@
+"""Read a PEFT LoRA adapter: which base tensor each of its tensors changes, strictly.
+
+What an adapter must hold is not worked out here but asked of peft: the base model is built without data on the meta
+device, peft puts the adapter's modules in, and names, shapes and scalings are read off (rank and alpha patterns,
+rsLoRA, regular expressions and tied heads included).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longext.checkpoint.source import HUB_ID, Shard, read_config, read_json, read_shard, resolve_model
+from longext.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# suffix of a stored key -> (its half of the pair, True for an embedding's)
+_HALVES = {
+    ".lora_A.weight": ("a", False),
+    ".lora_B.weight": ("b", False),
+    ".lora_embedding_A": ("a", True),
+    ".lora_embedding_B": ("b", True),
+}
+# Settings of a LoraConfig that change what the adapter computes beyond W + scaling * B A, and when they are off.
+_MUST_BE_OFF = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_SUPPORTED = "longext merges plain LoRA (patterns and rsLoRA included) with modules_to_save"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPair:
+    """The two factors that change one base tensor: W + scaling * B A, transposed for an embedding.
+
+    Attributes:
+        a: stored key of A, [r, in].
+        b: stored key of B, [out, r].
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        is_embedding: True where W is [in, out], as embeddings are.
+    """
+
+    a: str
+    b: str
+    scaling: float
+    is_embedding: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter read against its base: what it changes, by the base's own tensor names.
+
+    Attributes:
+        directory: where it lies.
+        shard: header of its weight file.
+        lora: base tensor -> its LoRA factors.
+        full: base tensor -> stored key of the tensor that replaces it.
+        embedding: name of the input embedding in the base's files.
+        head: name of the output matrix; a tied one is usually not in the files.
+        is_tied: True where the base's output matrix is its input embedding.
+        locate: a parameter's name in the model -> its name in the base's files, or None.
+    """
+
+    directory: Path
+    shard: Shard
+    lora: dict[str, LoraPair]
+    full: dict[str, str]
+    embedding: str
+    head: str
+    is_tied: bool
+    locate: Callable[[str], str | None]
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Every tensor that the adapter changes."""
+        return frozenset(self.lora) | frozenset(self.full)
+
+
+def find_adapter(adapter: str) -> Path:
+    """Return the directory of an adapter: a directory or a Hub id.
+
+    Raises:
+        CheckpointError: nothing there, no adapter_config.json, or weights in a format other than safetensors.
+    """
+    if not Path(adapter).expanduser().exists() and not HUB_ID.match(adapter):
+        raise CheckpointError(f"No adapter at '{adapter}': give the directory with {ADAPTER_CONFIG}, or a Hub id.")
+    directory = resolve_model(adapter)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        what = "a whole model, nothing is to be merged" if (directory / "config.json").is_file() else "not an adapter"
+        raise CheckpointError(f"No {ADAPTER_CONFIG} in {directory}: {what}. Give the directory that PEFT saved.")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        legacy = sorted(file.name for file in directory.glob("*.bin"))
+        found = f"only {legacy[0]}: save it again with PEFT's save_pretrained" if legacy else "save it again"
+        raise CheckpointError(f"No {ADAPTER_WEIGHTS} in {directory} ({found}).")
+    return directory
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json.
+
+    Raises:
+        CheckpointError: broken, or an adapter of a kind that is not plain LoRA; names the setting.
+    """
+    config = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{directory} is a {kind} adapter: {_SUPPORTED}. Merge it with PEFT itself.")
+    found = {key: config[key] for key in _MUST_BE_OFF if config.get(key)}
+    if config.get("bias", "none") != "none":
+        found["bias"] = config["bias"]
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        found["init_lora_weights"] = config["init_lora_weights"]
+    for key, value in found.items():
+        raise CheckpointError(f"{directory} has {key} = {value!r}: {_SUPPORTED}. Merge it with PEFT itself.")
+    return config
+
+
+def read_adapter(directory: Path, base: Path, shards: list[Shard], trust_remote_code: bool = False) -> Adapter:
+    """Read the adapter in `directory` against the base model whose weight files are `shards`.
+
+    Raises:
+        CheckpointError: a tensor missing, unknown, or of another shape than the base asks for; a quantised base.
+    """
+    shard = read_shard(directory / ADAPTER_WEIGHTS)
+    layout = _expected_layout(directory, base, trust_remote_code)
+    files = {name: entry for part in shards for name, entry in part.tensors.items()}
+    locate = _locator(set(files))
+    embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
+    _compare_with_expected(shard, layout)
+    pairs: dict[str, dict[str, Any]] = {}
+    full: dict[str, str] = {}
+    for key in shard.tensors:
+        name, half, is_embedding = _parse(key)
+        target = locate(name) or (head if layout.is_tied and name == layout.head else None)
+        if target is None:
+            raise CheckpointError(f"{shard.path}: '{key}' would change '{name}', which {base} does not have.")
+        dtype, shape, *_ = files[target if target in files else embedding]
+        _check_float(target, dtype, base)
+        if half is None:
+            _check_shape(key, shard, shape)
+            full[target] = key
+        else:
+            pairs.setdefault(target, {"scaling": layout.scalings[name], "is_embedding": is_embedding})[half] = key
+    return Adapter(
+        directory=directory,
+        shard=shard,
+        lora={name: LoraPair(**pair) for name, pair in pairs.items()},
+        full=full,
+        embedding=embedding,
+        head=head,
+        is_tied=layout.is_tied,
+        locate=locate,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What peft expects of the adapter: shapes by stored key, scalings by parameter, the names of the two ends."""
+
+    shapes: dict[str, tuple[int, ...]]
+    scalings: dict[str, float]
+    embedding: str
+    head: str
+    is_tied: bool
+
+
+def _expected_layout(directory: Path, base: Path, trust_remote_code: bool) -> _Layout:
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise CheckpointError(f"transformers cannot build {base}: {_line(error)}") from error
+        ends = _ends(model)
+        try:
+            wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"The adapter {directory} does not fit {base}: {_line(error)}") from error
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    scalings = {
+        f"{name.removeprefix(_PREFIX)}.weight": float(module.scaling["default"])
+        for name, module in wrapped.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
+    }
+    return _Layout(shapes={key: tuple(value.shape) for key, value in state.items()}, scalings=scalings, **ends)
+
+
+def _ends(model: Any) -> dict[str, Any]:
+    """The parameter names of the input embedding and the output matrix, and whether they are one."""
+    entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
+    tied = exit_ is not None and exit_.weight is entry.weight
+    return {"embedding": names[id(entry)], "head": names.get(id(exit_), "lm_head.weight"), "is_tied": tied}
+
+
+def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
+    """Raise CheckpointError at the first tensor that has another shape, an unknown LoRA module, or is missing."""
+    for key, expected in layout.shapes.items():
+        if key in shard.tensors:
+            _check_shape(key, shard, expected)
+    unknown = sorted(key for key in shard.tensors if key not in layout.shapes and _parse(key)[1] is not None)
+    if unknown:
+        raise CheckpointError(
+            f"{shard.path}: '{unknown[0]}' has no place in the base ({len(unknown)} such tensors): an adapter for "
+            "another base (more layers, other modules). Give its own with --base."
+        )
+    missing = sorted(set(layout.shapes) - set(shard.tensors))
+    if missing:
+        raise CheckpointError(
+            f"{shard.path} lacks '{missing[0]}' ({len(missing)} missing), which its {ADAPTER_CONFIG} promises for this "
+            "base: saved incompletely, or for another base (fewer layers). Save it again, or give its own with --base."
+        )
+
+
+def _cause(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The likely reason of a shape that does not fit."""
+    if 0 in found or len(found) < len(expected):
+        return "saved by ZeRO-3 or FSDP without gathering its shards; gather them and save it again"
+    half = _parse(key)[1]
+    rank = {"a": 0, "b": 1}.get(half or "")
+    if rank is not None and found[rank] != expected[rank]:
+        return f"the rank in {ADAPTER_CONFIG} is not the stored one; restore the config it was saved with"
+    if half is None and len(found) == 2 and found[1:] == expected[1:]:
+        return (
+            "trained with another vocabulary; resize the base first "
+            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with --base"
+        )
+    return "an adapter for another base (other sizes); give its own with --base"
+
+
+def _check_shape(key: str, shard: Shard, expected: tuple[int, ...]) -> None:
+    found = shard.tensors[key][1]
+    if found != expected:
+        raise CheckpointError(
+            f"{shard.path}: '{key}' has shape {list(found)}, the base asks for {list(expected)}: "
+            f"{_cause(key, found, expected)}."
+        )
+
+
+def _check_float(name: str, dtype: str, base: Path) -> None:
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise CheckpointError(
+            f"'{name}' of {base} is stored as {dtype}: a quantised base cannot take an adapter exactly. "
+            "Give the unquantised model with --base."
+        )
+
+
+def _parse(key: str) -> tuple[str, str | None, bool]:
+    """(parameter of the model, "a" or "b" or None for a whole tensor, True for an embedding's pair) of a stored key."""
+    name = key.removeprefix(_PREFIX)
+    for suffix, (half, is_embedding) in _HALVES.items():
+        if name.endswith(suffix):
+            return f"{name.removesuffix(suffix)}.weight", half, is_embedding
+    return name.replace(".base_layer.", "."), None, False
+
+
+def _locator(files: set[str]) -> Callable[[str], str | None]:
+    """Return the map from parameter names to tensor names.
+
+    They are the same but for wrapping prefixes, which transformers rewrites while it loads (Gemma 3:
+    `model.language_model.layers` in memory, `language_model.model.layers` on disk).
+    """
+    plain: dict[str, list[str]] = {}
+    for name in files:
+        plain.setdefault(_without_wrappers(name), []).append(name)
+
+    def locate(name: str) -> str | None:
+        if name in files:
+            return name
+        found = plain.get(_without_wrappers(name), [])
+        return found[0] if len(found) == 1 else None
+
+    return locate
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def read_tensor(shard: Shard, name: str) -> torch.Tensor:
+    """Return one tensor of a safetensors file; the rest of it is not read."""
+    from safetensors import safe_open
+
+    with safe_open(shard.path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def merged_tensor(adapter: Adapter, name: str, base: torch.Tensor) -> torch.Tensor:
+    """Return what the adapter makes of the base tensor `name`, computed in float32.
+
+    Raises:
+        CheckpointError: the result has NaN or infinite values.
+    """
+    weight = read_tensor(adapter.shard, adapter.full[name]).float() if name in adapter.full else base.float()
+    if name in adapter.lora:
+        pair = adapter.lora[name]
+        a, b = (read_tensor(adapter.shard, key).float() for key in (pair.a, pair.b))
+        delta = b @ a
+        weight = weight + (delta.T if pair.is_embedding else delta) * pair.scaling
+    if not weight.isfinite().all():
+        raise CheckpointError(f"'{name}' has NaN or infinite values after merging: {adapter.directory} is broken.")
+    return weight
+
+
+def changes_something(adapter: Adapter, base_tensor: Callable[[str], torch.Tensor]) -> bool:
+    """False for an adapter that is empty in effect: every LoRA B is zero and every saved tensor is the base's own."""
+    if any(read_tensor(adapter.shard, pair.b).any() for pair in adapter.lora.values()):
+        return True
+    for name, key in adapter.full.items():
+        ours, theirs = read_tensor(adapter.shard, key), base_tensor(name)
+        if not (ours.float() == theirs.float()).all():
+            return True
+    return False
+
+
+def has_model_config(directory: Path, base: Path) -> bool:
+    """True where the adapter directory has a model config of its own, checked to describe the base.
+
+    Raises:
+        CheckpointError: it describes a model of other sizes.
+    """
+    if not (directory / "config.json").is_file():
+        return False
+    ours, theirs = (_text(read_config(path)) for path in (directory, base))
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if key in ours and key in theirs and ours[key] != theirs[key]:
+            raise CheckpointError(
+                f"{directory / 'config.json'} says {key} {ours[key]}, the base {base} says {theirs[key]}: "
+                "an adapter for another base. Give its own with --base."
+            )
+    return True
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
