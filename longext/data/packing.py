@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -33,6 +34,9 @@ IGNORED = -100  # transformers' label of a token that is not trained on
 POSITIONS = ("plain", "pose")
 _POSE_STREAM = 1  # keeps the draws of positions apart from those of the row order
 _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less padding and mixes lengths less
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 Row = dict[str, torch.Tensor]
 
@@ -129,12 +133,14 @@ def build_token_cache(
 
     Raises:
         DataError: no text has a token.
-        OSError: the disk is full or not writable; nothing is left behind.
+        ConfigError: the disk is full or not writable; nothing is left behind.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    with _explained(directory.parent, *_FULL, *_CLOSED):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
     try:
-        counts = _write_texts(texts, staging, on_progress)
+        with _explained(directory.parent, *_FULL):
+            counts = _write_texts(texts, staging, on_progress)
         if not counts["num_tokens"]:
             raise DataError(
                 "The data holds no text. Check the file, the split (--split) and the column (--text-field)."
@@ -146,6 +152,20 @@ def build_token_cache(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return open_token_cache(directory)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, *kinds: int) -> Iterator[None]:
+    """Turn a disk's errors of these kinds into a message that says how to use another."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in kinds:
+            raise
+        raise ConfigError(
+            f"Cannot write the token cache in {folder} ({error.strerror}); nothing was left there. "
+            "Set LONGEXT_CACHE to a folder with room."
+        ) from error
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -201,43 +221,6 @@ def _write_texts(
         "num_documents": num_documents,
         "tokens_sha256": digest.hexdigest(),
     }
-
-
-def encode_documents(
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Any,
-    *,
-    max_tokens: int | None = None,
-    batch_characters: int = 1 << 20,
-) -> Iterator[TokenizedText]:
-    """Yield each (name, text) as BOS + its tokens + EOS, those of the two that the tokenizer has; no other special.
-
-    A tokenizer whose BOS is its EOS (GPT-2) gets only the EOS. Documents without text are passed over.
-
-    Args:
-        max_tokens: cut each document to its first `max_tokens` tokens, BOS included.
-        batch_characters: about how much text is tokenised at a time.
-    """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [] if bos is None or bos == eos else [bos]
-    end = [] if eos is None else [eos]
-    for batch in _batches(((name, text) for name, text in documents if text.strip()), batch_characters):
-        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (name, _), ids in zip(batch, encoded, strict=True):
-            yield TokenizedText(id=name, input_ids=[*start, *ids, *end][:max_tokens])
-
-
-def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document[1])
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

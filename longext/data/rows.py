@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from longext.data.packing import (
     PackedExamples,
     PackedRows,
     TokenCache,
+    TokenizedText,
     TokenRows,
     build_token_cache,
-    encode_documents,
     open_token_cache,
 )
 from longext.data.sft import ExampleEncoder
@@ -90,6 +90,43 @@ def cached_tokens(
     return build_token_cache(texts, directory, meta=lambda: {**meta(), "key": key}, on_progress=on_progress)
 
 
+def encode_documents(
+    documents: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    batch_characters: int = 1 << 20,
+) -> Iterator[TokenizedText]:
+    """Yield each (name, text) as BOS + its tokens + EOS, those of the two that the tokenizer has; no other special.
+
+    A tokenizer whose BOS is its EOS (GPT-2) gets only the EOS. Documents without text are passed over.
+
+    Args:
+        max_tokens: cut each document to its first `max_tokens` tokens, BOS included.
+        batch_characters: about how much text is tokenised at a time.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [] if bos is None or bos == eos else [bos]
+    end = [] if eos is None else [eos]
+    for batch in _batches(((name, text) for name, text in documents if text.strip()), batch_characters):
+        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (name, _), ids in zip(batch, encoded, strict=True):
+            yield TokenizedText(id=name, input_ids=[*start, *ids, *end][:max_tokens])
+
+
+def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document[1])
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
 def cache_root() -> Path:
     """Return where token caches lie: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
     given = os.environ.get("LONGEXT_CACHE")
@@ -153,7 +190,7 @@ def _find_cache(key: Mapping[str, Any]) -> TokenCache | None:
             cache = open_token_cache(directory)
         except DataError:
             continue
-        if _without_commit(cache.meta["key"]) == _without_commit(key):
+        if _without_commit(cache.meta.get("key", {"data": {}})) == _without_commit(key):
             return cache
     return None
 

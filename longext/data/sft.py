@@ -191,7 +191,7 @@ def render_chat(turns: Sequence[Turn], tokenizer: Any) -> RenderedExample:
     try:
         text = _apply(tokenizer, messages)
         if _GENERATION.search(tokenizer.get_chat_template()):
-            answers = _generation_spans(tokenizer, messages, text)
+            answers = _generation_spans(tokenizer, messages)
         else:
             answers = _prefix_spans(tokenizer, messages, text)
     except TemplateError as error:
@@ -203,8 +203,8 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], **keys: Any) -
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **keys)) if messages else ""
 
 
-def _generation_spans(tokenizer: Any, messages: Sequence[Mapping[str, str]], text: str) -> list[Span]:
-    """Return the spans of generation blocks, from the offsets of the tokens that transformers marks."""
+def _generation_spans(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[Span]:
+    """Return the spans of generation blocks: those of the tokens that transformers marks."""
     marked = tokenizer.apply_chat_template(
         messages,
         tokenize=True,
@@ -212,16 +212,22 @@ def _generation_spans(tokenizer: Any, messages: Sequence[Mapping[str, str]], tex
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
     )
-    spans: list[Span] = []
-    for on, run in itertools.groupby(zip(marked["assistant_masks"], marked["offset_mapping"], strict=True), _first):
-        offsets = [offset for _, offset in run]
-        if on:
-            spans.append((offsets[0][0], offsets[-1][1]))
-    return spans
+    offsets = _whole_offsets(marked["offset_mapping"])
+    edges = np.flatnonzero(np.diff(np.asarray(marked["assistant_masks"], dtype=np.int8), prepend=0, append=0))
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    return [(int(offsets[first, 0]), int(offsets[end - 1, 1])) for first, end in runs]
 
 
-def _first(pair: tuple[int, Span]) -> int:
-    return pair[0]
+def _whole_offsets(offsets: Sequence[Span]) -> NDArray[np.int64]:
+    """Return token offsets, int64 [T, 2], in which white space counts.
+
+    Some tokenizers trim it, so that a token of nothing else is empty and stands at its own end; it starts where the
+    token before it ends.
+    """
+    whole = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    empty = np.flatnonzero(whole[1:, 0] == whole[1:, 1]) + 1
+    whole[empty, 0] = whole[empty - 1, 1]
+    return whole
 
 
 def _prefix_spans(tokenizer: Any, messages: Sequence[Mapping[str, str]], text: str) -> list[Span]:
@@ -282,9 +288,7 @@ def resolve_prompt(name: str, tokenizer: Any) -> str:
 # --- from a text to tokens --------------------------------------------------------------------------------------------
 
 
-def shorten(
-    trained: NDArray[np.bool_], material: Sequence[Span], length: int, keep: int = _KEEP
-) -> NDArray[np.intp] | None:
+def shorten(trained: NDArray[np.bool_], material: Sequence[Span], length: int, keep: int) -> NDArray[np.intp] | None:
     """Return which tokens stay so that at most `length` do, int [<= length] rising, or None where that cannot be.
 
     Tokens go from the middle of the longest material (token spans), then of the next longest, `keep` tokens of each
@@ -356,7 +360,7 @@ class ExampleEncoder:
             )
             parts = zip(batch, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for row, example, ids, offsets in parts:
-                text = self._mask(row.id, example, np.asarray(ids), np.asarray(offsets).reshape(-1, 2))
+                text = self._mask(row.id, example, np.asarray(ids), _whole_offsets(offsets))
                 if text is not None:
                     yield text
         if not self.counts["num_examples"]:
@@ -382,7 +386,7 @@ class ExampleEncoder:
         if not trained.any():
             self.counts["num_dropped_empty"] += 1
             return None
-        kept = shorten(trained, _token_spans(example.material, offsets), self.length)
+        kept = shorten(trained, _token_spans(example.material, offsets), self.length, min(_KEEP, self.length // 8))
         if kept is None:
             self.counts["num_dropped_long"] += 1
             return None
