@@ -146,7 +146,8 @@ def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
     out = q.new_zeros(rows * length, heads, width)
     for bucket in job.layout.buckets(job.kind, job.group_size, q.device):
-        parts = kernel(*(x[bucket.index].transpose(1, 2) for x in flat), job, None).transpose(1, 2)
+        queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
+        parts = kernel(queries, keys, values, job, None).transpose(1, 2)
         index = bucket.index
         if bucket.real is not None:
             parts, index = parts[bucket.real], index[bucket.real]
@@ -170,8 +171,8 @@ def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         for start in range(0, len(index), window):
             queries, keys = index[start : start + window], index[max(0, start - window) : start + window]
             mask = band[: len(queries), window - min(start, window) :][:, : len(keys)]
-            part = [flat[0][queries], flat[1][keys], flat[2][keys]]
-            result = kernel(*(x.transpose(0, 1)[None] for x in part), job, mask)
+            part = [x.transpose(0, 1)[None] for x in (flat[0][queries], flat[1][keys], flat[2][keys])]
+            result = kernel(part[0], part[1], part[2], job, mask)
             out = out.index_put((queries,), result[0].transpose(0, 1).to(out.dtype))
     return out.view(rows, length, heads, width)
 

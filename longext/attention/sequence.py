@@ -90,7 +90,8 @@ def _exchange(x: torch.Tensor, sequence: SequenceGroup) -> torch.Tensor:
     rows, heads, length, width = x.shape
     blocks = x.reshape(rows, sequence.size, heads // sequence.size, length, width).movedim(1, 0)
     swapped = _AllToAll.apply(blocks, sequence.group)  # [R, B, H / R, N / R, D]; block r: the tokens of rank r
-    return swapped.permute(1, 2, 0, 3, 4).reshape(rows, heads // sequence.size, sequence.size * length, width)
+    out: torch.Tensor = swapped.permute(1, 2, 0, 3, 4).reshape(rows, -1, sequence.size * length, width)
+    return out
 
 
 def sequence_to_heads(
@@ -111,4 +112,5 @@ def heads_to_sequence(out: torch.Tensor, sequence: SequenceGroup) -> torch.Tenso
     rows, length, heads, width = out.shape
     blocks = out.reshape(rows, sequence.size, length // sequence.size, heads, width).movedim(1, 0)
     swapped = _AllToAll.apply(blocks, sequence.group)  # [R, B, N / R, H / R, D]; block r: the heads of rank r
-    return swapped.permute(1, 2, 0, 3, 4).reshape(rows, length // sequence.size, sequence.size * heads, width)
+    whole: torch.Tensor = swapped.permute(1, 2, 0, 3, 4).reshape(rows, length // sequence.size, -1, width)
+    return whole

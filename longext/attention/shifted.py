@@ -100,7 +100,8 @@ class LazyMask:
 
         if "dense" not in self._cache:
             self._cache["dense"] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**self.arguments)
-        return self._cache["dense"]
+        mask: torch.Tensor | None = self._cache["dense"]
+        return mask
 
     def plan(self) -> AttentionPlan:
         """Return the plan for a forward that was given none."""

@@ -90,11 +90,11 @@ def finetune(
     if dry_run:
         _dry_run(config)
         return
-    output = Path(str(config.output))
+    target = Path(str(config.output))
     if config.num_processes > 1 and not is_launched():
-        _check_directories(config, output, extension.source)
+        _check_directories(config, target, extension.source)
         raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
-    _train(config, output, extension, as_json)
+    _train(config, target, extension, as_json)
 
 
 def _dry_run(config: FinetuneConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,7 @@ def quiet_transformers() -> None:
     """Silence transformers' notes and loading bars: longext prints its own."""
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

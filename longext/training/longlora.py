@@ -21,7 +21,8 @@ from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.checkpoint.source import read_shards
 from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
 from longext.data.documents import load_documents
-from longext.data.rows import collate_rows, open_rows
+from longext.data.packing import collate_rows
+from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.evaluation.head import head_is_plain
 from longext.evaluation.model import HFLanguageModel

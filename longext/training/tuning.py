@@ -73,7 +73,8 @@ def norm_modules(model: Any) -> list[str]:
 def embedding_module(model: Any) -> str:
     """Return the full name of the input embedding."""
     embedding = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+    name: str = next(name for name, module in model.named_modules() if module is embedding)
+    return name
 
 
 def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[Any, Trainable]:
@@ -129,7 +130,8 @@ def describe_trainable(model: Any, tuning: str) -> Trainable:
     total = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel() if not _is_quantised(parameter) else 2 * parameter.numel()
-        total += size
+        if ".modules_to_save." not in name:  # a copy of a module that is counted as `original_module`
+            total += size
         if parameter.requires_grad:
             kind = _kind_of(name)
             kinds[kind] = kinds.get(kind, 0) + size
