@@ -52,4 +52,4 @@ def _root(
     """Extend, train and evaluate long-context Hugging Face checkpoints."""
 
 
-from longext.cli import compare, evaluate, extend, finetune, inspect, merge, passkey, verify  # noqa: E402, F401
+from longext.cli import compare, evaluate, extend, finetune, inspect, merge, passkey, plan, verify  # noqa: E402, F401

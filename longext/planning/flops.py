@@ -46,7 +46,7 @@ class Flops:
     @property
     def total(self) -> float:
         """The sum of all parts."""
-        return sum(dataclasses.astuple(self))
+        return float(sum(dataclasses.astuple(self)))
 
     @property
     def attention_share(self) -> float:

@@ -74,6 +74,7 @@ class ModelShape:
         attention_biases, mlp_biases: bias elements of one layer.
         tied: the output matrix is the embedding.
         has_sliding_layers: some layers see a window only (they are counted as dense, which is an upper bound).
+        caps_scores: attention scores pass a soft cap, which SDPA has not.
         counted: parameters in the safetensors headers, or None where no weights are there.
     """
 
@@ -90,6 +91,7 @@ class ModelShape:
     attention_biases: int = 0
     mlp_biases: int = 0
     has_sliding_layers: bool = False
+    caps_scores: bool = False
     counted: int | None = None
 
     @property
@@ -221,6 +223,7 @@ def _shape(text: Mapping[str, Any], model_type: str, directory: Path) -> ModelSh
         attention_biases=_attention_biases(text, family, hidden, heads * head_dim, kv_heads * head_dim),
         mlp_biases=_mlp_biases(text, family, hidden, intermediate),
         has_sliding_layers=_has_sliding_layers(text),
+        caps_scores=bool(text.get("attn_logit_softcapping", model_type == "gemma2")),
     )
 
 

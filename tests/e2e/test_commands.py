@@ -241,15 +241,13 @@ def test_version_and_module_entry(run):
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_recipe_loads_and_names_its_command(name):
-    from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, build_config
+    from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, PlanConfig, build_config
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
-    kinds = {"extend": ExtendConfig, "compare": CompareConfig}
+    kinds = {"extend": ExtendConfig, "compare": CompareConfig, "plan": PlanConfig}
     kind = kinds.get(folder) or (PasskeyConfig if file.startswith("passkey") else PerplexityConfig)
     build_config(kind, path, [], {})
     first = path.read_text().splitlines()[0]
-    command = {"extend": "extend", "compare": "compare"}.get(folder) or (
-        "passkey" if kind is PasskeyConfig else "eval ppl"
-    )
+    command = folder if folder in kinds else "passkey" if kind is PasskeyConfig else "eval ppl"
     assert first == f"# longext {command} -c {name}"

@@ -81,7 +81,8 @@ def tiny(family: str, method: str, checkpointing: bool, attention: str):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    ("family", "method", "checkpointing"), list(itertools.product(FAMILIES, ("full", "lora", "longlora"), (False, True)))
+    ("family", "method", "checkpointing"),
+    list(itertools.product(FAMILIES, ("full", "lora", "longlora"), (False, True))),
 )
 def test_a_step_matches_torchs_counter(family, method, checkpointing):
     attention = "eager" if family == "gemma2" else "sdpa"  # sdpa cannot cap scores

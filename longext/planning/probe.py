@@ -1,0 +1,254 @@
+"""Two shallow models of the real width, run for two steps each on this machine, to calibrate a plan.
+
+Random weights: cost does not depend on their values. The architecture is the model's own with 2 and 4 layers, so the
+difference of the two is the cost of a layer and the rest is what every depth pays. Full attention by SDPA, PEFT's LoRA,
+gradient checkpointing per layer, logits in one piece.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.errors import ConfigError
+from longext.planning.flops import training_flops
+from longext.planning.memory import plan_memory
+from longext.planning.setup import TrainingSetup
+from longext.planning.shape import ModelShape
+from longext.planning.tracker import MemoryTracker
+
+DEPTHS = (2, 4)
+_GUESS = {"cpu": 5e10, "cuda": 2e14}  # FLOP/s, to choose a length that takes seconds; only the measurement is used
+_SECONDS = 8.0  # at most, by that guess, for one step of the deeper model
+_SHORTEST = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRun:
+    """One depth, measured: seconds of the second step, bytes at the peak of a step (model, states and activations)."""
+
+    num_layers: int
+    seconds: float
+    peak: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was measured on this machine and what follows from it.
+
+    Attributes:
+        runs: the measured depths, shallow first.
+        length: the length measured (the asked one, or shorter where that would take long).
+        is_whole: the model is no deeper than the deepest run, so nothing was extrapolated over layers.
+        seconds, peak: of a batch at `length` and the model's depth: linear in layers.
+        flops_per_second: causal FLOPs of the layers over their time.
+        memory_ratio: measured over planned peak of the deepest run.
+        bytes_per_layer_token: what a further layer adds to the peak, weights and states left out, per token.
+        asked_seconds, asked_peak: the closed forms at the asked length and attention, scaled by the two above.
+    """
+
+    device: str
+    dtype: str
+    runs: tuple[ProbeRun, ...]
+    length: int
+    num_layers: int
+    is_whole: bool
+    seconds: float
+    peak: float
+    flops_per_second: float
+    memory_ratio: float
+    bytes_per_layer_token: float
+    asked_length: int
+    asked_seconds: float
+    asked_peak: float
+
+
+def probe_machine(directory: Path, shape: ModelShape, setup: TrainingSetup) -> Probe:
+    """Measure two steps at two depths and calibrate the plan of `setup` with them.
+
+    Args:
+        directory: the model; only its config.json is read.
+        setup: the planned run; measured on one device, in float32 on a CPU and bfloat16 on CUDA.
+
+    Raises:
+        ConfigError: not even the shallow model at the shortest length fits this machine.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = 2 if device.type == "cuda" else 4
+    measured = dataclasses.replace(
+        setup, batch_size=1, attention="full", checkpointing=True, loss_chunk=None, offload=False, sharding="none",
+        num_gpus=1, sequence_parallel=1, compute_bytes=width,
+    )  # fmt: skip
+    depths = sorted({min(depth, shape.num_layers) for depth in DEPTHS})
+    deepest = dataclasses.replace(shape, num_layers=depths[-1])
+    measured = dataclasses.replace(measured, length=_probe_length(deepest, measured, device))
+    runs = tuple(_measure(directory, shape, measured, depth, device) for depth in depths)
+    return _calibrated(shape, setup, measured, runs, device)
+
+
+def _probe_length(shape: ModelShape, setup: TrainingSetup, device: torch.device) -> int:
+    """Return the asked length, halved until a step should take seconds and half of the free memory."""
+    free = _free_memory(device) / 2
+    length = setup.length
+    while True:
+        candidate = dataclasses.replace(setup, length=length)
+        seconds = training_flops(shape, candidate, causal=True).total.total / _GUESS[device.type]
+        needed = plan_memory(shape, candidate).needed
+        if seconds <= _SECONDS and needed <= free:
+            return length
+        if length < 2 * _SHORTEST:
+            if needed > free:
+                raise ConfigError(
+                    f"--probe needs {needed / 2**30:.1f} GiB for {shape.num_layers} layers at {length} tokens, half of "
+                    f"this machine's free memory is {free / 2**30:.1f} GiB. Plan without --probe."
+                )
+            return length
+        length //= 2
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _measure(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> ProbeRun:
+    """Run two steps at `depth` layers: the first warms up and is tracked, the second is timed."""
+    gc.collect()  # the model of the depth before
+    model = _build(directory, shape, setup, depth, device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = torch.randint(0, shape.vocab_size, (1, setup.length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=setup.compute_bytes < 4):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peak = _peak_of(step, model, setup, shape, depth, device)
+    _wait(device)
+    started = time.perf_counter()
+    step()
+    _wait(device)
+    seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        peak = float(torch.cuda.max_memory_allocated(device))
+    return ProbeRun(num_layers=depth, seconds=seconds, peak=peak)
+
+
+def _peak_of(step: Any, model: Any, setup: TrainingSetup, shape: ModelShape, depth: int, device: torch.device) -> float:
+    """Return the peak of a step in bytes, moments included; on a CPU by tracking storages (exact states added)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return 0.0  # read after the second step, when the optimiser's states exist
+    with MemoryTracker(model.parameters()) as tracker:
+        step()
+    plan = plan_memory(dataclasses.replace(shape, num_layers=depth), setup)
+    return float(tracker.peak + plan.weights + plan.optimizer)
+
+
+def _build(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> Any:
+    """Return the model with `depth` layers and random weights, trained as `setup.method` says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    dtype = torch.float32 if setup.is_full or setup.compute_bytes == 4 else torch.bfloat16
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed between transformers 5.17 and 5.23; peft has the old
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model if setup.is_full else _adapted(model, setup)
+
+
+def _adapted(model: Any, setup: TrainingSetup) -> Any:
+    """Return `model` with adapters on its attention matrices, embeddings and norms trained too for LongLoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    model.enable_input_require_grads()
+    saved = _embedding_and_norms(model) if setup.trains_embeddings else None
+    lora = LoraConfig(
+        r=setup.lora_r,
+        target_modules=_attention_matrices(model),
+        modules_to_save=saved,
+        ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+    )
+    adapted = get_peft_model(model, lora)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _attention_matrices(model: Any) -> list[str]:
+    attention = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "att" in name
+    ]
+    return sorted({name.rsplit(".", 1)[-1] if "attn" in name else ".".join(name.split(".")[-2:]) for name in attention})
+
+
+def _embedding_and_norms(model: Any) -> list[str]:
+    hidden = model.config.hidden_size
+    embedding = model.get_input_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is embedding
+        or ("norm" in type(module).__name__.lower() and getattr(module, "weight", embedding.weight).shape == (hidden,))
+    ]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _calibrated(
+    shape: ModelShape, setup: TrainingSetup, measured: TrainingSetup, runs: tuple[ProbeRun, ...], device: torch.device
+) -> Probe:
+    """Extrapolate over layers and scale the closed forms of the asked run."""
+    shallow, deep = runs[0], runs[-1]
+    beyond = shape.num_layers - deep.num_layers
+    layers = max(1, deep.num_layers - shallow.num_layers)
+    each = (deep.seconds - shallow.seconds) / layers if len(runs) > 1 else deep.seconds / deep.num_layers
+    each_peak = (deep.peak - shallow.peak) / layers if len(runs) > 1 else 0.0
+    shapes = [dataclasses.replace(shape, num_layers=run.num_layers) for run in runs]
+    flops = [training_flops(own, measured, causal=True).total.total for own in shapes]
+    plans = [plan_memory(own, measured) for own in shapes]
+    ratio = deep.peak / plans[-1].peak
+    whole = training_flops(shape, measured, causal=True).total.total
+    seconds = deep.seconds + beyond * each
+    rate = whole / seconds if seconds > 0 else flops[-1] / deep.seconds
+    states = (plans[-1].states - plans[0].states) / layers
+    asked = training_flops(shape, setup, causal=True).total.total / setup.sequence_parallel
+    return Probe(
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)",
+        dtype="float32" if measured.compute_bytes == 4 else "bfloat16",
+        runs=runs,
+        length=measured.length,
+        num_layers=shape.num_layers,
+        is_whole=beyond == 0,
+        seconds=seconds,
+        peak=deep.peak + beyond * each_peak,
+        flops_per_second=rate,
+        memory_ratio=ratio,
+        bytes_per_layer_token=max(0.0, each_peak - states) / measured.length,
+        asked_length=setup.length,
+        asked_seconds=asked / rate,
+        asked_peak=plan_memory(shape, dataclasses.replace(setup, compute_bytes=measured.compute_bytes)).peak * ratio,
+    )
