@@ -176,19 +176,32 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
         if any(heights):
             axes.bar(positions, heights, bottom=base, color=colour, width=0.72, label=name)
         base = [low + height for low, height in zip(base, heights, strict=True)]
-    limit = plan.device.memory / _GIB
-    axes.axhline(limit, color="#222222", linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(f"{plan.device.name}: {limit:.0f} GiB", (0.01, limit), xycoords=("axes fraction", "data"),
-                  xytext=(0, 3), textcoords="offset points", fontsize=8, color="#222222")  # fmt: skip
+    _mark_capacity(axes, plan.device.name, plan.device.memory / _GIB, max(base))
     _label_bars(axes, positions, base)
     title = f"{plan.config.model}, {plan.setup.method}: memory of one GPU at the peak"
     plots.style(axes, title, "length (tokens)", "GiB")
     axes.grid(False, axis="x")
-    axes.set_ylim(0, 1.12 * max(limit, *base) if max(base) > 0.02 * limit else 1.25 * max(base))
     axes.set_xticks(positions, [_tick(plan, setup) for setup in parts])
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+def _mark_capacity(axes: Any, name: str, limit: float, highest: float) -> None:
+    """Draw the device's memory as a line; where all bars are far below it, say it in words and keep them readable."""
+    is_far = highest < 0.25 * limit
+    axes.set_ylim(0, 1.25 * highest if is_far else 1.12 * max(limit, highest))
+    if not is_far:
+        axes.axhline(limit, color="#222222", linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{name}: {limit:.0f} GiB" + (", far above" if is_far else ""),
+        (0.01, 0.95 if is_far else limit),
+        xycoords="axes fraction" if is_far else ("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="#222222",
+    )
 
 
 def _tick(plan: TrainingPlan, setup: TrainingSetup) -> str:

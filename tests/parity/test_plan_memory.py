@@ -68,7 +68,7 @@ def build(config, targets, method: str, checkpointing: bool, mixed: bool):
     ]
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     saved = [embedding, *wide] if method == "longlora" else None
-    lora = LoraConfig(r=8, target_modules=list(targets), modules_to_save=saved, ensure_weight_tying=bool(saved))
+    lora = LoraConfig(r=8, target_modules=list(targets), modules_to_save=saved, ensure_weight_tying=False)
     model = get_peft_model(model, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -178,6 +178,23 @@ def test_the_engines_chunked_loss():
     assert planned.phases["loss"] == pytest.approx(measured, rel=TOLERANCE)
     whole = plan_memory(shape, setup_for("lora", False, True))
     assert whole.phases["loss"] > 2.5 * planned.phases["loss"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_engines_own_s2_attention(checkpointing):
+    """Groups change what attention computes, not what it keeps (but for a copy of its output)."""
+    shifted = pytest.importorskip("longext.attention.shifted")
+    layout = pytest.importorskip("longext.attention.layout")
+    shifted.register_attention()
+    name, extra, targets = FAMILIES["llama"]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
+    model = build(config, targets, "longlora", checkpointing, mixed=False)
+    model.get_base_model().set_attn_implementation(shifted.ATTENTION_VARIANTS["s2"].implementation)
+    forward, batch = model.forward, layout.make_layout(1, LENGTH)
+    plan = shifted.AttentionPlan(batch, 128, "auto", None)
+    model.forward = lambda **inputs: forward(**inputs, **{shifted.PLAN: plan})
+    planned = plan_memory(shape_of(config.to_dict(), Path(name)), setup_for("longlora", False, checkpointing))
+    assert planned.phases[planned.phase] == pytest.approx(peak_of_a_step(model, False, LENGTH), rel=TOLERANCE)
 
 
 def test_the_cache_is_what_transformers_allocates():
