@@ -107,7 +107,8 @@ def open_token_cache(directory: Path) -> TokenCache:
         cache = TokenCache(directory, meta)
         counts = (cache.num_tokens, cache.num_documents, int(cache.bounds[-1]))
         whole = meta["schema"] == SCHEMA and counts == (meta["num_tokens"], meta["num_documents"], meta["num_tokens"])
-        whole = whole and (cache.trained is None or len(cache.trained) == cache.num_tokens)
+        marked = cache.num_tokens if cache.trained is not None else meta["num_trained"]
+        whole = whole and marked == cache.num_tokens == len(cache.tokens if cache.trained is None else cache.trained)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"No token cache in {directory} ({error}). Delete the directory to build it again.") from error
     if not whole:
@@ -258,11 +259,7 @@ class TokenRows(Dataset[Row]):
         positions: str = "plain",
         target_length: int | None = None,
     ) -> None:
-        if positions not in POSITIONS:
-            raise ConfigError(f"Unknown positions '{positions}'. {did_you_mean(positions, POSITIONS)}")
-        if positions == "pose" and (target_length is None or target_length < length):
-            given = "no target_length" if target_length is None else f"target_length {target_length:,}"
-            raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {given}.")
+        check_positions(positions, length, target_length)
         self.cache, self.length, self.seed, self.num_rows = cache, length, seed, num_rows
         self.target_length = target_length if positions == "pose" else None
         self._epoch = -1
@@ -435,6 +432,15 @@ def pack_lengths(lengths: NDArray[np.int64], length: int, seed: int) -> list[lis
     return rows
 
 
+def check_positions(positions: str, length: int, target_length: int | None) -> None:
+    """Raise ConfigError where `positions` is unknown, or is "pose" without a `target_length` of at least `length`."""
+    if positions not in POSITIONS:
+        raise ConfigError(f"Unknown positions '{positions}'. {did_you_mean(positions, POSITIONS)}")
+    if positions == "pose" and (target_length is None or target_length < length):
+        given = "no target_length" if target_length is None else f"target_length {target_length:,}"
+        raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {given}.")
+
+
 def pose_positions(
     length: int, target_length: int, generator: np.random.Generator, num_chunks: int = 2
 ) -> torch.Tensor:
@@ -455,7 +461,7 @@ def pose_positions(
     cuts = np.sort(generator.choice(length - 1, num_chunks - 1, replace=False)) + 1
     positions = np.arange(length, dtype=np.int64)
     skip = 0
-    for start, end in zip(cuts, [*cuts[1:], length], strict=True):
+    for start, end in itertools.pairwise([*cuts, length]):
         skip = int(generator.integers(skip, target_length - length, endpoint=True))
         positions[start:end] += skip
     return torch.from_numpy(positions)

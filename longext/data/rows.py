@@ -18,6 +18,7 @@ from longext.data.packing import (
     TokenizedText,
     TokenRows,
     build_token_cache,
+    check_positions,
     open_token_cache,
 )
 from longext.data.sft import ExampleEncoder
@@ -46,6 +47,7 @@ def open_rows(
         ConfigError: unknown task, prompt or positions.
         DataError: no such data, or too little of it.
     """
+    check_positions(config.positions, length, config.target_length)  # before minutes of tokenising
     cache = cached_tokens(config, tokenizer, length=length, on_progress=on_progress)
     places: dict[str, Any] = {"positions": config.positions, "target_length": config.target_length}
     if config.task == "sft":
