@@ -238,8 +238,8 @@ def test_the_papers_memory_table():
     """What a token costs agrees, the fixed part does not, and full fine-tuning stops fitting where it did.
 
     From 16k to 64k the paper's LoRA grows by 795 kB a token (GB read as GiB). That is our 662 kB and one more float32
-    copy of the logits (128 kB), by our reading the one transformers then returned to the caller. Its fixed part is 6 to 10 GiB
-    above ours: DeepSpeed's buckets, NCCL and what the allocator reserves, none of which is modelled.
+    copy of the logits (128 kB), by our reading the one transformers then returned to the caller. Its fixed part is 6 to
+    10 GiB above ours: DeepSpeed's buckets, NCCL and what the allocator reserves, none of which is modelled.
     """
     shape = llama2_7b()
     lora = {n: _zero2(shape, n, "lora") + 4 * 32000 * n / GIB for n, _, _ in PAPER}
