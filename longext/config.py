@@ -267,12 +267,13 @@ def find_recipe(name: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that come with longext, as name -> file."""
+    """Return the recipes that come with longext, as name -> file (accelerate's own config files are none)."""
     package = Path(__file__).parent
     root = next((folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()), None)
     if root is None:
         return {}
-    return {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
+    found = {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
+    return {name: file for name, file in found.items() if not name.startswith("accelerate/")}
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

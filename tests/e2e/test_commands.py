@@ -241,13 +241,43 @@ def test_version_and_module_entry(run):
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_recipe_loads_and_names_its_command(name):
-    from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, PlanConfig, build_config
+    from longext.config import (
+        CompareConfig,
+        ExtendConfig,
+        FinetuneConfig,
+        PasskeyConfig,
+        PerplexityConfig,
+        PlanConfig,
+        build_config,
+    )
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
-    kinds = {"extend": ExtendConfig, "compare": CompareConfig, "plan": PlanConfig}
+    kinds = {"extend": ExtendConfig, "compare": CompareConfig, "plan": PlanConfig, "finetune": FinetuneConfig}
     kind = kinds.get(folder) or (PasskeyConfig if file.startswith("passkey") else PerplexityConfig)
     build_config(kind, path, [], {})
     first = path.read_text().splitlines()[0]
     command = folder if folder in kinds else "passkey" if kind is PasskeyConfig else "eval ppl"
     assert first == f"# longext {command} -c {name}"
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("finetune/")])
+def test_every_finetune_recipe_is_a_run_that_could_start(name):
+    """What the command checks before it reads the model; the rows of a step are LongLoRA's 64 where GPUs are meant."""
+    from longext.config import FinetuneConfig, build_config
+    from longext.training.settings import check_finetune_config
+
+    config = build_config(FinetuneConfig, shipped_recipes()[name], [], {"device": "cpu"})
+    check_finetune_config(config)
+    processes = 64 if "multinode" in name else config.num_processes
+    rows = config.batch_size * config.accumulation * processes // config.sequence_parallel
+    if processes > 1 and config.task == "pretrain":
+        assert rows == 64
+
+
+def test_the_quick_finetune_recipe_runs(run, tmp_path):
+    ok(run("finetune", "-c", "finetune/books-5m-quick", "-o", "out"))
+    record = result_of(tmp_path / "out")
+    assert record["finetune"]["target_length"] == 1024
+    before, after = (record["perplexity"][i]["perplexity"]["1024"] for i in (0, -1))
+    assert after < before
