@@ -70,10 +70,10 @@ def add_rope(directory: Path, base: Path | str, method: str = "yarn", factor: fl
 def peft_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Return peft's own merge in float32, by the names that transformers would save it under."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload()
     target = adapter.parent / f"peft-{adapter.name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload()
         merged.save_pretrained(target)
     return load_tensors(target)
 

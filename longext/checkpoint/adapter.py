@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID, Shard, read_config, read_json, read_shard, resolve_model
+from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _check_shape(key: str, shard: Shard, expected: tuple[int, ...]) -> None:
 
 
 def _check_float(name: str, dtype: str, base: Path) -> None:
-    if dtype not in ("F64", "F32", "F16", "BF16"):
+    if dtype not in TORCH_NAMES:
         raise CheckpointError(
             f"'{name}' of {base} is stored as {dtype}: a quantised base cannot take an adapter exactly. "
             "Give the unquantised model with --base."
@@ -304,15 +305,6 @@ def _without_wrappers(name: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def read_tensor(shard: Shard, name: str) -> torch.Tensor:
-    """Return one tensor of a safetensors file; the rest of it is not read."""
-    from safetensors import safe_open
-
-    with safe_open(shard.path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
 
 
 def merged_tensor(adapter: Adapter, name: str, base: torch.Tensor) -> torch.Tensor:

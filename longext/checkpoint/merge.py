@@ -22,7 +22,6 @@ from longext.checkpoint.adapter import (
     merged_tensor,
     read_adapter,
     read_adapter_config,
-    read_tensor,
 )
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.card import license_of, model_card
@@ -40,7 +39,7 @@ from longext.checkpoint.extend import (
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model
-from longext.checkpoint.writing import ITEM_BYTES, TensorPlan, stored_blocks, write_shard
+from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import read_manifest, write_manifest
@@ -50,9 +49,7 @@ from longext.staging import check_output, staged_directory
 if TYPE_CHECKING:
     import torch
 
-# torch's name -> safetensors' name
-DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
+_STORED_NAMES = {name: stored for stored, name in TORCH_NAMES.items()}
 _CHOICES = ("auto", "float32", "bfloat16", "float16")
 # What an adapter directory may hold of a tokenizer; its other files describe the training.
 _TOKENIZER_FILES = (
@@ -133,7 +130,7 @@ class MergeResult:
         touched = self.merge.adapter.touched
         return {
             "adapter": self.merge.config.adapter,
-            "dtypes": sorted({_TORCH_NAMES.get(dtype, dtype) for dtype in self.merge.dtypes.values()}),
+            "dtypes": sorted({TORCH_NAMES.get(dtype, dtype) for dtype in self.merge.dtypes.values()}),
             "output_matrix": "tied" if self.merge.stays_tied else "separate",
             "counts": {kind: {"tensors": n, "parameters": size} for kind, (n, size) in self.counts.items()},
             "touched": sorted(name for name in self.merge.dtypes if name in touched or name not in _names(self.merge)),
@@ -299,7 +296,7 @@ def _dtypes(asked: str, shards: list[Shard], adapter: Adapter, stays_tied: bool)
         own.setdefault(adapter.head, own[adapter.embedding])
     if asked == "auto":
         return own
-    return {name: DTYPES[asked] if dtype in _TORCH_NAMES else dtype for name, dtype in own.items()}
+    return {name: _STORED_NAMES[asked] if dtype in TORCH_NAMES else dtype for name, dtype in own.items()}
 
 
 def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) -> MergeResult:
@@ -355,7 +352,7 @@ def _computed_blocks(merge: Merge, home: Shard, source: str, name: str) -> Itera
     tensor = read_tensor(home, source)
     if name in merge.adapter.touched:
         tensor = merged_tensor(merge.adapter, name, tensor)
-    rounded = tensor.to(getattr(torch, _TORCH_NAMES[merge.dtypes[name]]))
+    rounded = tensor.to(getattr(torch, TORCH_NAMES[merge.dtypes[name]]))
     if tensor.isfinite().all() and not rounded.isfinite().all():
         raise CheckpointError(f"'{name}' does not fit {rounded.dtype}: use --dtype bfloat16 or float32.")
     yield rounded.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -389,11 +386,9 @@ def _merged_config(merge: Merge) -> dict[str, Any]:
 
 
 def _prove(merge: Merge, staging: Path) -> Proof:
-    usual = max(merge.dtypes.values(), key=list(merge.dtypes.values()).count)
-
-    def written_dtype(parameter: str) -> str:
-        stored = merge.dtypes.get(merge.adapter.locate(parameter) or parameter, usual)
-        return _TORCH_NAMES.get(stored, "float32")
+    def locate(parameter: str) -> str | None:
+        name = merge.adapter.locate(parameter) or parameter
+        return name if name in merge.dtypes else None
 
     return prove_merge(
         merge.base,
@@ -401,7 +396,7 @@ def _prove(merge: Merge, staging: Path) -> Proof:
         staging,
         merge.config_directory,
         merge.extension.spec.original_max_position_embeddings,
-        written_dtype,
+        locate,
         merge.config.trust_remote_code,
     )
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longext.checkpoint.source import read_config
+from longext.checkpoint.source import read_config, read_shards
+from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError, LongextError, VerificationError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay well below, in models of any depth
 KL_LIMIT = 0.01  # nats per token that rounding the merged weights may cost
+WEIGHT_TOLERANCE = 1e-6  # of a tensor's largest value, in float32; rounded values must be equal
+WEIGHT_SHARE = 1e-3  # of a tensor's values that may fall on the other side of a rounding boundary
 _NUM_TOKENS = 256
 
 
@@ -27,7 +30,12 @@ _NUM_TOKENS = 256
 class Proof:
     """What the comparison of the adapter with the merged checkpoint found.
 
+    The weights are held against peft's own merge, so that the proof is one however little the adapter changes.
+
     Attributes:
+        num_tensors: weight tensors compared with peft's merge in float32, rounded to the written type.
+        worst_tensor: the one with the largest share of different values.
+        worst_share: that share; equal means within WEIGHT_TOLERANCE in float32, and exactly in shorter types.
         num_tokens: seeded random tokens compared, all logits of each.
         first_position: position of the first one; the trained length lies inside the span.
         max_difference: largest |logit difference| between the adapter's model and the merged one, both in float32,
@@ -39,6 +47,9 @@ class Proof:
         rounding_top1: share of tokens with the same most likely successor, or None.
     """
 
+    num_tensors: int
+    worst_tensor: str
+    worst_share: float
     num_tokens: int
     first_position: int
     max_difference: float
@@ -51,8 +62,10 @@ class Proof:
     def describe(self) -> str:
         """Return the figures in one line."""
         text = (
-            f"{self.num_tokens} tokens from position {self.first_position:,}: max |d logit| {self.max_difference:.2g} "
-            f"(limit {self.limit:.2g} = {TOLERANCE:g} of the largest logit); the adapter's own effect {self.effect:.3g}"
+            f"{self.num_tensors} tensors: at most {self.worst_share:.2g} of one differs from peft's merge (limit "
+            f"{WEIGHT_SHARE:g}); {self.num_tokens} tokens from position {self.first_position:,}: max |d logit| "
+            f"{self.max_difference:.2g} (limit {self.limit:.2g} = {TOLERANCE:g} of the largest logit); the adapter's "
+            f"own effect {self.effect:.3g}"
         )
         if self.rounding_kl is None:
             return text
@@ -66,16 +79,19 @@ def prove_merge(
     merged: Path,
     adapter_config: Path,
     trained_length: int,
-    written_dtype: Callable[[str], str],
+    locate: Callable[[str], str | None],
     trust_remote_code: bool = False,
 ) -> Proof:
-    """Compare logits(base + adapter) with logits(merged), both in float32; the models are loaded one after the other.
+    """Compare base + adapter with the merged checkpoint; the models are loaded in float32, one after the other.
+
+    Weights: peft's merge, rounded to the written type, against every written tensor. Logits: of base + adapter (of
+    peft's rounded merge, where something was rounded) against those of the merged checkpoint.
 
     Args:
         base: directory of the base's weights.
         adapter_config: directory whose config.json the adapter's side is built from.
         trained_length: L; the tokens stand at positions around it, where length-dependent RoPE switches.
-        written_dtype: parameter name -> the type its merged tensor is written in ("bfloat16").
+        locate: a parameter's name in the model -> its tensor in the merged files, or None.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or the merged checkpoint lacks a tensor.
@@ -84,17 +100,21 @@ def prove_merge(
     with _quiet(), _enough_memory():
         tokens, positions = _probe(merged, trained_length)
         forward = _Forward(tokens, positions, trust_remote_code)
-        plain, exact, rounded = forward.of_adapter(base, adapter, adapter_config, written_dtype)
+        theirs = forward.of_adapter(base, adapter, adapter_config, _Written(merged, locate))
         gc.collect()
         ours = forward.of_merged(merged)
-    limit = TOLERANCE * float(exact.abs().max())
+    exact, rounded = theirs.exact, theirs.rounded
+    worst = max(theirs.shares, key=lambda name: theirs.shares[name])
     proof = Proof(
+        num_tensors=len(theirs.shares),
+        worst_tensor=worst,
+        worst_share=theirs.shares[worst],
         num_tokens=len(tokens),
         first_position=positions[0],
         max_difference=float((ours - (exact if rounded is None else rounded)).abs().max()),
-        limit=limit,
+        limit=TOLERANCE * float(exact.abs().max()),
         max_logit=float(exact.abs().max()),
-        effect=float((exact - plain).abs().max()),
+        effect=float((exact - theirs.plain).abs().max()),
         rounding_kl=None if rounded is None else _kl(exact, ours),
         rounding_top1=None if rounded is None else float((exact.argmax(-1) == ours.argmax(-1)).float().mean()),
     )
@@ -104,6 +124,11 @@ def prove_merge(
 
 def check_proof(proof: Proof) -> None:
     """Raise VerificationError where a figure is beyond its limit (or not a number)."""
+    if not proof.worst_share <= WEIGHT_SHARE:
+        raise VerificationError(
+            f"the merged model differs from base + adapter in '{proof.worst_tensor}': {proof.describe()}. Nothing was "
+            "written; please report it with both configs."
+        )
     if not proof.max_difference <= proof.limit:
         raise VerificationError(
             f"the merged model differs from base + adapter: {proof.describe()}. Nothing was written; "
@@ -125,6 +150,21 @@ def _probe(merged: Path, trained_length: int) -> tuple[list[int], list[int]]:
 
 
 @dataclass(frozen=True)
+class _Adapted:
+    """The adapter's side: logits of the base, of base + adapter, of peft's rounded merge; weights by tensor.
+
+    Attributes:
+        rounded: None where every tensor is written in float32.
+        shares: written tensor -> share of its values that differ from peft's merge.
+    """
+
+    plain: torch.Tensor
+    exact: torch.Tensor
+    rounded: torch.Tensor | None
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
 class _Forward:
     """One forward pass over the probe tokens."""
 
@@ -132,10 +172,8 @@ class _Forward:
     positions: list[int]
     trust_remote_code: bool
 
-    def of_adapter(
-        self, base: Path, adapter: Path, config: Path, written_dtype: Callable[[str], str]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Logits of the base, of base + adapter, and of peft's merge rounded to the written types (None: float32)."""
+    def of_adapter(self, base: Path, adapter: Path, config: Path, written: _Written) -> _Adapted:
+        """Load base + adapter, compute, merge with peft, round as written, compute again."""
         from peft import PeftModel
 
         model, _ = self._load(base, config)
@@ -146,7 +184,8 @@ class _Forward:
             plain = self._logits(wrapped)
         _untie(entry, exit_)
         merged = wrapped.merge_and_unload()
-        return plain, exact, self._logits(merged) if _round(merged, written_dtype) else None
+        rounds, shares = written.compare(merged)
+        return _Adapted(plain, exact, self._logits(merged) if rounds else None, shares)
 
     def of_merged(self, directory: Path) -> torch.Tensor:
         """Logits of the merged checkpoint, loaded as anybody would."""
@@ -192,18 +231,33 @@ def _untie(entry: Any, exit_: Any) -> None:
         exit_.weight = torch.nn.Parameter(entry.weight.detach().clone(), requires_grad=False)
 
 
-def _round(model: Any, written_dtype: Callable[[str], str]) -> bool:
-    """Round every parameter to the type it is written in, in place; False where that is float32 for all."""
-    import torch
+class _Written:
+    """The tensors of a merged checkpoint, by the names of the model's parameters."""
 
-    rounds = False
-    with torch.inference_mode():
-        for name, parameter in model.named_parameters():
-            dtype = getattr(torch, written_dtype(name))
-            if torch.finfo(dtype).bits < 32:
-                parameter.copy_(parameter.to(dtype).float())
-                rounds = True
-    return rounds
+    def __init__(self, directory: Path, locate: Callable[[str], str | None]) -> None:
+        self.homes = {name: shard for shard in read_shards(directory) for name in shard.tensors}
+        self.locate = locate
+        stored = [shard.tensors[name][0] for name, shard in self.homes.items()]
+        self.usual = max(stored, key=stored.count)
+
+    def compare(self, model: Any) -> tuple[bool, dict[str, float]]:
+        """Round `model` in place as the files are; return (whether that changed types, different share by tensor)."""
+        import torch
+
+        rounds, shares = False, {}
+        with torch.inference_mode():
+            for name, parameter in model.named_parameters():
+                tensor = self.locate(name)
+                home = self.homes.get(tensor or "")
+                dtype = getattr(torch, TORCH_NAMES[home.tensors[tensor][0] if home and tensor else self.usual])
+                if torch.finfo(dtype).bits < 32:
+                    parameter.copy_(parameter.to(dtype).float())
+                    rounds = True
+                if home and tensor and home.tensors[tensor][1] == tuple(parameter.shape):
+                    allowed = 0.0 if torch.finfo(dtype).bits < 32 else WEIGHT_TOLERANCE * float(parameter.abs().max())
+                    differs = (read_tensor(home, tensor).float() - parameter).abs() > allowed
+                    shares[tensor] = float(differs.double().mean())
+        return rounds, shares
 
 
 def _kl(exact: torch.Tensor, ours: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
 from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
-from longext.checkpoint.writing import file_hash, stored_blocks
+from longext.checkpoint.writing import file_hash, read_tensor, stored_blocks
 from longext.errors import LongextError
 from longext.manifest import read_manifest
 from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
@@ -340,8 +340,6 @@ def _check_weights(
 def _is_same_tensor(ours: Shard, theirs: Shard, name: str) -> bool:
     if ours.tensors[name][0] == theirs.tensors[name][0]:
         return _tensor_hash(ours, name) == _tensor_hash(theirs, name)
-    from longext.checkpoint.adapter import read_tensor
-
     stored = read_tensor(ours, name)
     return bool((read_tensor(theirs, name).to(stored.dtype) == stored).all())
 

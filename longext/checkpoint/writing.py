@@ -1,4 +1,4 @@
-"""Write a safetensors file one tensor at a time, so that no more than one is ever in memory."""
+"""Read and write safetensors files one tensor at a time, so that no more than one is ever in memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longext.checkpoint.source import Shard
 
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' name of a float type -> torch's
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _CHUNK = 16 * 2**20
 
@@ -60,6 +66,15 @@ def _file_blocks(tensors: Mapping[str, TensorPlan], names: list[str]) -> Iterato
             written += len(block)
             yield block
         assert written == tensors[name].num_bytes, f"{name}: {written} bytes, {tensors[name].num_bytes} announced"
+
+
+def read_tensor(shard: Shard, name: str) -> torch.Tensor:
+    """Return one stored tensor; the rest of the file is not read."""
+    from safetensors import safe_open
+
+    with safe_open(shard.path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def stored_blocks(shard: Shard, name: str) -> Iterator[bytes]:

@@ -73,6 +73,13 @@ def tiny(tmp_path):
     return save_tiny_model(CONFIGS["llama"](), tmp_path / "tiny")
 
 
+@pytest.fixture
+def verify(monkeypatch):
+    """`verify` without its fresh process (six seconds each): config and weights; the whole of it runs once below."""
+    monkeypatch.setattr("longext.checkpoint.verify._reload", lambda *_: {"frequencies": {}})
+    return lambda directory: verify_checkpoint(str(directory), logits=False)
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -157,11 +164,11 @@ def test_the_recipe_beside_an_output_makes_it_again(run, adapter, tmp_path):
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-def test_no_check_says_so_everywhere(run, adapter, tmp_path):
+def test_no_check_says_so_everywhere(run, adapter, tmp_path, verify):
     result = run("merge", "adapter", "-o", "out", "--no-check")
     assert "Not checked (--no-check)" in result.stdout
     assert manifest_of(tmp_path / "out")["merge"]["proof"] is None
-    checks = {check.name: check.detail for check in verify_checkpoint(str(tmp_path / "out"), logits=False).checks}
+    checks = {check.name: check.detail for check in verify(tmp_path / "out").checks}
     assert "not proven" in checks["merged weights"]
 
 
@@ -174,22 +181,33 @@ def test_force_replaces_an_earlier_merge(run, adapter):
 # --- the base -----------------------------------------------------------------------------------------------------
 
 
-def test_a_base_that_moved_is_given_by_hand(run, tiny, tmp_path):
+def test_a_base_that_moved_is_given_by_hand(run, tiny, tmp_path, verify):
     add_rope(make_adapter(tiny, tmp_path / "adapter"), tiny, "linear", 2.0)
     tiny.rename(tmp_path / "moved")
     fails(run("merge", "adapter", "-o", "out"), 2, str(tiny), "--base")
     assert run("merge", "adapter", "--base", "moved", "-o", "out").exit_code == 0
     assert manifest_of(tmp_path / "out")["extension"]["base_model"] == "moved"
-    assert verify_checkpoint(str(tmp_path / "out")).ok
+    assert verify(tmp_path / "out").ok
 
 
-def test_an_adapter_from_elsewhere_keeps_the_rope_of_its_base_and_says_so(run, tiny, tmp_path):
+def test_an_adapter_from_elsewhere_keeps_the_rope_of_its_base_and_says_so(run, tiny, tmp_path, verify):
     make_adapter(tiny, tmp_path / "adapter")
     result = run("merge", "adapter", "-o", "out")
     assert "no config.json: the RoPE is the base's (none, 64 tokens)" in result.stdout
     written = config_of(tmp_path / "out")
     assert written["rope_parameters"]["rope_theta"] == written["rope_theta"] == 20_000.0
-    assert verify_checkpoint(str(tmp_path / "out")).ok
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_record_without_the_method_falls_back_on_the_config(adapter, tmp_path):
+    """`finetune --method none` on a model that somebody else scaled has no more than the parameters to record."""
+    manifest = manifest_of(adapter)
+    kept = {"base_model", "base_path", "rope_parameters", "trained"}
+    manifest["extension"] = {key: value for key, value in manifest["extension"].items() if key in kept}
+    (adapter / "run.json").write_text(json.dumps(manifest))
+    merge_adapter(MergeConfig(adapter=str(adapter), output=str(tmp_path / "out"), check=False))
+    record = manifest_of(tmp_path / "out")["extension"]
+    assert (record["spec"]["method"], record["new_length"], record["relation"]) == ("yarn", 4096, "replaces")
 
 
 def test_the_rope_of_an_extended_base_counts_as_trained_after_the_merge(tiny, tmp_path):
@@ -202,7 +220,7 @@ def test_the_rope_of_an_extended_base_counts_as_trained_after_the_merge(tiny, tm
     assert config_of(tmp_path / "out")["max_position_embeddings"] == 256
 
 
-def test_a_plain_config_beside_the_adapter_gives_the_rope(tiny, tmp_path):
+def test_a_plain_config_beside_the_adapter_gives_the_rope(tiny, tmp_path, verify):
     """No run.json: somebody's own training, saved with transformers (new spelling only)."""
     make_adapter(tiny, tmp_path / "adapter")
     config = AutoModelForCausalLM.from_pretrained(tiny).config
@@ -213,15 +231,15 @@ def test_a_plain_config_beside_the_adapter_gives_the_rope(tiny, tmp_path):
     written = config_of(tmp_path / "out")
     assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     assert (written["rope_theta"], written["max_position_embeddings"]) == (20_000.0, 256)
-    assert verify_checkpoint(str(tmp_path / "out")).ok
+    assert verify(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("method", ["dynamic", "ntk-by-parts", "ntk", "linear"])
-def test_every_method_goes_through(tiny, tmp_path, method):
+def test_every_method_goes_through(tiny, tmp_path, method, verify):
     add_rope(make_adapter(tiny, tmp_path / "adapter", norms=False), tiny, method, 4.0)
     merge_adapter(MergeConfig(adapter=str(tmp_path / "adapter"), output=str(tmp_path / "out")))
     assert config_of(tmp_path / "out")["rope_parameters"] == config_of(tmp_path / "adapter")["rope_parameters"]
-    result = verify_checkpoint(str(tmp_path / "out"), logits=False)
+    result = verify(tmp_path / "out")
     assert result.ok, result.checks
 
 
@@ -238,31 +256,31 @@ def test_verify_passes_and_names_what_it_could_check(merged):
     assert by_name["logits in old window"].status == "info"
 
 
-def test_verify_compares_untouched_tensors_of_another_type(shared_adapter, tmp_path):
+def test_verify_compares_untouched_tensors_of_another_type(shared_adapter, tmp_path, verify):
     merge_adapter(MergeConfig(adapter=str(shared_adapter), output=str(tmp_path / "out"), dtype="float32"))
-    assert verify_checkpoint(str(tmp_path / "out"), logits=False).ok
+    assert verify(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_verify_finds_a_changed_tensor(out, name):
+def test_verify_finds_a_changed_tensor(out, name, verify):
     tensors = load_tensors(out)
     tensors[name] = tensors[name] * 2
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    failed = [check for check in verify_checkpoint(str(out), logits=False).checks if check.status == "fail"]
+    failed = [check for check in verify(out).checks if check.status == "fail"]
     assert failed[0].name == "merged weights"
     assert "model.safetensors" in failed[0].detail
     assert [check.name for check in failed[1:]] == (["weights"] if "mlp" in name else [])
 
 
-def test_verify_finds_a_changed_rope(out):
+def test_verify_finds_a_changed_rope(out, verify):
     config = config_of(out)
     config["rope_parameters"]["factor"] = config["rope_scaling"]["factor"] = 4.0
     (out / "config.json").write_text(json.dumps(config))
-    failed = [check for check in verify_checkpoint(str(out), logits=False).checks if check.status == "fail"]
+    failed = [check for check in verify(out).checks if check.status == "fail"]
     assert "rope_parameters.factor" in failed[0].detail
 
 
-def test_a_merged_checkpoint_extends_as_the_trained_one_it_is(merged, tmp_path):
+def test_a_merged_checkpoint_extends_as_the_trained_one_it_is(merged, tmp_path, verify):
     with pytest.raises(ConfigError, match="was trained with yarn RoPE .factor 8 of 512.*--replace"):
         plan_extension(ExtendConfig(model=str(merged), method="linear", factor=16.0))
     with pytest.raises(ConfigError, match="absolute"):
@@ -270,7 +288,7 @@ def test_a_merged_checkpoint_extends_as_the_trained_one_it_is(merged, tmp_path):
     asked = ExtendConfig(model=str(merged), method="yarn", factor=16.0, output=str(tmp_path / "longer"))
     plan = extend_checkpoint(asked)
     assert (plan.relation, plan.new_length, plan.old_length) == ("composes with", 8192, 4096)
-    assert verify_checkpoint(str(tmp_path / "longer"), logits=False).ok
+    assert verify(tmp_path / "longer").ok
     # extending again starts from the trained yarn, not from the training-free one
     assert plan_extension(ExtendConfig(model=str(tmp_path / "longer"), method="yarn", factor=32.0)).origin.factor == 8.0
 

@@ -65,6 +65,7 @@ def test_float32_equals_pefts_merge_in_every_tensor(books_adapter, books_peft, t
     assert_same(ours, books_peft)
     assert result.proof.max_difference <= result.proof.limit
     assert result.proof.effect > 1000 * result.proof.max_difference
+    assert (result.proof.num_tensors, result.proof.worst_share) == (38, 0.0)
     assert config_of(tmp_path / "out")["dtype"] == "float32"
 
 
@@ -220,6 +221,19 @@ def test_the_proof_crosses_the_trained_length_and_sees_a_wrong_merge(books_adapt
         with pytest.raises(VerificationError, match="differs from base"):
             merge(books_adapter, tmp_path / "wrong", dtype=dtype)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_proof_sees_a_wrong_merge_however_little_the_adapter_changes(tmp_path, monkeypatch):
+    """With an effect below the tolerance of the logits, only the weights can tell."""
+    from longext.errors import VerificationError
+
+    adapter = make_adapter(BOOKS, tmp_path / "adapter", norms=False, embedding=False)
+    edit_adapter(adapter, lambda held: [tensor.mul_(1e-4) for key, tensor in held.items() if "lora_B" in key])
+    proof = merge(adapter, tmp_path / "out", dtype="float32").proof
+    assert 0 < proof.effect < proof.limit
+    monkeypatch.setattr("longext.checkpoint.merge.merged_tensor", lambda adapter, name, base: base.float())
+    with pytest.raises(VerificationError, match="differs from base . adapter in 'model.layers"):
+        merge(adapter, tmp_path / "wrong", dtype="float32")
 
 
 def test_the_proof_sees_a_wrong_rope(books_adapter, tmp_path, monkeypatch):
