@@ -6,7 +6,8 @@ LongextError            a run failed (exit code 1)
   DataError             the documents given cannot be used (exit code 2)
   MissingExtraError     an optional package is needed (exit code 2)
   VerificationError     a check of `longext verify` failed (exit code 1)
-  TrainingError         a training run cannot go on: NaN loss, lost checkpoint (exit code 1)
+  TrainingError         a training run cannot go on: NaN loss, empty adapter (exit code 1)
+    TrainingStopped     a signal stopped it after a checkpoint was saved (exit code 128 + signal)
 
 Every message is one line: what was given, what is allowed, what to do.
 """
@@ -50,6 +51,14 @@ class VerificationError(LongextError):
 
 class TrainingError(LongextError):
     """A training run cannot go on; the message names the step, and the batch where one is to blame."""
+
+
+class TrainingStopped(TrainingError):
+    """A signal ended a training run after a checkpoint was saved; the exit code is the shell's for that signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class LongextWarning(UserWarning):

@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(items):
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory):
+    """One token cache for all tests, apart from the user's."""
+    os.environ["LONGEXT_CACHE"] = str(tmp_path_factory.mktemp("token-cache"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same torch seed."""

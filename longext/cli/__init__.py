@@ -22,7 +22,7 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command under `reported_errors`."""
-        with reported_errors(debug=bool(ctx.params.get("debug"))):
+        with reported_errors(bool(ctx.params.get("debug")), lambda: ctx.invoked_subcommand):
             return super().invoke(ctx)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
 
@@ -18,15 +18,25 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 _OUT_OF_MEMORY = (
     "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
 )
+_OUT_OF_MEMORY_IN_TRAINING = (
+    "out of memory. Ask `longext plan MODEL --length N` what fits; then lower --batch-size or --target-length, keep "
+    "activation checkpointing on, add --offload (CUDA), --quantize nf4 or --sequence-parallel, or lower "
+    "--set loss_chunk=1024. The last checkpoint goes on with --resume."
+)
 
 
 @contextlib.contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
-    """Run a command; print what went wrong in one line on standard error and exit. `debug` shows the traceback."""
+def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+    """Run a command; print what went wrong in one line on standard error and exit.
+
+    Args:
+        debug: show the traceback.
+        command: returns the name of the command that ran.
+    """
     try:
         yield
     except (LongextError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        explained = _explain(error)
+        explained = _explain(error, is_training=command() == "finetune")
         if explained is None or debug:
             raise
         message, code = explained
@@ -34,14 +44,14 @@ def reported_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def _explain(error: BaseException) -> tuple[str, int] | None:
+def _explain(error: BaseException, is_training: bool) -> tuple[str, int] | None:
     """Return (one line, exit code) for a failure a user can act on, None for a bug of ours."""
     if isinstance(error, LongextError):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing unfinished was left behind.", _INTERRUPTED
     if isinstance(error, MemoryError) or _is_torch_memory(error):
-        return _OUT_OF_MEMORY, 1
+        return _OUT_OF_MEMORY_IN_TRAINING if is_training else _OUT_OF_MEMORY, 1
     if isinstance(error, OSError):
         return _explain_os(error)
     return None

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longext.cli import app
-from longext.cli.options import Device, Dtype, Force, Json, Model, Output, Recipe, Revision, Settings, config_from
+from longext.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Output,
+    Recipe,
+    Revision,
+    Settings,
+    Split,
+    TextField,
+    config_from,
+)
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError
 
@@ -32,6 +47,8 @@ def finetune(
     ctx: typer.Context,
     model: Model = None,
     data: Annotated[str, typer.Option(help="Text file, folder, .jsonl, .parquet, Hub dataset id.")] = "sample",
+    text_field: TextField = "text",
+    split: Split = "train",
     method: Annotated[str, typer.Option(help=f"{_METHODS}.")] = "none",
     target_length: Annotated[int | None, typer.Option(help="Length to train for, in tokens.")] = None,
     factor: Annotated[float | None, typer.Option(help="Target length / trained length, instead.")] = None,
@@ -64,6 +81,9 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
     num_processes: Annotated[int, typer.Option(help="Processes on this machine (one per GPU).")] = 1,
     sequence_parallel: Annotated[int, typer.Option(help="Processes that share each row (Ulysses).")] = 1,
+    context_parallel: Annotated[int, typer.Option(help="accelerate's, instead: CUDA, FSDP2, full attention.")] = 1,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep checkpointed activations in CPU memory.")] = False,
+    backend: Annotated[str, typer.Option(help="Attention kernel: auto, flash, sdpa, eager.")] = "auto",
     report_to: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -132,29 +152,46 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
     start_distributed()
-    work = output.with_name(f"{output.name}.running")
-    if is_main_process():
-        _open(config, output, extension.source)
+    work = _check_directories(config, output, extension.source)
     wait_for_all()
 
-    def show(run: Run) -> None:
-        if is_main_process() and not as_json:
-            print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+    def start(run: Run) -> None:
+        if is_main_process():
+            _open(config, work)
+            if not as_json:
+                print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+        wait_for_all()
 
-    with progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as advance:
-        result = run_finetune(config, work, advance if is_main_process() else None, show)
+    with _kept_if_resumable(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
+        result = run_finetune(config, work, bar if is_main_process() else None, start)
     if is_main_process():
         _finish(config, output, result, as_json)
     wait_for_all()
 
 
-def _open(config: FinetuneConfig, output: Path, source: Path) -> None:
+@contextlib.contextmanager
+def _kept_if_resumable(work: Path) -> Iterator[None]:
+    """Remove the working directory of a run that failed before its first checkpoint: there is nothing to resume."""
+    import shutil
+
+    from longext.training.checkpoints import complete_checkpoints
+    from longext.training.longlora import CHECKPOINTS
+    from longext.training.processes import is_main_process
+
+    try:
+        yield
+    except BaseException:
+        if is_main_process() and not complete_checkpoints(work / CHECKPOINTS):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _open(config: FinetuneConfig, work: Path) -> None:
     """Make the working directory, or take up the one that is there."""
     import shutil
 
     from longext.manifest import write_manifest
 
-    work = _check_directories(config, output, source)
     if work.is_dir() and not config.resume:
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)

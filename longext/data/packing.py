@@ -122,6 +122,7 @@ def build_token_cache(
     *,
     meta: Callable[[], Mapping[str, Any]] = dict,
     on_progress: Callable[[int], None] | None = None,
+    source: str = "The data",
 ) -> TokenCache:
     """Write `texts` as a cache that appears under its name only when it is complete, and open it.
 
@@ -131,6 +132,7 @@ def build_token_cache(
         texts: read once, one at a time; either all of them have `trained` or none.
         meta: asked for further keys of meta.json when every text has been read.
         on_progress: called with the number of tokens written so far.
+        source: what the texts come from, for messages.
 
     Raises:
         DataError: no text has a token.
@@ -144,7 +146,7 @@ def build_token_cache(
             counts = _write_texts(texts, staging, on_progress)
         if not counts["num_tokens"]:
             raise DataError(
-                "The data holds no text. Check the file, the split (--split) and the column (--text-field)."
+                f"{source} holds no text. Check the file, the split (--split) and the column (--text-field)."
             )
         text = json.dumps({"schema": SCHEMA, **counts, **meta()}, indent=2, ensure_ascii=False)
         (staging / "meta.json").write_text(text + "\n", encoding="utf-8")

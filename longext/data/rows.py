@@ -89,7 +89,9 @@ def cached_tokens(
     else:
         source = _DocumentSource(config)
         texts, meta = encode_documents(source, tokenizer, max_tokens=config.max_tokens), source.meta
-    return build_token_cache(texts, directory, meta=lambda: {**meta(), "key": key}, on_progress=on_progress)
+    return build_token_cache(
+        texts, directory, meta=lambda: {**meta(), "key": key}, on_progress=on_progress, source=config.data
+    )
 
 
 def encode_documents(

@@ -118,9 +118,14 @@ def kv_cache_bytes(shape: ModelShape, length: int, width: int = 2) -> int:
 def stream_bytes(setup: TrainingSetup) -> int:
     """Return the bytes of an element of the hidden states between layers.
 
-    A trained embedding is float32, autocast does not touch it, and every residual sum keeps its width; so LongLoRA and
-    full training carry 4 bytes where plain LoRA carries the 2 of its frozen embedding.
+    Residual sums keep the width of the embedding's output, which the engine hands on at the width of the matrix
+    products, also where the trained embedding is float32.
     """
+    return setup.compute_bytes if setup.hidden_bytes is None else setup.hidden_bytes
+
+
+def normed_bytes(setup: TrainingSetup) -> int:
+    """Return the bytes of an element that a norm puts out: a trained norm's weight is float32, and so is its output."""
     if setup.hidden_bytes is not None:
         return setup.hidden_bytes
     return FULL if setup.trains_embeddings else setup.compute_bytes
@@ -199,7 +204,7 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     loss = norm + logits * FULL * _LOSS_COPIES
     work = _layer_work(shape, setup) + kept_casts
     if setup.chunks_loss:
-        states = stream_bytes(setup) if setup.trains_embeddings else setup.compute_bytes
+        states = normed_bytes(setup) if setup.trains_embeddings else setup.compute_bytes
         head = 2 * FULL * shape.head_weights if setup.is_full else 0  # its gradient so far, and the chunk's
         return {"loss": loss + 3 * setup.local_tokens * shape.hidden_size * states + casts + head, "layer": work}
     as_computed = logits * setup.compute_bytes if _is_mixed(setup) else 0

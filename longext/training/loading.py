@@ -165,6 +165,20 @@ def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
     return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
 
 
+def narrow_hidden_states(model: Any) -> None:
+    """Under autocast, hand the embedding's output on in bfloat16.
+
+    A trained embedding is float32, autocast leaves residual sums alone, and so every stored hidden state would take
+    twice the memory that a bfloat16 model needs.
+    """
+
+    def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        kind = output.device.type
+        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+    model.get_input_embeddings().register_forward_hook(hook)
+
+
 def enable_checkpointing(model: Any, offload: bool) -> None:
     """Recompute each decoder layer in the backward pass; with `offload` its input waits in CPU memory.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
-from longext.errors import ConfigError, TrainingError
+from longext.errors import ConfigError, TrainingError, TrainingStopped
 from longext.evaluation.head import head_is_plain
 from longext.evaluation.model import HFLanguageModel
 from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
@@ -35,6 +35,7 @@ from longext.training.loading import (
     enable_checkpointing,
     full_attention,
     load_for_training,
+    narrow_hidden_states,
     plan_training_rope,
     training_device,
     uses_autocast,
@@ -187,6 +188,7 @@ def prepare(config: FinetuneConfig, directory: Path) -> Run:
     rows = open_rows(resolved, tokenizer, length=row_length(config, extension), num_rows=num_rows)
     model, trainable = make_trainable(base, config, str(extension.record.get("base_path", config.model)))
     base = model.get_base_model() if model is not base else base
+    narrow_hidden_states(base)
     if config.checkpointing:
         enable_checkpointing(base, config.offload)
     return Run(config, extension, directory, model.to(device), base, tokenizer, trainable, rows, device)
@@ -266,9 +268,11 @@ def _find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | Non
 def _raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:
     done, wanted = engine.state.global_step, engine.state.max_steps
     if signals.received and done < wanted:
-        raise TrainingError(
-            f"stopped by a signal after step {done} of {wanted}; a checkpoint is in {directory / CHECKPOINTS}. "
-            "Run the same command with --resume to go on."
+        name = signal.Signals(signals.received).name
+        raise TrainingStopped(
+            f"stopped by {name} after step {done} of {wanted}; a checkpoint is in {directory / CHECKPOINTS}. "
+            "Run the same command with --resume to go on.",
+            signals.received,
         )
 
 
@@ -341,8 +345,3 @@ def run_record(run: Run, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(run.device),
     }
-
-
-def remove_checkpoints(directory: Path) -> None:
-    """Delete the checkpoints of a finished run."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

@@ -55,7 +55,9 @@ def compare(variant, backend, layout, rows, q, k, v, group_size=8, **options):
     out = train_attention(
         ATTENTION_VARIANTS[variant], plan, *ours, scale=0.3, sliding_window=window, softcap=options.get("softcap")
     )
-    expected = reference(*theirs, rows, ("dense", "dense") if window else kinds, group_size, 0.3, window=window, **options)
+    expected = reference(
+        *theirs, rows, ("dense", "dense") if window else kinds, group_size, 0.3, window=window, **options
+    )
     weight = torch.randn_like(expected)
     (out.double() * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -63,7 +65,9 @@ def compare(variant, backend, layout, rows, q, k, v, group_size=8, **options):
     assert out.shape == expected.shape
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=tolerance * max(1, float(b.grad.abs().max())))
+        torch.testing.assert_close(
+            a.grad.double(), b.grad, rtol=tolerance, atol=tolerance * max(1, float(b.grad.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -24,6 +24,7 @@ from longext.planning.memory import kv_cache_bytes, layer_bytes, plan_memory, we
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape, read_shape, shape_of
 from longext.planning.tracker import MemoryTracker
+from longext.training.loading import narrow_hidden_states
 
 TOLERANCE = 0.10
 LENGTH = 512
@@ -58,6 +59,7 @@ def build(config, targets, method: str, checkpointing: bool, mixed: bool):
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    narrow_hidden_states(model)
     if method == "full":
         return model
     model.enable_input_require_grads()

@@ -1,0 +1,298 @@
+"""`longext finetune` as a user runs it, on the bundled model and text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_bad_input import fails, no_leftovers
+from transformers import AutoModelForCausalLM
+
+from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
+from longext.training.callbacks import read_metrics
+from longext.training.checkpoints import complete_checkpoints
+
+QUICK = ("--target-length", 256, "--num-steps", 4, "--accumulation", 2, "--learning-rate", 1e-3)
+WARM = ("--set", "warmup_steps=1")
+
+
+def losses(directory):
+    return {line["step"]: line["loss"] for line in read_metrics(directory / "metrics.jsonl") if "loss" in line}
+
+
+def trained(directory, name="adapter_model.safetensors"):
+    from safetensors.torch import load_file
+
+    return load_file(directory / name)
+
+
+def test_extends_trains_and_writes_everything(run, tmp_path):
+    args = ("--method", "linear", "--target-length", 1024, *QUICK[2:], *WARM)
+    result = run("finetune", "books-5m", *args, "--eval-data", "sample", "-o", "out", "--set", "eval_documents=1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    record = json.loads((out / "result.json").read_text())
+    assert record["finetune"]["attention"]["evaluation"] == "full"
+    assert record["finetune"]["attention"]["group_size"] == 256
+    assert set(record["finetune"]["tuning"]["by_kind"]) == {"lora", "embeddings", "norms"}
+    before, after = (record["perplexity"][i]["perplexity"] for i in (0, -1))
+    assert list(before) == ["512", "1024"]
+    assert after["1024"] < before["1024"]
+    for name in ("run.json", "recipe.yaml", "README.md", "table.md", "metrics.jsonl", "loss.png", "tokenizer.json"):
+        assert (out / name).is_file(), name
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 2.0
+    assert config["rope_scaling"]["factor"] == 2.0
+    keys = set(trained(out))
+    assert any("lora_A" in key for key in keys)
+    assert any("embed_tokens" in key for key in keys)
+    assert any("norm" in key for key in keys)
+    no_leftovers(tmp_path, "out")
+
+
+def test_loss_falls_and_lora_alone_trains_no_embedding(run, tmp_path):
+    result = run("finetune", "books-5m", *QUICK, *WARM, "--tuning", "lora", "--attention", "full", "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert not any("embed" in key or "norm" in key for key in trained(tmp_path / "out"))
+    found = losses(tmp_path / "out")
+    assert list(found) == [1, 2, 3, 4]
+
+
+def test_full_tuning_writes_a_checkpoint_plain_transformers_loads(run, tmp_path):
+    result = run("finetune", "books-5m", *QUICK, *WARM, "--tuning", "full", "-o", "out")
+    assert result.exit_code == 0, result.output
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED_MODELS["books-5m"], dtype=torch.float32)
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
+    assert all(moved)
+    assert model.config._attn_implementation != "s2_attn"
+
+
+def test_pose_trains_short_windows_at_long_positions(run, tmp_path):
+    args = ("--method", "linear", "--target-length", 4096, "--positions", "pose", "--window", 256)
+    result = run("finetune", "books-5m", *args, *QUICK[2:], *WARM, "-o", "out")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "result.json").read_text())["finetune"]
+    assert (record["row_length"], record["target_length"]) == (256, 4096)
+    assert record["num_tokens"] == 4 * 2 * 256
+
+
+def test_supervised_fine_tuning_on_instructions(run, tmp_path):
+    rows = [
+        {"instruction": f"Repeat the number {n}.", "input": "word " * 60, "output": f"The number is {n}."}
+        for n in range(12)
+    ]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("finetune", "books-5m", "--data", "sft.jsonl", "--task", "sft", *QUICK, *WARM, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
+    """Losses of full fine-tuning, dense attention: a loop of ten lines over plain transformers and torch gives them."""
+    args = (*QUICK, *WARM, "--tuning", "full", "--attention", "full", "--set", "max_grad_norm=0.5")
+    assert run("finetune", "books-5m", *args, "-o", "out").exit_code == 0
+    from longext.config import FinetuneConfig, RuntimeConfig
+    from longext.data.rows import open_rows
+    from longext.evaluation.model import load_language_model
+
+    config = FinetuneConfig(model="books-5m", target_length=256)
+    loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
+    rows = open_rows(config, loaded.tokenizer, length=256, num_rows=8)
+    model = loaded.model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    expected = []
+    for step in range(4):
+        ids = torch.stack([rows[2 * step + i]["input_ids"] for i in range(2)])
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min(1.0, step / 1)
+        optimiser.step()
+        optimiser.zero_grad()
+        expected.append(loss.item())
+    found = losses(tmp_path / "out")
+    assert [found[i] for i in (1, 2, 3, 4)] == pytest.approx(expected, abs=2e-5)
+
+
+def test_clipping_clips(run, tmp_path):
+    """The norm is logged as it was before clipping; a clip far below it changes what is learned."""
+    for name, clip in (("loose", 1e6), ("tight", 1e-3)):
+        args = (*QUICK, *WARM, "--tuning", "lora", "--set", f"max_grad_norm={clip}")
+        assert run("finetune", "books-5m", *args, "-o", name).exit_code == 0
+    loose, tight = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("loose", "tight"))
+    assert loose[0]["grad_norm"] == pytest.approx(tight[0]["grad_norm"])
+    assert loose[0]["grad_norm"] > 1e-3  # so the tight run did clip
+    a, b = (trained(tmp_path / name) for name in ("loose", "tight"))
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+LONG = ("--target-length", 128, "--num-steps", 6, "--accumulation", 2, "--learning-rate", 1e-3, "--save-every", 2)
+
+
+def command(*args):
+    return [sys.executable, "-m", "longext", *map(str, args)]
+
+
+def wait_for_checkpoint(directory, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not complete_checkpoints(directory / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path):
+    """kill -9 after the first checkpoint; the rest of the losses and every trained weight are bit for bit the same."""
+    args = ("finetune", "books-5m", *LONG, "--set", "lora_dropout=0.1", *WARM)
+    assert run(*args, "-o", "whole").exit_code == 0
+    process = subprocess.Popen(
+        command(*args, "-o", "cut"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_checkpoint(tmp_path / "cut.running", process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "cut").exists()
+    steps = len(complete_checkpoints(tmp_path / "cut.running" / "checkpoints"))
+    assert steps >= 1
+    (tmp_path / "cut.running" / "checkpoints" / "checkpoint-99").mkdir()  # as a write that was cut off
+    result = run(*args, "-o", "cut", "--resume")
+    assert result.exit_code == 0, result.output
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    a, b = trained(tmp_path / "cut"), trained(tmp_path / "whole")
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_sigterm_saves_and_exits(run, tmp_path):
+    args = ("finetune", "books-5m", *LONG[:2], "--num-steps", 500, *LONG[4:-1], 1, *WARM)
+    process = subprocess.Popen(
+        command(*args, "-o", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_checkpoint(tmp_path / "out.running", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "stopped by SIGTERM after step" in errors
+    assert "--resume" in errors
+    last = complete_checkpoints(tmp_path / "out.running" / "checkpoints")[-1]
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert f"checkpoint-{state['global_step']}" == last.name
+
+
+def unfinished(run, tmp_path, *extra):
+    """Leave an unfinished run of one complete checkpoint behind."""
+    args = ("finetune", "books-5m", *LONG, *WARM, *extra)
+    assert run(*args, "-o", "out").exit_code == 0
+    (tmp_path / "out").rename(tmp_path / "out.running")
+
+
+def test_resume_refuses_another_run(run, tmp_path):
+    unfinished(run, tmp_path)
+    for change, text in (
+        (("--learning-rate", 0.1), "learning_rate 0.001, this run has 0.1"),
+        (("--seed", 3), "seed 0, this run has 3"),
+        (("--tuning", "lora"), "tuning lora+embed+norm, this run has lora"),
+    ):
+        fails(run("finetune", "books-5m", *LONG, *WARM, *change, "-o", "out", "--resume"), 2, text, "another -o")
+
+
+def test_unfinished_runs_are_not_overwritten(run, tmp_path):
+    unfinished(run, tmp_path)
+    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "--force")
+    fails(run("finetune", "books-5m", *LONG, "-o", "other", "--resume"), 2, "Nothing to resume")
+    assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--force").exit_code == 0
+    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "already exists", "--force")
+
+
+def test_checkpoints_are_kept_as_asked(run, tmp_path):
+    args = ("finetune", "books-5m", *LONG[:-1], 1, *WARM, "--set", "keep_checkpoints=2", "-o", "out")
+    assert run(*args).exit_code == 0
+    kept = [path.name for path in complete_checkpoints(tmp_path / "out" / "checkpoints")]
+    assert kept == ["checkpoint-5", "checkpoint-6"]
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (("--attention", "s3"), ("Unknown attention 's3'", "s2")),
+        (("--tuning", "lorra"), ("Unknown tuning 'lorra'", "Did you mean")),
+        (("--method", "yarnn"), ("Unknown method 'yarnn'",)),
+        (("--set", "backend=sdpaa"), ("Unknown backend", "sdpa")),
+        (("--task", "rlhf"), ("`task` must be one of pretrain, sft",)),
+        (("--positions", "pose"), ("--window",)),
+        (("--window", 64), ("--positions pose",)),
+        (("--learning-rate", 0), ("--learning-rate must be above 0",)),
+        (("--group-ratio", 2), ("--group-ratio", "at most 1")),
+        (("--num-steps", 0), ("`num_steps` must be >= 1",)),
+        (("--factor", 4), ("--factor 4 needs a --method",)),
+        (("--target-length", 8192), ("beyond the 512 tokens", "--method")),
+        (("--method", "linear", "--target-length", 256), ("at least the trained length 512",)),
+        (("--dtype", "float16"), ("--dtype for training",)),
+        (("--offload",), ("--offload", "CUDA")),
+        (("--quantize", "nf4", "--tuning", "full"), ("quantised",)),
+        (("--set", "lora_targets=[q_projj]"), ("no linear layers", "q_proj")),
+        (("--report-to", "no_such_tracker"), ("no_such_tracker", "pip install")),
+        (("--context-parallel", 2), ("--context-parallel", "--sequence-parallel")),
+        (("--sequence-parallel", 2), ("--num-processes 2",)),
+        (("--sequence-parallel", 3), ("divide",)),
+        (("--data", "nowhere.txt"), ("No data at 'nowhere.txt'",)),
+        (("--method", "linear", "--target-length", 65536), ("22,7",)),
+    ],
+)
+def test_mistakes_end_in_one_line(run, tmp_path, args, texts):
+    fails(run("finetune", "books-5m", *QUICK, *args, "-o", "out"), 2, *texts)
+    no_leftovers(tmp_path)
+
+
+def test_broken_data_names_file_and_line(run, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
+    args = ("--task", "sft", *QUICK, "-o", "out")
+    fails(run("finetune", "books-5m", "--data", "broken.jsonl", *args), 2, "broken.jsonl", "line 2")
+    (tmp_path / "empty.jsonl").write_text('{"instruction": "a", "output": ""}\n')
+    fails(run("finetune", "books-5m", "--data", "empty.jsonl", *args), 2, "answer")
+    (tmp_path / "blank.txt").write_text("   \n")
+    fails(run("finetune", "books-5m", "--data", "blank.txt", *QUICK, "-o", "out"), 2, "blank.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(run, tmp_path):
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "broken")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    result = run("finetune", "broken", *QUICK, "-o", "out")
+    fails(result, 1, "The loss is nan at step 1", SAMPLE_DOCUMENT.name, "--resume")
+
+
+def test_out_of_memory_says_what_to_change(run, tmp_path, monkeypatch):
+    def explode(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("longext.training.engine.Engine.compute_loss", explode)
+    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 1, "out of memory", "longext plan", "--offload")
+
+
+def test_fsdp_on_a_cpu_is_refused(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    fails(run("finetune", "books-5m", *QUICK, "--device", "cpu", "-o", "out"), 2, "FSDP", "ignores")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
+    result = run("finetune", "books-5m", *QUICK, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "Dry run" in result.output
+    no_leftovers(tmp_path)

@@ -1,0 +1,65 @@
+"""Several processes against one: data parallel, sequence parallel and FSDP2, on two CPU processes with gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from longext.training.callbacks import read_metrics
+
+RUN = (
+    "finetune", "books-5m", "--target-length", 512, "--num-steps", 3, "--learning-rate", 1e-3,
+    "--set", "warmup_steps=1", "--seed", 1,
+)  # fmt: skip
+PARALLEL = {
+    "data": ("--accumulation", 1, "--num-processes", 2),
+    "sequence": ("--accumulation", 2, "--num-processes", 2, "--sequence-parallel", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The run in one process: (losses, adapter)."""
+    return train(tmp_path_factory.mktemp("one"), "--accumulation", 2)
+
+
+def train(directory, *args):
+    from safetensors.torch import load_file
+
+    command = [sys.executable, "-m", "longext", *map(str, (*RUN, *args, "-o", "out"))]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(directory / "out" / "metrics.jsonl")
+    assert done.stdout.count("Wrote out") == 1  # one process speaks
+    return [line["loss"] for line in lines], load_file(directory / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, one_process):
+    losses, adapter = train(tmp_path, *PARALLEL[kind])
+    assert losses == pytest.approx(one_process[0], abs=1e-5)
+    for name, expected in one_process[1].items():
+        torch.testing.assert_close(
+            adapter[name], expected, rtol=0, atol=2e-4
+        )  # Adam turns rounding into lr-sized steps
+
+
+def test_sequence_parallel_attention_equals_one_process():
+    """Outputs and gradients in float64, every variant, GQA and MQA: two ranks, 1e-10."""
+    run_two("sequence")
+
+
+def test_fsdp2_numerics():
+    """torch's fully_shard over two ranks: the loss and gradients of S2-Attn training with the chunked loss, 1e-5."""
+    run_two("fsdp")
+
+
+def run_two(what):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(__file__).replace("test_distributed.py", "two_processes.py")
+    done = subprocess.run([*command, script, what], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 2, done.stdout

@@ -1,0 +1,86 @@
+"""What test_distributed.py runs in each of two gloo processes; prints "equal" where all assertions held."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+
+from longext.attention.layout import make_layout
+from longext.attention.sequence import make_sequence_group, split_sequence
+from longext.attention.shifted import ATTENTION_VARIANTS, PLAN, AttentionPlan, register_attention, train_attention
+
+LENGTH, GROUP = 32, 8
+
+
+def check_sequence_parallel() -> None:
+    """Ulysses attention against the same function on whole rows."""
+    sequence = make_sequence_group(2)
+    documents = torch.tensor([[0] * 13 + [1] * 19, [0] * 30 + [-1] * 2])
+    for name, (heads, kv_heads) in itertools.product(ATTENTION_VARIANTS, [(4, 4), (4, 2), (4, 1), (6, 3), (8, 2)]):
+        layouts = [make_layout(2, LENGTH)]
+        if name != "s2-wrapped":
+            layouts.append(make_layout(2, LENGTH, None, documents, True))
+        for layout in layouts:
+            torch.manual_seed(0)
+            whole = [torch.randn(2, h, LENGTH, 8, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+            weight = torch.randn(2, LENGTH, heads, 8, dtype=torch.float64)
+            for x in whole:
+                x.requires_grad_()
+            expected = train_attention(ATTENTION_VARIANTS[name], AttentionPlan(layout, GROUP), *whole, scale=0.3)
+            gradients = torch.autograd.grad((expected * weight).sum(), whole)
+            parts = [x.detach().chunk(2, 2)[sequence.rank].clone().requires_grad_() for x in whole]
+            plan = AttentionPlan(layout, GROUP, "auto", sequence)
+            found = train_attention(ATTENTION_VARIANTS[name], plan, *parts, scale=0.3)
+            torch.testing.assert_close(found, split_sequence(expected, sequence), rtol=1e-10, atol=1e-10)
+            own = torch.autograd.grad((found * split_sequence(weight, sequence)).sum(), parts)
+            for a, b in zip(own, gradients, strict=True):
+                torch.testing.assert_close(a, b.chunk(2, 2)[sequence.rank], rtol=1e-10, atol=1e-10)
+
+
+def check_fsdp() -> None:
+    """fully_shard (FSDP2) against one process that sees both ranks' rows."""
+    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from longext.training.losses import chunked_loss, shift
+
+    register_attention()
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    single = LlamaForCausalLM(config).train()
+    sharded = copy.deepcopy(single)
+    ids = torch.randint(3, 60, (2, LENGTH))
+    for model in (single, sharded):
+        model.set_attn_implementation("s2_attn")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+
+    def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        plan = AttentionPlan(make_layout(*rows.shape), GROUP)
+        with chunked_loss(model, 7):
+            return model(rows, shift_labels=shift(rows), use_cache=False, **{PLAN: plan}).loss
+
+    expected = loss_of(single, ids)
+    expected.backward()
+    mine = loss_of(sharded, ids[dist.get_rank()][None])
+    mine.backward()
+    total = mine.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / 2, expected.detach(), rtol=1e-5, atol=1e-6)
+    for a, b in zip(sharded.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"sequence": check_sequence_parallel, "fsdp": check_fsdp}[sys.argv[1]]()
+    print("equal", flush=True)
+    dist.destroy_process_group()
