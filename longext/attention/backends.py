@@ -59,7 +59,8 @@ def choose_backend(name: str, query: torch.Tensor, softcap: float | None) -> str
         raise ConfigError(f"--backend {name} cannot cap attention scores, as this model does: use auto or eager.")
     if name == "flash" and not _has_flash():
         raise MissingExtraError(
-            "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]'. Or use --backend sdpa."
+            "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]'. "
+            "Or take --backend sdpa."
         )
     return name
 

@@ -75,6 +75,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        """Exchange the blocks of x [R, ...]."""
         ctx.group = group
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, x.contiguous(), group=group)
@@ -82,6 +83,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Send the gradients back the same way: the exchange is its own transpose."""
         return _AllToAll.apply(gradients[0], ctx.group), None
 
 

@@ -42,7 +42,11 @@ def head_is_plain(model: Any) -> bool:
     except (AttributeError, TypeError):
         ours = None
     theirs = model(input_ids=ids, use_cache=False).logits.float()
-    if ours is not None and ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+    if (
+        ours is not None
+        and ours.shape == theirs.shape
+        and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
+    ):
         return True
     warnings.warn(
         f"{type(model).__name__} changes its logits in a way longext does not know: "

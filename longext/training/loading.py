@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import quiet_transformers, resolve_device
 from longext.manifest import read_manifest
+from longext.rope.methods import ROPE_METHODS
 from longext.training.tuning import TUNINGS, quantisation
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -78,12 +79,21 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
         )
-    known = read_manifest(source).get("extension")
-    if known is None:
-        request = ExtendConfig(model=config.model, method="none", revision=config.revision)
-        known = provenance(plan_extension(request)) if rope.parameters["rope_type"] == "default" else {}
+    method = ROPE_METHODS[rope.spec.method]
+    read = {
+        "base_revision": config.revision,
+        "relation": "keeps",
+        "origin": asdict(rope.spec),
+        "spec": asdict(rope.spec),
+        "old_rope_parameters": rope.parameters,
+        "old_length": rope.max_position_embeddings,
+        "new_length": rope.max_position_embeddings,
+        "formula": method.formula,
+        "reference": method.reference,
+    }
     record = {
-        **known,
+        **read,
+        **(read_manifest(source).get("extension") or {}),
         "base_model": config.model,
         "base_path": str(source.resolve()),
         "rope_parameters": rope.parameters,

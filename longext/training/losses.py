@@ -66,6 +66,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, *parameters: nn.Parameter
     ) -> torch.Tensor:
+        """Sum the loss over chunks, and keep its gradients."""
         trained = [p for p in parameters if p.requires_grad]
         wants_hidden = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -88,6 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        """Scale the kept gradients by the one that arrives."""
         hidden_gradient, sums, is_trained = ctx.gradients
         scale = outputs[0]
         found = [next(sums) if trained else None for trained in is_trained]
