@@ -96,7 +96,7 @@ def measure(model: str, length: int, attention: str, steps: int) -> tuple[float,
 def flops(model: str, length: int, attention: str) -> float:
     """Return the closed-form FLOPs of a training step, attention counted as it runs (causal)."""
     setup = TrainingSetup(length=length, attention=attention, compute_bytes=4)
-    return training_flops(read_shape(resolve_model(model)), setup, causal=True).total
+    return training_flops(read_shape(resolve_model(model)), setup, causal=True).total.total
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 
 import typer
 
-from longext.errors import LongextError
+from longext.errors import LongextError, TrainingStopped
 
+_OURS = "LONGEXT_LAUNCHED"  # set for the workers of `--num-processes`
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 _OUT_OF_MEMORY = (
     "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
@@ -40,7 +42,10 @@ def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: Non
         if explained is None or debug:
             raise
         message, code = explained
-        print(f"longext: {message}", file=sys.stderr)
+        if isinstance(error, TrainingStopped) and _OURS in os.environ:
+            code = 0  # the launcher turns the signal into the exit code
+        if not isinstance(error, TrainingStopped) or os.environ.get("RANK", "0") == "0":
+            print(f"longext: {message}", file=sys.stderr)
         raise typer.Exit(code) from None
 
 

@@ -53,6 +53,7 @@ def finetune(
     target_length: Annotated[int | None, typer.Option(help="Length to train for, in tokens.")] = None,
     factor: Annotated[float | None, typer.Option(help="Target length / trained length, instead.")] = None,
     output: Output = None,
+    prompt: Annotated[str, typer.Option(help="sft: auto (chat template, else plain), chat, plain, llama2.")] = "auto",
     task: Annotated[str, typer.Option(help="pretrain (plain text) or sft (instructions, chats).")] = "pretrain",
     tuning: Annotated[
         str, typer.Option(help="lora+embed+norm, lora, lora+embed, lora+norm, full.")
@@ -145,13 +146,14 @@ def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Pa
 
 
 def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: bool) -> None:
-    from longext.reporting.console import print_table, progress
+    from longext.reporting.console import print_table, progress, tokenising
     from longext.reporting.training_views import run_table
+    from longext.training.loading import training_device
     from longext.training.longlora import finetune as run_finetune
     from longext.training.longlora import num_tokens, run_record
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
-    start_distributed()
+    start_distributed(training_device(config))
     work = _check_directories(config, output, extension.source)
     wait_for_all()
 
@@ -163,7 +165,8 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
         wait_for_all()
 
     with _kept_if_resumable(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
-        result = run_finetune(config, work, bar if is_main_process() else None, start)
+        on_tokens = tokenising(config.data) if is_main_process() else None
+        result = run_finetune(config, work, bar if is_main_process() else None, start, on_tokens)
     if is_main_process():
         _finish(config, output, result, as_json)
     wait_for_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from rich.console import Console
@@ -40,6 +40,20 @@ class Advance(Protocol):
     """Tell a progress display that `amount` more is done; `note` is shown beside it."""
 
     def __call__(self, amount: int, note: str = "") -> None: ...
+
+
+def tokenising(what: str) -> Callable[[int], None]:
+    """Return tell(tokens so far): a line on standard error now and then, since nobody knows how many there will be."""
+    last = time.perf_counter()
+
+    def tell(tokens: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= _PLAIN_SECONDS / 3:
+            last = now
+            stderr().print(f"tokenising {what}: {tokens:,} tokens so far", markup=False)
+
+    return tell
 
 
 @contextlib.contextmanager

@@ -140,8 +140,9 @@ class Engine(Trainer):  # type: ignore[misc]
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop. A second one stops at once.
+    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop.
 
+    A second Ctrl-C stops at once.
     All processes agree after each step, since the signal need not reach them in the same one.
     """
 
@@ -159,7 +160,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
-        if self.received is not None:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -125,6 +126,7 @@ def finetune(
     directory: Path,
     on_progress: Report | None = None,
     on_start: Callable[[Run], None] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
     """Train, and write the adapter (or, with `--tuning full`, the checkpoint) into `directory`.
 
@@ -132,13 +134,16 @@ def finetune(
         directory: the run's working directory; holds checkpoints and metrics from the first step.
         on_progress: told about tokens done and the last loss.
         on_start: told about the run before its first step.
+        on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.
         TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
     """
     check_finetune_config(config)
-    run = prepare(config, directory)
+    # before the model: DeepSpeed ZeRO-3 divides weights while they are loaded, if it is known by then
+    arguments = trainer_arguments(config, directory / CHECKPOINTS, training_device(config))
+    run = prepare(config, directory, on_tokens)
     fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
     resume_from = _find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
     metrics = Metrics(
@@ -147,7 +152,7 @@ def finetune(
     signals = StopOnSignal()
     engine = Engine(
         model=run.model,
-        args=trainer_arguments(config, directory / CHECKPOINTS, run.device),
+        args=arguments,
         data_collator=collate_rows,
         rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
         group_size=run.group_size,
@@ -173,8 +178,11 @@ def finetune(
     return FinetuneResult(directory, record, run.extension.record, lines)
 
 
-def prepare(config: FinetuneConfig, directory: Path) -> Run:
-    """Load everything a run needs: RoPE, model, trainable parameters, rows."""
+def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], None] | None = None) -> Run:
+    """Load everything a run needs: RoPE, model, trainable parameters, rows.
+
+    The model stays where it was loaded; Trainer, which knows about sharding, puts it on the device.
+    """
     extension = plan_training_rope(config)
     device = training_device(config)
     if config.sequence_parallel > 1:
@@ -184,14 +192,24 @@ def prepare(config: FinetuneConfig, directory: Path) -> Run:
     set_seed(config.seed)
     base, tokenizer = load_for_training(config, extension)
     resolved = dataclasses.replace(config, target_length=extension.target_length)
-    num_rows = config.num_steps * global_batch(config)
-    rows = open_rows(resolved, tokenizer, length=row_length(config, extension), num_rows=num_rows)
+    rows = _open_rows(resolved, tokenizer, row_length(config, extension), on_tokens)
     model, trainable = make_trainable(base, config, str(extension.record.get("base_path", config.model)))
     base = model.get_base_model() if model is not base else base
     narrow_hidden_states(base)
     if config.checkpointing:
         enable_checkpointing(base, config.offload)
-    return Run(config, extension, directory, model.to(device), base, tokenizer, trainable, rows, device)
+    return Run(config, extension, directory, model, base, tokenizer, trainable, rows, device)
+
+
+def _open_rows(config: FinetuneConfig, tokenizer: Any, length: int, on_tokens: Callable[[int], None] | None) -> Any:
+    """Open the training rows; the main process tokenises, the others then find its cache."""
+    num_rows = config.num_steps * global_batch(config)
+    if not is_main_process():
+        wait_for_all()
+    rows = open_rows(config, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
+    if is_main_process():
+        wait_for_all()
+    return rows
 
 
 def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> None:
@@ -210,7 +228,12 @@ def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> No
 
 
 def head_is_plain_in(run: Run) -> bool:
-    """True where the chunked loss gives the model's own loss (checked on a few tokens with full attention)."""
+    """True where the chunked loss gives the model's own loss (checked on a few tokens with full attention).
+
+    Weights that DeepSpeed has divided cannot be run outside of its engine: there it is taken for granted.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return True
     with full_attention(run.base, run.device, uses_autocast(run.config, run.device)):
         return head_is_plain(run.base)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+
+_OURS = "LONGEXT_LAUNCHED"  # cli/errors.py reads it
 
 
 def num_processes() -> int:
@@ -26,10 +31,18 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def start_distributed() -> None:
+def is_sharded() -> bool:
+    """True where accelerate's configuration divides the weights (FSDP, DeepSpeed) instead of copying them."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def start_distributed(device: torch.device) -> None:
     """Join the other processes (NCCL on CUDA devices, gloo elsewhere); nothing for a run of one."""
-    if num_processes() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if num_processes() == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def wait_for_all() -> None:
@@ -39,7 +52,22 @@ def wait_for_all() -> None:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `longext ARGUMENTS` in `processes` processes on this machine through torchrun; return its exit code."""
+    """Run `longext ARGUMENTS` in `processes` processes on this machine through torchrun; return the exit code.
+
+    SIGTERM and Ctrl-C go to the workers themselves: torchrun would give them 30 seconds, and a step may take longer.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
-    return subprocess.call([*command, "-m", "longext", *arguments], env=environment)
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, _OURS: "1"}
+    child = subprocess.Popen([*command, "-m", "longext", *arguments], env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        for worker in psutil.Process(child.pid).children():
+            worker.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    code = child.wait()
+    return 128 + received[0] if received else code

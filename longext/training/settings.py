@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from longext.config import FinetuneConfig, RopeConfig
 from longext.errors import ConfigError, MissingExtraError
 from longext.rope.methods import ROPE_METHODS
 from longext.training.loading import Extension, training_device, uses_autocast
+from longext.training.processes import is_launched, is_sharded
 from longext.training.tuning import TUNINGS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -112,15 +112,25 @@ def _check_processes(config: FinetuneConfig) -> None:
         raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")
     if config.sequence_parallel > 1 and config.context_parallel > 1:
         raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    sharded = is_sharded()
+    if sharded and config.eval_data is not None:
+        raise ConfigError(
+            "--eval-data needs whole weights, and this accelerate configuration shards them: leave it out, and measure "
+            "the merged model with `longext eval ppl`."
+        )
     if sharded and device.type == "cpu":
         raise ConfigError(
-            "This accelerate configuration asks for FSDP, which accelerate ignores on a CPU (it would train plain "
-            "data parallel). Use GPUs, or a configuration without FSDP."
+            "This accelerate configuration asks for FSDP or DeepSpeed, and there is no GPU. accelerate ignores FSDP on a "
+            "CPU (it would train plain data parallel): use GPUs, or a configuration without it."
         )
     if config.context_parallel > 1:
         _check_context_parallel(config, device, sharded)
-    if config.num_processes > 1 and device.type == "cuda" and config.num_processes > torch.cuda.device_count():
+    if (
+        config.num_processes > 1
+        and not is_launched()
+        and device.type == "cuda"
+        and config.num_processes > torch.cuda.device_count()
+    ):
         raise ConfigError(
             f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPU(s), one for "
             "each process. Use torchrun or accelerate launch for several machines."
@@ -197,7 +207,7 @@ def fingerprint_of(
     text = json.dumps(extension.config, sort_keys=True)
     return {
         "model_config": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "data": data.get("sha256"),
+        "data": data["tokens_sha256"],
         "processes": processes,
         "num_steps": config.num_steps if config.schedule != "constant" else None,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},

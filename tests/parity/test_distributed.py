@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from longext.training.callbacks import read_metrics
+from longext.training.checkpoints import complete_checkpoints
 
 RUN = (
     "finetune", "books-5m", "--target-length", 512, "--num-steps", 3, "--learning-rate", 1e-3,
@@ -63,3 +66,21 @@ def run_two(what):
     done = subprocess.run([*command, script, what], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal") == 2, done.stdout
+
+
+def test_sigterm_to_the_launcher_stops_all_processes_after_a_checkpoint(tmp_path):
+    args = [*map(str, RUN), "--num-steps", "500", "--save-every", "1", "--num-processes", "2", "-o", "out"]
+    command = [sys.executable, "-m", "longext", *args]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "out.running" / "checkpoints"
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not complete_checkpoints(checkpoints):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143, errors
+    assert errors.count("stopped by SIGTERM after step") == 1, errors
+    assert "Traceback" not in errors
+    last = complete_checkpoints(checkpoints)[-1]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= {file.name for file in last.iterdir()}
