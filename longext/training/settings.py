@@ -108,6 +108,8 @@ def _check_processes(config: FinetuneConfig) -> None:
     device = training_device(config)
     if config.offload and device.type != "cuda":
         raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
+    if config.quantize != "none" and device.type != "cuda":
+        raise ConfigError("--quantize nf4 needs a CUDA device: bitsandbytes trains 4-bit weights there alone.")
     if config.offload and not config.checkpointing:
         raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")
     if config.sequence_parallel > 1 and config.context_parallel > 1:
@@ -120,8 +122,8 @@ def _check_processes(config: FinetuneConfig) -> None:
         )
     if sharded and device.type == "cpu":
         raise ConfigError(
-            "This accelerate configuration asks for FSDP or DeepSpeed, and there is no GPU. accelerate ignores FSDP on a "
-            "CPU (it would train plain data parallel): use GPUs, or a configuration without it."
+            "This accelerate configuration asks for FSDP or DeepSpeed, and there is no GPU. accelerate ignores FSDP on "
+            "a CPU (it would train plain data parallel): use GPUs, or a configuration without it."
         )
     if config.context_parallel > 1:
         _check_context_parallel(config, device, sharded)

@@ -242,6 +242,7 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--dtype", "float16"), ("--dtype for training",)),
         (("--offload",), ("--offload", "CUDA")),
         (("--quantize", "nf4", "--tuning", "full"), ("quantised",)),
+        (("--quantize", "nf4"), ("--quantize nf4 needs a CUDA device",)),
         (("--set", "lora_targets=[q_projj]"), ("no linear layers", "q_proj")),
         (("--report-to", "no_such_tracker"), ("no_such_tracker", "pip install")),
         (("--context-parallel", 2), ("--context-parallel", "--sequence-parallel")),
