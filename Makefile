@@ -42,6 +42,8 @@ check: lint typecheck test
 bench: setup
 	$(BIN)/python benchmarks/extend_speed.py
 	$(BIN)/python benchmarks/sliding_perplexity.py
+	$(BIN)/python benchmarks/chunked_loss.py
+	$(BIN)/python benchmarks/s2_attention.py books-5m --lengths 2048,8192
 
 build: setup
 	$(BIN)/python -m build

@@ -149,8 +149,7 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
     from longext.reporting.console import print_table, progress, tokenising
     from longext.reporting.training_views import run_table
     from longext.training.loading import training_device
-    from longext.training.longlora import finetune as run_finetune
-    from longext.training.longlora import num_tokens, run_record
+    from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
     start_distributed(training_device(config))
@@ -166,7 +165,7 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
 
     with _kept_if_resumable(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
         on_tokens = tokenising(config.data) if is_main_process() else None
-        result = run_finetune(config, work, bar if is_main_process() else None, start, on_tokens)
+        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens)
     if is_main_process():
         _finish(config, output, result, as_json)
     wait_for_all()

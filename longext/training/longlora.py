@@ -121,7 +121,7 @@ class FinetuneResult:
     metrics: list[dict[str, Any]]
 
 
-def finetune(
+def finetune_checkpoint(
     config: FinetuneConfig,
     directory: Path,
     on_progress: Report | None = None,
