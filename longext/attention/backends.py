@@ -122,23 +122,28 @@ def _whole_rows(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     size = total if job.kind == "dense" or total <= job.group_size else job.group_size
     start = size // 2 if job.kind == "shifted" and size < total else 0
     middle = (total - start) // size * size
-    cuts = [(0, start, start), (start, start + middle, size), (start + middle, total, total - start - middle)]
-    parts = [_slice(kernel, q, k, v, job, *cut) for cut in cuts if cut[1] > cut[0]]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    cuts = [(start, start), (middle, size), (total - start - middle, total - start - middle)]
+    cuts = [cut for cut in cuts if cut[0]]
+    if len(cuts) == 1:
+        return _tile(kernel, q, k, v, size, job)
+    # split, not slices: the gradient of a split is one concatenation, that of a slice a whole row of zeros
+    queries, keys, values = (x.split([length for length, _ in cuts], 2) for x in (q, k, v))
+    sizes = [size for _, size in cuts]
+    return torch.cat([_tile(kernel, *part, job) for part in zip(queries, keys, values, sizes, strict=True)], 1)
 
 
-def _slice(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, start: int, end: int, size: int
-) -> torch.Tensor:
-    """Attend inside pieces of `size` tokens that tile [start, end); returns [B, end - start, H, D]."""
-    rows, heads, _, width = q.shape
-    count = (end - start) // size
+def _tile(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int, job: Job) -> torch.Tensor:
+    """Attend inside pieces of `size` tokens that tile [B, H, n, D]; returns [B, n, H, D]."""
+    rows, heads, length, width = q.shape
+    count = length // size
 
     def pieces(x: torch.Tensor) -> torch.Tensor:
-        return x[:, :, start:end].transpose(1, 2).reshape(rows * count, size, x.shape[1], width).transpose(1, 2)
+        if count == 1:
+            return x
+        return x.transpose(1, 2).reshape(rows * count, size, x.shape[1], width).transpose(1, 2)
 
     out = kernel(pieces(q), pieces(k), pieces(v), job, None)
-    return out.transpose(1, 2).reshape(rows, end - start, heads, width)
+    return out.transpose(1, 2).reshape(rows, length, heads, width)
 
 
 def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:

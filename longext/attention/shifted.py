@@ -211,36 +211,38 @@ def train_attention(
     if plan.sequence is not None:
         first, last = local_heads(num_heads, plan.sequence)
         query, key, value = sequence_to_heads(query, key, value, plan.sequence)
+    half = min(max(num_heads // 2, first), last) - first
     if sliding_window is not None:
-        ranges = [("dense", first, last)]
+        kinds = ["dense"]
+    elif variant.lower == variant.upper or half in (0, last - first):
+        kinds = [variant.upper if half == 0 else variant.lower]
     else:
-        half = min(max(num_heads // 2, first), last)
-        ranges = [(variant.lower, first, half), (variant.upper, half, last)]
-        if variant.lower == variant.upper:
-            ranges = [(variant.lower, first, last)]
-    outputs = []
-    for kind, start, end in ranges:
-        if end > start:
-            q, k, v = select_heads(query, key, value, start - first, end - first)
-            job = Job(plan.layout, kind, plan.group_size, scale, dropout, softcap, sliding_window)
-            outputs.append(backend(q, k, v, job))
+        kinds = [variant.lower, variant.upper]
+    parts = [(query, key, value)] if len(kinds) == 1 else split_heads(query, key, value, half)
+    jobs = [Job(plan.layout, kind, plan.group_size, scale, dropout, softcap, sliding_window) for kind in kinds]
+    outputs = [backend(*part, job) for part, job in zip(parts, jobs, strict=True)]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out if plan.sequence is None else heads_to_sequence(out, plan.sequence)
 
 
-def select_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query heads start .. end and the key-value heads they use.
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-    Key-value heads stay grouped where the range covers whole groups or lies in one; else they are repeated.
+
+def split_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, half: int) -> tuple[Heads, Heads]:
+    """Split the query heads at `half`, each part with the key-value heads it uses.
+
+    Key-value heads stay grouped where the cut falls between groups or there is one of them; else they are repeated.
     """
-    repeats = query.shape[1] // key.shape[1]
-    low, high = start // repeats, -(-end // repeats)
-    if (start % repeats or end % repeats) and high - low > 1:
-        key, value = (x[:, low:high].repeat_interleave(repeats, 1) for x in (key, value))
-        low, high = start - low * repeats, end - low * repeats
-    return query[:, start:end], key[:, low:high], value[:, low:high]
+    num_heads, num_kv = query.shape[1], key.shape[1]
+    repeats = num_heads // num_kv
+    lower, upper = query.split([half, num_heads - half], 1)
+    if num_kv == 1:
+        return (lower, key, value), (upper, key, value)
+    if half % repeats:
+        key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
+    sizes = [half // repeats, key.shape[1] - half // repeats]
+    keys, values = key.split(sizes, 1), value.split(sizes, 1)
+    return (lower, keys[0], values[0]), (upper, keys[1], values[1])
 
 
 def _evaluate(

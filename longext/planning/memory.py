@@ -196,7 +196,7 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     """Bytes beyond the kept ones at the end of the forward pass, in the loss and in one layer's backward.
 
     A loss in chunks computes its gradients in the forward pass: no logits outlive their chunk, but the head's input
-    (twice: as made, and without unlabelled tokens) and its gradient stay.
+    and its gradient stay.
     """
     logits, casts = setup.chunk_tokens * shape.vocab_size, _cast_bytes(shape, setup)
     kept_casts = 0 if setup.checkpointing else casts
@@ -206,7 +206,7 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     if setup.chunks_loss:
         states = normed_bytes(setup) if setup.trains_embeddings else setup.compute_bytes
         head = 2 * FULL * shape.head_weights if setup.is_full else 0  # its gradient so far, and the chunk's
-        return {"loss": loss + 3 * setup.local_tokens * shape.hidden_size * states + casts + head, "layer": work}
+        return {"loss": loss + 2 * setup.local_tokens * shape.hidden_size * states + casts + head, "layer": work}
     as_computed = logits * setup.compute_bytes if _is_mixed(setup) else 0
     forward = norm + as_computed + logits * FULL * _FORWARD_COPIES + casts
     return {"forward": forward, "loss": loss + kept_casts, "layer": work}

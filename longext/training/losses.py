@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from longext.evaluation.head import decoder_of, scale_logits
 
 IGNORED = -100
+_WORTH_SELECTING = 0.9  # below this share of labelled tokens, they are copied out first
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -33,13 +34,13 @@ def chunked_cross_entropy(
 
     Args:
         hidden: [T, D], what the head reads.
-        labels: int64 [T]; tokens with -100 are left out before the head runs.
+        labels: int64 [T]; tokens with -100 count nothing, and where there are many the head does not run over them.
         head: [t, D] -> logits [t, V].
         parameters: the head's parameters that are trained (their gradients are summed over chunks).
         chunk: tokens per head call.
     """
     kept = labels != IGNORED
-    if not bool(kept.all()):
+    if int(kept.sum()) < _WORTH_SELECTING * len(labels):  # else a copy of all hidden states would buy nothing
         hidden, labels = hidden[kept], labels[kept]
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return _recomputed(hidden, labels, head, chunk)  # DeepSpeed ZeRO-3 gathers weights per module call only
@@ -48,7 +49,7 @@ def chunked_cross_entropy(
 
 
 def _sum_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    return F.cross_entropy(head(hidden).float(), labels, reduction="sum", ignore_index=IGNORED)
 
 
 def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
