@@ -71,6 +71,10 @@ def run(arguments: argparse.Namespace, attention: str, tuning: str) -> dict:
         if output.with_name(f"{output.name}.running").is_dir():
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    made = json.loads((output / "run.json").read_text())["config"]
+    asked = {"num_steps": arguments.num_steps, "learning_rate": arguments.learning_rate, "seed": arguments.seed}
+    if any(made[key] != value for key, value in asked.items()):
+        sys.exit(f"{output} was made with other settings. Choose another -o.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)
     return {**json.loads((output / "result.json").read_text()), "tokens_per_second": speed}

@@ -139,11 +139,12 @@ class TrainingConfig:
     offload: bool = False
     loss_chunk: int = 4096
     eval_data: str | None = None
+    eval_split: str = "validation"
     eval_lengths: tuple[int, ...] = ()
     eval_documents: int = 8
     eval_every: int | None = None
     log_every: int = 1
-    save_every: int | None = None
+    save_every: int | None = 100
     keep_checkpoints: int = 2
     resume: bool = False
     report_to: str = "none"
@@ -156,6 +157,7 @@ class TrainingConfig:
 class FinetuneConfig(RuntimeConfig, DataConfig, RopeConfig, TrainingConfig):
     """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
 
+    data: str = ""
     split: str = "train"
     method: str = "none"
     task: str = "pretrain"
@@ -169,7 +171,8 @@ class FinetuneConfig(RuntimeConfig, DataConfig, RopeConfig, TrainingConfig):
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] | None = None
     quantize: str = "none"
-    attention: str | None = "s2"
+    save_dtype: str = "auto"
+    attention: str | None = None
     group_size: int | None = None
     group_ratio: float = 0.25
     backend: str = "auto"

@@ -6,13 +6,15 @@ to [B, N, H, D]; tokens in no piece (padding) get zeros.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from longext.attention.layout import Layout
+from longext.attention.layout import Bucket, Layout
 from longext.errors import ConfigError, MissingExtraError
 from longext.registry import Registry
 
@@ -65,9 +67,8 @@ def choose_backend(name: str, query: torch.Tensor, softcap: float | None) -> str
     return name
 
 
+@functools.cache
 def _has_flash() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("flash_attn") is not None
 
 
@@ -148,39 +149,56 @@ def _tile(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, siz
 
 def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
     """General layouts: gather each bucket of pieces, attend, scatter. Padding is at a piece's end: causal hides it."""
-    rows, heads, length, width = q.shape
-    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
-    out = q.new_zeros(rows * length, heads, width)
+    flat = [_flat(x) for x in (q, k, v)]
+    found = []
     for bucket in job.layout.buckets(job.kind, job.group_size, q.device):
         queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
-        parts = kernel(queries, keys, values, job, None).transpose(1, 2)
-        index = bucket.index
-        if bucket.real is not None:
-            parts, index = parts[bucket.real], index[bucket.real]
-        out = out.index_put((index,), parts.to(out.dtype))
-    return out.view(rows, length, heads, width)
+        found.append((bucket, kernel(queries, keys, values, job, None)))
+    return _scattered(q, found)
 
 
 def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
     """Sliding-window layers: queries in chunks of the window W against their own and the previous chunk.
 
-    Memory grows with N * W, not N^2.
+    A segment's first chunk is plain causal attention; all others share one [W, 2 W] band. Time and memory grow with
+    N * W, not with N^2.
     """
+    window = job.window or q.shape[2]
+    firsts, rest, before = job.layout.chunks(window, q.device)
+    flat = [_flat(x) for x in (q, k, v)]
+    found = []
+    for bucket in firsts:
+        queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
+        found.append((bucket, kernel(queries, keys, values, job, None)))
+    if rest is not None and before is not None:
+        place = torch.arange(2 * window, device=q.device)
+        distance = place[window:, None] - place
+        seen = torch.cat([before, rest.index], 1)
+        queries, keys, values = flat[0][rest.index], flat[1][seen], flat[2][seen]
+        band = (distance >= 0) & (distance < window)
+        out = kernel(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), job, band)
+        found.append((rest, out))
+    return _scattered(q, found)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] -> [B N, H, D]."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _scattered(q: torch.Tensor, found: list[tuple[Bucket, torch.Tensor]]) -> torch.Tensor:
+    """Put the outputs [P, H, L, D] of buckets of pieces back in place: [B, N, H, D], zeros where there was none."""
     rows, heads, length, width = q.shape
-    window = job.window or length
-    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
-    out = q.new_zeros(rows * length, heads, width)
-    distance = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
-    band = (distance >= 0) & (distance < window)
-    for tokens in job.layout.pieces("dense", 0):
-        index = torch.from_numpy(tokens).to(q.device)
-        for start in range(0, len(index), window):
-            queries, keys = index[start : start + window], index[max(0, start - window) : start + window]
-            mask = band[: len(queries), window - min(start, window) :][:, : len(keys)]
-            part = [x.transpose(0, 1)[None] for x in (flat[0][queries], flat[1][keys], flat[2][keys])]
-            result = kernel(part[0], part[1], part[2], job, mask)
-            out = out.index_put((queries,), result[0].transpose(0, 1).to(out.dtype))
-    return out.view(rows, length, heads, width)
+    indices, parts = [], []
+    for bucket, out in found:
+        part = out.transpose(1, 2)
+        real = bucket.real
+        indices.append(bucket.index.reshape(-1) if real is None else bucket.index[real])
+        parts.append(part.reshape(-1, heads, width) if real is None else part[real])
+    empty = q.new_zeros(rows * length, heads, width)
+    if parts:
+        empty = empty.index_put((torch.cat(indices),), torch.cat(parts).to(q.dtype))
+    return empty.view(rows, length, heads, width)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
@@ -188,12 +206,8 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
 
     rows, heads, length, width = q.shape
-    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v)]
-    lengths = torch.tensor([0, *job.layout.lengths(job.kind, job.group_size)], device=q.device)
-    ends = lengths.cumsum(0).to(torch.int32)
-    is_plain = job.layout.segments is None and job.kind != "wrapped"
-    index = None if is_plain else torch.from_numpy(job.layout.order(job.kind, job.group_size)).to(q.device)
-    longest = int(lengths.max())
+    flat = [_flat(x) for x in (q, k, v)]
+    index, ends, longest = job.layout.boundaries(job.kind, job.group_size, q.device)
     window = (-1, -1) if job.window is None else (job.window - 1, 0)
     out: torch.Tensor = flash_attn_varlen_func(
         *(flat if index is None else [x[index] for x in flat]),

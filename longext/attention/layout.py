@@ -11,6 +11,7 @@ Shape legend: B rows, N tokens of a row, T = B * N, P pieces, L tokens of a piec
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +48,58 @@ class Layout:
     num_rows: int
     length: int
     segments: tuple[NDArray[np.int64], ...] | None = None
-    _cache: dict[tuple[str, int], list[Bucket]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[str, str, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def lengths(self, kind: str, group_size: int) -> list[int]:
-        """Return the lengths of all pieces, in token order (what a variable-length kernel wants)."""
-        return [len(piece) for piece in self.pieces(kind, group_size)]
+    def boundaries(
+        self, kind: str, group_size: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor, int]:
+        """Return what a variable-length kernel wants, made once per batch.
 
-    def order(self, kind: str, group_size: int) -> NDArray[np.int64]:
-        """Return the flat token numbers of all pieces, one after the other; int64."""
-        pieces = self.pieces(kind, group_size)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        Returns:
+            (flat token numbers in the order of pieces, int64, or None where that is the tokens' own order; the pieces'
+            cumulative lengths with a leading 0, int32; the longest piece).
+        """
+        key = ("boundaries", kind, group_size)
+        if key not in self._cache:
+            pieces = self.pieces(kind, group_size)
+            ends = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int32)
+            order = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+            in_order = len(order) == self.num_rows * self.length and bool((np.diff(order) == 1).all())
+            index = None if in_order else torch.from_numpy(order).to(device)
+            longest = max((len(piece) for piece in pieces), default=0)
+            self._cache[key] = (index, torch.from_numpy(ends).to(device), longest)
+        found: tuple[torch.Tensor | None, torch.Tensor, int] = self._cache[key]
+        return found
 
     def buckets(self, kind: str, group_size: int, device: torch.device) -> list[Bucket]:
         """Return all pieces as few index tensors of equal length; made once per batch."""
-        key = (kind, group_size)
+        key = ("buckets", kind, group_size)
         if key not in self._cache:
             self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(kind, group_size))]
-        return self._cache[key]
+        found: list[Bucket] = self._cache[key]
+        return found
+
+    def chunks(self, window: int, device: torch.device) -> tuple[list[Bucket], Bucket | None, torch.Tensor | None]:
+        """Return what sliding-window attention wants, made once per batch.
+
+        Returns:
+            (each segment's first `window` tokens; all later chunks of `window` tokens, or None; for each of those the
+            flat numbers [P, window] of the tokens before it).
+        """
+        key = ("chunks", "dense", window)
+        if key not in self._cache:
+            segments = self.pieces("dense", 0)
+            firsts = [segment[:window] for segment in segments]
+            starts = [(s, at) for s in segments for at in range(window, len(s), window)]
+            rest = _bucket((window, [s[at : at + window] for s, at in starts]), device) if starts else None
+            before = np.stack([s[at - window : at] for s, at in starts]) if starts else None
+            self._cache[key] = (
+                [_bucket(group, device) for group in _by_size(firsts)],
+                rest,
+                None if before is None else torch.from_numpy(before).to(device),
+            )
+        found: tuple[list[Bucket], Bucket | None, torch.Tensor | None] = self._cache[key]
+        return found
 
     def pieces(self, kind: str, group_size: int) -> list[NDArray[np.int64]]:
         """Return all pieces in token order, each as its flat token numbers."""

@@ -38,7 +38,7 @@ from longext.checkpoint.extend import (
 )
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model
+from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model, sample_weights
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
@@ -177,6 +177,7 @@ def plan_merge(config: MergeConfig) -> Merge:
     asked = ExtendConfig(model=name, method="none", revision=revision)
     extension, record, notes = _plan_rope(directory, base, asked, config.trust_remote_code)
     adapter = read_adapter(directory, base, shards, config.trust_remote_code)
+    _check_base_weights(directory, name, base)
     stored = _Stored(adapter, shards)
     if not changes_something(adapter, stored.read):
         raise CheckpointError(
@@ -222,6 +223,16 @@ def find_base(config: MergeConfig, adapter: Path, settings: dict[str, Any]) -> t
             return name, revision, resolve_model(name, revision)
     looked = " and ".join(f"'{name}'" for name in dict.fromkeys(name for name, _ in named if name)) or "no base"
     raise CheckpointError(f"The adapter {adapter} names {looked}, which is not here. Give its base with --base MODEL.")
+
+
+def _check_base_weights(adapter: Path, name: str, base: Path) -> None:
+    """Raise CheckpointError where longext noted which weights the adapter was trained on, and these are others."""
+    trained_on = (read_manifest(adapter).get("extension") or {}).get("base_weights")
+    if trained_on is not None and trained_on != sample_weights(base):
+        raise CheckpointError(
+            f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes. Give "
+            "the model it was trained on with --base."
+        )
 
 
 def _plan_rope(

@@ -23,7 +23,7 @@ _OUT_OF_MEMORY = (
 _OUT_OF_MEMORY_IN_TRAINING = (
     "out of memory. Ask `longext plan MODEL --length N` what fits; then lower --batch-size or --target-length, keep "
     "activation checkpointing on, add --offload (CUDA), --quantize nf4 or --sequence-parallel, or lower "
-    "--set loss_chunk=1024. The last checkpoint goes on with --resume."
+    "--set loss_chunk=1024. Go on from the last checkpoint, if there is one, with --resume."
 )
 
 
@@ -54,7 +54,7 @@ def _explain(error: BaseException, is_training: bool) -> tuple[str, int] | None:
     if isinstance(error, LongextError):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing unfinished was left behind.", _INTERRUPTED
+        return "interrupted; nothing unfinished was left under an output name.", _INTERRUPTED
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY_IN_TRAINING if is_training else _OUT_OF_MEMORY, 1
     if isinstance(error, OSError):

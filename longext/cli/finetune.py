@@ -108,12 +108,14 @@ def finetune(
 
     check_finetune_config(config)
     extension = plan_training_rope(config)
+    if config.output is not None:
+        _check_directories(config, Path(config.output), extension.source)
     if dry_run:
         _dry_run(config)
         return
     target = Path(str(config.output))
     if config.num_processes > 1 and not is_launched():
-        _check_directories(config, target, extension.source)
+        _prepare_data(config, extension)
         raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
     _train(config, target, extension, as_json)
 
@@ -129,6 +131,21 @@ def _dry_run(config: FinetuneConfig) -> None:
         run = prepare(config, Path(directory))
         print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
     say("Dry run: nothing was trained.")
+
+
+def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
+    """Tokenise before several processes start: what is wrong with the data is said once, by this one."""
+    import dataclasses
+
+    from longext.data.rows import open_rows
+    from longext.reporting.console import tokenising
+    from longext.training.loading import load_tokenizer
+    from longext.training.longlora import row_length
+
+    resolved = dataclasses.replace(config, target_length=extension.target_length)
+    length = row_length(config, extension)
+    tokenizer = load_tokenizer(config, extension)
+    open_rows(resolved, tokenizer, length=length, num_rows=1, on_progress=tokenising(config.data))
 
 
 def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Path:
@@ -163,7 +180,7 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
 
-    with _kept_if_resumable(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
+    with _kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
         on_tokens = tokenising(config.data) if is_main_process() else None
         result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens)
     if is_main_process():
@@ -172,10 +189,11 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
 
 
 @contextlib.contextmanager
-def _kept_if_resumable(work: Path) -> Iterator[None]:
-    """Remove the working directory of a run that failed before its first checkpoint: there is nothing to resume."""
+def _kept_once_started(work: Path) -> Iterator[None]:
+    """Remove the working directory of a run that failed before its first step: there is nothing in it."""
     import shutil
 
+    from longext.training.callbacks import METRICS_NAME, read_metrics
     from longext.training.checkpoints import complete_checkpoints
     from longext.training.longlora import CHECKPOINTS
     from longext.training.processes import is_main_process
@@ -183,7 +201,9 @@ def _kept_if_resumable(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if is_main_process() and not complete_checkpoints(work / CHECKPOINTS):
+        metrics = work / METRICS_NAME
+        started = metrics.is_file() and any("loss" in line for line in read_metrics(metrics))
+        if is_main_process() and not started and not complete_checkpoints(work / CHECKPOINTS):
             shutil.rmtree(work, ignore_errors=True)
         raise
 

@@ -78,7 +78,8 @@ class HFLanguageModel:
 
     # --- scoring ------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    # not inference_mode: RoPE buffers that are updated in here may be updated in training afterwards
+    @torch.no_grad()
     def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
         """Score tokens first .. T-1 of int64 [B, T]; logits exist for those positions only, a slice at a time.
 
@@ -113,7 +114,7 @@ class HFLanguageModel:
 
     # --- generation ---------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the greedy continuation of one prompt, with a KV cache.
 

@@ -203,14 +203,14 @@ def _savings(config: PlanConfig, shape: ModelShape, asked: TrainingSetup) -> lis
     """Return (flag, change) of each rung above the first; LoRA first, or last where full training was asked for."""
     method = "longlora" if asked.is_full else asked.method
     attention = "s2" if asked.is_full else asked.attention
-    name = f"--method {method}" + (" (LoRA, embeddings, norms, S2-Attn)" if method == "longlora" else "")
+    name = {"longlora": "--tuning lora+embed+norm --attention s2", "lora": "--tuning lora"}[method]
     lora: tuple[str, dict[str, Any]] = (name, {"method": method, "attention": attention})
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("+ gradient checkpointing", {"checkpointing": True}),
         (f"+ loss in chunks of {config.loss_chunk:,} tokens", {"loss_chunk": config.loss_chunk}),
     ]
     if asked.num_gpus > 1:
-        rungs += [("+ --sharding zero2", {"sharding": "zero2"}), ("+ --sharding fsdp", {"sharding": "fsdp"})]
+        rungs += [("+ DeepSpeed ZeRO-2", {"sharding": "zero2"}), ("+ FSDP2", {"sharding": "fsdp"})]
         ranks = max(n for n in range(1, asked.num_gpus + 1) if asked.num_gpus % n == 0 and shape.num_heads % n == 0)
         if ranks > 1:
             rungs.append((f"+ --sequence-parallel {ranks}", {"sequence_parallel": ranks}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
@@ -43,23 +42,33 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         if self.on_progress and state.global_step:
             self.on_progress(state.global_step * self.tokens_per_step, "resumed")
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """End the run before a gradient that is not finite reaches a weight."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"The gradient norm is {float(norm)} at step {state.global_step + 1}; no weight was changed. Lower "
+                "--learning-rate, or go on from the last checkpoint, if there is one, with --resume."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Log the last step too, whatever `log_every` is."""
+        if state.global_step == state.max_steps:
+            control.should_log = True
+        return control
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Write the line of this step; a gradient that is not finite ends the run before it is saved."""
+        """Write the line of this step."""
         if "loss" not in logs:
             return
-        gradient = float(logs.get("grad_norm", 0.0))
-        if not math.isfinite(gradient):
-            raise TrainingError(
-                f"The gradient norm is {gradient} at step {state.global_step}. Lower --learning-rate, or continue from "
-                "the last checkpoint with --resume."
-            )
         now, steps = time.perf_counter(), state.global_step - self._last_step
         tokens = steps * self.tokens_per_step
         line = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": gradient,
+            "grad_norm": float(logs["grad_norm"]),
             "tokens": state.global_step * self.tokens_per_step,
             "tokens_per_second": tokens / (now - self._last),
             "peak_memory_gib": peak_memory(args.device) / 2**30,
@@ -70,9 +79,10 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             memory = f"{line['peak_memory_gib']:.1f} GiB"
             self.on_progress(tokens, f"step {state.global_step}, loss {line['loss']:.4f}, {memory}")
 
-    def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def evaluation(self, step: int, rows: list[dict[str, Any]], attention: str) -> None:
         """Write the perplexities measured at `step`, and keep their time out of the training rate."""
-        self._write({"step": step, "perplexity": {str(row["length"]): row["ppl"] for row in rows}})
+        values = {str(row["length"]): row["ppl"] for row in rows}
+        self._write({"step": step, "perplexity": values, "attention": attention})
         self._last = time.perf_counter()
         if self.on_progress:
             self.on_progress(0, ", ".join(f"ppl {row['ppl']:.2f} at {row['length']:,}" for row in rows))
@@ -105,7 +115,9 @@ def keep_metrics_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

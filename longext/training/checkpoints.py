@@ -26,11 +26,10 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 def mark_complete(checkpoint: Path, fingerprint: dict[str, Any]) -> None:
     """Write the marker: the checkpoint's files are on the disk before it is."""
-    for file in checkpoint.iterdir():
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+    for path in [*checkpoint.rglob("*"), checkpoint]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     partial = checkpoint / f"{MARKER}.partial"
     partial.write_text(json.dumps(fingerprint, indent=2, default=str), encoding="utf-8")
     partial.replace(checkpoint / MARKER)

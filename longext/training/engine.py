@@ -106,6 +106,7 @@ class Engine(Trainer):  # type: ignore[misc]
         tensors = {
             "input_ids": inputs["input_ids"],
             "position_ids": positions,
+            "labels": inputs["labels"],  # asks a model without our loss hooks for its own loss
             "shift_labels": shift(inputs["labels"]),
         }
         if self.sequence is not None:
@@ -123,9 +124,8 @@ class Engine(Trainer):  # type: ignore[misc]
             numbers = [] if self._row_numbers is None else self._row_numbers.tolist()
             where = "; ".join(self.rows.rows.describe(number) for number in numbers)
             raise TrainingError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}, in {where}. Nothing was saved from "
-                "this step. Lower the learning rate, look at that text, or continue from the last checkpoint with "
-                "--resume."
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}, in {where}. Lower --learning-rate, "
+                "look at that text, or go on from the last checkpoint, if there is one, with --resume."
             )
         return loss
 

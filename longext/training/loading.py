@@ -14,7 +14,7 @@ import torch
 from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
 from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension, provenance
 from longext.checkpoint.rope_config import model_rope
-from longext.checkpoint.source import read_config, read_shards, resolve_model
+from longext.checkpoint.source import read_config, read_shards, resolve_model, sample_weights
 from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import quiet_transformers, resolve_device
@@ -65,7 +65,7 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
         return _as_it_is(config, source)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
     plan = plan_extension(request)
-    record = {**provenance(plan), "trained": True}
+    record = {**provenance(plan), "trained": True, "base_weights": sample_weights(source)}
     original = plan.spec.original_max_position_embeddings
     return Extension(source, extended_config(plan), record, plan.new_length, original, plan)
 
@@ -97,6 +97,7 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "base_model": config.model,
         "base_path": str(source.resolve()),
         "rope_parameters": rope.parameters,
+        "base_weights": sample_weights(source),
         "trained": True,
     }
     return Extension(source, raw, record, length, rope.spec.original_max_position_embeddings, None)
@@ -110,7 +111,7 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     register_attention()
     quiet_transformers()
@@ -118,8 +119,8 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     device = training_device(config)
     quantised = quantisation(config.quantize)
     model_config = AutoConfig.for_model(**json.loads(json.dumps(extension.config)))
+    tokenizer = load_tokenizer(config, extension)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(extension.source, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             extension.source,
             config=model_config,
@@ -130,19 +131,39 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
             device_map={"": device} if quantised is not None else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"transformers cannot load {extension.source}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load {extension.source}: {_reason(error)}") from error
     model.config.use_cache = False
     if config.context_parallel == 1:
         check_model(model)
     return model, tokenizer
 
 
+def load_tokenizer(config: FinetuneConfig, extension: Extension) -> Any:
+    """Return the base model's tokenizer (CheckpointError where transformers cannot load one)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(extension.source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"transformers cannot load a tokenizer from {extension.source}: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def implementation_of(config: FinetuneConfig) -> str:
     """Return the attn_implementation to train with: our variant, or sdpa under accelerate's context parallelism."""
     if config.context_parallel > 1:
         return "sdpa"
-    return ATTENTION_VARIANTS[config.attention or "full"].implementation
+    return ATTENTION_VARIANTS[attention_of(config)].implementation
+
+
+def attention_of(config: FinetuneConfig) -> str:
+    """Return the attention variant to train with: S2-Attn where nothing is said, full for the short rows of PoSE."""
+    return config.attention or ("full" if config.positions == "pose" else "s2")
 
 
 def training_device(config: FinetuneConfig) -> torch.device:
@@ -165,9 +186,7 @@ def training_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
         raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
     if config.dtype == "float32" or not TUNINGS[config.tuning].lora:
         return torch.float32
-    if config.dtype == "bfloat16":
-        return torch.bfloat16
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if uses_autocast(config, device) else torch.float32
 
 
 def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
@@ -209,6 +228,8 @@ def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator
     was_training = model.training
     model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
+    # what every report says: no evaluation runs on a training variant
+    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 
 from longext.attention.sequence import check_heads, make_sequence_group
 from longext.attention.shifted import ATTENTION_VARIANTS
-from longext.checkpoint.source import read_shards
+from longext.checkpoint.source import HUB_ID, read_shards
 from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
@@ -32,7 +31,9 @@ from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, 
 from longext.training.checkpoints import check_fingerprint, complete_checkpoints, drop_incomplete
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import (
+    LENGTH_DEPENDENT,
     Extension,
+    attention_of,
     enable_checkpointing,
     full_attention,
     load_for_training,
@@ -42,7 +43,7 @@ from longext.training.loading import (
     uses_autocast,
 )
 from longext.training.losses import chunked_loss
-from longext.training.processes import is_main_process, num_processes, wait_for_all
+from longext.training.processes import is_launched, is_main_process, num_processes, wait_for_all
 from longext.training.settings import check_finetune_config, fingerprint_of, trainer_arguments
 from longext.training.tuning import Trainable, make_trainable
 
@@ -96,7 +97,8 @@ def row_length(config: FinetuneConfig, extension: Extension) -> int:
 
 def global_batch(config: FinetuneConfig) -> int:
     """Return the rows of one optimiser step, all processes together."""
-    return config.batch_size * config.accumulation * num_processes() // config.sequence_parallel
+    processes = num_processes() if is_launched() else config.num_processes
+    return config.batch_size * config.accumulation * processes // (config.sequence_parallel * config.context_parallel)
 
 
 def num_tokens(config: FinetuneConfig, extension: Extension) -> int:
@@ -141,8 +143,6 @@ def finetune_checkpoint(
         TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
     """
     check_finetune_config(config)
-    # before the model: DeepSpeed ZeRO-3 divides weights while they are loaded, if it is known by then
-    arguments = trainer_arguments(config, directory / CHECKPOINTS, training_device(config))
     run = prepare(config, directory, on_tokens)
     fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
     resume_from = _find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
@@ -152,7 +152,7 @@ def finetune_checkpoint(
     signals = StopOnSignal()
     engine = Engine(
         model=run.model,
-        args=arguments,
+        args=trainer_arguments(config, directory / CHECKPOINTS, run.device),
         data_collator=collate_rows,
         rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
         group_size=run.group_size,
@@ -191,9 +191,11 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
 
     set_seed(config.seed)
     base, tokenizer = load_for_training(config, extension)
+    _check_rope(config, extension)
     resolved = dataclasses.replace(config, target_length=extension.target_length)
     rows = _open_rows(resolved, tokenizer, row_length(config, extension), on_tokens)
-    model, trainable = make_trainable(base, config, str(extension.record.get("base_path", config.model)))
+    is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
+    model, trainable = make_trainable(base, config, config.model if is_hub_id else str(extension.source.resolve()))
     base = model.get_base_model() if model is not base else base
     narrow_hidden_states(base)
     if config.checkpointing:
@@ -219,22 +221,31 @@ def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> No
             f"--sequence-parallel {config.sequence_parallel} must divide the row length {length}: choose a "
             "--target-length that is a multiple of it."
         )
-    if extension.rope_type in ("dynamic", "longrope"):
-        raise ConfigError(
-            f"--sequence-parallel cannot train {extension.rope_type} RoPE: it depends on the sequence length, and each "
-            "rank sees a part of it. Use linear, ntk, ntk-by-parts or yarn."
-        )
     check_heads(int(extension.config["num_attention_heads"]), config.sequence_parallel)
+
+
+def _check_rope(config: FinetuneConfig, extension: Extension) -> None:
+    """Refuse to train a length-dependent RoPE where the sequence that it sees is not the one it will see in use."""
+    if extension.rope_type not in LENGTH_DEPENDENT:
+        return
+    for flag, is_on in (
+        ("--sequence-parallel", config.sequence_parallel > 1),
+        ("--positions pose", config.positions == "pose"),
+        ("--task sft", config.task == "sft"),
+    ):
+        if is_on:
+            raise ConfigError(
+                f"{flag} cannot train {extension.rope_type} RoPE: it depends on the length of the sequence, and the "
+                "rows here are not what the model will see in use. Choose linear, ntk, ntk-by-parts or yarn."
+            )
 
 
 def head_is_plain_in(run: Run) -> bool:
     """True where the chunked loss gives the model's own loss (checked on a few tokens with full attention).
 
-    Weights that DeepSpeed has divided cannot be run outside of its engine: there it is taken for granted.
+    Before training the model may still be on the CPU, where FSDP and DeepSpeed take it from.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return True
-    with full_attention(run.base, run.device, uses_autocast(run.config, run.device)):
+    with full_attention(run.base, run.base.device, uses_autocast(run.config, run.device)):
         return head_is_plain(run.base)
 
 
@@ -248,11 +259,12 @@ def _evaluation(run: Run, metrics: Metrics) -> list[Evaluate]:
         model=config.model,
         data=config.eval_data,
         text_field=config.text_field,
-        split="validation",
+        split=config.eval_split,
         max_documents=config.eval_documents,
         max_tokens=max(lengths),
         lengths=lengths,
-        stride=max(1, min(lengths) // 2),
+        # enough windows for a mean, not hundreds of long ones
+        stride=max(1, min(max(min(lengths) // 2, max(lengths) // 16), min(lengths) - 1)),
         num_bootstrap=0,
     )
     scorer = HFLanguageModel(config.model, run.base, run.tokenizer, run.extension.config, run.extension.source)
@@ -262,8 +274,9 @@ def _evaluation(run: Run, metrics: Metrics) -> list[Evaluate]:
 
     def evaluate(step: int) -> None:
         with full_attention(run.base, run.device, uses_autocast(config, run.device)):
+            seen = str(scorer.describe()["attention"])
             results = evaluate_perplexity(scorer, documents, request)
-        metrics.evaluation(step, [dataclasses.asdict(result) for result in results])
+        metrics.evaluation(step, [dataclasses.asdict(result) for result in results], seen)
 
     return [Evaluate(evaluate, config.eval_every)]
 
@@ -273,7 +286,9 @@ def default_lengths(extension: Extension) -> tuple[int, ...]:
     lengths = [extension.trained_length]
     while lengths[-1] * 2 < extension.target_length:
         lengths.append(lengths[-1] * 2)
-    return tuple(dict.fromkeys([*lengths, extension.target_length]))
+    return tuple(
+        sorted({length for length in [*lengths, extension.target_length] if length <= extension.target_length})
+    )
 
 
 def _find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
@@ -315,7 +330,14 @@ def save_trained(run: Run, engine: Engine) -> None:
     """
     import json
 
-    engine.save_model(str(run.directory))
+    dtype = _saved_dtype(run)
+    if run.model is run.base:
+        state = engine.accelerator.get_state_dict(engine.model_wrapped)
+        if is_main_process():
+            cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+            run.base.save_pretrained(run.directory, state_dict=cast)
+    else:
+        engine.save_model(str(run.directory))
     wait_for_all()
     if not is_main_process():
         return
@@ -323,10 +345,20 @@ def save_trained(run: Run, engine: Engine) -> None:
         (run.directory / name).unlink(missing_ok=True)
     config = {**run.extension.config, "use_cache": True}
     if run.model is run.base:
-        config["dtype"] = "float32"
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
     (run.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     run.tokenizer.save_pretrained(run.directory)
     _check_saved(run)
+
+
+def _saved_dtype(run: Run) -> torch.dtype:
+    """Return the dtype of a fully trained checkpoint: as asked, else the base's own."""
+    name = run.config.save_dtype
+    if name == "auto":
+        name = str(run.extension.config.get("dtype") or run.extension.config.get("torch_dtype") or "float32")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _check_saved(run: Run) -> None:
@@ -347,7 +379,7 @@ def _check_saved(run: Run) -> None:
 def run_record(run: Run, seconds: float) -> dict[str, Any]:
     """Return the "finetune" part of run.json: what was trained, on what, how."""
     config = run.config
-    attention = config.attention or "full"
+    attention = attention_of(config)
     return {
         "tuning": dataclasses.asdict(run.trainable),
         "attention": {

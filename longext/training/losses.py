@@ -94,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient, sums, is_trained = ctx.gradients
         scale = outputs[0]
         found = [next(sums) if trained else None for trained in is_trained]
-        scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (hidden_gradient, *found)]
+        scaled = [None if g is None else g.mul_(scale) for g in (hidden_gradient, *found)]
         return (scaled[0], None, None, None, *scaled[1:])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import signal
 import subprocess
@@ -42,7 +44,8 @@ def start_distributed(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # others wait while one process tokenises, which may take hours
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
 
 
 def wait_for_all() -> None:
@@ -54,7 +57,8 @@ def wait_for_all() -> None:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `longext ARGUMENTS` in `processes` processes on this machine through torchrun; return the exit code.
 
-    SIGTERM and Ctrl-C go to the workers themselves: torchrun would give them 30 seconds, and a step may take longer.
+    Signals go to the workers themselves: torchrun would give them 30 seconds, and a step may take longer. One that
+    comes before there are workers ends torchrun.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
@@ -64,10 +68,12 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     def forward(number: int, _: Any) -> None:
         received.append(number)
-        for worker in psutil.Process(child.pid).children():
-            worker.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers = psutil.Process(child.pid).children()
+            for process in workers or [child]:
+                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, forward)
     code = child.wait()
     return 128 + received[0] if received else code

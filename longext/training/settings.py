@@ -16,7 +16,7 @@ from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.config import FinetuneConfig, RopeConfig
 from longext.errors import ConfigError, MissingExtraError
 from longext.rope.methods import ROPE_METHODS
-from longext.training.loading import Extension, training_device, uses_autocast
+from longext.training.loading import Extension, attention_of, training_device, uses_autocast
 from longext.training.processes import is_launched, is_sharded
 from longext.training.tuning import TUNINGS
 
@@ -26,6 +26,7 @@ _CHOICES = {
     "positions": ("plain", "pose"),
     "schedule": tuple(_SCHEDULES),
     "quantize": ("none", "nf4"),
+    "save_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
 _DECIDING = (
@@ -60,8 +61,12 @@ _DECIDING = (
 
 def check_finetune_config(config: FinetuneConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no weights."""
+    if not config.data:
+        raise ConfigError(
+            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
+        )
     ROPE_METHODS[config.method]
-    ATTENTION_VARIANTS[config.attention or "full"]
+    ATTENTION_VARIANTS[attention_of(config)]
     TUNINGS[config.tuning]
     if config.backend != "auto":
         BACKENDS[config.backend]
@@ -98,13 +103,18 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("--positions pose has short rows: sequence parallelism has nothing to share there.")
     if config.quantize != "none" and config.tuning == "full":
         raise ConfigError("--tuning full cannot train quantised weights: use --quantize none or a LoRA tuning.")
-    if config.task == "sft" and config.attention == "s2-wrapped":
+    if config.task == "sft" and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
-    if config.separate_documents and config.attention == "s2-wrapped":
+    if config.separate_documents and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
 
 
 def _check_processes(config: FinetuneConfig) -> None:
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(
+            f"--device for training must be auto, cpu, cuda or mps, got '{config.device}'. To choose a GPU set "
+            "CUDA_VISIBLE_DEVICES; for several use --num-processes."
+        )
     device = training_device(config)
     if config.offload and device.type != "cuda":
         raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
@@ -145,9 +155,14 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
             "--context-parallel is accelerate's, for CUDA devices under FSDP2: start with `accelerate launch "
             "--config_file recipes/accelerate/fsdp2.yaml`, or use --sequence-parallel, which runs anywhere."
         )
-    if config.attention != "full":
+    if config.task == "sft" or config.separate_documents or config.positions == "pose":
         raise ConfigError(
-            f"--context-parallel knows full attention alone, got --attention {config.attention}: use --attention full, "
+            "--context-parallel cannot keep examples or documents apart, nor skip positions: use it for plain "
+            "pretraining, or --sequence-parallel."
+        )
+    if attention_of(config) != "full":
+        raise ConfigError(
+            f"--context-parallel knows full attention alone, got {attention_of(config)}: use --attention full, "
             "or --sequence-parallel, which carries S2-Attn."
         )
 
@@ -162,14 +177,14 @@ def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.dev
     """Return the TrainingArguments of a run: AdamW (0.9, 0.95), warm-up, clipping, no evaluation of Trainer's own."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=config.num_steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=_SCHEDULES[config.schedule],
-        warmup_steps=config.warmup_steps,
+        warmup_steps=min(config.warmup_steps, config.num_steps // 2),
         weight_decay=config.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -188,6 +203,9 @@ def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.dev
         disable_tqdm=True,
         **_parallelism(config),
     )
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # one process drives one GPU: several visible ones must not become nn.DataParallel
+    return arguments
 
 
 def _parallelism(config: FinetuneConfig) -> dict[str, Any]:
@@ -205,10 +223,11 @@ def fingerprint_of(
 
     `num_steps` is part of it only where the schedule depends on it: a constant one may be prolonged.
     """
-    settings = {name: getattr(config, name) for name in _DECIDING}
+    settings = {**{name: getattr(config, name) for name in _DECIDING}, "attention": attention_of(config)}
     text = json.dumps(extension.config, sort_keys=True)
     return {
         "model_config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "base_weights": extension.record["base_weights"],
         "data": data["tokens_sha256"],
         "processes": processes,
         "num_steps": config.num_steps if config.schedule != "constant" else None,

@@ -18,7 +18,7 @@ from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
 from longext.training.callbacks import read_metrics
 from longext.training.checkpoints import complete_checkpoints
 
-QUICK = ("--target-length", 256, "--num-steps", 4, "--accumulation", 2, "--learning-rate", 1e-3)
+QUICK = ("--data", "sample", "--target-length", 256, "--num-steps", 4, "--accumulation", 2, "--learning-rate", 1e-3)
 WARM = ("--set", "warmup_steps=1")
 
 
@@ -33,7 +33,7 @@ def trained(directory, name="adapter_model.safetensors"):
 
 
 def test_extends_trains_and_writes_everything(run, tmp_path):
-    args = ("--method", "linear", "--target-length", 1024, *QUICK[2:], *WARM)
+    args = ("--data", "sample", "--method", "linear", "--target-length", 1024, *QUICK[4:], *WARM)
     result = run("finetune", "books-5m", *args, "--eval-data", "sample", "-o", "out", "--set", "eval_documents=1")
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
@@ -71,13 +71,13 @@ def test_full_tuning_writes_a_checkpoint_plain_transformers_loads(run, tmp_path)
     assert not info["missing_keys"]
     base = AutoModelForCausalLM.from_pretrained(BUNDLED_MODELS["books-5m"], dtype=torch.float32)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
-    assert all(moved)
+    assert any(moved)
     assert model.config._attn_implementation != "s2_attn"
 
 
 def test_pose_trains_short_windows_at_long_positions(run, tmp_path):
-    args = ("--method", "linear", "--target-length", 4096, "--positions", "pose", "--window", 256)
-    result = run("finetune", "books-5m", *args, *QUICK[2:], *WARM, "-o", "out")
+    args = ("--data", "sample", "--method", "linear", "--target-length", 4096, "--positions", "pose", "--window", 256)
+    result = run("finetune", "books-5m", *args, *QUICK[4:], *WARM, "-o", "out")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "result.json").read_text())["finetune"]
     assert (record["row_length"], record["target_length"]) == (256, 4096)
@@ -90,7 +90,7 @@ def test_supervised_fine_tuning_on_instructions(run, tmp_path):
         for n in range(12)
     ]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("finetune", "books-5m", "--data", "sft.jsonl", "--task", "sft", *QUICK, *WARM, "-o", "out")
+    result = run("finetune", "books-5m", *QUICK, *WARM, "--data", "sft.jsonl", "--task", "sft", "-o", "out")
     assert result.exit_code == 0, result.output
     assert len(losses(tmp_path / "out")) == 4
 
@@ -103,7 +103,7 @@ def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
     from longext.data.rows import open_rows
     from longext.evaluation.model import load_language_model
 
-    config = FinetuneConfig(model="books-5m", target_length=256)
+    config = FinetuneConfig(model="books-5m", data="sample", target_length=256)
     loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
     rows = open_rows(config, loaded.tokenizer, length=256, num_rows=8)
     model = loaded.model.train()
@@ -135,9 +135,80 @@ def test_clipping_clips(run, tmp_path):
     assert any(not torch.equal(a[key], b[key]) for key in a)
 
 
+def test_rows_with_uneven_answers_count_by_token(run, tmp_path):
+    """Two rows at once, or one after the other: the loss is the mean over tokens either way."""
+    rows = [{"instruction": "tell " * (150 - 20 * n), "output": "so " * (8 + 20 * n)} for n in range(8)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("finetune", "books-5m", *QUICK, *WARM, "--data", "uneven.jsonl", "--task", "sft")
+    assert run(*args, "-o", "apart").exit_code == 0
+    assert run(*args, "--accumulation", 1, "--batch-size", 2, "-o", "together").exit_code == 0
+    a, b = losses(tmp_path / "apart"), losses(tmp_path / "together")
+    assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "longrope"])
+def test_length_dependent_rope_trains_after_an_evaluation(run, tmp_path, method):
+    (tmp_path / "factors.json").write_text(json.dumps({"long_factor": [4.0] * 32, "factor": 4.0}))
+    extra = ("--set", "factors=factors.json") if method == "longrope" else ("--target-length", 2048)
+    args = ("--data", "sample", "--method", method, *extra, *QUICK[4:], "--num-steps", 2, "--accumulation", 1)
+    evaluation = ("--eval-data", "sample", "--eval-lengths", "256,1024", "--set", "eval_documents=1")
+    result = run("finetune", "books-5m", *args, *evaluation, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert len(losses(tmp_path / "out")) == 2
+
+
+def test_a_short_run_is_logged_and_learns(run, tmp_path):
+    args = ("finetune", "books-5m", *QUICK, "--num-steps", 1, "--set", "log_every=5", "-o", "out")
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert list(losses(tmp_path / "out")) == [1]
+
+
+def test_a_model_with_a_head_of_its_own_uses_its_own_loss(run, tmp_path, monkeypatch):
+    assert run("finetune", "books-5m", *QUICK, *WARM, "-o", "chunked").exit_code == 0
+    monkeypatch.setattr("longext.training.longlora.head_is_plain", lambda _: False)
+    result = run("finetune", "books-5m", *QUICK, *WARM, "-o", "own")
+    assert result.exit_code == 0, result.output
+    a, b = losses(tmp_path / "chunked"), losses(tmp_path / "own")
+    assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-4)
+
+
+def test_evaluation_runs_full_attention_in_eval_mode(run, tmp_path, monkeypatch):
+    """Every forward of a measurement is watched: eval mode, transformers' own attention, no plan."""
+    from longext.evaluation.model import HFLanguageModel
+
+    seen = []
+    score = HFLanguageModel.score
+
+    def watched(self, *args):
+        seen.append((self.model.config._attn_implementation, self.model.training))
+        return score(self, *args)
+
+    monkeypatch.setattr(HFLanguageModel, "score", watched)
+    args = (*QUICK, *WARM, "--eval-data", "sample", "--eval-lengths", "128", "--set", "eval_documents=1")
+    assert run("finetune", "books-5m", *args, "--set", "max_tokens=512", "-o", "out").exit_code == 0
+    assert seen
+    assert set(seen) == {("sdpa", False)}
+    lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "perplexity" in line]
+    assert {line["attention"] for line in lines} == {"full (sdpa)"}
+
+
 # --- resume ---------------------------------------------------------------------------------------------------------
 
-LONG = ("--target-length", 128, "--num-steps", 6, "--accumulation", 2, "--learning-rate", 1e-3, "--save-every", 2)
+LONG = (
+    "--data",
+    "sample",
+    "--target-length",
+    128,
+    "--num-steps",
+    6,
+    "--accumulation",
+    2,
+    "--learning-rate",
+    1e-3,
+    "--save-every",
+    2,
+)
 
 
 def command(*args):
@@ -173,7 +244,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path):
 
 
 def test_sigterm_saves_and_exits(run, tmp_path):
-    args = ("finetune", "books-5m", *LONG[:2], "--num-steps", 500, *LONG[4:-1], 1, *WARM)
+    args = ("finetune", "books-5m", *LONG[:4], "--num-steps", 500, *LONG[6:-1], 1, *WARM)
     process = subprocess.Popen(
         command(*args, "-o", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -232,6 +303,12 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--set", "backend=sdpaa"), ("Unknown backend", "sdpa")),
         (("--task", "rlhf"), ("`task` must be one of pretrain, sft",)),
         (("--positions", "pose"), ("--window",)),
+        (("--data", ""), ("Give --data",)),
+        (("--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
+        (
+            ("--method", "dynamic", "--target-length", 2048, "--positions", "pose", "--window", 256),
+            ("--positions pose cannot train dynamic",),
+        ),
         (("--window", 64), ("--positions pose",)),
         (("--learning-rate", 0), ("--learning-rate must be above 0",)),
         (("--group-ratio", 2), ("--group-ratio", "at most 1")),
@@ -260,11 +337,11 @@ def test_mistakes_end_in_one_line(run, tmp_path, args, texts):
 def test_broken_data_names_file_and_line(run, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
     args = ("--task", "sft", *QUICK, "-o", "out")
-    fails(run("finetune", "books-5m", "--data", "broken.jsonl", *args), 2, "broken.jsonl", "line 2")
+    fails(run("finetune", "books-5m", *args, "--data", "broken.jsonl"), 2, "broken.jsonl", "line 2")
     (tmp_path / "empty.jsonl").write_text('{"instruction": "a", "output": ""}\n')
-    fails(run("finetune", "books-5m", "--data", "empty.jsonl", *args), 2, "answer")
+    fails(run("finetune", "books-5m", *args, "--data", "empty.jsonl"), 2, "answer")
     (tmp_path / "blank.txt").write_text("   \n")
-    fails(run("finetune", "books-5m", "--data", "blank.txt", *QUICK, "-o", "out"), 2, "blank.txt")
+    fails(run("finetune", "books-5m", *QUICK, "--data", "blank.txt", "-o", "out"), 2, "blank.txt")
     assert not (tmp_path / "out").exists()
 
 
@@ -277,6 +354,38 @@ def test_a_loss_that_is_not_finite_names_the_batch(run, tmp_path):
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     result = run("finetune", "broken", *QUICK, "-o", "out")
     fails(result, 1, "The loss is nan at step 1", SAMPLE_DOCUMENT.name, "--resume")
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(run, tmp_path, monkeypatch):
+    from longext.training.engine import Engine
+
+    step = Engine.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Engine, "training_step", poisoned)
+    args = ("finetune", "books-5m", *LONG[:-1], 1, *WARM, "--set", "log_every=5", "-o", "out")
+    fails(run(*args), 1, "The gradient norm is", "at step 3", "no weight was changed", "--resume")
+    last = complete_checkpoints(tmp_path / "out.running" / "checkpoints")[-1]
+    assert last.name == "checkpoint-2"
+    assert all(torch.isfinite(x).all() for x in trained(last).values())
+
+
+def test_other_base_weights_are_noticed(run, tmp_path):
+    """Same shapes, other numbers: neither a resume nor a merge takes them for the base."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "base")
+    assert run("finetune", "base", *LONG, *WARM, "-o", "out").exit_code == 0
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    fails(run("merge", "out", "-o", "merged"), 2, "trained on other weights", "--base")
+    (tmp_path / "out").rename(tmp_path / "out.running")
+    fails(run("finetune", "base", *LONG, *WARM, "-o", "out", "--resume"), 2, "base_weights")
 
 
 def test_out_of_memory_says_what_to_change(run, tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from attention_reference import LAYOUTS, reference
@@ -129,6 +132,33 @@ def test_soft_capped_scores():
     compare("s2", "auto", layout, rows, q, k, v, softcap=5.0)
     with pytest.raises(ConfigError, match="cannot cap attention scores"):
         compare("s2", "sdpa", layout, rows, q, k, v, softcap=5.0)
+
+
+@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_flash_backend_calls_its_kernel_rightly(variant, name, monkeypatch):
+    """flash-attn is not installed here: a stand-in with its signature and meaning shows that boundaries are right."""
+
+    def varlen(q, k, v, ends, ends_k, longest, longest_k, dropout_p, softmax_scale, causal, window_size):
+        assert torch.equal(ends, ends_k)
+        assert ends.dtype == torch.int32
+        assert longest == longest_k == int(ends.diff().max())
+        assert causal
+        out = torch.zeros_like(q)
+        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+            rows = [[0] * (end - start)]
+            window = window_size[0] + 1 if window_size[0] >= 0 else None
+            part = reference(*one, rows, ("dense", "dense"), 0, softmax_scale, window=window)
+            out = out.index_put((torch.arange(start, end),), part[0].to(q.dtype))
+        return out
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
+    monkeypatch.setattr("longext.attention.backends._has_flash", lambda: True)
+    q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
+    compare(variant, "flash", layout, rows, q, k, v)
+    q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
+    compare(variant, "flash", layout, rows, q, k, v, window=5)
 
 
 def test_flash_backend_without_flash_attn_says_how_to_get_it(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from longext.training.callbacks import read_metrics
 from longext.training.checkpoints import complete_checkpoints
 
 RUN = (
-    "finetune", "books-5m", "--target-length", 512, "--num-steps", 3, "--learning-rate", 1e-3,
-    "--set", "warmup_steps=1", "--seed", 1,
+    "finetune", "books-5m", "--data", "uneven.jsonl", "--task", "sft", "--target-length", 512, "--num-steps", 3,
+    "--learning-rate", 1e-3, "--set", "warmup_steps=1", "--seed", 1,
 )  # fmt: skip
 PARALLEL = {
     "data": ("--accumulation", 1, "--num-processes", 2),
@@ -29,10 +30,17 @@ def one_process(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), "--accumulation", 2)
 
 
+def write_uneven_examples(directory):
+    """One example a row, with 8 to 288 answer words: a mean of means would differ from the mean over tokens."""
+    rows = [{"instruction": "tell " * (320 - 40 * n), "output": "so " * (8 + 40 * n)} for n in range(8)]
+    (directory / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def train(directory, *args):
     from safetensors.torch import load_file
 
     command = [sys.executable, "-m", "longext", *map(str, (*RUN, *args, "-o", "out"))]
+    write_uneven_examples(directory)
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(directory / "out" / "metrics.jsonl")
@@ -45,9 +53,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, one_
     losses, adapter = train(tmp_path, *PARALLEL[kind])
     assert losses == pytest.approx(one_process[0], abs=1e-5)
     for name, expected in one_process[1].items():
-        torch.testing.assert_close(
-            adapter[name], expected, rtol=0, atol=2e-4
-        )  # Adam turns rounding into lr-sized steps
+        # Adam turns rounding into steps of the size of the learning rate
+        torch.testing.assert_close(adapter[name], expected, rtol=0, atol=2e-4)
 
 
 def test_sequence_parallel_attention_equals_one_process():
@@ -69,6 +76,7 @@ def run_two(what):
 
 
 def test_sigterm_to_the_launcher_stops_all_processes_after_a_checkpoint(tmp_path):
+    write_uneven_examples(tmp_path)
     args = [*map(str, RUN), "--num-steps", "500", "--save-every", "1", "--num-processes", "2", "-o", "out"]
     command = [sys.executable, "-m", "longext", *args]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -145,7 +145,7 @@ def test_every_rung_of_the_ladder_saves_memory_and_lengthens(llama):
 
 def test_full_training_ends_its_ladder_with_lora(llama):
     plan = plan_training(config_for(llama, method="full", gpus="H200-141GB"))
-    assert plan.ladder[-1].flag.startswith("--method longlora")
+    assert plan.ladder[-1].flag.startswith("--tuning lora+embed+norm")
     assert plan.setup.group is None
     assert plan.dense == plan.sparse
 
