@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -173,9 +173,11 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
     work = _check_directories(config, output, extension.source)
     wait_for_all()
 
+    locks: list[Any] = []  # held until the run is over
+
     def start(run: Run) -> None:
         if is_main_process():
-            _open(config, work)
+            locks.append(_open(config, work))
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
@@ -208,17 +210,21 @@ def _kept_once_started(work: Path) -> Iterator[None]:
         raise
 
 
-def _open(config: FinetuneConfig, work: Path) -> None:
-    """Make the working directory, or take up the one that is there."""
+def _open(config: FinetuneConfig, work: Path) -> Any:
+    """Make the working directory, or take up the one that is there; return what holds its lock."""
     import shutil
 
     from longext.manifest import write_manifest
+    from longext.training.processes import hold_directory
 
+    lock = hold_directory(work) if work.is_dir() else None
     if work.is_dir() and not config.resume:
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     if not config.resume:
         write_manifest(work, "finetune", config, state="running")
+        lock = hold_directory(work)
+    return lock
 
 
 def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
@@ -229,6 +235,7 @@ def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_jso
     from longext.staging import replace_directory
 
     tables, record = write_training_output(config, result)
+    (result.directory / ".lock").unlink(missing_ok=True)
     replace_directory(result.directory, output, config.force)
     if as_json:
         stdout().out(dump_json(record), highlight=False)

@@ -30,6 +30,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, path: Path | None, tokens_per_step: int, on_progress: Report | None) -> None:
         self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
+        self.log: Callable[[dict[str, float]], None] | None = None  # Trainer's own, for TensorBoard and W&B
         self._started = self._last = 0.0
         self._last_step = 0
 
@@ -83,6 +84,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         """Write the perplexities measured at `step`, and keep their time out of the training rate."""
         values = {str(row["length"]): row["ppl"] for row in rows}
         self._write({"step": step, "perplexity": values, "attention": attention})
+        if self.log is not None:
+            self.log({f"perplexity_{length}": value for length, value in values.items()})
         self._last = time.perf_counter()
         if self.on_progress:
             self.on_progress(0, ", ".join(f"ppl {row['ppl']:.2f} at {row['length']:,}" for row in rows))

@@ -163,6 +163,7 @@ def finetune_checkpoint(
         keep_checkpoints=config.keep_checkpoints,
         callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
+    metrics.log = engine.log
     _quiet(engine)
     if on_start:
         on_start(run)

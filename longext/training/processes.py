@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from longext.errors import ConfigError
 
 _OURS = "LONGEXT_LAUNCHED"  # cli/errors.py reads it
 
@@ -52,6 +55,27 @@ def wait_for_all() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def hold_directory(directory: Path) -> Any:
+    """Lock a run's working directory for as long as the returned file is open (on systems that have flock).
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (directory / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"Another process is training in {directory}. Wait for it or stop it, then use --resume."
+        ) from None
+    return file
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

@@ -120,8 +120,8 @@ def _check_processes(config: FinetuneConfig) -> None:
         raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
     if config.quantize != "none" and device.type != "cuda":
         raise ConfigError(
-            "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, and "
-            "gradients through them are wrong from then on. Leave --quantize out."
+            "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, "
+            "and gradients through them are wrong from then on. Leave --quantize out."
         )
     if config.offload and not config.checkpointing:
         raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")

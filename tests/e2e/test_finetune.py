@@ -44,6 +44,7 @@ def test_extends_trains_and_writes_everything(run, tmp_path):
     before, after = (record["perplexity"][i]["perplexity"] for i in (0, -1))
     assert list(before) == ["512", "1024"]
     assert after["1024"] < before["1024"]
+    assert [line for line in record["perplexity"] if line["attention"] == "full (sdpa)"] == record["perplexity"]
     for name in ("run.json", "recipe.yaml", "README.md", "table.md", "metrics.jsonl", "loss.png", "tokenizer.json"):
         assert (out / name).is_file(), name
     config = json.loads((out / "config.json").read_text())
@@ -282,6 +283,16 @@ def test_unfinished_runs_are_not_overwritten(run, tmp_path):
     fails(run("finetune", "books-5m", *LONG, "-o", "other", "--resume"), 2, "Nothing to resume")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--force").exit_code == 0
     fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "already exists", "--force")
+
+
+def test_two_runs_do_not_share_a_directory(run, tmp_path):
+    from longext.training.processes import hold_directory
+
+    unfinished(run, tmp_path)
+    with hold_directory(tmp_path / "out.running"):
+        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "Another process is training")
+    assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume").exit_code == 0
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_checkpoints_are_kept_as_asked(run, tmp_path):
