@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.source import HUB_ID
 from longext.config import FinetuneConfig
 from longext.manifest import command_line, versions, write_manifest
 from longext.reporting.plots import save_png
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from longext.training.longlora import FinetuneResult
 
 _CARD = Template("""---
-library_name: $library
+${base_line}library_name: $library
 tags: [long-context, rope, longlora, longext]
 ---
 
@@ -62,7 +63,8 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
     }
     (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
     (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
-    title = f"{Path(config.model).name}, {record['tuning']['tuning']}, {record['attention']['training']} attention"
+    tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
+    title = f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
     save_png(training_curve(result.metrics, title=title), directory / "loss.png")
     (directory / "README.md").write_text(_card(config, directory, record, tables), encoding="utf-8")
     extension = result.extension
@@ -72,11 +74,13 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
 
 def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table]) -> str:
     is_adapter = (directory / "adapter_config.json").is_file()
+    is_hub_id = HUB_ID.match(config.model) and not Path(config.model).exists()
     adapter = (
         "An adapter (LoRA and what was trained with it, in one safetensors file) for the base model above, with the "
         "RoPE it was trained for in `config.json`."
     )
     return _CARD.substitute(
+        base_line=f"base_model: {config.model}\n" if is_hub_id else "",
         library="peft" if is_adapter else "transformers",
         base=Path(config.model).name,
         target=f"{record['target_length']:,}",

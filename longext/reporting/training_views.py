@@ -17,7 +17,6 @@ def run_table(record: Mapping[str, Any], steps: int, model: str) -> Table:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
     group = f", groups of {attention['group_size']:,}" if attention["group_size"] else ""
     share = tuning["num_trainable"] / tuning["num_total"]
-    counts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in data.items() if _is_count(value))
     tokens = record["rows_per_step"] * record["row_length"]
     rows = [
         ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
@@ -25,13 +24,17 @@ def run_table(record: Mapping[str, Any], steps: int, model: str) -> Table:
         ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
         ("", kinds),
         ("step", f"{record['rows_per_step']} rows x {record['row_length']:,} = {tokens:,} tokens; {steps:,} steps"),
-        ("data", counts),
+        ("data", _counts(data)),
     ]
     return Table(f"Fine-tuning {model}", ("", "value"), rows, left=frozenset({1}))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _counts(data: Mapping[str, Any]) -> str:
+    """Spell the counts of a data report: what is there, and what was left out where something was."""
+    told = {key: value for key, value in data.items() if key.startswith("num_") and isinstance(value, int) and value}
+    if told.get("num_trained") == told.get("num_tokens"):
+        told.pop("num_trained", None)
+    return ", ".join(f"{value:,} {key.removeprefix('num_').replace('_', ' ')}" for key, value in told.items())
 
 
 def perplexity_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
