@@ -107,10 +107,13 @@ class Evaluate(TrainerCallback):  # type: ignore[misc]
         if state.global_step == 0:
             self.evaluate(0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Measure at the chosen steps."""
         if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
+            logs_this_step = control.should_log
             self.evaluate(state.global_step)
+            control.should_log = logs_this_step  # which the log of the measurement took away
+        return control
 
 
 def keep_metrics_until(path: Path, step: int) -> None:

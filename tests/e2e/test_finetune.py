@@ -41,6 +41,7 @@ def test_extends_trains_and_writes_everything(run, tmp_path):
     assert record["finetune"]["attention"]["evaluation"] == "full"
     assert record["finetune"]["attention"]["group_size"] == 256
     assert set(record["finetune"]["tuning"]["by_kind"]) == {"lora", "embeddings", "norms"}
+    assert list(losses(out)) == [1, 2, 3, 4]
     before, after = (record["perplexity"][i]["perplexity"] for i in (0, -1))
     assert list(before) == ["512", "1024"]
     assert after["1024"] < before["1024"]
