@@ -108,7 +108,7 @@ def _source_files(config: DataConfig) -> list[Path] | None:
     if config.data == SAMPLE:
         return [SAMPLE_DOCUMENT]
     path = Path(config.data).expanduser()
-    if path.is_dir():
+    if config.data and path.is_dir():
         return _folder_files(path, config)
     if path.is_file():
         _reader_of(path)

@@ -140,5 +140,5 @@ def test_pairs_match_the_training_layout():
     """The same pieces as the attention that `finetune` trains with."""
     layout = pytest.importorskip("longext.attention.layout")
     batch = layout.make_layout(1, 200)
-    pairs = [sum(n * (n + 1) / 2 for n in batch.lengths(kind, 64)) for kind in ("plain", "shifted")]
+    pairs = [sum(len(p) * (len(p) + 1) / 2 for p in batch.pieces(kind, 64)) for kind in ("plain", "shifted")]
     assert attention_pairs(200, 64, causal=True) == sum(pairs) / 2

@@ -399,7 +399,7 @@ def test_pose_needs_a_longer_target(tmp_path, target):
 
 def test_open_rows_of_the_sample(tokenizer):
     progress = []
-    config = FinetuneConfig(model="books-5m", seed=1)
+    config = FinetuneConfig(model="books-5m", data="sample", seed=1)
     rows = open_rows(config, tokenizer, length=512, num_rows=100, on_progress=progress.append)
     text = load_documents(DataConfig())[0].text
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -412,7 +412,7 @@ def test_open_rows_of_the_sample(tokenizer):
     with pytest.raises(ConfigError, match="got no target_length"):  # said before anything is tokenised
         open_rows(FinetuneConfig(model="m", data="absent", positions="pose"), tokenizer, length=8, num_rows=1)
     with pytest.raises(ConfigError, match="Did you mean 'pretrain'"):
-        open_rows(FinetuneConfig(model="m", task="pretrian"), tokenizer, length=8, num_rows=1)
+        open_rows(FinetuneConfig(model="m", data="sample", task="pretrian"), tokenizer, length=8, num_rows=1)
 
 
 def test_the_cache_root_follows_the_environment(monkeypatch):
