@@ -176,6 +176,8 @@ def finetune_checkpoint(
     record = run_record(run, time.perf_counter() - started)
     wait_for_all()
     lines = read_metrics(directory / METRICS_NAME) if is_main_process() else []
+    seen = sorted({line["attention"] for line in lines if "attention" in line})
+    record["attention"]["evaluation"] = ", ".join(seen) or "full (nothing was measured)"
     return FinetuneResult(directory, record, run.extension.record, lines)
 
 

@@ -38,7 +38,7 @@ def test_extends_trains_and_writes_everything(run, tmp_path):
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     record = json.loads((out / "result.json").read_text())
-    assert record["finetune"]["attention"]["evaluation"] == "full"
+    assert record["finetune"]["attention"]["evaluation"] == "full (sdpa)"
     assert record["finetune"]["attention"]["group_size"] == 256
     assert set(record["finetune"]["tuning"]["by_kind"]) == {"lora", "embeddings", "norms"}
     assert list(losses(out)) == [1, 2, 3, 4]
