@@ -167,6 +167,7 @@ def finetune_checkpoint(
     _quiet(engine)
     if on_start:
         on_start(run)
+    directory.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     chunked = chunked_loss(run.base, config.loss_chunk) if head_is_plain_in(run) else contextlib.nullcontext()
     with signals, chunked:
@@ -190,11 +191,11 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
     device = training_device(config)
     if config.sequence_parallel > 1:
         _check_sequence_parallel(config, extension)
+    _check_rope(config, extension)
     from transformers import set_seed
 
     set_seed(config.seed)
     base, tokenizer = load_for_training(config, extension)
-    _check_rope(config, extension)
     resolved = dataclasses.replace(config, target_length=extension.target_length)
     rows = _open_rows(resolved, tokenizer, row_length(config, extension), on_tokens)
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
@@ -224,7 +225,8 @@ def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> No
             f"--sequence-parallel {config.sequence_parallel} must divide the row length {length}: choose a "
             "--target-length that is a multiple of it."
         )
-    check_heads(int(extension.config["num_attention_heads"]), config.sequence_parallel)
+    text = extension.config.get("text_config", extension.config)
+    check_heads(int(text["num_attention_heads"]), config.sequence_parallel)
 
 
 def _check_rope(config: FinetuneConfig, extension: Extension) -> None:

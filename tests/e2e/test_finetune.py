@@ -125,6 +125,18 @@ def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
     assert [found[i] for i in (1, 2, 3, 4)] == pytest.approx(expected, abs=2e-5)
 
 
+def test_from_python(tmp_path):
+    import longext
+
+    config = longext.FinetuneConfig(
+        model="books-5m", data="sample", target_length=128, num_steps=2, accumulation=1, device="cpu"
+    )
+    result = longext.finetune_checkpoint(config, tmp_path / "run")
+    assert [line["step"] for line in result.metrics] == [1, 2]
+    assert result.extension["trained"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
 def test_clipping_clips(run, tmp_path):
     """The norm is logged as it was before clipping; a clip far below it changes what is learned."""
     for name, clip in (("loose", 1e6), ("tight", 1e-3)):
