@@ -60,7 +60,9 @@ _device("MI300X-192GB", 191.0, 1307.0)
 
 
 def parse_gpus(text: str) -> tuple[int, Device]:
-    """Return (number, device) of `8xA100-80GB`; no number means one, and case does not matter.
+    """Return (number, device) of `8xA100-80GB`.
+
+    No number means one, case does not matter, and the memory may be left out where it is not in doubt (`H200`).
 
     Raises:
         ConfigError: not of that form, none of them, or a device that is not in the table (names the nearest).
@@ -71,5 +73,8 @@ def parse_gpus(text: str) -> tuple[int, Device]:
     count = int(match[1] or 1)
     if count < 1:
         raise ConfigError(f"--gpus needs at least one GPU, got '{text}'.")
-    spelled = {name.lower(): name for name in DEVICES}
-    return count, DEVICES[spelled.get(match[2].lower(), match[2])]
+    wanted = match[2].lower()
+    fitting = [name for name in DEVICES if name.lower() == wanted] or [
+        name for name in DEVICES if name.lower().rsplit("-", 1)[0] == wanted
+    ]
+    return count, DEVICES[fitting[0] if len(fitting) == 1 else match[2]]

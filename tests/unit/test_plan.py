@@ -73,7 +73,12 @@ def test_weights_that_differ_from_the_config_are_noted(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "count", "name"),
-    [("8xA100-80GB", 8, "A100-80GB"), ("H200-141GB", 1, "H200-141GB"), ("2 x rtx-4090-24gb", 2, "RTX-4090-24GB")],
+    [
+        ("8xA100-80GB", 8, "A100-80GB"),
+        ("H200-141GB", 1, "H200-141GB"),
+        ("4xh200", 4, "H200-141GB"),
+        ("2 x rtx-4090-24gb", 2, "RTX-4090-24GB"),
+    ],
 )
 def test_gpus_are_parsed(text, count, name):
     assert parse_gpus(text) == (count, DEVICES[name])
@@ -83,6 +88,7 @@ def test_gpus_are_parsed(text, count, name):
     ("changes", "message"),
     [
         ({"gpus": "8xA100-60GB"}, "Did you mean 'A100-40GB'|Did you mean 'A100-80GB'"),
+        ({"gpus": "8xA100"}, "Did you mean 'A100-40GB'|Did you mean 'A100-80GB'"),
         ({"gpus": "0xA100-80GB"}, "at least one GPU"),
         ({"gpus": "many of them"}, "for example 8xA100-80GB"),
         ({"length": 0}, "`length` must be >= 1, got 0"),
