@@ -87,6 +87,7 @@ def verify_checkpoint(
     rope = read_model_rope(directory)
     manifest = read_manifest(directory)
     extension, merge = manifest.get("extension"), manifest.get("merge")
+    is_trained = "finetune" in manifest
     base_name, base_directory = _find_base(base, extension)
     spec = _promised_spec(rope, extension)
     checks = [
@@ -102,12 +103,14 @@ def verify_checkpoint(
             checks.append(_check_loading(answer))
         if logits and base_directory is not None:
             is_plain = read_model_rope(base_directory).spec.method == "none"
-            checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=merge is not None))
+            checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=is_trained or merge is not None))
     if merge and hashes:
         checks.append(_check_merge(shards, merge))
     if base_directory is None:
         why = f"the base model {base_name} is not here any more" if base_name else "no base model given or recorded"
         checks.append(Check("weights", "skip", f"{why}: pass --base MODEL"))
+    elif is_trained:
+        checks.append(_check_trained(shards, read_shards(base_directory)))
     elif hashes:
         touched = set(merge["touched"]) if merge else set()
         checks.append(_check_weights(shards, read_shards(base_directory), touched, on_progress))
@@ -287,7 +290,7 @@ def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool, was_traine
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     detail = f"{len(ours)} tokens: max |d| {difference:.2g}, KL {kl:.2g}, same top-1 {agreement:.1%}"
     if was_trained:
-        return Check("logits in old window", "info", f"{detail} (the merged training changes them by design)")
+        return Check("logits in old window", "info", f"{detail} (training changes them by design)")
     promised = base_is_plain and (ROPE_METHODS[spec.method].is_exact_inside or _is_identity(spec))
     if not promised:
         return Check("logits in old window", "info", f"{detail} ({spec.method} changes them by design)")
@@ -309,6 +312,15 @@ def _check_merge(shards: list[Shard], merge: dict[str, Any]) -> Check:
     proof = merge["proof"]
     proven = f"proven then to {proof['max_difference']:.2g}" if proof else "not proven then (--no-check)"
     return Check("merged weights", "pass", f"{len(shards)} file(s) as `merge` wrote them, by SHA-256; {proven}")
+
+
+def _check_trained(ours: list[Shard], theirs: list[Shard]) -> Check:
+    """Compare names and shapes with the base's: every number was trained."""
+    shapes, base = ({name: s.tensors[name][1] for s in shards for name in s.tensors} for shards in (ours, theirs))
+    for name in sorted(set(shapes) | set(base)):
+        if shapes.get(name) != base.get(name):
+            return Check("weights", "fail", f"tensor '{name}' is {shapes.get(name)} here, {base.get(name)} in the base")
+    return Check("weights", "pass", f"{len(shapes)} tensors of the base's names and shapes; all were trained")
 
 
 def _check_weights(

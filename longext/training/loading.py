@@ -13,7 +13,7 @@ import torch
 
 from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
 from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension, provenance
-from longext.checkpoint.rope_config import model_rope
+from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, read_shards, resolve_model, sample_weights
 from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
 from longext.errors import CheckpointError, ConfigError
@@ -100,7 +100,8 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "base_weights": sample_weights(source),
         "trained": True,
     }
-    return Extension(source, raw, record, length, rope.spec.original_max_position_embeddings, None)
+    both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
+    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings, None)
 
 
 def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:

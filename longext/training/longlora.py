@@ -339,8 +339,7 @@ def save_trained(run: Run, engine: Engine) -> None:
     if run.model is run.base:
         state = engine.accelerator.get_state_dict(engine.model_wrapped)
         if is_main_process():
-            cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-            run.base.save_pretrained(run.directory, state_dict=cast)
+            run.base.save_pretrained(run.directory, state_dict=_cast(state, dtype))
     else:
         engine.save_model(str(run.directory))
     wait_for_all()
@@ -355,6 +354,14 @@ def save_trained(run: Run, engine: Engine) -> None:
     (run.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     run.tokenizer.save_pretrained(run.directory)
     _check_saved(run)
+
+
+def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors in `dtype`; those that share memory (tied embeddings) go on sharing it."""
+    made: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for x in state.values():
+        made.setdefault((x.data_ptr(), x.shape), x.to(dtype) if x.is_floating_point() else x)
+    return {name: made[x.data_ptr(), x.shape] for name, x in state.items()}
 
 
 def _saved_dtype(run: Run) -> torch.dtype:

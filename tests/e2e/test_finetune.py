@@ -75,6 +75,11 @@ def test_full_tuning_writes_a_checkpoint_plain_transformers_loads(run, tmp_path)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
     assert any(moved)
     assert model.config._attn_implementation != "s2_attn"
+    assert "lm_head.weight" not in trained(tmp_path / "out", "model.safetensors")  # tied, as the base is
+    assert {x.dtype for x in trained(tmp_path / "out", "model.safetensors").values()} == {torch.bfloat16}
+    result = run("verify", "out")
+    assert result.exit_code == 0, result.output
+    assert "all were trained" in result.output
 
 
 def test_pose_trains_short_windows_at_long_positions(run, tmp_path):
