@@ -14,6 +14,9 @@ Every message is one line: what was given, what is allowed, what to do.
 
 from __future__ import annotations
 
+# Set for the workers of `--num-processes`: a signal that stopped them becomes the launcher's exit code, not theirs.
+LAUNCHED_BY_US = "LONGEXT_LAUNCHED"
+
 
 class LongextError(Exception):
     """A run failed for a reason the user can read; the command exits with `exit_code`."""

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from longext.errors import ConfigError
 
-KINDS = ("dense", "plain", "shifted", "wrapped")
 _NUM_SIZES = 8  # ragged pieces are padded to one of this many lengths, so that few kernel calls serve them all
 
 

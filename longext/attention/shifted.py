@@ -32,7 +32,7 @@ class AttentionVariant:
 
     Attributes:
         implementation: its name in transformers' registries.
-        lower, upper: how the first floor(H / 2) heads and the others cut a segment (`layout.KINDS`).
+        lower, upper: how the first floor(H / 2) heads and the others cut a segment (`layout.cut_segment`).
         summary: one line for reports.
     """
 

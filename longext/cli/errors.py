@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 
 import typer
 
-from longext.errors import LongextError, TrainingStopped
+from longext.errors import LAUNCHED_BY_US, LongextError, TrainingStopped
 
-_OURS = "LONGEXT_LAUNCHED"  # set for the workers of `--num-processes`
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 _OUT_OF_MEMORY = (
     "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
@@ -42,7 +41,7 @@ def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: Non
         if explained is None or debug:
             raise
         message, code = explained
-        if isinstance(error, TrainingStopped) and _OURS in os.environ:
+        if isinstance(error, TrainingStopped) and LAUNCHED_BY_US in os.environ:
             code = 0  # the launcher turns the signal into the exit code
         if not isinstance(error, TrainingStopped) or os.environ.get("RANK", "0") == "0":
             print(f"longext: {message}", file=sys.stderr)

@@ -108,16 +108,15 @@ def finetune(
 
     check_finetune_config(config)
     extension = plan_training_rope(config)
-    if config.output is not None:
-        _check_directories(config, Path(config.output), extension.source)
+    target = Path(str(config.output))
+    work = target if config.output is None else _check_directories(config, target, extension.source)
     if dry_run:
         _dry_run(config)
         return
-    target = Path(str(config.output))
     if config.num_processes > 1 and not is_launched():
         _prepare_data(config, extension)
         raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
-    _train(config, target, extension, as_json)
+    _train(config, target, work, extension, as_json)
 
 
 def _dry_run(config: FinetuneConfig) -> None:
@@ -135,17 +134,12 @@ def _dry_run(config: FinetuneConfig) -> None:
 
 def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
     """Tokenise before several processes start: what is wrong with the data is said once, by this one."""
-    import dataclasses
-
-    from longext.data.rows import open_rows
+    from longext.evaluation.model import load_tokenizer
     from longext.reporting.console import tokenising
-    from longext.training.loading import load_tokenizer
-    from longext.training.longlora import row_length
+    from longext.training.longlora import open_training_rows
 
-    resolved = dataclasses.replace(config, target_length=extension.target_length)
-    length = row_length(config, extension)
-    tokenizer = load_tokenizer(config, extension)
-    open_rows(resolved, tokenizer, length=length, num_rows=1, on_progress=tokenising(config.data))
+    tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
+    open_training_rows(config, extension, tokenizer, tokenising(config.data))
 
 
 def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Path:
@@ -162,7 +156,7 @@ def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Pa
     return work
 
 
-def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: bool) -> None:
+def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
     from longext.reporting.console import print_table, progress, tokenising
     from longext.reporting.training_views import run_table
     from longext.training.loading import training_device
@@ -170,9 +164,6 @@ def _train(config: FinetuneConfig, output: Path, extension: Extension, as_json: 
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
     start_distributed(training_device(config))
-    work = _check_directories(config, output, extension.source)
-    wait_for_all()
-
     locks: list[Any] = []  # held until the run is over
 
     def start(run: Run) -> None:
@@ -229,19 +220,17 @@ def _open(config: FinetuneConfig, work: Path) -> Any:
 
 def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
     """Write manifest, card, table and picture beside the adapter; give the directory its name; say what is next."""
-    from longext.reporting.console import print_table, say, stdout
-    from longext.reporting.results import dump_json
+    from longext.cli.output import show
+    from longext.reporting.console import say
     from longext.reporting.training_output import write_training_output
     from longext.staging import replace_directory
 
     tables, record = write_training_output(config, result)
     (result.directory / ".lock").unlink(missing_ok=True)
     replace_directory(result.directory, output, config.force)
+    show(record, tables, as_json=as_json)
     if as_json:
-        stdout().out(dump_json(record), highlight=False)
         return
-    for table in tables:
-        print_table(table)
     is_adapter = (output / "adapter_config.json").is_file()
     step = f"longext merge {output} -o {output}-merged" if is_adapter else f"longext verify {output}"
     say(f"Wrote {output} (loss.png, metrics.jsonl, run.json). Next: {step}")

@@ -30,10 +30,22 @@ def deliver(
         figures: name -> figure, saved as <name>.png.
         extra: further text files by name.
     """
-    from longext.reporting.console import print_table, say, stdout
-    from longext.reporting.results import dump_json, write_results
+    from longext.reporting.console import say
+    from longext.reporting.results import write_results
 
     write_results(output, command, config, record, tables, figures, extra)
+    show(record, tables, as_json=as_json, notes=notes)
+    if as_json:
+        return
+    names = ["result.json", "table.md", *(extra or {}), *(f"{name}.png" for name in figures)]
+    say(f"Results: {output} ({', '.join(names)})")
+
+
+def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, notes: Sequence[str] = ()) -> None:
+    """Print tables and notes, or the record as JSON alone."""
+    from longext.reporting.console import print_table, say, stdout
+    from longext.reporting.results import dump_json
+
     if as_json:
         stdout().out(dump_json(record), highlight=False)
         return
@@ -41,5 +53,3 @@ def deliver(
         print_table(table)
     for note in notes:
         say(note)
-    names = ["result.json", "table.md", *(extra or {}), *(f"{name}.png" for name in figures)]
-    say(f"Results: {output} ({', '.join(names)})")

@@ -88,9 +88,7 @@ def _probe(result: TrainingPlan) -> Probe:
 
 def _show(config: PlanConfig, result: TrainingPlan, record: dict[str, Any], tables: list[Any], as_json: bool) -> None:
     """Print the plan; write it too where a directory was named."""
-    from longext.cli.output import deliver
-    from longext.reporting.console import print_table, say, stdout
-    from longext.reporting.results import dump_json
+    from longext.cli.output import deliver, show
 
     notes = [f"note: {note}" for note in result.notes()]
     if config.output:
@@ -99,10 +97,4 @@ def _show(config: PlanConfig, result: TrainingPlan, record: dict[str, Any], tabl
         figures = {"memory": memory_by_length(result)}
         deliver(Path(config.output), "plan", config, record, tables, figures, as_json=as_json, notes=notes)
         return
-    if as_json:
-        stdout().out(dump_json(record), highlight=False)
-        return
-    for table in tables:
-        print_table(table)
-    for note in notes:
-        say(note)
+    show(record, tables, as_json=as_json, notes=notes)

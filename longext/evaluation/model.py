@@ -23,7 +23,7 @@ from longext.evaluation.protocol import TokenScores
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that follow the length of the sequence
 MAPPED = "map"  # --device map: layers spread over all devices by accelerate
 
 
@@ -153,7 +153,7 @@ class HFLanguageModel:
         transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
         was scored before.
         """
-        if self.rope_type not in _LENGTH_DEPENDENT:
+        if self.rope_type not in LENGTH_DEPENDENT:
             return
         for module in rotary_modules(self.model):
             originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
@@ -166,7 +166,7 @@ class HFLanguageModel:
     def _frozen_rope(self, length: int) -> Iterator[None]:
         """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
         self.reset_rope()
-        modules = rotary_modules(self.model) if self.rope_type in _LENGTH_DEPENDENT else []
+        modules = rotary_modules(self.model) if self.rope_type in LENGTH_DEPENDENT else []
         kinds = [module.rope_type for module in modules]
         last = torch.tensor([[length - 1]], device=self.device)
         try:
@@ -186,7 +186,7 @@ class HFLanguageModel:
 
         Equals loading a checkpoint with that config: rotary modules are built anew from it.
         """
-        new = _build_config(config)
+        new = build_model_config(config)
         self.config = config
         text, new_text = self.model.config.get_text_config(), new.get_text_config()
         text.rope_parameters = new_text.rope_parameters
@@ -237,7 +237,8 @@ def rotary_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _is_rotary(module)]
 
 
-def _build_config(config: dict[str, Any]) -> Any:
+def build_model_config(config: dict[str, Any]) -> Any:
+    """Return the transformers config object of a parsed config.json."""
     from transformers import AutoConfig
 
     # the constructor may edit the nested dicts it is given
@@ -258,7 +259,7 @@ def load_language_model(
         CheckpointError: the model cannot be read.
         ConfigError: unknown device, dtype or method.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     directory = resolve_model(config.model, config.revision)
     read_shards(directory)
@@ -268,25 +269,32 @@ def load_language_model(
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
     quiet_transformers()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{directory} has no tokenizer that transformers can load ({_first_line(error)})."
-        ) from error
+    tokenizer = load_tokenizer(directory, config.trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
-            config=_build_config(raw) if method else None,
+            config=build_model_config(raw) if method else None,
             dtype=resolve_dtype(config.dtype, device),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             device_map="auto" if is_mapped else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {directory}: {_first_line(error)}") from error
+        raise CheckpointError(f"transformers cannot load {directory}: {first_line(error)}") from error
     placed = model if is_mapped else model.to(device)
     return HFLanguageModel(config.model, placed.eval(), tokenizer, raw, directory)
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    """Return the tokenizer in `directory` (CheckpointError where transformers cannot load one)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{directory} has no tokenizer that transformers can load ({first_line(error)})."
+        ) from error
 
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
@@ -345,5 +353,6 @@ def _tokenizer_hash(directory: Path) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

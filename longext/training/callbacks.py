@@ -31,12 +31,12 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path | None, tokens_per_step: int, on_progress: Report | None) -> None:
         self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer's own, for TensorBoard and W&B
-        self._started = self._last = 0.0
+        self._last = 0.0
         self._last_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; after a resume, drop the lines that came after the checkpoint."""
-        self._started = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._last_step = state.global_step
         if self.path is not None:
             keep_metrics_until(self.path, state.global_step)

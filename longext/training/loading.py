@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,17 +12,21 @@ from typing import Any
 import torch
 
 from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
-from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension, provenance
+from longext.checkpoint.extend import extended_config, plan_extension, provenance
 from longext.checkpoint.rope_config import model_rope, write_rope
-from longext.checkpoint.source import read_config, read_shards, resolve_model, sample_weights
+from longext.checkpoint.source import read_config, resolve_model, sample_weights
 from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.evaluation.model import quiet_transformers, resolve_device
+from longext.evaluation.model import (
+    build_model_config,
+    first_line,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_device,
+)
 from longext.manifest import read_manifest
 from longext.rope.methods import ROPE_METHODS
 from longext.training.tuning import TUNINGS, quantisation
-
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,6 @@ class Extension:
         record: the provenance that run.json keeps under "extension".
         target_length: tokens the trained model is for.
         trained_length: tokens it was pre-trained on.
-        plan: the extension, or None where the model is trained with the RoPE it has.
     """
 
     source: Path
@@ -43,7 +46,6 @@ class Extension:
     record: dict[str, Any]
     target_length: int
     trained_length: int
-    plan: ExtensionPlan | None
 
     @property
     def rope_type(self) -> str:
@@ -67,7 +69,7 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     plan = plan_extension(request)
     record = {**provenance(plan), "trained": True, "base_weights": sample_weights(source)}
     original = plan.spec.original_max_position_embeddings
-    return Extension(source, extended_config(plan), record, plan.new_length, original, plan)
+    return Extension(source, extended_config(plan), record, plan.new_length, original)
 
 
 def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
@@ -101,7 +103,7 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "trained": True,
     }
     both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
-    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings, None)
+    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings)
 
 
 def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:
@@ -112,19 +114,17 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     register_attention()
     quiet_transformers()
-    read_shards(extension.source)
     device = training_device(config)
     quantised = quantisation(config.quantize)
-    model_config = AutoConfig.for_model(**json.loads(json.dumps(extension.config)))
-    tokenizer = load_tokenizer(config, extension)
+    tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             extension.source,
-            config=model_config,
+            config=build_model_config(extension.config),
             dtype=training_dtype(config, device),
             attn_implementation=implementation_of(config),
             trust_remote_code=config.trust_remote_code,
@@ -132,27 +132,11 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
             device_map={"": device} if quantised is not None else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {extension.source}: {_reason(error)}") from error
+        raise CheckpointError(f"transformers cannot load {extension.source}: {first_line(error)}") from error
     model.config.use_cache = False
     if config.context_parallel == 1:
         check_model(model)
     return model, tokenizer
-
-
-def load_tokenizer(config: FinetuneConfig, extension: Extension) -> Any:
-    """Return the base model's tokenizer (CheckpointError where transformers cannot load one)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(extension.source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"transformers cannot load a tokenizer from {extension.source}: {_reason(error)}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def implementation_of(config: FinetuneConfig) -> str:
@@ -169,8 +153,6 @@ def attention_of(config: FinetuneConfig) -> str:
 
 def training_device(config: FinetuneConfig) -> torch.device:
     """Return this process's device: with several processes, one CUDA device each."""
-    import os
-
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -25,13 +26,12 @@ from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError, TrainingStopped
 from longext.evaluation.head import head_is_plain
-from longext.evaluation.model import HFLanguageModel
+from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import check_fingerprint, complete_checkpoints, drop_incomplete
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import (
-    LENGTH_DEPENDENT,
     Extension,
     attention_of,
     enable_checkpointing,
@@ -196,8 +196,7 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
 
     set_seed(config.seed)
     base, tokenizer = load_for_training(config, extension)
-    resolved = dataclasses.replace(config, target_length=extension.target_length)
-    rows = _open_rows(resolved, tokenizer, row_length(config, extension), on_tokens)
+    rows = open_training_rows(config, extension, tokenizer, on_tokens)
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
     model, trainable = make_trainable(base, config, config.model if is_hub_id else str(extension.source.resolve()))
     base = model.get_base_model() if model is not base else base
@@ -207,12 +206,15 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
     return Run(config, extension, directory, model, base, tokenizer, trainable, rows, device)
 
 
-def _open_rows(config: FinetuneConfig, tokenizer: Any, length: int, on_tokens: Callable[[int], None] | None) -> Any:
-    """Open the training rows; the main process tokenises, the others then find its cache."""
-    num_rows = config.num_steps * global_batch(config)
+def open_training_rows(
+    config: FinetuneConfig, extension: Extension, tokenizer: Any, on_tokens: Callable[[int], None] | None = None
+) -> Any:
+    """Return the rows of the whole run; the main process tokenises, the others then find its cache."""
+    resolved = dataclasses.replace(config, target_length=extension.target_length)
+    length, num_rows = row_length(config, extension), config.num_steps * global_batch(config)
     if not is_main_process():
         wait_for_all()
-    rows = open_rows(config, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
+    rows = open_rows(resolved, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
     if is_main_process():
         wait_for_all()
     return rows
@@ -333,8 +335,6 @@ def save_trained(run: Run, engine: Engine) -> None:
     Raises:
         TrainingError: the written adapter is empty (what sharded training can do to one).
     """
-    import json
-
     dtype = _saved_dtype(run)
     if run.model is run.base:
         state = engine.accelerator.get_state_dict(engine.model_wrapped)

@@ -16,9 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from longext.errors import ConfigError
-
-_OURS = "LONGEXT_LAUNCHED"  # cli/errors.py reads it
+from longext.errors import LAUNCHED_BY_US, ConfigError
 
 
 def num_processes() -> int:
@@ -86,7 +84,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, _OURS: "1"}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHED_BY_US: "1"}
     child = subprocess.Popen([*command, "-m", "longext", *arguments], env=environment, start_new_session=True)
     received: list[int] = []
 

@@ -171,9 +171,8 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
 
 
 def _check_reporting(report_to: str) -> None:
-    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(report_to, report_to)
-    if report_to != "none" and importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise MissingExtraError(f"--report-to {report_to} needs the package {package}: pip install {package}")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
 
 def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.device) -> Any:
