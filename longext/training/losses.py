@@ -28,7 +28,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 def chunked_cross_entropy(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
 ) -> torch.Tensor:
-    """Return the summed cross-entropy, a float32 scalar.
+    """Return the summed cross-entropy, a float32 scalar (float64 for float64 hidden states).
 
     The gradients of a chunk are computed right after its logits, so that no logits are kept and none is computed twice.
 
@@ -49,7 +49,12 @@ def chunked_cross_entropy(
 
 
 def _sum_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum", ignore_index=IGNORED)
+    logits = head(hidden)
+    return F.cross_entropy(logits.to(_at_least_float32(logits)), labels, reduction="sum", ignore_index=IGNORED)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
@@ -57,7 +62,7 @@ def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: i
     total = hidden.sum() * 0.0
     for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         total = total + checkpoint(_sum_loss, states, targets, head, use_reentrant=False)
-    return total.float()
+    return total.to(_at_least_float32(total))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -70,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         """Sum the loss over chunks, and keep its gradients."""
         trained = [p for p in parameters if p.requires_grad]
         wants_hidden = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=_at_least_float32(hidden), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         sums: list[torch.Tensor | None] = [None] * len(trained)
         for start in range(0, len(labels), chunk):

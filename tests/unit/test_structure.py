@@ -23,8 +23,9 @@ RANK = {
     "evaluation": 6,
     "training": 7,
     "planning": 7,
-    "reporting": 8,
-    "cli": 9,
+    "compressor": 8,
+    "reporting": 9,
+    "cli": 10,
 }
 
 

@@ -1,0 +1,65 @@
+"""Activation Beacon (arXiv 2401.03462): beacons among the raw tokens, with projections of their own, keep KV."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import COMPRESSORS, Compressor, CompressorSpec, Segment
+from longext.compressor.masks import beacon_mask, probe_positions
+from longext.compressor.memory import Memory, num_slots
+
+
+class Beacon(Compressor):
+    """One beacon after every `ratio` raw tokens; beacon rows run with their own adapters on q, k and v.
+
+    Beacons see all memories before, the raw tokens before them and one another. Raw tokens run as the frozen model and
+    do not see the beacons of their own segment, so a segment's loss is the same whether it is being compressed or not.
+    The paper trains full copies of the projections; here a LoRA stands for them.
+    """
+
+    summary = "beacons among the tokens with their own q, k, v adapters; recurrent through depth"
+    reference = "Activation Beacon, arXiv 2401.03462 v3"
+    recurrent = joint = True
+
+    def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
+        super().__init__(backbone, spec)
+        self.vector = nn.Parameter(self.initial_vectors(1))
+        # what the last layer's attention gives beacons is not read, so its queries would get no gradient
+        self.adapters.add("beacon", "q", len(backbone.attentions) - 1)
+        self.adapters.add("beacon", "kv")
+
+    def step(
+        self, segment: Segment, memory: Memory, first_slot: int, *, loss: bool, write: bool
+    ) -> tuple[torch.Tensor | None, Memory | None]:
+        """Read and write in one forward pass."""
+        if not write:
+            return super().step(segment, memory, first_slot, loss=loss, write=False)
+        hidden, made = self._pass(segment, memory, first_slot)
+        return self.loss(hidden, segment) if loss else None, made
+
+    def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
+        """Write without scoring."""
+        return self._pass(segment, memory, first_slot)[1]
+
+    def _pass(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
+        batch, length = segment.tokens.shape
+        device, before = segment.tokens.device, segment.before.shape[1]
+        count = self.slots(segment.ratio)
+        tokens = self.embed(torch.cat([segment.before, segment.tokens], 1))
+        embeds = torch.cat([tokens, self.rows(self.vector.expand(count, -1), batch)], 1)
+        reach = before + probe_positions(length, segment.ratio, device)
+        positions = num_slots(memory) + torch.cat([torch.arange(before + length, device=device), reach])
+        beacons = torch.arange(before + length, before + length + count, device=device)
+        mask = beacon_mask(length, segment.ratio, before, device)
+        with self.adapters.use("beacon", rows=beacons):
+            rows = slice(before + length, None)
+            hidden, captured = self.backbone.run_and_capture(embeds, rows, positions, memory, mask)
+        with self.adapters.use("beacon"):
+            slots = torch.arange(first_slot, first_slot + count, device=device)[None]
+            made = self.backbone.project(captured, slots)
+        return hidden[:, before : before + length], made
+
+
+COMPRESSORS.register("beacon", Beacon)

@@ -1,0 +1,241 @@
+"""The frozen model a compressor is built on, reached through transformers' own seams: embeddings, caches, hooks.
+
+Shape legend: B rows, N tokens, D hidden size, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from longext.compressor.masks import additive, after_memory
+from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
+from longext.errors import ConfigError
+from longext.evaluation.head import decoder_of, scale_logits
+from longext.evaluation.model import rotary_modules
+from longext.training.losses import chunked_cross_entropy
+
+_CACHE_NAMES = ("past_key_values", "layer_past")
+_TOLERANCE = 1e-3
+
+
+class _Captured(Exception):  # noqa: N818
+    """Ends a forward pass once the last layer's attention input is known: nothing after it is needed."""
+
+
+class Captured:
+    """What the attention modules were called with: their inputs at some rows, and the rest of the call."""
+
+    def __init__(self) -> None:
+        self.hidden: list[torch.Tensor] = []
+        self.calls: list[dict[str, Any]] = []
+
+
+class Backbone:
+    """A transformers causal LM with frozen weights.
+
+    Args:
+        model: the causal LM; its parameters are frozen here and it is put into eval mode.
+        loss_chunk: tokens of logits alive at a time.
+
+    Raises:
+        ConfigError: its attention does not take its cache and rotation from the call.
+    """
+
+    def __init__(self, model: Any, loss_chunk: int = 4096) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.decoder = decoder_of(model)
+        self.config = model.config.get_text_config()
+        self.layers = _layers(self.decoder, self.config.num_hidden_layers)
+        self.attentions = [_attention(layer) for layer in self.layers]
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self.loss_chunk = loss_chunk
+        self._check()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        device: torch.device = self.embedding.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What hidden states are in."""
+        dtype: torch.dtype = self.embedding.weight.dtype
+        return dtype
+
+    @property
+    def window(self) -> int:
+        """Positions the model was made for: its context length, and no more than a sliding window."""
+        sizes = [int(self.config.max_position_embeddings)]
+        if getattr(self.config, "sliding_window", None) and getattr(self.config, "use_sliding_window", True):
+            sizes.append(int(self.config.sliding_window))
+        return min(sizes)
+
+    # --- forward passes ---------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        prefix: Memory = (),
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the last hidden states [B, N, D] (after the final norm) of `embeds` [B, N, D] given a `kv` memory.
+
+        Args:
+            positions: int64 [N] or [B, N]; None for those that follow the prefix.
+            mask: bool [N, N] among the rows (all of them see the prefix); None for causal.
+        """
+        start = num_slots(prefix)
+        if positions is None:
+            positions = torch.arange(start, start + embeds.shape[1], device=embeds.device)
+        positions = positions.expand(embeds.shape[0], -1)
+        if mask is not None:
+            mask = additive(after_memory(mask, start), embeds.dtype)
+        cache = PrefixCache(prefix) if prefix else None
+        output = self.decoder(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=cache,
+            attention_mask=self._by_layer_type(mask),
+            use_cache=False,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def _by_layer_type(self, mask: torch.Tensor | None) -> Any:
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        return mask if mask is None or len(kinds) < 2 else dict.fromkeys(kinds, mask)
+
+    def attention_inputs(
+        self, embeds: torch.Tensor, rows: slice, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> Captured:
+        """Run `embeds` as `run` does, up to the last layer's attention; return every attention's input at `rows`."""
+        with self._capturing(rows, stop=True) as captured, contextlib.suppress(_Captured):
+            self.run(embeds, positions, mask=mask)
+        return captured
+
+    def run_and_capture(
+        self, embeds: torch.Tensor, rows: slice, positions: torch.Tensor, prefix: Memory, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, Captured]:
+        """Return (last hidden states, every attention's input at `rows`) of one whole forward pass."""
+        with self._capturing(rows, stop=False) as captured:
+            hidden = self.run(embeds, positions, prefix, mask)
+        return hidden, captured
+
+    @contextlib.contextmanager
+    def _capturing(self, rows: slice, stop: bool) -> Iterator[Captured]:
+        captured = Captured()
+        last = len(self.attentions) - 1
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            captured.hidden.append(hidden[:, rows])
+            captured.calls.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+            if stop and len(captured.hidden) > last:
+                raise _Captured
+
+        handles = [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention in self.attentions]
+        recomputes = getattr(self.layers[-1], "gradient_checkpointing", False)
+        if stop and recomputes:  # a layer that is left half-way cannot be checkpointed, and has little to store
+            self.layers[-1].gradient_checkpointing = False
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+            if stop and recomputes:
+                self.layers[-1].gradient_checkpointing = True
+
+    def project(self, captured: Captured, positions: torch.Tensor) -> Memory:
+        """Return keys and values of the captured rows as the attention modules make them, at new `positions` [B, k].
+
+        The modules are called once more, so a family's own norms, head layout and rotation are its own; what adapters
+        are active then decides the projections. Keys come out rotated.
+        """
+        memory: list[torch.Tensor] = []
+        for index, (hidden, call) in enumerate(zip(captured.hidden, captured.calls, strict=True)):
+            states = CapturedStates()
+            changed: dict[str, Any] = {
+                "attention_mask": None,
+                "position_embeddings": self._rotation(hidden, positions, index),
+                **{name: states for name in _CACHE_NAMES if name in call},
+                **({"position_ids": positions} if "position_ids" in call else {}),
+            }
+            self.attentions[index](hidden, **{**call, **changed})
+            assert states.states is not None
+            memory += states.states
+        return tuple(memory)
+
+    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor, layer: int) -> Any:
+        (rotary,) = rotary_modules(self.model)[:1]
+        positions = positions.expand(hidden.shape[0], -1)
+        if isinstance(rotary.rope_type, dict):
+            return rotary(hidden, positions, layer_type=self.config.layer_types[layer])
+        return rotary(hidden, positions)
+
+    # --- embeddings and losses --------------------------------------------------------------------------------------
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [B, N, D] of int64 [B, N]."""
+        embedded: torch.Tensor = self.embedding(tokens)
+        return embedded
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., V] of last hidden states [..., D]."""
+        return scale_logits(self.model, self.head(hidden))
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of `hidden` [B, N, D] against aligned labels [B, N] (-100: none)."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return chunked_cross_entropy(flat, labels.reshape(-1), self.logits, [], self.loss_chunk)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Make sure that what `project` makes is what the model itself puts into its cache."""
+        from transformers import DynamicCache
+
+        name = type(self.model).__name__
+        refusal = (
+            f"{name} does not take its KV cache and rotation as transformers' attention modules do, so longext cannot "
+            "put memories into it. Llama, Mistral, Qwen, Gemma, Phi and GPT-NeoX models work."
+        )
+        tokens = torch.arange(4, device=self.device)[None]
+        try:
+            cache = DynamicCache(config=self.config)
+            self.decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
+            ours = self.project(
+                self.attention_inputs(self.embed(tokens), slice(None)), torch.arange(4)[None].to(tokens)
+            )
+            theirs = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(refusal) from error
+        same = len(ours) == len(theirs) and all(
+            a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=_TOLERANCE, atol=_TOLERANCE)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+        if not same:
+            raise ConfigError(refusal)
+
+
+def _layers(decoder: Any, count: int) -> list[Any]:
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return list(child)
+    raise ConfigError(f"{type(decoder).__name__} has no list of {count} layers: longext cannot put memories into it.")
+
+
+def _attention(layer: Any) -> nn.Module:
+    for child in layer.children():
+        if "attention" in type(child).__name__.lower():
+            found: nn.Module = child
+            return found
+    raise ConfigError(f"{type(layer).__name__} has no attention module: longext cannot put memories into it.")

@@ -1,0 +1,256 @@
+"""What every compressor is: one `step` that reads memories, scores a segment and writes its memory.
+
+Shape legend: B documents, l tokens of a segment, k = l / ratio slots, M slots visible to a segment, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from longext.compressor.adapters import Adapters
+from longext.compressor.backbone import Backbone
+from longext.compressor.memory import Memory, num_slots
+from longext.errors import ConfigError
+from longext.registry import Registry
+from longext.training.losses import IGNORED
+
+REPEAT = -1  # the token id that stands for the trained "repeat the text" vector (auto-encoding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressorSpec:
+    """What a trained compressor is, as compressor.json keeps it.
+
+    Attributes:
+        arch: a name in `COMPRESSORS`.
+        segment: l, tokens of a segment.
+        ratios: the compression ratios it was trained on; the first is the default.
+        sink: raw tokens of the document's start that stay readable (keys and values; 0 for none).
+        overlap: raw tokens before a segment that stay readable beside the memories.
+        memory: "kv" or "soft".
+        rank, alpha: of its adapters.
+    """
+
+    arch: str = "uio"
+    segment: int = 1024
+    ratios: tuple[int, ...] = (8,)
+    sink: int = 1
+    overlap: int = 0
+    memory: str = "kv"
+    rank: int = 128
+    alpha: float = 512.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "ratios": list(self.ratios)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> CompressorSpec:
+        """Return the spec that `to_json` wrote."""
+        return cls(**{**values, "ratios": tuple(values["ratios"])})
+
+    def num_visible(self, segment: int) -> int:
+        """Return how many memories segment number `segment` reads: those not wholly inside the overlap."""
+        return max(0, segment - self.overlap // self.segment)
+
+    def max_segments(self, window: int, ratio: int) -> int:
+        """Return the most segments of a document whose last one still fits: sink + (T - 1) k + overlap + l <= window.
+
+        0 where not even one does.
+        """
+        room = window - self.sink - self.segment - self.overlap
+        if room < 0:
+            return 0
+        return 1 + room // (self.segment // ratio) + self.overlap // self.segment
+
+
+@dataclass
+class Segment:
+    """One segment of B documents.
+
+    Attributes:
+        tokens: int64 [B, l].
+        labels: int64 [B, l], aligned (label p belongs to the output at p), -100 where nothing is scored.
+        before: int64 [B, o], the raw tokens that stay readable before it.
+        sink: int64 [B, s], the first tokens of the documents; empty for segment 0, which holds them itself.
+        ratio: of the memory it writes.
+        teacher: last hidden states [B, l, D] to imitate, or None.
+        weights: of cross-entropy and of the divergence from the teacher.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    before: torch.Tensor
+    sink: torch.Tensor
+    ratio: int
+    teacher: torch.Tensor | None = None
+    weights: tuple[float, float] = field(default=(1.0, 0.0))
+
+
+class Compressor(nn.Module):
+    """Trainable parts around a frozen model. Only they are its parameters: the model is not part of its state.
+
+    Attributes of a class:
+        summary, reference: for tables and cards.
+        recurrent: a memory depends on the memories before it.
+        joint: reading and writing share one forward pass.
+        reads_last: only the previous segment's memory is read.
+        trains_reader: the scoring pass has trained parameters of its own.
+        memories: the kinds of memory it can make.
+
+    Args:
+        backbone: the frozen model.
+        spec: sizes.
+    """
+
+    summary = ""
+    reference = ""
+    recurrent = False
+    joint = False
+    reads_last = False
+    trains_reader = False
+    memories: tuple[str, ...] = ("kv",)
+
+    def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # a tuple hides it from nn.Module: the frozen model is not ours to save
+        self.spec = spec
+        self.adapters = Adapters(backbone.attentions, spec.rank, spec.alpha)
+        self.repeat = nn.Parameter(self.initial_vectors(1)[0])
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        return self._backbone[0]
+
+    @property
+    def is_soft(self) -> bool:
+        """True where memories are vectors, which the decoder reads as if they were embeddings."""
+        return self.spec.memory == "soft"
+
+    def slots(self, ratio: int) -> int:
+        """Return the slots that a segment's memory has."""
+        return self.spec.segment // ratio
+
+    def initial_vectors(self, count: int) -> torch.Tensor:
+        """Return `count` copies of the EOS embedding [count, D] to start from (float32 at least)."""
+        table = self.backbone.embedding.weight
+        eos = self.backbone.config.eos_token_id
+        row = eos[0] if isinstance(eos, (list, tuple)) else eos
+        vector = table[int(row if row is not None else 0)].detach()
+        return vector.to(torch.promote_types(vector.dtype, torch.float32)).repeat(count, 1).clone()
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [B, n, D]; REPEAT becomes the trained vector."""
+        embedded = self.backbone.embed(tokens.clamp(min=0))
+        is_repeat = tokens == REPEAT
+        if bool(is_repeat.any()):
+            embedded = torch.where(is_repeat[..., None], self.repeat.to(embedded.dtype), embedded)
+        return embedded
+
+    def rows(self, vectors: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return trained vectors [k, D] as input rows [B, k, D]."""
+        return vectors.to(self.backbone.dtype).expand(batch, -1, -1)
+
+    def fixed(self, sink: torch.Tensor) -> Memory:
+        """Return keys and values of the sink tokens [B, s] as the frozen model makes them, or () where there are none.
+
+        Architectures of soft memory read the sink as rows instead.
+        """
+        if self.is_soft or not sink.shape[1]:
+            return ()
+        with torch.no_grad():
+            captured = self.backbone.attention_inputs(self.backbone.embed(sink), slice(None))
+            return self.backbone.project(captured, torch.arange(sink.shape[1], device=sink.device)[None])
+
+    # --- what an architecture defines -------------------------------------------------------------------------------
+
+    def step(
+        self, segment: Segment, memory: Memory, first_slot: int, *, loss: bool, write: bool
+    ) -> tuple[torch.Tensor | None, Memory | None]:
+        """Score a segment given memories, and write its own.
+
+        Args:
+            memory: what it reads: for `kv` fixed slots and memories, for `soft` memories alone.
+            first_slot: position of the first slot that it writes.
+            loss, write: which of the two is wanted.
+
+        Returns:
+            (summed loss, a scalar, or None; memory or None).
+        """
+        scored = self.loss(self.read(segment, memory), segment) if loss else None
+        return scored, self.write(segment, memory, first_slot) if write else None
+
+    def read(self, segment: Segment, memory: Memory) -> torch.Tensor:
+        """Return the last hidden states [B, l, D] of the segment given memories."""
+        tokens = torch.cat([segment.before, segment.tokens], 1)
+        embeds = self.embed(tokens)
+        if self.is_soft:
+            embeds = torch.cat([self.embed(segment.sink), *memory, embeds], 1)
+            memory = ()
+        return self.backbone.run(embeds, prefix=memory)[:, -segment.tokens.shape[1] :]
+
+    def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
+        """Return the segment's memory."""
+        raise NotImplementedError
+
+    def write_batch(self, segments: Sequence[Segment], first_slots: Sequence[int]) -> list[Memory]:
+        """Return the memories of several segments that depend on no other (not for recurrent architectures)."""
+        return [self.write(segment, (), slot) for segment, slot in zip(segments, first_slots, strict=True)]
+
+    def loss(self, hidden: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """Return the weighted sum of cross-entropy and, with a teacher, the divergence from it."""
+        from longext.compressor.distillation import divergence
+
+        of_labels, of_teacher = segment.weights
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if of_labels:
+            total = total + of_labels * self.backbone.loss(hidden, segment.labels)
+        if of_teacher and segment.teacher is not None:
+            total = total + of_teacher * divergence(self.backbone, hidden, segment.teacher, segment.labels != IGNORED)
+        return total
+
+
+COMPRESSORS: Registry[type[Compressor]] = Registry("architecture")
+
+
+def check_spec(spec: CompressorSpec, window: int) -> None:
+    """Raise ConfigError for an unknown architecture, a ratio that does not divide the segment, or too small a window."""
+    cls = COMPRESSORS[spec.arch]
+    if spec.memory not in cls.memories:
+        raise ConfigError(f"--memory for {spec.arch} must be {' or '.join(cls.memories)}, got '{spec.memory}'.")
+    for ratio in spec.ratios:
+        if ratio < 1 or spec.segment % ratio:
+            divisors = [n for n in (2, 4, 8, 16, 32, 64) if spec.segment % n == 0]
+            raise ConfigError(
+                f"--ratio {ratio} does not divide --segment {spec.segment}: choose of "
+                f"{', '.join(map(str, divisors)) or 'its divisors'}."
+            )
+    if len(spec.ratios) != len(set(spec.ratios)) or not spec.ratios:
+        raise ConfigError(f"--ratio must be different whole numbers, got {','.join(map(str, spec.ratios))}.")
+    if spec.sink and cls.trains_reader and spec.memory == "kv":
+        raise ConfigError(f"{spec.arch} trains its reader, so sink tokens have no fixed keys: use --sink 0.")
+    if spec.max_segments(window, max(spec.ratios)) < 2:
+        raise ConfigError(
+            f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for memories "
+            f"in the model's {window} positions: choose a shorter --segment, or extend the model first "
+            "(longext extend)."
+        )
+
+
+def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
+    """Return a new compressor of `spec.arch` on `backbone` (ConfigError as `check_spec`)."""
+    import longext.compressor.architectures  # noqa: F401
+
+    check_spec(spec, backbone.window)
+    return COMPRESSORS[spec.arch](backbone, spec)
+
+
+def memory_width(compressor: Compressor, memory: Memory) -> int:
+    """Return the numbers stored per slot, over all tensors of a memory."""
+    return sum(tensor.numel() // tensor.shape[0] for tensor in memory) // max(1, num_slots(memory))

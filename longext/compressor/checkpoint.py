@@ -1,0 +1,185 @@
+"""A trained compressor on disk: compressor.json (what it is, on which model) and compressor.safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.checkpoint.source import read_config, resolve_model, sample_weights
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import Compressor, CompressorSpec, build_compressor
+from longext.errors import CheckpointError
+from longext.evaluation.model import (
+    HFLanguageModel,
+    first_line,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+)
+
+DESCRIPTION = "compressor.json"
+WEIGHTS = "compressor.safetensors"
+SCHEMA = "longext.compressor/1"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model a compressor belongs to.
+
+    Attributes:
+        name: as the user named it; a directory is made absolute.
+        revision: of a Hub id.
+        directory: where it lies here.
+        weights: a hash that tells its weights from others.
+    """
+
+    name: str
+    revision: str | None
+    directory: Path
+    weights: str
+
+
+def find_base(name: str, revision: str | None = None) -> BaseModel:
+    """Return the base model called `name` (CheckpointError where there is none)."""
+    directory = resolve_model(name, revision)
+    path = Path(name).expanduser()
+    return BaseModel(str(path.resolve()) if path.is_dir() else name, revision, directory, sample_weights(directory))
+
+
+def save_compressor(directory: Path, compressor: Compressor, base: BaseModel) -> None:
+    """Write the two files of a compressor; parameters in float32."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in compressor.state_dict().items()}
+    save_file(state, directory / WEIGHTS)
+    description = {
+        "schema": SCHEMA,
+        "spec": compressor.spec.to_json(),
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "base_weights": base.weights,
+        "window": compressor.backbone.window,
+    }
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def is_compressor(directory: str | Path) -> bool:
+    """True for a directory that holds a trained compressor."""
+    return (Path(directory).expanduser() / DESCRIPTION).is_file()
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Return what compressor.json says.
+
+    Raises:
+        CheckpointError: there is none, or it is not of this schema.
+    """
+    try:
+        value = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        assert value["schema"] == SCHEMA
+        CompressorSpec.from_json(value["spec"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{directory} is no trained compressor: it has no readable {DESCRIPTION}. Give the -o directory of "
+            "`longext compress-train`."
+        ) from error
+    found: dict[str, Any] = value
+    return found
+
+
+def load_backbone(base: BaseModel, *, device: str = "auto", dtype: str = "auto", attention: str | None = None) -> Any:
+    """Return (backbone, tokenizer) of the base model, ready for memories.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+        ConfigError: memories cannot be put into it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    where = resolve_device(device)
+    tokenizer = load_tokenizer(base.directory, False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.directory, dtype=resolve_dtype(dtype, where), attn_implementation=attention or _attention(base)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {base.directory}: {first_line(error)}") from error
+    return Backbone(model.to(where)), tokenizer
+
+
+def _attention(base: BaseModel) -> str | None:
+    """Return eager for families that cap attention scores, which SDPA cannot; else transformers' choice."""
+    config = read_config(base.directory)
+    text = config.get("text_config", config)
+    return "eager" if text.get("attn_logit_softcapping") else None
+
+
+@dataclass(frozen=True)
+class LoadedCompressor:
+    """A compressor ready for use, with its tokenizer and where it came from."""
+
+    compressor: Compressor
+    tokenizer: Any
+    base: BaseModel
+    directory: Path
+
+    @property
+    def plain(self) -> HFLanguageModel:
+        """The base model by itself, sharing the weights."""
+        model = self.compressor.backbone.model
+        return HFLanguageModel(
+            self.base.name, model, self.tokenizer, read_config(self.base.directory), self.base.directory
+        )
+
+
+def load_compressor(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+) -> LoadedCompressor:
+    """Load a trained compressor and the model it belongs to.
+
+    Args:
+        base: where that model lies now, if it is not where training found it.
+
+    Raises:
+        CheckpointError: no compressor there, its model is missing, or is another than it was trained on.
+    """
+    folder = Path(directory).expanduser()
+    description = read_description(folder)
+    found = find_base(base or description["base_model"], None if base else description["base_revision"])
+    if found.weights != description["base_weights"]:
+        raise CheckpointError(
+            f"{folder} was trained on other weights than {found.directory} holds (a compressor fits only the model it "
+            f"was trained on: {description['base_model']}). Give that model."
+        )
+    backbone, tokenizer = load_backbone(found, device=device, dtype=dtype, attention=attention)
+    compressor = build_compressor(backbone, CompressorSpec.from_json(description["spec"]))
+    load_state(compressor, folder)
+    return LoadedCompressor(compressor.eval(), tokenizer, found, folder)
+
+
+def load_state(compressor: Compressor, directory: Path) -> None:
+    """Read the weights in `directory` into `compressor`.
+
+    Raises:
+        CheckpointError: they are missing or of other shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(directory / WEIGHTS)
+        compressor.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS} does not fit this compressor: {first_line(error)}") from error
+    compressor.to(torch.promote_types(compressor.backbone.dtype, torch.float32)).to(compressor.backbone.device)
