@@ -147,7 +147,7 @@ class Compressor(nn.Module):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return embeddings [B, n, D]; REPEAT becomes the trained vector."""
-        embedded = self.backbone.embed(tokens.clamp(min=0))
+        embedded: torch.Tensor = self.backbone.embed(tokens.clamp(min=0))
         is_repeat = tokens == REPEAT
         if bool(is_repeat.any()):
             embedded = torch.where(is_repeat[..., None], self.repeat.to(embedded.dtype), embedded)
@@ -237,8 +237,8 @@ def check_spec(spec: CompressorSpec, window: int) -> None:
         raise ConfigError(f"{spec.arch} trains its reader, so sink tokens have no fixed keys: use --sink 0.")
     if spec.max_segments(window, max(spec.ratios)) < 2:
         raise ConfigError(
-            f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for memories "
-            f"in the model's {window} positions: choose a shorter --segment, or extend the model first "
+            f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for "
+            f"memories in the model's {window} positions: choose a shorter --segment, or extend the model first "
             "(longext extend)."
         )
 

@@ -37,7 +37,7 @@ def split_segments(
 
 
 def reconstruction_segments(tokens: torch.Tensor, ratio: int, sink: int) -> list[Segment]:
-    """Return the two segments of auto-encoding: text to remember, and the repeat token that asks for it (arXiv 2307.06945).
+    """Return the two segments of auto-encoding: a text, and the repeat token that asks for it (ICAE, arXiv 2307.06945).
 
     Args:
         tokens: int64 [B, l].

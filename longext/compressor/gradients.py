@@ -5,7 +5,7 @@ another, so dJ/dm_s adds up over the readers t > s and is pulled back through se
 
     encode all s without a graph;  for each t: J_t.backward() into the leaves;  for each s: encode again, pull back.
 
-For recurrent architectures the same holds in reverse order (t = T .. 1): when t is reached, every reader of m_t has run.
+For recurrent architectures the same holds in reverse order (t = T .. 1): at t, all readers of m_t have run.
 Both equal autograd through one graph of the whole document.
 """
 

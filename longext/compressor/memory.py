@@ -1,7 +1,7 @@
 """Memories of a document: where they are kept, how a frozen model reads them, where their gradients add up.
 
-A memory is a flat tuple of tensors whose axis -2 counts slots: `kv` has keys and values of every layer (K0, V0, K1, ...,
-each [B, num_kv_heads, k, head_dim], keys rotated to their final positions), `soft` one tensor of vectors [B, k, D].
+A memory is a flat tuple of tensors whose axis -2 counts slots: `kv` has keys and values of every layer (K0, V0, K1,
+..., each [B, num_kv_heads, k, head_dim], keys rotated to their final positions), `soft` one tensor of vectors [B, k, D].
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def num_slots(memory: Memory) -> int:
 
 
 def num_bytes(memory: Memory) -> int:
-    """Return the bytes its tensors hold on to: of their whole storages, so that a view counts as what it keeps alive."""
+    """Return the bytes its tensors hold on to: whole storages, so that a view counts as what it keeps alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in memory}
     return sum(storages.values())
 

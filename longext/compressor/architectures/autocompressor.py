@@ -11,7 +11,7 @@ from longext.compressor.memory import Memory
 
 
 class AutoCompressor(Compressor):
-    """[sink | summaries of all segments before | segment | summary tokens]; the last hidden states of these are kept."""
+    """[sink | summaries of all segments before | segment | summary tokens]; last hidden states of these are kept."""
 
     summary = "summary vectors accumulate; one adapted model reads and writes in one pass"
     reference = "AutoCompressor, arXiv 2305.14788"
