@@ -142,7 +142,7 @@ class Compressor(nn.Module):
         table = self.backbone.embedding.weight
         eos = self.backbone.config.eos_token_id
         row = eos[0] if isinstance(eos, (list, tuple)) else eos
-        vector = table[int(row if row is not None else 0)].detach()
+        vector: torch.Tensor = table[int(row if row is not None else 0)].detach()
         return vector.to(torch.promote_types(vector.dtype, torch.float32)).repeat(count, 1).clone()
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ COMPRESSORS: Registry[type[Compressor]] = Registry("architecture")
 
 
 def check_spec(spec: CompressorSpec, window: int) -> None:
-    """Raise ConfigError for an unknown architecture, a ratio that does not divide the segment, or too small a window."""
+    """Raise ConfigError for an unknown architecture, a ratio that does not divide it, too small a window."""
     cls = COMPRESSORS[spec.arch]
     if spec.memory not in cls.memories:
         raise ConfigError(f"--memory for {spec.arch} must be {' or '.join(cls.memories)}, got '{spec.memory}'.")

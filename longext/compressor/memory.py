@@ -1,7 +1,7 @@
 """Memories of a document: where they are kept, how a frozen model reads them, where their gradients add up.
 
 A memory is a flat tuple of tensors whose axis -2 counts slots: `kv` has keys and values of every layer (K0, V0, K1,
-..., each [B, num_kv_heads, k, head_dim], keys rotated to their final positions), `soft` one tensor of vectors [B, k, D].
+..., each [B, num_kv_heads, k, head_dim], keys rotated to their final positions), `soft` one tensor [B, k, D].
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def share(count: int, group: Any) -> list[int]:
-    """Return the segments of 0 .. count - 1 that are this rank's: every P-th, which deals out the late, costly readers."""
+    """Return the segments of 0 .. count - 1 that are this rank's: every P-th, so late ones are dealt out."""
     if group is None:
         return list(range(count))
     return list(range(dist.get_rank(group), count, dist.get_world_size(group)))
