@@ -164,7 +164,7 @@ class Backbone:
             states = CapturedStates()
             changed: dict[str, Any] = {
                 "attention_mask": None,
-                "position_embeddings": self._rotation(hidden, positions, index),
+                "position_embeddings": self.rotation(hidden, positions, index),
                 **{name: states for name in _CACHE_NAMES if name in call},
                 **({"position_ids": positions} if "position_ids" in call else {}),
             }
@@ -173,12 +173,13 @@ class Backbone:
             memory += states.states
         return tuple(memory)
 
-    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor, layer: int) -> Any:
-        (rotary,) = rotary_modules(self.model)[:1]
-        positions = positions.expand(hidden.shape[0], -1)
+    def rotation(self, like: torch.Tensor, positions: torch.Tensor, layer: int) -> Any:
+        """Return (cos, sin) of `positions` [B, k] as `layer` takes them, in the dtype of `like` [B, ...]."""
+        rotary = rotary_modules(self.model)[0]
+        positions = positions.expand(like.shape[0], -1)
         if isinstance(rotary.rope_type, dict):
-            return rotary(hidden, positions, layer_type=self.config.layer_types[layer])
-        return rotary(hidden, positions)
+            return rotary(like, positions, layer_type=self.config.layer_types[layer])
+        return rotary(like, positions)
 
     # --- embeddings and losses --------------------------------------------------------------------------------------
 
