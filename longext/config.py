@@ -124,7 +124,7 @@ class CompareConfig(RuntimeConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(RuntimeConfig):
     """What every training run shares: steps, optimiser, memory, checkpoints, processes."""
 
     num_steps: int = 1000
@@ -154,7 +154,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RuntimeConfig, DataConfig, RopeConfig, TrainingConfig):
+class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
     """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
 
     data: str = ""
@@ -176,6 +176,32 @@ class FinetuneConfig(RuntimeConfig, DataConfig, RopeConfig, TrainingConfig):
     group_size: int | None = None
     group_ratio: float = 0.25
     backend: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(TrainingConfig, DataConfig):
+    """`longext compress-train`: train a compressor on a frozen model (UIO-LLMs and its family)."""
+
+    data: str = ""
+    split: str = "train"
+    prompt: str = "auto"
+    arch: str = "uio"
+    memory: str | None = None
+    segment: int = 1024
+    ratio: tuple[int, ...] = (8,)
+    sink: int | None = None
+    overlap: int = 0
+    document_length: int | None = None
+    objectives: str = "lm"
+    gradient: str = "exact"
+    grad_check: int | None = None
+    lora_r: int = 128
+    lora_alpha: int = 512
+    init: str | None = None
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +399,11 @@ _AT_LEAST = {
     "group_size": 2,
     "length": 1,
     "num_tokens": 1,
+    "segment": 2,
+    "sink": 0,
+    "overlap": 0,
+    "document_length": 2,
+    "grad_check": 1,
 }
 
 

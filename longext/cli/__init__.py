@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.errors import reported_errors
 
-_ORDER = ("extend", "finetune", "merge", "plan", "inspect", "verify", "eval", "passkey", "compare")
+_ORDER = ("extend", "finetune", "merge", "compress-train", "plan", "inspect", "verify", "eval", "passkey", "compare")
 
 
 class _Group(TyperGroup):
@@ -52,4 +52,4 @@ def _root(
     """Extend, train and evaluate long-context Hugging Face checkpoints."""
 
 
-from longext.cli import compare, evaluate, extend, finetune, inspect, merge, passkey, plan, verify  # noqa: E402, F401
+from longext.cli import compare, compress, evaluate, extend, finetune, inspect, merge, passkey, plan, verify  # noqa: E402, F401

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +23,7 @@ from longext.cli.options import (
     TextField,
     config_from,
 )
+from longext.cli.running import check_directories, close_run, kept_once_started, open_run
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError
 
@@ -109,7 +108,7 @@ def finetune(
     check_finetune_config(config)
     extension = plan_training_rope(config)
     target = Path(str(config.output))
-    work = target if config.output is None else _check_directories(config, target, extension.source)
+    work = target if config.output is None else check_directories(config, target, extension.source)
     if dry_run:
         _dry_run(config)
         return
@@ -142,20 +141,6 @@ def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
     open_training_rows(config, extension, tokenizer, tokenising(config.data))
 
 
-def _check_directories(config: FinetuneConfig, output: Path, source: Path) -> Path:
-    """Return the working directory of the run after checking that it and the output may be written."""
-    from longext.staging import check_output, is_ours
-
-    check_output(output, config.force, protected=source)
-    work = output.with_name(f"{output.name}.running")
-    exists = work.is_dir() and any(work.iterdir())
-    if config.resume and not exists:
-        raise ConfigError(f"Nothing to resume: there is no {work}. Leave --resume out to start the run.")
-    if exists and not config.resume and not (config.force and is_ours(work)):
-        raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or --force to start over.")
-    return work
-
-
 def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
     from longext.reporting.console import print_table, progress, tokenising
     from longext.reporting.training_views import run_table
@@ -168,12 +153,12 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
 
     def start(run: Run) -> None:
         if is_main_process():
-            locks.append(_open(config, work))
+            locks.append(open_run(config, work, "finetune"))
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
 
-    with _kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
+    with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
         on_tokens = tokenising(config.data) if is_main_process() else None
         result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens)
     if is_main_process():
@@ -181,53 +166,14 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
     wait_for_all()
 
 
-@contextlib.contextmanager
-def _kept_once_started(work: Path) -> Iterator[None]:
-    """Remove the working directory of a run that failed before its first step: there is nothing in it."""
-    import shutil
-
-    from longext.training.callbacks import METRICS_NAME, read_metrics
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-    from longext.training.processes import is_main_process
-
-    try:
-        yield
-    except BaseException:
-        metrics = work / METRICS_NAME
-        started = metrics.is_file() and any("loss" in line for line in read_metrics(metrics))
-        if is_main_process() and not started and not complete_checkpoints(work / CHECKPOINTS):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _open(config: FinetuneConfig, work: Path) -> Any:
-    """Make the working directory, or take up the one that is there; return what holds its lock."""
-    import shutil
-
-    from longext.manifest import write_manifest
-    from longext.training.processes import hold_directory
-
-    lock = hold_directory(work) if work.is_dir() else None
-    if work.is_dir() and not config.resume:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        write_manifest(work, "finetune", config, state="running")
-        lock = hold_directory(work)
-    return lock
-
-
 def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
     """Write manifest, card, table and picture beside the adapter; give the directory its name; say what is next."""
     from longext.cli.output import show
     from longext.reporting.console import say
     from longext.reporting.training_output import write_training_output
-    from longext.staging import replace_directory
 
     tables, record = write_training_output(config, result)
-    (result.directory / ".lock").unlink(missing_ok=True)
-    replace_directory(result.directory, output, config.force)
+    close_run(result.directory, output, config.force)
     show(record, tables, as_json=as_json)
     if as_json:
         return

@@ -6,7 +6,7 @@ Shape legend: B rows, N tokens, D hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -180,6 +180,22 @@ class Backbone:
         if isinstance(rotary.rope_type, dict):
             return rotary(like, positions, layer_type=self.config.layer_types[layer])
         return rotary(like, positions)
+
+    def enable_checkpointing(self, adapters: Any, offload: bool, enable: Callable[[Any, bool], None]) -> None:
+        """Run layers again in the backward pass instead of storing what is inside them.
+
+        Memories stay readable (transformers drops writable caches there), and a layer runs again under the `adapters`
+        it first ran under.
+
+        Args:
+            enable: switches transformers' checkpointing on for (model, offload).
+        """
+        enable(self.model, offload)
+        self.model.disable_input_require_grads()
+        for layer in self.layers:
+            layer._can_checkpoint_with_cache = True
+            layer._gradient_checkpointing_func = adapters.remembering(layer._gradient_checkpointing_func)
+            layer.training = True  # the layer alone: what is inside stays in eval mode, without dropout
 
     # --- embeddings and losses --------------------------------------------------------------------------------------
 

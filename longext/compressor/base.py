@@ -5,6 +5,7 @@ Shape legend: B documents, l tokens of a segment, k = l / ratio slots, M slots v
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -102,6 +103,8 @@ class Compressor(nn.Module):
         reads_last: only the previous segment's memory is read.
         trains_reader: the scoring pass has trained parameters of its own.
         memories: the kinds of memory it can make.
+        reader: adapter set of the scoring pass; None for the frozen model.
+        nested: a memory of a higher ratio is a subset of that of a lower one, so ratios it was not trained on work too.
 
     Args:
         backbone: the frozen model.
@@ -115,6 +118,8 @@ class Compressor(nn.Module):
     reads_last = False
     trains_reader = False
     memories: tuple[str, ...] = ("kv",)
+    reader: str | None = None
+    nested = False
 
     def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
         super().__init__()
@@ -168,6 +173,11 @@ class Compressor(nn.Module):
             captured = self.backbone.attention_inputs(self.backbone.embed(sink), slice(None))
             return self.backbone.project(captured, torch.arange(sink.shape[1], device=sink.device)[None])
 
+    @classmethod
+    def max_segments(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
+        """Return the most segments of a document that fit `window` positions at this ratio."""
+        return spec.max_segments(window, ratio)
+
     # --- what an architecture defines -------------------------------------------------------------------------------
 
     def step(
@@ -188,12 +198,26 @@ class Compressor(nn.Module):
 
     def read(self, segment: Segment, memory: Memory) -> torch.Tensor:
         """Return the last hidden states [B, l, D] of the segment given memories."""
-        tokens = torch.cat([segment.before, segment.tokens], 1)
-        embeds = self.embed(tokens)
+        embeds = self.embed(torch.cat([segment.before, segment.tokens], 1))
         if self.is_soft:
-            embeds = torch.cat([self.embed(segment.sink), *memory, embeds], 1)
+            embeds = torch.cat([self.prefix_rows(segment.sink, memory, segment.ratio), embeds], 1)
             memory = ()
-        return self.backbone.run(embeds, prefix=memory)[:, -segment.tokens.shape[1] :]
+        with self.reading():
+            return self.backbone.run(embeds, prefix=memory)[:, -segment.tokens.shape[1] :]
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context that the scoring pass runs in: the reader's adapters and no others."""
+        return self.adapters.use(self.reader)
+
+    def prefix_rows(self, sink: torch.Tensor, memory: Memory, ratio: int) -> torch.Tensor:
+        """Return the input rows [B, n, D] that stand before the raw tokens where memory is soft.
+
+        Args:
+            sink: int64 [B, s].
+            memory: vectors [B, M, D].
+            ratio: of the segment that is read.
+        """
+        return torch.cat([self.embed(sink), *memory], 1)
 
     def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
         """Return the segment's memory."""
@@ -235,7 +259,9 @@ def check_spec(spec: CompressorSpec, window: int) -> None:
         raise ConfigError(f"--ratio must be different whole numbers, got {','.join(map(str, spec.ratios))}.")
     if spec.sink and cls.trains_reader and spec.memory == "kv":
         raise ConfigError(f"{spec.arch} trains its reader, so sink tokens have no fixed keys: use --sink 0.")
-    if spec.max_segments(window, max(spec.ratios)) < 2:
+    if cls.reads_last and len(spec.ratios) > 1:
+        raise ConfigError(f"{spec.arch} hands one memory of fixed size on: give one --ratio.")
+    if cls.max_segments(spec, window, max(spec.ratios)) < 2:
         raise ConfigError(
             f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for "
             f"memories in the model's {window} positions: choose a shorter --segment, or extend the model first "

@@ -92,7 +92,14 @@ def read_description(directory: Path) -> dict[str, Any]:
     return found
 
 
-def load_backbone(base: BaseModel, *, device: str = "auto", dtype: str = "auto", attention: str | None = None) -> Any:
+def load_backbone(
+    base: BaseModel,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    loss_chunk: int = 4096,
+) -> tuple[Backbone, Any]:
     """Return (backbone, tokenizer) of the base model, ready for memories.
 
     Raises:
@@ -110,7 +117,7 @@ def load_backbone(base: BaseModel, *, device: str = "auto", dtype: str = "auto",
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {base.directory}: {first_line(error)}") from error
-    return Backbone(model.to(where)), tokenizer
+    return Backbone(model.to(where), loss_chunk), tokenizer
 
 
 def _attention(base: BaseModel) -> str | None:

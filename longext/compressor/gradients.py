@@ -22,6 +22,7 @@ import torch.distributed as dist
 from longext.compressor.base import Compressor, Segment
 from longext.compressor.memory import Memory, MemoryGradients, MemoryStore, join
 from longext.compressor.policies import Policy, Weights
+from longext.training.losses import IGNORED
 
 _ENCODED_AT_ONCE = 16_384  # tokens of one encoder pass without a graph
 
@@ -60,15 +61,25 @@ class Document:
         return (max(0, last - 1), last) if self.compressor.reads_last else (0, last)
 
     def is_scored(self, t: int) -> bool:
-        """True where the loss of segment t depends on anything that is trained."""
-        return self.compressor.trains_reader or self.visible[t] > 0 or bool((self.segments[t].tokens < 0).any())
+        """True where segment t has labels, and its loss depends on anything that is trained."""
+        segment = self.segments[t]
+        trained = self.compressor.trains_reader or self.visible[t] > 0 or bool((segment.tokens < 0).any())
+        return trained and bool((segment.labels != IGNORED).any())
 
     def read(self, t: int, memory: Memory, *, write: bool = False) -> tuple[torch.Tensor, Memory | None]:
-        """Return (loss of segment t, its memory where `write`)."""
+        """Return (loss of segment t, its memory where `write`); 0 where nothing trained is scored."""
         first = 0 if t >= len(self.slots) else sum(self.slots[:t]) + self.segments[-1].sink.shape[1]
-        loss, made = self.compressor.step(self.segments[t], memory, first, loss=True, write=write)
-        assert loss is not None
-        return loss, made
+        scored = self.is_scored(t)
+        if not scored and not write:
+            return self.zero, None
+        loss, made = self.compressor.step(self.segments[t], memory, first, loss=scored, write=write)
+        return self.zero if loss is None else loss, made
+
+    @property
+    def zero(self) -> torch.Tensor:
+        """A loss of nothing."""
+        backbone = self.compressor.backbone
+        return torch.zeros((), dtype=torch.promote_types(backbone.dtype, torch.float32), device=backbone.device)
 
     def write(self, t: int, store: MemoryStore) -> Memory:
         """Return the memory of segment t given those before it."""
@@ -78,6 +89,9 @@ class Document:
 
 def backprop(document: Document, policy: Policy, rng: np.random.Generator, group: Any = None) -> torch.Tensor:
     """Add the gradient of scale * sum_t J_t, weighed by `policy`, to the parameters; return sum_t J_t (no graph).
+
+    The sum is over the segments whose loss depends on what is trained: under a frozen reader not those without a
+    memory to read.
 
     Args:
         rng: draws the policy's schedule.
@@ -101,11 +115,12 @@ def _one_graph(document: Document) -> torch.Tensor:
         first, last = document.span(t)
         memory = join([fixed if first == 0 else (), *made[first:last]])
         loss, written = document.read(t, memory, write=t < len(document.slots))
-        losses.append(loss if document.is_scored(t) else loss.detach())
+        losses.append(loss)
         if written is not None:
             made.append(written)
     total = torch.stack(losses).sum()
-    (total * document.scale).backward()
+    if total.requires_grad:
+        (total * document.scale).backward()
     return total.detach()
 
 
@@ -113,8 +128,7 @@ def _score(document: Document, t: int, store: MemoryStore, grads: MemoryGradient
     """Take the gradient of J_t with respect to the memories it reads (and of what else is trained); return J_t."""
     first, last = document.span(t)
     if not document.is_scored(t):
-        with torch.no_grad():
-            return document.read(t, store.view(first, last))[0]
+        return document.zero
     leaves = store.leaves(first, last)
     loss, _ = document.read(t, leaves)
     (loss * document.scale).backward()
@@ -143,7 +157,9 @@ def _sweep(document: Document, weights: Weights, group: Any) -> torch.Tensor:
                 store.put(s, memory)
     gather_memories(store, document, group)
     grads = MemoryGradients(store)
-    total = torch.stack([_score(document, t, store, grads, weights) for t in readers]).sum()
+    total = document.zero
+    for t in readers:
+        total = total + _score(document, t, store, grads, weights)
     scatter_gradients(grads, group)
     for s in writers:
         if weights[:, s].any():

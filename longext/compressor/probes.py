@@ -15,24 +15,17 @@ class ProbeCompressor(Compressor):
     """An encoder pass over [segment | probes]; memories depend on their own segment alone.
 
     Attributes of a class:
-        encoder, transfer, reader: adapter sets of the encoder pass, of the projection to keys and values, and of the
-            scoring pass; None for the frozen model.
-        nested: probes read prefixes and not each other (`prefix_mask`), so ratios nest; else they are causal.
+        encoder, transfer: adapter sets of the encoder pass and of the projection to keys and values; None for the
+            frozen model.
+        nested: probes read prefixes and not each other (`prefix_mask`); else they are causal.
     """
 
     encoder: str | None = None
     transfer: str | None = None
-    reader: str | None = None
-    nested = False
 
     def probes(self, count: int) -> torch.Tensor:
         """Return the probes' input vectors [count, D]."""
         raise NotImplementedError
-
-    def read(self, segment: Segment, memory: Memory) -> torch.Tensor:
-        """Score with the reader's adapters."""
-        with self.adapters.use(self.reader):
-            return super().read(segment, memory)
 
     def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
         """Encode one segment."""
@@ -66,7 +59,7 @@ class ProbeCompressor(Compressor):
     def _inputs(self, tokens: torch.Tensor, ratio: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length = tokens.shape
         count, device = length // ratio, tokens.device
-        embeds = torch.cat([self.backbone.embed(tokens), self.rows(self.probes(count), batch)], 1)
+        embeds = torch.cat([self.embed(tokens), self.rows(self.probes(count), batch)], 1)
         text = torch.arange(length, device=device)
         if self.nested:
             positions = torch.cat([text, probe_positions(length, ratio, device)])

@@ -30,6 +30,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, path: Path | None, tokens_per_step: int, on_progress: Report | None) -> None:
         self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
+        self.extra: tuple[str, ...] = ()  # what else a run logs: kept in its lines
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer's own, for TensorBoard and W&B
         self._last = 0.0
         self._last_step = 0
@@ -73,6 +74,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             "tokens": state.global_step * self.tokens_per_step,
             "tokens_per_second": tokens / (now - self._last),
             "peak_memory_gib": peak_memory(args.device) / 2**30,
+            **{name: value for name, value in logs.items() if name in self.extra},
         }
         self._last, self._last_step = now, state.global_step
         self._write(line)

@@ -1,7 +1,7 @@
 """The one training engine: transformers' Trainer on accelerate, for one process or many.
 
-What it adds: attention plans from document ids, sequence parallelism, complete-or-absent checkpoints, a stop at NaN
-that names the batch, a stop at SIGTERM that saves first, and data whose order depends on the seed alone.
+What it adds: complete-or-absent checkpoints, a stop at NaN that names the batch, a stop at SIGTERM that saves first,
+and data whose order depends on the seed alone; for attention variants plans from document ids and sequence parallelism.
 """
 
 from __future__ import annotations
@@ -53,9 +53,6 @@ class Engine(Trainer):  # type: ignore[misc]
 
     Args:
         rows: the training rows.
-        group_size: G of S2-Attn, in tokens.
-        backend: attention backend.
-        separate_documents: documents of a row do not attend to one another.
         sequence: the ranks that share each row.
         fingerprint: what decides the run's numbers; stored with each checkpoint.
         keep_checkpoints: how many to keep.
@@ -66,9 +63,6 @@ class Engine(Trainer):  # type: ignore[misc]
         self,
         *,
         rows: Rows,
-        group_size: int,
-        backend: str,
-        separate_documents: bool,
         sequence: SequenceGroup | None,
         fingerprint: dict[str, Any],
         keep_checkpoints: int,
@@ -76,14 +70,53 @@ class Engine(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(train_dataset=rows, **kwargs)
         self.rows = rows
-        self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
         self.sequence = sequence
         self.fingerprint, self.keep_checkpoints = fingerprint, keep_checkpoints
-        self.model_accepts_loss_kwargs = True  # our loss hook divides by num_items_in_batch
+        self.model_accepts_loss_kwargs = True  # losses here are divided by num_items_in_batch
         self._row_numbers: torch.Tensor | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run forward and backward; a loss that is not finite ends the run and names the rows."""
+        self._row_numbers = inputs["row"]
+        loss: torch.Tensor = self.forward_backward(model, inputs, *args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            where = "; ".join(self.rows.rows.describe(number) for number in self._row_numbers.tolist())
+            raise TrainingError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}, in {where}. Lower --learning-rate, "
+                "look at that text, or go on from the last checkpoint, if there is one, with --resume."
+            )
+        return loss
+
+    def forward_backward(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add the gradient of one batch and return its loss; Trainer's own way unless overridden."""
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if dist.is_initialized():
+            dist.barrier()
+        if self.args.should_save:
+            directory = Path(self.args.output_dir)
+            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.fingerprint)
+            keep_last(directory, self.keep_checkpoints)
+
+
+class AttentionEngine(Engine):
+    """The engine of a model that trains under an attention variant: every batch gets its `AttentionPlan`.
+
+    Args:
+        group_size: G of S2-Attn, in tokens.
+        backend: attention backend.
+        separate_documents: documents of a row do not attend to one another.
+    """
+
+    def __init__(self, *, group_size: int, backend: str, separate_documents: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the summed loss over the step's tokens, divided by their number in all processes."""
@@ -94,7 +127,7 @@ class Engine(Trainer):  # type: ignore[misc]
 
     def _forward_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Turn a batch of rows into what the model's forward takes; this rank's share of it where rows are shared."""
-        self._row_numbers = inputs.pop("row")
+        inputs.pop("row")
         documents = inputs.pop("document_ids")
         if "shift_labels" in inputs:  # accelerate's context parallelism has cut and shifted them already
             return {**{name: x for name, x in inputs.items() if name != "labels"}, "use_cache": False}
@@ -116,27 +149,6 @@ class Engine(Trainer):  # type: ignore[misc]
             PLAN: AttentionPlan(layout, self.group_size, self.backend, self.sequence),
             "use_cache": False,
         }
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward; a loss that is not finite ends the run and names the rows."""
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            numbers = [] if self._row_numbers is None else self._row_numbers.tolist()
-            where = "; ".join(self.rows.rows.describe(number) for number in numbers)
-            raise TrainingError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}, in {where}. Lower --learning-rate, "
-                "look at that text, or go on from the last checkpoint, if there is one, with --resume."
-            )
-        return loss
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        if dist.is_initialized():
-            dist.barrier()
-        if self.args.should_save:
-            directory = Path(self.args.output_dir)
-            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.fingerprint)
-            keep_last(directory, self.keep_checkpoints)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]

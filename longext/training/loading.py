@@ -15,7 +15,7 @@ from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_
 from longext.checkpoint.extend import extended_config, plan_extension, provenance
 from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model, sample_weights
-from longext.config import ExtendConfig, FinetuneConfig, RopeConfig
+from longext.config import ExtendConfig, FinetuneConfig, RopeConfig, RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import (
     build_model_config,
@@ -151,7 +151,7 @@ def attention_of(config: FinetuneConfig) -> str:
     return config.attention or ("full" if config.positions == "pose" else "s2")
 
 
-def training_device(config: FinetuneConfig) -> torch.device:
+def training_device(config: RuntimeConfig) -> torch.device:
     """Return this process's device: with several processes, one CUDA device each."""
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is None:

@@ -30,7 +30,7 @@ from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import check_fingerprint, complete_checkpoints, drop_incomplete
-from longext.training.engine import Engine, Rows, StopOnSignal
+from longext.training.engine import AttentionEngine, Engine, Rows, StopOnSignal
 from longext.training.loading import (
     Extension,
     attention_of,
@@ -145,14 +145,14 @@ def finetune_checkpoint(
     check_finetune_config(config)
     run = prepare(config, directory, on_tokens)
     fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
-    resume_from = _find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
+    resume_from = find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
     metrics = Metrics(
         directory / METRICS_NAME if is_main_process() else None, run.global_batch * run.row_length, on_progress
     )
     signals = StopOnSignal()
-    engine = Engine(
+    engine = AttentionEngine(
         model=run.model,
-        args=trainer_arguments(config, directory / CHECKPOINTS, run.device),
+        args=trainer_arguments(config, directory / CHECKPOINTS, run.device, uses_autocast(config, run.device)),
         data_collator=collate_rows,
         rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
         group_size=run.group_size,
@@ -164,7 +164,7 @@ def finetune_checkpoint(
         callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
     metrics.log = engine.log
-    _quiet(engine)
+    quiet_trainer(engine)
     if on_start:
         on_start(run)
     directory.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def finetune_checkpoint(
     chunked = chunked_loss(run.base, config.loss_chunk) if head_is_plain_in(run) else contextlib.nullcontext()
     with signals, chunked:
         engine.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    _raise_if_stopped(signals, engine, directory)
+    raise_if_stopped(signals, engine, directory)
     save_trained(run, engine)
     record = run_record(run, time.perf_counter() - started)
     wait_for_all()
@@ -298,7 +298,7 @@ def default_lengths(extension: Extension) -> tuple[int, ...]:
     )
 
 
-def _find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
+def find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
     """Return the last complete checkpoint of this very run, or None where the run stopped before its first."""
     if is_main_process():
         drop_incomplete(directory)
@@ -310,7 +310,8 @@ def _find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | Non
     return found[-1]
 
 
-def _raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:
+def raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:
+    """Raise TrainingStopped where a signal ended the run before its last step."""
     done, wanted = engine.state.global_step, engine.state.max_steps
     if signals.received and done < wanted:
         name = signal.Signals(signals.received).name
@@ -321,7 +322,7 @@ def _raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) ->
         )
 
 
-def _quiet(engine: Engine) -> None:
+def quiet_trainer(engine: Engine) -> None:
     """Take away the printing and bars of transformers: longext shows its own."""
     from transformers import PrinterCallback, ProgressCallback
 

@@ -13,10 +13,10 @@ import torch
 
 from longext.attention.backends import BACKENDS
 from longext.attention.shifted import ATTENTION_VARIANTS
-from longext.config import FinetuneConfig, RopeConfig
+from longext.config import FinetuneConfig, RopeConfig, TrainingConfig
 from longext.errors import ConfigError, MissingExtraError
 from longext.rope.methods import ROPE_METHODS
-from longext.training.loading import Extension, attention_of, training_device, uses_autocast
+from longext.training.loading import Extension, attention_of, training_device
 from longext.training.processes import is_launched, is_sharded
 from longext.training.tuning import TUNINGS
 
@@ -76,7 +76,7 @@ def check_finetune_config(config: FinetuneConfig) -> None:
     _check_numbers(config)
     _check_combinations(config)
     _check_processes(config)
-    _check_reporting(config.report_to)
+    check_reporting(config.report_to)
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
@@ -170,13 +170,18 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
         )
 
 
-def _check_reporting(report_to: str) -> None:
+def check_reporting(report_to: str) -> None:
+    """Raise MissingExtraError where the package that `--report-to` names is not installed."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
 
-def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.device) -> Any:
-    """Return the TrainingArguments of a run: AdamW (0.9, 0.95), warm-up, clipping, no evaluation of Trainer's own."""
+def trainer_arguments(config: TrainingConfig, directory: Path, device: torch.device, autocast: bool) -> Any:
+    """Return the TrainingArguments of a run: AdamW (0.9, 0.95), warm-up, clipping, no evaluation of Trainer's own.
+
+    Args:
+        autocast: matrix products run in bfloat16.
+    """
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -191,7 +196,7 @@ def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.dev
         adam_beta1=0.9,
         adam_beta2=0.95,
         max_grad_norm=config.max_grad_norm,
-        bf16=uses_autocast(config, device),
+        bf16=autocast,
         use_cpu=device.type == "cpu",
         seed=config.seed,
         logging_steps=config.log_every,
@@ -210,7 +215,7 @@ def trainer_arguments(config: FinetuneConfig, directory: Path, device: torch.dev
     return arguments
 
 
-def _parallelism(config: FinetuneConfig) -> dict[str, Any]:
+def _parallelism(config: TrainingConfig) -> dict[str, Any]:
     if config.context_parallel == 1:
         return {}
     from accelerate.parallelism_config import ParallelismConfig
@@ -221,16 +226,29 @@ def _parallelism(config: FinetuneConfig) -> dict[str, Any]:
 def fingerprint_of(
     config: FinetuneConfig, extension: Extension, data: dict[str, Any], processes: int
 ) -> dict[str, Any]:
-    """Return everything that decides the numbers of a run, as plain JSON values.
+    """Return everything that decides the numbers of a fine-tuning run, as plain JSON values."""
+    settings = {**{name: getattr(config, name) for name in _DECIDING}, "attention": attention_of(config)}
+    weights = extension.record["base_weights"]
+    return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], processes)
+
+
+def fingerprint(
+    config: TrainingConfig,
+    settings: dict[str, Any],
+    model_config: dict[str, Any],
+    base_weights: str,
+    data: str,
+    processes: int,
+) -> dict[str, Any]:
+    """Return the fingerprint of a run with these settings on this model and data.
 
     `num_steps` is part of it only where the schedule depends on it: a constant one may be prolonged.
     """
-    settings = {**{name: getattr(config, name) for name in _DECIDING}, "attention": attention_of(config)}
-    text = json.dumps(extension.config, sort_keys=True)
+    text = json.dumps(model_config, sort_keys=True)
     return {
         "model_config": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "base_weights": extension.record["base_weights"],
-        "data": data["tokens_sha256"],
+        "base_weights": base_weights,
+        "data": data,
         "processes": processes,
         "num_steps": config.num_steps if config.schedule != "constant" else None,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},

@@ -17,11 +17,17 @@ class AutoCompressor(Compressor):
     reference = "AutoCompressor, arXiv 2305.14788"
     recurrent = joint = trains_reader = True
     memories = ("soft",)
+    reader = "model"
 
     def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
         super().__init__(backbone, spec)
         self.vectors = nn.Parameter(self.initial_vectors(self.slots(min(spec.ratios))))
         self.adapters.add("model", "qkvo")
+
+    @classmethod
+    def max_segments(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
+        """Return the most segments: the summary tokens that are written need positions too."""
+        return spec.max_segments(window - spec.segment // ratio, ratio)
 
     def step(
         self, segment: Segment, memory: Memory, first_slot: int, *, loss: bool, write: bool
@@ -29,10 +35,6 @@ class AutoCompressor(Compressor):
         """Read and write in one forward pass; the summary tokens come last, so that the loss does not know of them."""
         hidden, made = self._pass(segment, memory, write)
         return self.loss(hidden, segment) if loss else None, made
-
-    def read(self, segment: Segment, memory: Memory) -> torch.Tensor:
-        """Score without writing."""
-        return self._pass(segment, memory, False)[0]
 
     def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
         """Write without scoring."""
@@ -44,8 +46,9 @@ class AutoCompressor(Compressor):
         batch, length = segment.tokens.shape
         tokens = self.embed(torch.cat([segment.before, segment.tokens], 1))
         count = self.slots(segment.ratio) if write else 0
-        parts = [self.embed(segment.sink), *memory, tokens, self.rows(self.vectors[:count], batch)]
-        with self.adapters.use("model"):
+        prefix = self.prefix_rows(segment.sink, memory, segment.ratio)
+        parts = [prefix, tokens, self.rows(self.vectors[:count], batch)]
+        with self.reading():
             hidden = self.backbone.run(torch.cat(parts, 1))
         end = hidden.shape[1] - count
         return hidden[:, end - length : end], (hidden[:, end:],) if write else None

@@ -1,0 +1,148 @@
+"""What a compressor learns from: next tokens, the text itself, answers, or the model with everything in view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from longext.compressor.base import Compressor, Segment
+from longext.compressor.distillation import teacher_states
+from longext.compressor.documents import reconstruction_segments, split_segments
+from longext.compressor.gradients import Document, backprop
+from longext.compressor.policies import Policy, parse_policy
+from longext.errors import ConfigError
+from longext.registry import Registry
+from longext.training.losses import IGNORED
+
+OBJECTIVES: Registry[str] = Registry("objective")
+OBJECTIVES.register("lm", "cross-entropy of each next token given memories and the raw segment")
+OBJECTIVES.register("ae", "cross-entropy of a segment given its memory and the repeat token (auto-encoding)")
+OBJECTIVES.register("qa", "cross-entropy of the answers in instructions and chats")
+OBJECTIVES.register("distill", "KL divergence from the frozen model that reads the text raw, up to its window")
+
+
+def parse_objectives(text: str) -> dict[str, float]:
+    """Return name -> weight of text such as "lm", "lm:1,ae:0.2" or "qa,distill:0.5".
+
+    Raises:
+        ConfigError: unknown name, a weight that is no positive number, or both lm and qa.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        OBJECTIVES[name]
+        try:
+            weights[name] = float(number or 1)
+        except ValueError:
+            weights[name] = 0.0
+        if not 0 < weights[name] < float("inf"):
+            raise ConfigError(f"--objectives takes name:weight with a weight above 0, got '{part}'.")
+    if "lm" in weights and "qa" in weights:
+        raise ConfigError("--objectives lm scores every token and qa the answers alone: choose one of the two.")
+    return weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's rows and what decides their random choices.
+
+    Attributes:
+        tokens, labels: int64 [B, N] (labels not shifted).
+        num_tokens: int64 [B], without padding.
+        number: of the first row in the run.
+        per_token: the gradient of a summed loss is multiplied by it.
+        per_row: the same for what is averaged over the rows of a step.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    num_tokens: torch.Tensor
+    number: int
+    per_token: float
+    per_row: float
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Weighted objectives under one gradient policy."""
+
+    weights: dict[str, float]
+    policy: Policy
+    seed: int
+
+    @property
+    def of_tokens(self) -> tuple[float, float]:
+        """Weights of cross-entropy and divergence in the pass that reads documents."""
+        return self.weights.get("lm", self.weights.get("qa", 0.0)), self.weights.get("distill", 0.0)
+
+    def backward(self, compressor: Compressor, batch: Batch, group: Any = None) -> dict[str, torch.Tensor]:
+        """Add the gradient of one batch; return the weighted and scaled parts of the loss, "documents" and "ae"."""
+        rng = np.random.default_rng([self.seed, batch.number])
+        ratios = rng.choice(compressor.spec.ratios, -(-batch.tokens.shape[1] // compressor.spec.segment)).tolist()
+        parts: dict[str, torch.Tensor] = {}
+        if any(self.of_tokens):
+            document = Document(self._segments(compressor, batch, ratios), compressor, batch.per_token)
+            parts["documents"] = backprop(document, self.policy, rng, group) * batch.per_token
+        if "ae" in self.weights:
+            parts["ae"] = self._autoencode(compressor, batch, int(ratios[0]), rng)
+        return parts
+
+    def _segments(self, compressor: Compressor, batch: Batch, ratios: Sequence[int]) -> list[Segment]:
+        segments = split_segments(batch.tokens, batch.labels, compressor.spec, ratios)
+        last = max((t for t, s in enumerate(segments) if bool((s.labels != IGNORED).any())), default=0)
+        segments = segments[: last + 1]  # padding is neither written nor read
+        for t, segment in enumerate(segments):
+            segment.weights = self.of_tokens
+            if self.of_tokens[1] and bool((segment.labels != IGNORED).any()):
+                start = t * compressor.spec.segment
+                stop = start + segment.tokens.shape[1]
+                segment.teacher = teacher_states(compressor.backbone, batch.tokens, start, stop)
+        return segments
+
+    def _autoencode(self, compressor: Compressor, batch: Batch, ratio: int, rng: np.random.Generator) -> torch.Tensor:
+        """Reconstruct one whole segment of every row, chosen at random."""
+        length = compressor.spec.segment
+        chosen = []
+        for row, count in zip(batch.tokens, batch.num_tokens.tolist(), strict=True):
+            start = int(rng.integers(0, max(1, count // length))) * length
+            chosen.append(row[start : start + length])
+        segments = reconstruction_segments(torch.stack(chosen), ratio, compressor.spec.sink)
+        scale = self.weights["ae"] * batch.per_row / int((segments[1].labels != IGNORED).sum())
+        document = Document(segments, compressor, scale)
+        return backprop(document, parse_policy("full"), rng) * scale
+
+
+def compare_gradients(
+    compressor: Compressor, objectives: Objectives, batch: Batch, group: Any = None
+) -> dict[str, float]:
+    """Return how far the policy's gradient of one batch is from the exact one; the parameters' gradients are kept.
+
+    For the exact policy itself the comparison is autograd through one graph of the whole document.
+
+    Returns:
+        cosine, relative_error |g - g*| / |g*| and norm_ratio |g| / |g*|.
+    """
+    other = parse_policy("full" if objectives.policy.name == "exact" else "exact")
+    kept = [parameter.grad for parameter in compressor.parameters()]
+    found = _gradient(compressor, objectives, batch, group)
+    exact = _gradient(compressor, Objectives(objectives.weights, other, objectives.seed), batch, group)
+    for parameter, gradient in zip(compressor.parameters(), kept, strict=True):
+        parameter.grad = gradient
+    norm, exact_norm = found.norm(), exact.norm()
+    return {
+        "cosine": float(found @ exact / (norm * exact_norm)),
+        "relative_error": float((found - exact).norm() / exact_norm),
+        "norm_ratio": float(norm / exact_norm),
+    }
+
+
+def _gradient(compressor: Compressor, objectives: Objectives, batch: Batch, group: Any) -> torch.Tensor:
+    for parameter in compressor.parameters():
+        parameter.grad = None
+    objectives.backward(compressor, batch, group)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in compressor.parameters()]
+    return torch.cat([part.flatten().double() for part in parts])

@@ -1,0 +1,67 @@
+"""Training rows that never cross a document: pieces of one document, or one supervised example, each."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+
+from longext.data.packing import IGNORED, Row, TokenCache, TokenRows
+from longext.errors import DataError
+
+
+class DocumentRows(TokenRows):
+    """Each row is a piece of one document: `length` tokens, or the shorter end of it, padded at the right.
+
+    Row tensors are int64 [length]: `input_ids`; `labels`, with -100 where nothing is scored; and `num_tokens` [],
+    without the padding.
+
+    Args:
+        minimum: shorter pieces are left out.
+        skip: the first `skip` tokens of a piece are not scored.
+
+    Raises:
+        DataError: no document has `minimum` tokens.
+    """
+
+    def __init__(self, cache: TokenCache, length: int, seed: int, num_rows: int, *, minimum: int, skip: int) -> None:
+        super().__init__(cache, length, seed, num_rows)
+        self.skip = skip
+        self._pieces = [
+            (start, min(start + length, end))
+            for begin, end in itertools.pairwise(cache.bounds.tolist())
+            for start in range(begin, end, length)
+            if min(start + length, end) - start >= minimum
+        ]
+        self.num_available = len(self._pieces)
+        if not self._pieces:
+            longest = int(np.diff(cache.bounds).max())
+            raise DataError(
+                f"No document has the {minimum:,} tokens of two segments: the longest has {longest:,}. Give longer "
+                "documents (--data) or a shorter --segment."
+            )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Counts and hashes of the data, and how much of it the pieces hold."""
+        return {**super().report, "num_piece_tokens": sum(end - start for start, end in self._pieces)}
+
+    def _row(self, place: int) -> Row:
+        start, end = self._pieces[place]
+        count = end - start
+        input_ids = torch.full((self.length,), int(self.cache.meta.get("pad_token_id", 0)), dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED)
+        input_ids[:count] = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))
+        labels[self.skip : count] = input_ids[self.skip : count]
+        if self.cache.trained is not None:
+            labels[:count][torch.from_numpy(self.cache.trained[start:end] == 0)] = IGNORED
+        return {"input_ids": input_ids, "labels": labels, "num_tokens": torch.tensor(count)}
+
+    def _describe(self, place: int) -> str:
+        start, end = self._pieces[place]
+        document = int(np.searchsorted(self.cache.bounds, start, side="right")) - 1
+        (name,) = self.cache.names(document, document + 1)
+        first = start - int(self.cache.bounds[document])
+        return f"tokens {first:,} to {first + end - start - 1:,} of {name}"

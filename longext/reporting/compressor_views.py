@@ -1,0 +1,137 @@
+"""Tables, picture and card of a compressor's training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from longext.checkpoint.source import HUB_ID
+from longext.config import CompressConfig
+from longext.manifest import command_line, versions, write_manifest
+from longext.reporting.plots import new_figure, save_png, style
+from longext.reporting.results import dump_json
+from longext.reporting.tables import Table
+from longext.reporting.training_views import smooth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from longext.compressor.train import CompressResult
+
+_CARD = Template("""---
+${base_line}library_name: longext
+tags: [long-context, context-compression, longext]
+---
+
+# A context compressor for $base
+
+$summary ($reference).
+
+$tables
+![Loss](loss.png)
+
+## Use it
+
+```
+longext generate DIR --context book.txt --prompt "..."
+longext eval ppl --memory DIR --data TEXT
+```
+
+From Python: `longext.compressor.checkpoint.load_compressor` and `longext.compressor.session.Session`.
+
+## Made by
+
+```
+$command
+```
+
+longext $version; the resolved settings are in `run.json` and `recipe.yaml`, the losses in `metrics.jsonl`.
+""")
+
+
+def plan_table(record: Mapping[str, Any], steps: int) -> Table:
+    """What a run is going to do (or did): one line per choice."""
+    spec, length = record["spec"], record["document_length"]
+    ratios = ", ".join(f"{ratio}x ({spec['segment'] // ratio} slots)" for ratio in spec["ratios"])
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in record["objectives"].items())
+    share = record["num_trainable"] / record["num_total"]
+    tokens = record["documents_per_step"] * length
+    beside = f"sink {spec['sink']}, overlap {spec['overlap']}"
+    rows = [
+        ("architecture", f"{spec['arch']} ({spec['memory']} memory): {record['summary']}"),
+        ("segment", f"{spec['segment']:,} tokens at {ratios}; {beside}"),
+        ("document", f"{length:,} tokens, {-(-length // spec['segment'])} segments; window {record['window']:,}"),
+        ("trained", f"{record['num_trainable']:,} beside {record['num_total']:,} frozen ({share:.1%})"),
+        ("learns", f"{weights}; gradient {record['gradient']}"),
+        ("step", f"{record['documents_per_step']} documents = {tokens:,} tokens; {steps:,} steps"),
+        ("data", f"{record['data']['num_tokens']:,} tokens, {record['data']['num_documents']:,} documents"),
+    ]
+    return Table(f"Compressing for {Path(record['base_model']).name}", ("", "value"), rows, left=frozenset({1}))
+
+
+def gradient_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The gradient checks of a run, or None where there were none."""
+    checks = [line for line in metrics if "cosine" in line]
+    if not checks:
+        return None
+    names = ("cosine", "relative_error", "norm_ratio")
+    rows = [(f"{line['step']:,}", *(f"{line[name]:.4f}" for name in names)) for line in checks]
+    return Table("Gradient against the exact one", ("step", "cosine", "relative error", "norm ratio"), rows)
+
+
+def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Training loss by step, with its parts where there are several."""
+    lines = [line for line in metrics if "loss" in line]
+    figure = new_figure(7.4, 3.4)
+    panel = figure.subplots()
+    steps = [line["step"] for line in lines]
+    parts = [name for name in ("documents", "ae") if any(name in line for line in lines)]
+    shown = parts if len(parts) > 1 else ["loss"]
+    for name, (pale, strong) in zip(shown, (("#9ecae1", "#0072b2"), ("#f2c9a1", "#d55e00")), strict=False):
+        values = [line[name] for line in lines]
+        panel.plot(steps, values, color=pale, linewidth=1)
+        panel.plot(steps, smooth(values), color=strong, linewidth=2, label=name)
+    if len(shown) > 1:
+        panel.legend(frameon=False, fontsize=8.5)
+    style(panel, title, "step", "training loss (nats)")
+    return figure
+
+
+def write_compressor_output(config: CompressConfig, result: CompressResult) -> tuple[list[Table], dict[str, Any]]:
+    """Write everything but the weights into the run's directory; returns (tables to print, the result record)."""
+    directory, record = result.directory, result.record
+    checks = gradient_table(result.metrics)
+    losses = [line for line in result.metrics if "loss" in line]
+    tables = [plan_table(record, config.num_steps), *([checks] if checks else [])]
+    full = {
+        "schema": "longext.result/1",
+        "kind": "compress-train",
+        "compress": record,
+        "final_loss": losses[-1]["loss"],
+        "gradient_checks": [line for line in result.metrics if "cosine" in line],
+        "versions": versions(),
+    }
+    (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
+    (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    spec = record["spec"]
+    ratios = "/".join(str(ratio) for ratio in spec["ratios"])
+    title = f"{Path(config.model).name}: {spec['arch']}, {ratios}x, {config.objectives}, gradient {config.gradient}"
+    save_png(loss_figure(result.metrics, title), directory / "loss.png")
+    (directory / "README.md").write_text(_card(config, record, tables), encoding="utf-8")
+    write_manifest(directory, "compress-train", config, state="finished", compress=record)
+    return ([checks] if checks else []), full
+
+
+def _card(config: CompressConfig, record: dict[str, Any], tables: list[Table]) -> str:
+    is_hub_id = HUB_ID.match(config.model) and not Path(config.model).exists()
+    return _CARD.substitute(
+        base_line=f"base_model: {config.model}\n" if is_hub_id else "",
+        base=Path(config.model).name,
+        summary=record["summary"],
+        reference=record["reference"],
+        tables="\n".join(table.to_markdown() for table in tables),
+        command=command_line(),
+        version=versions()["longext"],
+    )
