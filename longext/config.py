@@ -205,6 +205,30 @@ class CompressConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig(RuntimeConfig, DataConfig):
+    """`longext eval reconstruction`: what comes back of a text from its memory."""
+
+    base: str | None = None
+    ratio: tuple[int, ...] | None = None
+    content: tuple[str, ...] = ("text",)
+    num_samples: int = 100
+    batch_tokens: int | None = None
+    num_bootstrap: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyConfig(RuntimeConfig):
+    """`longext eval efficiency`: time and memory of a growing context."""
+
+    base: str | None = None
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    ratio: tuple[int, ...] | None = None
+    window: int | None = None
+    num_new_tokens: int = 16
+    num_repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """`longext merge`: an adapter into a standard checkpoint."""
 
@@ -399,6 +423,9 @@ _AT_LEAST = {
     "group_size": 2,
     "length": 1,
     "num_tokens": 1,
+    "num_samples": 1,
+    "num_new_tokens": 1,
+    "num_repeats": 1,
     "segment": 2,
     "sink": 0,
     "overlap": 0,

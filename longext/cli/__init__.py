@@ -52,4 +52,16 @@ def _root(
     """Extend, train and evaluate long-context Hugging Face checkpoints."""
 
 
-from longext.cli import compare, compress, evaluate, extend, finetune, inspect, merge, passkey, plan, verify  # noqa: E402, F401
+from longext.cli import (  # noqa: E402, F401
+    compare,
+    compress,
+    evaluate,
+    extend,
+    finetune,
+    inspect,
+    merge,
+    passkey,
+    plan,
+    reconstruction,
+    verify,
+)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.compressor.base import REPEAT, Compressor, CompressorSpec, Segment
+from longext.compressor.base import COMPRESSORS, Compressor, CompressorSpec, Segment
 from longext.compressor.checkpoint import LoadedCompressor
+from longext.compressor.decoding import greedy, memory_decoder
 from longext.compressor.documents import reconstruction_segments
 from longext.compressor.gradients import Document as Segments
 from longext.compressor.memory import Memory
-from longext.compressor.reader import greedy, memory_reader
 from longext.config import ReconstructionConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
@@ -33,6 +33,13 @@ _BATCH_TOKENS = {"cpu": 2_048}  # segments decode together: on a CPU few rows al
 _BATCH_TOKENS_ACCELERATOR = 32_768
 _LOGITS_AT_ONCE = 1_024
 _NUM_EXAMPLES = 3
+_WORD_STARTS = (
+    "\u0120",
+    "\u010a",
+    "\u2581",
+    " ",
+    "\n",
+)  # space and line break of byte-level BPE, space of SentencePiece
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -127,28 +134,40 @@ class Reconstruction:
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSpec) -> tuple[int, ...]:
+def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSpec, window: int) -> tuple[int, ...]:
     """Return the ratios to measure (those of the compressor where none is asked for).
 
     Raises:
-        ConfigError: unknown content, or a ratio that the compressor has no slots for.
+        ConfigError: unknown content, or a ratio that the compressor cannot make.
     """
     for name in config.content:
         CONTENTS[name]
     if not config.content or len(set(config.content)) < len(config.content):
         raise ConfigError(f"--content must be different of {', '.join(CONTENTS)}, got {','.join(config.content)}.")
-    return check_ratios(config.ratio or spec.ratios, spec)
+    return check_ratios(config.ratio or spec.ratios, spec, window)
 
 
-def check_ratios(ratios: Sequence[int], spec: CompressorSpec) -> tuple[int, ...]:
-    """Return `ratios`; ConfigError unless they differ, divide the segment and need no more slots than there are."""
-    least = min(spec.ratios)
+def check_ratios(ratios: Sequence[int], spec: CompressorSpec, window: int) -> tuple[int, ...]:
+    """Return `ratios`; ConfigError unless a compressor of `spec` can make them beside a segment in `window` positions.
+
+    Ratios below those of training need slots that only nested architectures have.
+    """
+    import longext.compressor.architectures  # noqa: F401
+
+    cls = COMPRESSORS[spec.arch]
+    least = 1 if cls.nested else min(spec.ratios)
     wrong = [ratio for ratio in ratios if ratio < least or spec.segment % ratio]
     if wrong or len(set(ratios)) < len(ratios):
         raise ConfigError(
-            f"--ratio must be different divisors of the segment's {spec.segment} tokens, not below {least} (trained on "
+            f"--ratio must be different divisors of the segment's {spec.segment} tokens, from {least} on (trained on "
             f"{','.join(map(str, spec.ratios))}); got {','.join(map(str, ratios))}."
         )
+    for ratio in ratios:
+        if cls.max_segments(spec, window, ratio) < 2:
+            raise ConfigError(
+                f"--ratio {ratio} makes {spec.segment // ratio} slots, which do not fit beside a segment of "
+                f"{spec.segment} tokens in the model's {window} positions: choose larger ratios."
+            )
     return tuple(ratios)
 
 
@@ -166,13 +185,11 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     special = set(tokenizer.all_special_ids)
     return Vocabulary(
         np.array([i for i in range(count) if i not in special], dtype=np.int64),
-        np.array([str(name)[:1] in ("Ġ", "▁", "Ċ", " ", "\n") for name in names]),
+        np.array([str(name).startswith(_WORD_STARTS) for name in names]),
     )
 
 
-def draw_segments(
-    documents: Sequence[Sequence[int]], length: int, num_samples: int, seed: int
-) -> tuple[Tokens, int]:
+def draw_segments(documents: Sequence[Sequence[int]], length: int, num_samples: int, seed: int) -> tuple[Tokens, int]:
     """Return (segments int64 [n, l], how many there were to draw from); disjoint, at multiples of `length`.
 
     Raises:
@@ -218,8 +235,8 @@ def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[
 
 def _decode(compressor: Compressor, asked: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:
     length, given = asked.tokens.shape[1], asked.sink.shape[1]
-    reader = memory_reader(compressor, asked.sink, memory, room=length)
-    made = greedy(reader, asked.tokens[:, : 1 + given], length - given, stop)
+    decoder = memory_decoder(compressor, asked, memory, room=length)
+    made = greedy(decoder, asked.tokens[:, : 1 + given], length - given, stop)
     return [[*start, *rest] for start, rest in zip(asked.sink.tolist(), made, strict=True)]
 
 

@@ -1,0 +1,145 @@
+"""A frozen model that keeps the keys and values of what it has read, behind a memory or behind nothing; many rows.
+
+Shape legend: B rows, n new tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import Compressor, Segment
+from longext.compressor.memory import Memory
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values at the start of a buffer with room behind them, so that a token more copies nothing."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._buffers: list[torch.Tensor] = []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states [B, num_kv_heads, n, head_dim] and return all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        start = self.get_seq_length()
+        end = start + keys.shape[-2]
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            self._grow(keys, values, end)
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _grow(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+        new = [t.new_empty((*t.shape[:-2], end + self._room, t.shape[-1])) for t in (keys, values)]
+        for buffer, old in zip(new, self._buffers, strict=False):
+            buffer[..., : old.shape[-2], :] = old
+        self._buffers = new
+
+
+class CachedDecoder:
+    """Tokens in, last hidden states out; what was fed before stays readable.
+
+    Args:
+        backbone: the frozen model.
+        embed: token ids [B, n] -> input vectors [B, n, D]; None for the model's own.
+        prefix: a `kv` memory in front.
+        rows: input vectors [B, m, D] in front (sink and `soft` memory), fed with the first tokens.
+        adapted: the adapters under which it runs; none for the model by itself.
+        room: tokens to keep room for behind the first ones.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        *,
+        prefix: Memory = (),
+        rows: torch.Tensor | None = None,
+        adapted: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        room: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self._embed = embed or backbone.embed
+        self._rows = rows
+        self._adapted = adapted
+        self._layers = [_RoomyLayer(room) for _ in backbone.layers]
+        for layer, keys, values in zip(self._layers, prefix[::2], prefix[1::2], strict=False):
+            layer.update(keys, values)
+        self._cache = Cache(layers=self._layers)
+
+    @property
+    def length(self) -> int:
+        """Positions read so far, memory slots included."""
+        return int(self._layers[0].get_seq_length())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values it keeps (room for more left out)."""
+        held = [states for layer in self._layers for states in (layer.keys, layer.values) if states is not None]
+        return sum(states.numel() * states.element_size() for states in held)
+
+    @torch.no_grad()
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [B, n, D] (after the final norm) of int64 [B, n] given all before."""
+        embeds = self._embed(tokens)
+        if self._rows is not None:
+            embeds, self._rows = torch.cat([self._rows, embeds], 1), None
+        positions = torch.arange(self.length, self.length + embeds.shape[1], device=embeds.device)
+        with self._adapted():
+            output = self.backbone.decoder(
+                inputs_embeds=embeds,
+                position_ids=positions.expand(len(embeds), -1),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        hidden: torch.Tensor = output.last_hidden_state[:, -tokens.shape[1] :]
+        return hidden
+
+    @torch.no_grad()
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, V] of what follows `tokens`, those of the last position alone."""
+        return self.backbone.logits(self.feed(tokens)[:, -1])
+
+
+@torch.no_grad()
+def memory_decoder(compressor: Compressor, segment: Segment, memory: Memory, room: int = 0) -> CachedDecoder:
+    """Return a decoder behind `memory` that, fed the tokens of `segment` (those before it too), equals `read`.
+
+    Args:
+        memory: as `Compressor.read` takes it: for `kv` fixed slots and memories, for `soft` memories alone.
+    """
+    is_soft = compressor.is_soft
+    return CachedDecoder(
+        compressor.backbone,
+        compressor.embed,
+        prefix=() if is_soft else memory,
+        rows=compressor.prefix_rows(segment.sink, memory, segment.ratio) if is_soft else None,
+        adapted=compressor.reading,
+        room=room,
+    )
+
+
+@torch.no_grad()
+def greedy(decoder: CachedDecoder, tokens: torch.Tensor, count: int, stop: Collection[int] = ()) -> list[list[int]]:
+    """Return the greedy continuations of B rows after `tokens` [B, n]: `count` tokens, fewer where one of `stop` comes.
+
+    Rows go through the model together until the last has stopped; the stopping token is left out.
+    """
+    ends = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
+    made: list[torch.Tensor] = []
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    while len(made) < count and not bool(ended.all()):
+        made.append(decoder.next_logits(tokens).argmax(-1))
+        ended = ended | torch.isin(made[-1], ends)
+        tokens = made[-1][:, None]
+    rows = torch.stack(made, 1).tolist() if made else [[] for _ in tokens]
+    return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
