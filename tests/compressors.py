@@ -1,0 +1,94 @@
+"""Tiny float64 compressors for the tests: every architecture on a random Llama, nothing left at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import Compressor, CompressorSpec, build_compressor
+from longext.compressor.documents import split_segments
+from longext.compressor.gradients import Document, backprop
+from longext.compressor.policies import parse_policy
+
+SEGMENT = 16
+# architecture -> memory kind
+VARIANTS = {
+    "uio": "kv",
+    "icae": "soft",
+    "icae-kv": "kv",
+    "gist": "kv",
+    "autocompressor": "soft",
+    "rmt": "soft",
+    "beacon": "kv",
+    "prefix": "kv",
+}
+INDEPENDENT = ("uio", "icae", "icae-kv", "gist", "prefix")
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, **keys: Any) -> Any:
+    """A random three-layer Llama with grouped heads, tied embeddings and 256 positions.
+
+    In float64 its norms are too: transformers' own run in float32 whatever the model is in.
+    """
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, "eos_token_id": 2, **keys})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+    if dtype == torch.float64:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child).__name__ == "LlamaRMSNorm":
+                    setattr(parent, name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype))
+    return model
+
+
+def make_spec(variant: str, **keys: Any) -> CompressorSpec:
+    """The spec of a variant: segments of 16, ratios 4 and 8 where it takes several, a sink and an overlap."""
+    arch = variant.removesuffix("-kv")
+    ratios = (4,) if arch == "rmt" else (4, 8)
+    sink = 0 if arch == "gist" else 1
+    values = {"segment": SEGMENT, "ratios": ratios, "sink": sink, "overlap": 3, "rank": 4, "alpha": 8.0}
+    return CompressorSpec(arch=arch, memory=VARIANTS[variant], **{**values, **keys})
+
+
+def make_compressor(variant: str, model: Any = None, **keys: Any) -> Compressor:
+    """A compressor whose adapters do something already."""
+    compressor = build_compressor(Backbone(tiny_llama() if model is None else model), make_spec(variant, **keys))
+    compressor = compressor.to(compressor.backbone.dtype)
+    for parameter in compressor.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return compressor
+
+
+def make_document(compressor: Compressor, ids: torch.Tensor, scale: float = 0.01) -> Document:
+    """A document whose segments take the spec's ratios in turn."""
+    ratios = compressor.spec.ratios
+    count = -(-ids.shape[1] // compressor.spec.segment)
+    return Document(
+        split_segments(ids, ids, compressor.spec, [ratios[t % len(ratios)] for t in range(count)]), compressor, scale
+    )
+
+
+def random_ids(rows: int, segments: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens, without the special ones."""
+    return torch.randint(3, 64, (rows, SEGMENT * segments), generator=torch.Generator().manual_seed(seed))
+
+
+def flat_gradient(compressor: Compressor) -> torch.Tensor:
+    """All gradients as one vector; zeros where there is none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in compressor.parameters()])
+
+
+def gradient_of(compressor: Compressor, document: Document, policy: str, seed: int = 0) -> tuple[float, torch.Tensor]:
+    """(loss, gradient) of a document under a policy."""
+    compressor.zero_grad()
+    parsed = parse_policy(policy, compressor.recurrent)
+    loss = backprop(document, parsed, np.random.default_rng(seed))
+    return float(loss), flat_gradient(compressor).clone()
