@@ -181,7 +181,7 @@ def test_uio_equals_one_written_out_by_hand():
     torch.testing.assert_close(found, flat_gradient(compressor), rtol=1e-5, atol=1e-6)
 
 
-# --- policies -----------------------------------------------------------------------------------------------------------
+# --- policies ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
