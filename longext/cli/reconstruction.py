@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,8 +52,6 @@ def reconstruction(
 
 
 def _run(config: ReconstructionConfig, as_json: bool) -> None:
-    from pathlib import Path
-
     from longext.compressor.base import CompressorSpec
     from longext.compressor.checkpoint import load_compressor, read_description
     from longext.compressor.reconstruction import (
