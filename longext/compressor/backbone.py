@@ -233,7 +233,7 @@ class Backbone:
                 self.attention_inputs(self.embed(tokens), slice(None)), torch.arange(4)[None].to(tokens)
             )
             theirs = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-        except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(refusal) from error
         same = len(ours) == len(theirs) and all(
             a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -32,7 +32,7 @@ def gather_memories(store: MemoryStore, document: Document, group: Any) -> None:
         packed = _pack(buffer, store.bounds, group)
         mine = packed[dist.get_rank(group)].contiguous()
         gathered = torch.empty_like(packed)
-        dist.all_gather_into_tensor(gathered, mine, group=group)
+        dist.all_gather(list(gathered.unbind(0)), mine, group=group)
         _unpack(gathered, buffer, store.bounds, group)
 
 
@@ -44,7 +44,7 @@ def scatter_gradients(grads: MemoryGradients, group: Any) -> None:
     for buffer in grads.buffers():
         packed = _pack(buffer, grads.store.bounds, group)
         mine = torch.empty_like(packed[0])
-        dist.reduce_scatter_tensor(mine, packed, group=group)
+        dist.reduce_scatter(mine, list(packed.unbind(0)), group=group)
         packed[rank] = mine
         _unpack(packed, buffer, grads.store.bounds, group, only=rank)
 

@@ -67,6 +67,44 @@ def test_fsdp2_numerics():
     run_two("fsdp")
 
 
+def test_segment_parallel_equals_one_process():
+    """Memories gathered, their gradients scattered: every independent architecture in float64, 1e-10."""
+    run_two("segments")
+
+
+COMPRESS = (
+    "compress-train", "books-5m", "--data", "sample", "--segment", 64, "--ratio", 8, "--document-length", 300,
+    "--lora-r", 4, "--lora-alpha", 8, "--num-steps", 3, "--learning-rate", 1e-3, "--set", "warmup_steps=1",
+    "--objectives", "lm,ae:0.5", "--seed", 1, "-o", "out",
+)  # fmt: skip
+
+
+def test_compressor_in_two_processes_equals_one(tmp_path):
+    """Two documents a step: accumulated, dealt to two processes, and each shared by two processes."""
+    from safetensors.torch import load_file
+
+    ways = {
+        "one": ("--accumulation", 2),
+        "data": ("--accumulation", 1, "--num-processes", 2),
+        "segments": ("--accumulation", 2, "--num-processes", 2, "--sequence-parallel", 2),
+    }
+    losses, weights = {}, {}
+    for name, args in ways.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        command = [sys.executable, "-m", "longext", *map(str, (*COMPRESS, *args))]
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Wrote out") == 1
+        losses[name] = [line["loss"] for line in read_metrics(directory / "out" / "metrics.jsonl")]
+        weights[name] = load_file(directory / "out" / "compressor.safetensors")
+    for name in ("data", "segments"):
+        assert losses[name] == pytest.approx(losses["one"], abs=1e-5)
+        for key, expected in weights["one"].items():
+            # Adam turns rounding into steps of the size of the learning rate
+            torch.testing.assert_close(weights[name][key], expected, rtol=0, atol=2e-4)
+
+
 def run_two(what):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(__file__).replace("test_distributed.py", "two_processes.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -78,9 +79,32 @@ def check_fsdp() -> None:
         torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-6)
 
 
+def check_segment_parallel() -> None:
+    """Two ranks that share a document's segments against one that has them all: loss and gradient."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import numpy as np
+    from compressors import INDEPENDENT, flat_gradient, gradient_of, make_compressor, make_document, random_ids
+
+    from longext.compressor.gradients import backprop
+    from longext.compressor.policies import parse_policy
+    from longext.compressor.train import sum_gradients
+
+    for name, segments in itertools.product(INDEPENDENT, (2, 5, 6)):
+        torch.manual_seed(0)
+        compressor = make_compressor(name)
+        document = make_document(compressor, random_ids(2, segments))
+        for policy in ("exact", "subset:2"):
+            loss, expected = gradient_of(compressor, document, policy)
+            compressor.zero_grad()
+            found = backprop(document, parse_policy(policy), np.random.default_rng(0), dist.group.WORLD)
+            sum_gradients(compressor)
+            assert abs(float(found) - loss) < 1e-9 * abs(loss)
+            torch.testing.assert_close(flat_gradient(compressor), expected, rtol=1e-10, atol=1e-12)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"sequence": check_sequence_parallel, "fsdp": check_fsdp}[sys.argv[1]]()
+    {"sequence": check_sequence_parallel, "fsdp": check_fsdp, "segments": check_segment_parallel}[sys.argv[1]]()
     print("equal", flush=True)
     dist.destroy_process_group()

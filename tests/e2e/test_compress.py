@@ -1,0 +1,191 @@
+"""`longext compress-train` as a user runs it, on the bundled model and story."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_bad_input import fails, no_leftovers
+
+from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.compressor.checkpoint import load_compressor
+from longext.errors import CheckpointError
+from longext.training.callbacks import read_metrics
+from longext.training.checkpoints import complete_checkpoints
+
+SMALL = ("--data", "sample", "--segment", 64, "--lora-r", 4, "--lora-alpha", 8, "--learning-rate", 2e-3)
+QUICK = (*SMALL, "--ratio", 8, "--document-length", 256, "--num-steps", 3, "--set", "warmup_steps=1")
+
+
+def lines_of(directory):
+    return read_metrics(directory / "metrics.jsonl")
+
+
+def weights_of(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "compressor.safetensors")
+
+
+def test_trains_and_writes_everything(run, tmp_path):
+    args = (*SMALL, "--ratio", "4,8,16", "--objectives", "lm:1,ae:0.5,distill:0.5", "--gradient", "window:1")
+    rest = ("--document-length", 256, "--num-steps", 4, "--batch-size", 2, "--grad-check", 2, "-o", "out")
+    result = run("compress-train", "books-5m", *args, *rest)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    record = json.loads((out / "result.json").read_text())
+    assert record["compress"]["spec"]["ratios"] == [4, 8, 16]
+    assert record["compress"]["num_tokens"] == 4 * 2 * 256
+    checks = record["gradient_checks"]
+    assert [line["step"] for line in checks] == [1, 3]
+    assert all(0 < line["relative_error"] < 2 and line["cosine"] > 0.2 for line in checks)
+    assert all({"documents", "ae"} <= set(line) for line in lines_of(out))
+    for name in ("run.json", "recipe.yaml", "README.md", "table.md", "loss.png", "compressor.json"):
+        assert (out / name).is_file(), name
+    loaded = load_compressor(out, device="cpu")
+    assert loaded.compressor.spec.ratios == (4, 8, 16)
+    assert loaded.base.directory == BUNDLED_MODELS["books-5m"]
+    no_leftovers(tmp_path, "out")
+
+
+def test_training_lowers_the_loss_of_a_text_it_sees(run, tmp_path):
+    """One document again and again: memory and probes learn it."""
+    text = " ".join(f"The {n}th word of the story is {n * 7919 % 1000}." for n in range(22))
+    (tmp_path / "one.txt").write_text(text)
+    args = (
+        "--data",
+        "one.txt",
+        "--ratio",
+        4,
+        "--document-length",
+        192,
+        "--num-steps",
+        25,
+        "--set",
+        "schedule=constant",
+    )
+    result = run("compress-train", "books-5m", *SMALL[2:], *args, "--lora-r", 16, "--lora-alpha", 32, "-o", "out")
+    assert result.exit_code == 0, result.output
+    losses = [line["loss"] for line in lines_of(tmp_path / "out")]
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("arch", ["icae", "gist", "autocompressor", "rmt", "beacon", "prefix"])
+def test_every_architecture_trains_and_loads(run, tmp_path, arch):
+    result = run("compress-train", "books-5m", "--arch", arch, *QUICK, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert load_compressor(tmp_path / "out", device="cpu").compressor.spec.arch == arch
+
+
+def test_answers_alone_are_learned_from_instructions(run, tmp_path):
+    rows = [{"instruction": f"Repeat {n}. " + "word " * 150, "output": f"It is {n}."} for n in range(8)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("compress-train", "books-5m", *QUICK, "--data", "sft.jsonl", "--objectives", "qa", "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert len(lines_of(tmp_path / "out")) == 3
+
+
+def test_init_continues_from_an_earlier_compressor(run, tmp_path):
+    assert run("compress-train", "books-5m", *QUICK, "--objectives", "ae", "-o", "first").exit_code == 0
+    args = ("compress-train", "books-5m", *QUICK, "--num-steps", 1, "--learning-rate", 1e-12, "--init", "first")
+    result = run(*args, "--ratio", "8,16", "-o", "second")
+    assert result.exit_code == 0, result.output
+    first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
+    fails(run(*args, "--lora-r", 8, "-o", "third"), 2, "--init first", "another shape")
+
+
+def test_dry_run_trains_nothing(run, tmp_path):
+    result = run("compress-train", "books-5m", *QUICK, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "256 tokens, 4 segments" in result.output
+    no_leftovers(tmp_path)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
+    args = (*QUICK, "--ratio", "4,8", "--objectives", "lm,ae", "--gradient", "reservoir:1", "--save-every", 2)
+    args = ("compress-train", "books-5m", *args, "--num-steps", 40)
+    assert run(*args, "-o", "whole").exit_code == 0
+    command = [sys.executable, "-m", "longext", *map(str, args), "-o", "cut"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "cut.running" / "checkpoints"
+    end = time.monotonic() + 100
+    while time.monotonic() < end and not complete_checkpoints(checkpoints):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    fails(run(*args, "-o", "cut"), 2, "unfinished run", "--resume")
+    fails(run(*args, "--segment", 32, "-o", "cut", "--resume"), 2, "another -o")
+    result = run(*args, "-o", "cut", "--resume")
+    assert result.exit_code == 0, result.output
+    whole, cut = ({line["step"]: line["loss"] for line in lines_of(tmp_path / name)} for name in ("whole", "cut"))
+    assert cut == pytest.approx(whole, abs=1e-6)
+    for name, tensor in weights_of(tmp_path / "whole").items():
+        torch.testing.assert_close(weights_of(tmp_path / "cut")[name], tensor, rtol=0, atol=1e-6)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (("--ratio", 7), ("--ratio 7 does not divide --segment 64", "2, 4, 8")),
+        (("--document-length", 4096), ("512", "at most 3584 tokens fit", "extend the model")),
+        (("--segment", 512), ("leaves no room",)),
+        (("--arch", "uoi"), ("Unknown architecture 'uoi'", "Did you mean 'uio'")),
+        (("--gradient", "reservoir"), ("needs a size",)),
+        (("--gradient", "exact:2"), ("takes no size",)),
+        (("--arch", "rmt", "--gradient", "window:2"), ("do not depend on one another", "exact")),
+        (("--objectives", "lm,qa"), ("choose one",)),
+        (("--objectives", "lm:-1"), ("above 0",)),
+        (("--memory", "soft"), ("must be kv",)),
+        (("--init", "nowhere"), ("nowhere is no trained compressor",)),
+        (("--data", "nowhere.txt"), ("nowhere.txt",)),
+        (("--sequence-parallel", 2, "--gradient", "window:2"), ("--gradient exact or subset:N",)),
+        (("--document-length", 64), ("a memory needs two",)),
+    ],
+)
+def test_bad_input_ends_in_one_line(run, tmp_path, args, texts):
+    fails(run("compress-train", "books-5m", *QUICK, *args, "-o", "out"), 2, *texts)
+    no_leftovers(tmp_path)
+
+
+def test_a_compressor_of_another_base_is_refused(run, tmp_path):
+    import shutil
+
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "base")
+    assert run("compress-train", "base", *QUICK, "-o", "out").exit_code == 0
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        load_compressor(tmp_path / "out")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(CheckpointError):
+        load_compressor(tmp_path / "out")
+    assert load_compressor(tmp_path / "out", base="books-5m", device="cpu").compressor.spec.segment == 64
+
+
+def test_a_model_without_rotary_positions_is_refused(run, tmp_path):
+    import shutil
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=8192, n_positions=512, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for file in BUNDLED_MODELS["books-5m"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "gpt2")
+    fails(run("compress-train", "gpt2", *QUICK, "-o", "out"), 2, "cannot put memories into it")
