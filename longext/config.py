@@ -205,6 +205,21 @@ class CompressConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateConfig(RuntimeConfig):
+    """`longext generate`: continue a text, through a compressor's memory or in a plain model's window."""
+
+    prompt: str | None = None
+    context: str | None = None
+    memory: str | None = None
+    save_memory: str | None = None
+    base: str | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    ratio: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig(RuntimeConfig, DataConfig):
     """`longext eval reconstruction`: what comes back of a text from its memory."""
 
@@ -424,6 +439,7 @@ _AT_LEAST = {
     "length": 1,
     "num_tokens": 1,
     "num_samples": 1,
+    "max_new_tokens": 0,
     "num_new_tokens": 1,
     "num_repeats": 1,
     "segment": 2,

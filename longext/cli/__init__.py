@@ -10,7 +10,19 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.errors import reported_errors
 
-_ORDER = ("extend", "finetune", "merge", "compress-train", "plan", "inspect", "verify", "eval", "passkey", "compare")
+_ORDER = (
+    "extend",
+    "finetune",
+    "merge",
+    "compress-train",
+    "generate",
+    "plan",
+    "inspect",
+    "verify",
+    "eval",
+    "passkey",
+    "compare",
+)
 
 
 class _Group(TyperGroup):
@@ -58,6 +70,7 @@ from longext.cli import (  # noqa: E402, F401
     evaluate,
     extend,
     finetune,
+    generate,
     inspect,
     merge,
     passkey,

@@ -28,7 +28,7 @@ class Sampler:
         """Return the next token given logits [V]."""
         if not self.temperature:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.detach().to("cpu", torch.float64) / self.temperature, -1)
+        probabilities = torch.softmax(logits.detach().cpu().double() / self.temperature, -1)
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         inside = ordered.cumsum(-1) - ordered < self.top_p  # the token that reaches top_p is still inside
         drawn = torch.multinomial(ordered * inside, 1, generator=self._generator)

@@ -1,0 +1,300 @@
+"""What `longext generate` does: continue a text with a plain model inside its window, or with a compressor's memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.compressor.checkpoint import is_compressor, load_compressor
+from longext.compressor.sampling import check_sampling
+from longext.compressor.session import Session
+from longext.config import GenerateConfig
+from longext.data.documents import SAMPLE
+from longext.errors import ConfigError, DataError
+from longext.evaluation.model import HFLanguageModel, load_language_model
+
+OnText = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation.
+
+    Attributes:
+        text, tokens: what is new.
+        num_read: tokens before it.
+        tokens_per_second: after the first new token.
+        memory: slots, bytes, ratio and forgotten tokens of a compressor's memory; None for a plain model.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    num_read: int
+    tokens_per_second: float
+    memory: dict[str, int] | None
+
+
+class Writer(Protocol):
+    """Something that reads what a config names and then continues it."""
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens that `read` will read."""
+
+    def read(self, advance: Callable[[int], object]) -> None:
+        """Read context and prompt; `advance` is told how many tokens more have been read."""
+
+    def write(self, on_text: OnText) -> Generated:
+        """Continue; `on_text` is told the text in pieces as it comes."""
+
+
+class TextStream:
+    """Turns tokens into pieces of text as soon as they are whole characters.
+
+    A token is decoded beside its predecessors, since spaces and characters may depend on them.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], on_text: OnText) -> None:
+        self._decode, self._on_text = decode, on_text
+        self._context, self._told = 0, 0  # decoding starts at the one; tokens before the other have been told
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+
+    def add(self, token: int) -> None:
+        """Take a token, and tell the text it completes."""
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+        self._tell(is_last=False)
+
+    def end(self) -> None:
+        """Tell what is left, whole or not."""
+        self._tell(is_last=True)
+
+    def _tell(self, is_last: bool) -> None:
+        known = self._decode(self.tokens[self._context : self._told])
+        text = self._decode(self.tokens[self._context :])
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not is_last):
+            return
+        self._on_text(text[len(known) :])
+        self._context, self._told = self._told, len(self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate after the first token; 0 where there is none."""
+        seconds = self.times[-1] - self.times[0] if self.times else 0.0
+        return (len(self.times) - 1) / seconds if seconds else 0.0
+
+    def result(self, num_read: int, memory: dict[str, int] | None) -> Generated:
+        """Return what was written."""
+        return Generated(self._decode(self.tokens), tuple(self.tokens), num_read, self.tokens_per_second, memory)
+
+
+def check_generate_config(config: GenerateConfig) -> None:
+    """Raise ConfigError for what can be told to be wrong before anything is loaded."""
+    check_sampling(config.temperature, config.top_p)
+    if not (config.prompt or config.context or config.memory):
+        raise ConfigError("There is nothing to continue: give --prompt, --context or --memory.")
+    if not config.max_new_tokens and not config.save_memory:
+        raise ConfigError("--max-new-tokens 0 writes nothing; it is for --save-memory alone.")
+    if config.output is not None:
+        raise ConfigError("`output` is not for generate: it prints the text; --save-memory keeps the memory.")
+    if config.save_memory is not None:
+        _check_saving(config, Path(config.save_memory).expanduser())
+    is_plain = not is_compressor(config.model)
+    given: dict[str, Any]
+    if is_plain:
+        given = {
+            "--memory": config.memory,
+            "--save-memory": config.save_memory,
+            "--ratio": config.ratio,
+            "--base": config.base,
+        }
+        advice = "give the -o directory of `longext compress-train`"
+    else:
+        given = {"--revision": config.revision, "--trust-remote-code": config.trust_remote_code or None}
+        advice = "it names its own model, or --base does"
+    wrong = ", ".join(name for name, value in given.items() if value is not None)
+    if wrong:
+        kind = "a plain model" if is_plain else "a trained compressor"
+        raise ConfigError(f"{config.model} is {kind}, which takes no {wrong}: {advice}.")
+
+
+def _check_saving(config: GenerateConfig, path: Path) -> None:
+    if config.context is None:
+        raise ConfigError("--save-memory keeps what --context is read into: give --context.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--save-memory {path} must be a file in a directory that exists.")
+    if path.exists() and not config.force:
+        raise ConfigError(f"{path} exists already: choose another --save-memory, or add --force to replace it.")
+
+
+def read_context(name: str | None) -> str:
+    """Return the text of a UTF-8 file, of the bundled story for "sample", or nothing for None.
+
+    Raises:
+        DataError: no such file, or not text.
+    """
+    if name is None:
+        return ""
+    path = SAMPLE_DOCUMENT if name == SAMPLE else Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"No text file '{name}' for --context ('{SAMPLE}' is the bundled story).") from error
+    except IsADirectoryError as error:
+        raise DataError(f"--context takes a text file, and {name} is a folder.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def open_writer(config: GenerateConfig) -> Writer:
+    """Load what `config` names, ready to read and write.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as the message says.
+    """
+    check_generate_config(config)
+    context = read_context(config.context)
+    return MemoryWriter(config, context) if is_compressor(config.model) else PlainWriter(config, context)
+
+
+class PlainWriter:
+    """A model that has the whole text in its window.
+
+    Raises:
+        ConfigError: the text and what is to come do not fit.
+    """
+
+    def __init__(self, config: GenerateConfig, context: str) -> None:
+        self._config = config
+        self._model = load_language_model(config)
+        self._ids = [*self._model.encode(context), *self._model.encode(config.prompt or "", add_bos=False)]
+        window = int(self._model.model.config.get_text_config().max_position_embeddings)
+        if len(self._ids) + config.max_new_tokens > window:
+            raise ConfigError(
+                f"{len(self._ids):,} tokens of text and --max-new-tokens {config.max_new_tokens:,} exceed the "
+                f"{window:,} positions of {config.model}: give less text, extend the model (longext extend), or give "
+                "a compressor trained on it (longext compress-train)."
+            )
+        if not self._ids:
+            raise ConfigError("There is nothing to continue: the text given has no tokens.")
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of the text."""
+        return len(self._ids)
+
+    def read(self, advance: Callable[[int], object]) -> None:
+        """Do nothing: the text is read when the first token is written."""
+        advance(self.num_unread)
+
+    @torch.no_grad()
+    def write(self, on_text: OnText) -> Generated:
+        """Continue, with transformers' own generation."""
+        config, model = self._config, self._model
+        stream = TextStream(model.decode, on_text)
+        ids = torch.tensor([self._ids], device=model.device)
+        drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
+        torch.manual_seed(config.seed)
+        with model._frozen_rope(len(self._ids) + config.max_new_tokens):
+            model.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=config.max_new_tokens,
+                do_sample=bool(config.temperature),
+                pad_token_id=model._pad_token(),
+                streamer=_Streamer(stream),
+                **drawn,
+            )
+        return stream.result(len(self._ids), None)
+
+
+class _Streamer:
+    """Hands transformers' tokens on; the first it gives is the text before them."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream, self._has_begun = stream, False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Take int64 [1, n] once, then one token a call."""
+        if self._has_begun:
+            self._stream.add(int(tokens))
+        self._has_begun = True
+
+    def end(self) -> None:
+        """Tell the rest."""
+        self._stream.end()
+
+
+class MemoryWriter:
+    """A compressor that reads a text of any length, or goes on from a memory of one.
+
+    Raises:
+        ConfigError: a ratio that is not the memory's.
+        CheckpointError: a memory that this compressor did not write.
+    """
+
+    def __init__(self, config: GenerateConfig, context: str) -> None:
+        self._config = config
+        loaded = load_compressor(
+            config.model, base=config.base, device=config.device, dtype=config.dtype, attention=config.attention
+        )
+        if config.memory:
+            self._session = Session.load(Path(config.memory).expanduser(), loaded)
+        else:
+            self._session = Session.of(loaded, ratio=config.ratio)
+        if config.ratio not in (None, self._session.ratio):
+            raise ConfigError(f"{config.memory} was written at --ratio {self._session.ratio}, not {config.ratio}.")
+        self._model: HFLanguageModel = loaded.plain
+        self._context = self._model.encode(context, add_bos=not config.memory)
+        self._prompt = self._model.encode(config.prompt or "", add_bos=False)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of context and prompt."""
+        return len(self._context) + len(self._prompt)
+
+    def read(self, advance: Callable[[int], object]) -> None:
+        """Compress the context, save its memory if asked to, and read the prompt."""
+        config, done = self._config, 0
+
+        def tell(amount: int) -> None:
+            nonlocal done
+            done += amount
+            advance(amount)
+
+        self._session.absorb(self._context, tell)
+        if config.save_memory is not None:
+            self._session.save(Path(config.save_memory).expanduser())
+        self._session.absorb(self._prompt, tell)
+        advance(self.num_unread - done)
+
+    def write(self, on_text: OnText) -> Generated:
+        """Continue, compressing what is written as well."""
+        config, session = self._config, self._session
+        stream, num_read = TextStream(self._model.decode, on_text), session.num_tokens
+        session.generate(
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            on_token=stream.add,
+        )
+        stream.end()
+        return stream.result(num_read, self._describe())
+
+    def _describe(self) -> dict[str, int]:
+        session = self._session
+        counts: dict[str, Any] = {
+            "num_slots": session.num_slots,
+            "num_bytes": session.num_bytes,
+            "num_forgotten": session.num_forgotten,
+            "ratio": session.ratio,
+        }
+        return counts

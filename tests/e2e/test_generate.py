@@ -1,0 +1,148 @@
+"""`longext generate`: plain models and compressors, memories on disk, and whatever is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.checkpoint import find_base, save_compressor
+from longext.compressor.generation import TextStream
+from longext.config import RuntimeConfig
+from longext.evaluation.model import load_language_model
+
+PROMPT = ("--prompt", "The old lighthouse", "--max-new-tokens", 12)
+
+
+@pytest.fixture
+def compressor(tmp_path):
+    """An untrained compressor on books-5m."""
+    model = load_language_model(RuntimeConfig(model="books-5m", device="cpu")).model
+    spec = CompressorSpec(arch="uio", segment=64, ratios=(8, 16), rank=4, alpha=8)
+    (tmp_path / "uio").mkdir()
+    save_compressor(tmp_path / "uio", build_compressor(Backbone(model), spec), find_base("books-5m"))
+    return "uio"
+
+
+@pytest.fixture
+def story(tmp_path):
+    (tmp_path / "story.txt").write_text("The keeper climbed the stairs every night. " * 40)
+    return "story.txt"
+
+
+def ok(result):
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_plain_model_continues_as_greedy_does(run, books):
+    result = run("generate", "books-5m", *PROMPT)
+    expected = books.decode(books.greedy(books.encode(PROMPT[1]), 12))
+    assert ok(result) == expected + "\n"
+    assert result.stderr.startswith(f"{len(books.encode(PROMPT[1]))} tokens read; 12 written at")
+
+
+def test_text_comes_in_whole_characters(books):
+    text = "A caf\xe9 in \u6f22\u5b57, na\xefve \U0001f600 and  two spaces"
+    pieces: list[str] = []
+    stream = TextStream(books.decode, pieces.append)
+    tokens = books.encode(text)
+    for token in tokens:
+        stream.add(token)
+    stream.end()
+    assert "".join(pieces) == stream.result(0, None).text == books.decode(tokens)
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_draws_repeat_with_their_seed(run):
+    draws = [
+        ok(run("generate", "books-5m", *PROMPT, "--temperature", 2, "--top-p", 0.9, "--seed", seed))
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_json_is_alone_on_standard_output(run, compressor, story):
+    record = json.loads(ok(run("generate", compressor, "--context", story, *PROMPT, "--ratio", 16, "--json")))
+    assert record["kind"] == "generate"
+    assert len(record["tokens"]) == 12
+    assert record["num_read"] > 256
+    held = record["memory"]
+    assert held["num_slots"] == (record["num_read"] + 12 - 1) // 64 * 4
+    assert held["num_bytes"] == (held["num_slots"] + 1) * 4 * 2 * 2 * 64 * 4  # layers, K and V, heads, width, float32
+    assert (held["ratio"], held["num_forgotten"]) == (16, 0)
+
+
+def test_a_saved_memory_stands_for_its_context(run, compressor, tmp_path):
+    read = run("generate", compressor, "--context", "sample", "--save-memory", "m.safetensors", *PROMPT)
+    text = ok(read)
+    assert "tokens forgotten" in read.stderr  # the story is longer than the window holds memories of
+    assert "slots" in read.stderr
+    again = run("generate", compressor, "--memory", "m.safetensors", *PROMPT)
+    assert ok(again) == text
+    assert again.stderr.split(" tokens read")[0] == read.stderr.split(" tokens read")[0]
+    refused = run("generate", compressor, "--context", "sample", "--save-memory", "m.safetensors", *PROMPT)
+    assert refused.exit_code == 2
+    kept = (tmp_path / "m.safetensors").read_bytes()
+    only = ("--context", "sample", "--save-memory", "m.safetensors", "--force", "--max-new-tokens", 0)
+    assert ok(run("generate", compressor, *only)).strip() == ""
+    assert (tmp_path / "m.safetensors").read_bytes() == kept
+
+
+def test_a_memory_goes_on_with_more_text(run, compressor, story, tmp_path):
+    (tmp_path / "more.txt").write_text("Then the ship came in. " * 20)
+    ok(run("generate", compressor, "--context", story, "--save-memory", "a.safetensors", "--max-new-tokens", 0))
+    parts = ("--memory", "a.safetensors", "--context", "more.txt")
+    ok(run("generate", compressor, *parts, "--save-memory", "b.safetensors", "--max-new-tokens", 0))
+    one = ok(run("generate", compressor, "--memory", "b.safetensors", *PROMPT))
+    assert one == ok(run("generate", compressor, *parts, *PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (("books-5m",), ("nothing to continue", "--prompt")),
+        (("nowhere", *PROMPT), ("No model at 'nowhere'",)),
+        (("books-5m", "--context", "none.txt"), ("No text file 'none.txt'", "sample")),
+        (("books-5m", "--context", "."), ("folder",)),
+        (("books-5m", "--context", "latin.txt"), ("not UTF-8",)),
+        (("books-5m", "--context", "sample"), ("512 positions", "longext extend", "compress-train")),
+        (("books-5m", *PROMPT, "--memory", "m.safetensors"), ("plain model", "--memory")),
+        (("books-5m", *PROMPT, "--ratio", 8), ("plain model", "--ratio")),
+        (("books-5m", *PROMPT, "--temperature", -1), ("--temperature must be >= 0",)),
+        (("books-5m", *PROMPT, "--top-p", 0), ("--top-p must be above 0",)),
+        (("books-5m", "--prompt", "a", "--max-new-tokens", -1), ("max_new_tokens", ">= 0")),
+        (("books-5m", "--prompt", "a", "--max-new-tokens", 0), ("--save-memory",)),
+        (("books-5m", *PROMPT, "--set", "output=o"), ("not for generate",)),
+        (("uio", *PROMPT, "--save-memory", "m.safetensors"), ("--context",)),
+        (("uio", "--context", "latin.txt", "--save-memory", "no/m.safetensors"), ("directory that exists",)),
+        (("uio", *PROMPT, "--memory", "none.safetensors"), ("No memory file",)),
+        (("uio", *PROMPT, "--memory", "latin.txt"), ("not a memory",)),
+        (("uio", *PROMPT, "--ratio", 7), ("does not divide",)),
+        (("uio", *PROMPT, "--revision", "main"), ("--revision", "--base")),
+        (("uio", *PROMPT, "--base", "other"), ("No model at 'other'",)),
+    ],
+)
+def test_bad_input_ends_in_one_line(run, compressor, tmp_path, args, texts):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    result = run("generate", *args)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    for text in texts:
+        assert text in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_memory_of_another_ratio_or_compressor_is_refused(run, compressor, story, tmp_path):
+    ok(run("generate", compressor, "--context", story, "--save-memory", "m.safetensors", "--max-new-tokens", 0))
+    assert "--ratio 8, not 16" in run("generate", compressor, "--memory", "m.safetensors", "--ratio", 16).stderr
+    model = load_language_model(RuntimeConfig(model="books-5m", device="cpu")).model
+    (tmp_path / "gist").mkdir()
+    gist = build_compressor(Backbone(model), CompressorSpec(arch="gist", segment=64, sink=0, rank=4, alpha=8))
+    save_compressor(tmp_path / "gist", gist, find_base("books-5m"))
+    result = run("generate", "gist", "--memory", "m.safetensors")
+    assert result.exit_code == 2
+    assert "another compressor" in result.stderr
