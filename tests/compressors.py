@@ -18,6 +18,7 @@ SEGMENT = 16
 # architecture -> memory kind
 VARIANTS = {
     "uio": "kv",
+    "anchor": "kv",
     "icae": "soft",
     "icae-kv": "kv",
     "gist": "kv",
@@ -26,7 +27,7 @@ VARIANTS = {
     "beacon": "kv",
     "prefix": "kv",
 }
-INDEPENDENT = ("uio", "icae", "icae-kv", "gist", "prefix")
+INDEPENDENT = ("uio", "anchor", "icae", "icae-kv", "gist", "prefix")
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, **keys: Any) -> Any:

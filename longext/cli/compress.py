@@ -32,7 +32,9 @@ Example: longext compress-train books-5m --segment 128 --ratio 8 --data BOOKS -o
 def compress_train(
     ctx: typer.Context,
     model: opt.Model = None,
-    arch: Annotated[str, typer.Option(help="uio, icae, gist, autocompressor, rmt, beacon or prefix.")] = _DEFAULT.arch,
+    arch: Annotated[
+        str, typer.Option(help="uio, anchor, icae, gist, autocompressor, rmt, beacon or prefix.")
+    ] = _DEFAULT.arch,
     segment: Annotated[int, typer.Option(help="Tokens of a segment.")] = _DEFAULT.segment,
     ratio: Annotated[
         str, typer.Option(help="Tokens per memory slot; several (4,8,16) are drawn per segment.")

@@ -24,9 +24,11 @@ class ConstantPrefix(ProbeCompressor):
 
     def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
         super().__init__(backbone, spec)
-        count, width = self.slots(min(spec.ratios)), backbone.embedding.weight.shape[1]
-        states = torch.randn(len(backbone.attentions), count, width, dtype=self.repeat.dtype)
-        self.states = nn.Parameter(states.to(backbone.device))
+        vocabulary = backbone.embedding.weight.shape[0]
+        tokens = torch.randint(vocabulary, (1, self.slots(min(spec.ratios))), device=backbone.device)
+        with torch.no_grad():  # starts as some text would: keys the reader has seen the like of
+            captured = backbone.attention_inputs(backbone.embed(tokens), slice(None))
+        self.states = nn.Parameter(torch.cat(captured.hidden).to(self.repeat.dtype))
 
     def write_batch(self, segments: Sequence[Segment], first_slots: Sequence[int]) -> list[Memory]:
         """Return the constant of every segment."""
