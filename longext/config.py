@@ -89,6 +89,9 @@ class PerplexityConfig(RuntimeConfig, DataConfig):
     batch_tokens: int | None = None
     num_buckets: int = 16
     num_bootstrap: int = 1000
+    memory: str | None = None
+    segment: int = 128
+    num_places: int = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,8 @@ class PasskeyConfig(RuntimeConfig):
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
+    memory: str | None = None
+    segment: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,7 +447,8 @@ _AT_LEAST = {
     "max_new_tokens": 0,
     "num_new_tokens": 1,
     "num_repeats": 1,
-    "segment": 2,
+    "segment": 1,
+    "num_places": 1,
     "sink": 0,
     "overlap": 0,
     "document_length": 2,

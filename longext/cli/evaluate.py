@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from longext.config import PerplexityConfig
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 _DEFAULT = PerplexityConfig(model="")
+_NEXT_SEGMENT = "next-segment"  # the protocol that compares memories
 
 
 @eval_app.callback()
@@ -27,7 +29,10 @@ def perplexity(
     model: opt.Model = None,
     data: opt.Data = _DEFAULT.data,
     lengths: opt.Lengths = opt.join(_DEFAULT.lengths),
-    protocol: Annotated[str, typer.Option(help="sliding, positional, yarn-truncated or longlora.")] = _DEFAULT.protocol,
+    protocol: Annotated[
+        str,
+        typer.Option(help="sliding, positional, yarn-truncated, longlora; next-segment is the default with --memory."),
+    ] = _DEFAULT.protocol,
     stride: opt.Stride = _DEFAULT.stride,
     method: opt.Method = None,
     factor: opt.Factor = None,
@@ -38,6 +43,9 @@ def perplexity(
     batch_tokens: opt.BatchTokens = None,
     num_buckets: opt.NumBuckets = _DEFAULT.num_buckets,
     num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    num_places: Annotated[int, typer.Option(help="Places in each document (next-segment).")] = _DEFAULT.num_places,
     device: opt.Device = _DEFAULT.device,
     dtype: opt.Dtype = _DEFAULT.dtype,
     attention: opt.Attention = None,
@@ -53,12 +61,18 @@ def perplexity(
     """Measure perplexity at several context lengths: table, JSON and a picture.
 
     Example: longext eval ppl books-5m --method yarn --factor 8 --data sample --lengths 512,1024,2048,4096
+
+    With a memory: longext eval ppl --memory out/uio@8 --data books/ --lengths 0,1024,4096
     """
-    config = opt.config_from(ctx, PerplexityConfig, recipe, settings)
-    _run(config, as_json)
+    config = opt.config_with_memory(ctx, PerplexityConfig, recipe, settings, protocol=_NEXT_SEGMENT, lengths=())
+    if config.protocol == _NEXT_SEGMENT:
+        _run_next_segment(config, as_json)
+    else:
+        _run(dataclasses.replace(config, lengths=config.lengths or _DEFAULT.lengths), as_json)
 
 
 def _run(config: PerplexityConfig, as_json: bool) -> None:
+    from longext.compressor.readers import load_reader
     from longext.data.documents import load_documents
     from longext.evaluation.model import load_language_model
     from longext.evaluation.perplexity import (
@@ -78,12 +92,16 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
     check_output(output, config.force)
     documents = load_documents(config)
-    model = load_language_model(config, config.method, config.factor)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
     tokenized, num_short = tokenize_documents(model, documents, config)
     with progress(f"ppl {config.protocol}", num_forward_tokens(tokenized, config), "tokens") as advance:
         results = evaluate_perplexity(model, tokenized, config, advance)
     record = perplexity_record(model, documents, tokenized, num_short, config, results)
-    name = f"{config.model} + {config.method} {config.factor:g}x" if config.method and config.factor else config.model
+    name = opt.titled(config)
     table = perplexity_table(name, config.protocol, results)
     draw = nll_by_position if config.protocol == "positional" else perplexity_by_length
     figure = draw(
@@ -93,3 +111,46 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     )
     notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
     deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)
+
+
+def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
+    from longext.compressor.memory_perplexity import (
+        check_memory_config,
+        default_lengths,
+        evaluate_memory,
+        memory_record,
+        num_scored_tokens,
+        tokenize_for_memory,
+    )
+    from longext.compressor.readers import load_reader
+    from longext.data.documents import load_documents
+    from longext.reporting.console import progress
+    from longext.reporting.memory_views import memory_perplexity_figure, memory_perplexity_tables
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    config = dataclasses.replace(config, lengths=config.lengths or default_lengths(config.segment))
+    spec = check_memory_config(config)
+    output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
+    check_output(output, config.force)
+    documents = load_documents(config)
+    reader = load_reader(config, spec, segment=config.segment, method=config.method, factor=config.factor)
+    tokenized, num_short = tokenize_for_memory(reader, documents, config)
+    with progress(f"ppl {config.protocol}", num_scored_tokens(reader, tokenized, config), "tokens") as advance:
+        results = evaluate_memory(
+            reader,
+            [document.input_ids for document in tokenized],
+            config.lengths,
+            config.num_places,
+            config.seed,
+            num_bootstrap=config.num_bootstrap,
+            on_progress=advance,
+        )
+    record = memory_record(reader, documents, tokenized, num_short, config, results)
+    name = opt.titled(config)
+    tables = memory_perplexity_tables(name, results)
+    figure = memory_perplexity_figure(record["results"], title=f"{name}: next segment of {config.segment} tokens")
+    notes = (
+        [f"{num_short} document(s) shorter than the largest context and a segment were left out."] if num_short else []
+    )
+    deliver(output, "eval ppl", config, record, tables, {"ppl": figure}, as_json=as_json, notes=notes)

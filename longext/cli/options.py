@@ -42,6 +42,16 @@ BatchTokens = Annotated[
 NumTrials = Annotated[int, typer.Option(help="Prompts per length and depth.")]
 NumBuckets = Annotated[int, typer.Option(help="Position buckets (positional).")]
 NumBootstrap = Annotated[int, typer.Option(min=0, help="Bootstrap samples for the interval.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained "
+        "compressor OUT[@ratio] (MODEL may then be left out)."
+    ),
+]
+SegmentLength = Annotated[
+    int, typer.Option("--segment", help="Tokens of a segment (--memory; compressors: their own).")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and no table.")]
 
@@ -68,6 +78,24 @@ def config_from(
     """Return the command's config: defaults < recipe < --set < typed flags."""
     path = find_recipe(recipe) if recipe else None
     return build_config(kind, path, settings or [], typed_flags(ctx), defaults)
+
+
+def config_with_memory(
+    ctx: typer.Context, kind: type[ConfigT], recipe: str | None, settings: list[str] | None, **defaults: Any
+) -> ConfigT:
+    """Return `config_from`; where it names a `memory`, `defaults` go under it, and a compressor's model and segment."""
+    config: Any = config_from(ctx, kind, recipe, settings, {"model": ""})
+    if config.memory is None:
+        return config_from(ctx, kind, recipe, settings)
+    from longext.compressor.readers import memory_defaults
+
+    return config_from(ctx, kind, recipe, settings, {**defaults, **memory_defaults(config.memory)})
+
+
+def titled(config: Any) -> str:
+    """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
+    method = f" + {config.method} {config.factor:g}x" if config.method and config.factor else ""
+    return f"{config.model}{method}" + (f" + {config.memory}" if config.memory else "")
 
 
 def join(values: tuple[Any, ...]) -> str:

@@ -32,6 +32,8 @@ def passkey(
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
     device: opt.Device = _DEFAULT.device,
     dtype: opt.Dtype = _DEFAULT.dtype,
     attention: opt.Attention = None,
@@ -48,11 +50,12 @@ def passkey(
 
     Example: longext passkey books-5m --method yarn --factor 8 --lengths 512,1024,2048
     """
-    config = opt.config_from(ctx, PasskeyConfig, recipe, settings)
+    config = opt.config_with_memory(ctx, PasskeyConfig, recipe, settings)
     _run(config, as_json)
 
 
 def _run(config: PasskeyConfig, as_json: bool) -> None:
+    from longext.compressor.readers import load_reader
     from longext.evaluation.model import load_language_model
     from longext.evaluation.passkey import (
         accuracy_by_length,
@@ -70,11 +73,15 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
     check_passkey_config(config)
     output = output_directory(config.output, f"passkey-{config.protocol}", config.model)
     check_output(output, config.force)
-    model = load_language_model(config, config.method, config.factor)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
     with progress(f"passkey {config.protocol}", num_prompts(config), "prompts") as advance:
         cells, seconds = timed_passkey(model, config, advance)
     record = passkey_record(model, config, cells, seconds)
-    name = f"{config.model} + {config.method} {config.factor:g}x" if config.method and config.factor else config.model
+    name = opt.titled(config)
     table = passkey_table(name, config.protocol, cells, accuracy_by_length(cells))
     figure = passkey_heat_maps({name: record["results"]}, title=f"{name}: passkey/{config.protocol}, %")
     deliver(output, "passkey", config, record, [table], {"passkey": figure}, as_json=as_json)

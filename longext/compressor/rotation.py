@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from longext.compressor.backbone import Backbone
+from longext.compressor.backbone import Backbone, close_states
 from longext.compressor.memory import Memory
 from longext.errors import ConfigError
 
-_TOLERANCE = 1e-3
 
-
-def rerotate(backbone: Backbone, memory: Memory, delta: int) -> Memory:
+def rerotate(backbone: Backbone, memory: Memory, delta: int | torch.Tensor) -> Memory:
     """Return a `kv` memory whose keys are rotated by `delta` positions more (less, where negative); values as they are.
 
     RoPE turns pairs of dimensions by position times frequency, so a key at p becomes the key at p + delta; in float32
     at least. Temperature that a method puts into its rotation (YaRN) stays as it is.
+
+    Args:
+        delta: one number for all slots, or int64 [slots].
     """
-    if not delta or not memory:
+    deltas = torch.as_tensor(delta).reshape(1, -1)
+    if not memory or not bool(deltas.any()):
         return memory
     moved = list(memory)
     for layer, keys in enumerate(memory[::2]):
-        position = torch.tensor([[abs(delta)]], device=keys.device)
+        by = deltas.to(keys.device)
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        cos, sin = (part[:, None] for part in backbone.rotation(wide[:1, 0], position, layer))
+        cos, sin = (part[:, None] for part in backbone.rotation(wide[:1, 0], by.abs(), layer))
         length = (cos**2 + sin**2).sqrt()
-        moved[2 * layer] = _turn(wide, cos / length, (sin / length) * (1 if delta > 0 else -1)).to(keys.dtype)
+        moved[2 * layer] = _turn(wide, cos / length, (sin / length) * by.sign()[:, None, :, None]).to(keys.dtype)
     return tuple(moved)
 
 
@@ -44,10 +46,7 @@ def check_rotation(backbone: Backbone) -> None:
     captured = backbone.attention_inputs(backbone.embed(tokens), slice(None))
     here, there = (backbone.project(captured, torch.arange(4, device=backbone.device)[None] + p) for p in (5, 0))
     moved = rerotate(backbone, here, -5)
-    if not all(
-        torch.allclose(a.float(), b.float(), rtol=_TOLERANCE, atol=_TOLERANCE)
-        for a, b in zip(moved, there, strict=True)
-    ):
+    if not all(close_states(a, b) for a, b in zip(moved, there, strict=True)):
         raise ConfigError(
             f"{type(backbone.model).__name__} turns its keys in a way longext does not know, so caches that move "
             "(streaming, transformer-xl, a session beyond its window) cannot be used with it."

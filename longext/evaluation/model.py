@@ -93,24 +93,9 @@ class HFLanguageModel:
             self._head_is_plain = head_is_plain(self.model)
         if self._head_is_plain:
             hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
-            return self._score_hidden(hidden, targets)
+            return score_hidden(self.model, hidden, targets)
         keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
         return _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
-
-    def _score_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        """Run the output head over [B, n, D] in slices of a few MB of float32 logits."""
-        flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        head = self.model.get_output_embeddings()
-        budget = _HEAD_BYTES if self.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
-        rows = max(1, budget // (4 * head.weight.shape[0]))
-        parts = [
-            _score_logits(scale_logits(self.model, head(states)), tokens)
-            for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
-        ]
-        shape = targets.shape
-        return TokenScores(
-            torch.cat([part.nll for part in parts]).view(shape), torch.cat([part.is_top1 for part in parts]).view(shape)
-        )
 
     # --- generation ---------------------------------------------------------------------------------------------
 
@@ -213,6 +198,22 @@ class HFLanguageModel:
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
+
+
+def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """Score int64 [B, n] given the last hidden states [B, n, D] before each, a few MB of float32 logits at a time."""
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    head = model.get_output_embeddings()
+    budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
+    rows = max(1, budget // (4 * head.weight.shape[0]))
+    parts = [
+        _score_logits(scale_logits(model, head(states)), tokens)
+        for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+    ]
+    shape = targets.shape
+    return TokenScores(
+        torch.cat([part.nll for part in parts]).view(shape), torch.cat([part.is_top1 for part in parts]).view(shape)
+    )
 
 
 def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
