@@ -72,6 +72,7 @@ class Document:
         scored = self.is_scored(t)
         if not scored and not write:
             return self.zero, None
+        memory = memory if t else ()  # segment 0 holds the sink itself
         loss, made = self.compressor.step(self.segments[t], memory, first, loss=scored, write=write)
         return self.zero if loss is None else loss, made
 
@@ -83,7 +84,7 @@ class Document:
 
     def write(self, t: int, store: MemoryStore) -> Memory:
         """Return the memory of segment t given those before it."""
-        memory = store.view(*self.span(t)) if self.compressor.recurrent else ()
+        memory = store.view(*self.span(t)) if self.compressor.recurrent and t else ()
         return self.compressor.write(self.segments[t], memory, store.bounds[t])
 
 
