@@ -67,6 +67,7 @@ def _root(
 from longext.cli import (  # noqa: E402, F401
     compare,
     compress,
+    efficiency,
     evaluate,
     extend,
     finetune,
