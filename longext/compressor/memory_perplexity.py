@@ -206,7 +206,7 @@ def evaluate_memory(
             started = time.perf_counter()
             scores = controls.score(method, length)
             nll = scores.nll.cpu().double().numpy()
-            accuracy = float(scores.is_top1.double().mean())
+            accuracy = float(scores.is_top1.float().mean())
             scored[method] = _Scored(nll, accuracy, time.perf_counter() - started)
             if on_progress:
                 on_progress(nll.size)
