@@ -62,6 +62,11 @@ def compress_train(
     accumulation: Annotated[int, typer.Option(help="Passes per step.")] = _DEFAULT.accumulation,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.learning_rate,
     prompt: Annotated[str, typer.Option(help="qa: auto (chat template, else plain), chat, plain, llama2.")] = "auto",
+    eval_data: Annotated[str | None, typer.Option(help="Documents to measure perplexity with memory on.")] = None,
+    eval_lengths: Annotated[
+        str | None, typer.Option(help="Tokens of context to measure at (default: 1, 4 and 12 segments).")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between measurements (default: start and end).")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = _DEFAULT.save_every,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
     num_processes: Annotated[int, typer.Option(help="Processes on this machine (one per GPU).")] = 1,

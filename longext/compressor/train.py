@@ -22,6 +22,8 @@ from longext.compressor.checkpoint import (
     read_description,
     save_compressor,
 )
+from longext.compressor.controls import MEMORY, NO_MEMORY, SAME_KV, WRONG
+from longext.compressor.memory_perplexity import check_context_lengths, evaluate_memory
 from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.compressor.settings import (
@@ -32,18 +34,21 @@ from longext.compressor.settings import (
     spec_of,
     token_source,
 )
-from longext.config import CompressConfig
+from longext.config import CompressConfig, DataConfig
+from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
-from longext.training.callbacks import METRICS_NAME, Metrics, Report, peak_memory, read_metrics
+from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.longlora import CHECKPOINTS, find_checkpoint, quiet_trainer, raise_if_stopped
 from longext.training.processes import is_launched, is_main_process, num_processes, wait_for_all
 from longext.training.settings import trainer_arguments
 
+EVALUATED = (MEMORY, NO_MEMORY, WRONG, SAME_KV)
+_EVALUATED_PLACES = 6
 _PARTS = ("documents", "ae", "cosine", "relative_error", "norm_ratio")
 
 
@@ -265,7 +270,7 @@ def train_compressor(
         grad_check=config.grad_check,
         fingerprint=prints,
         keep_checkpoints=config.keep_checkpoints,
-        callbacks=[metrics, signals],
+        callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
     metrics.log = engine.log
     quiet_trainer(engine)
@@ -277,6 +282,38 @@ def train_compressor(
         engine.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     raise_if_stopped(signals, engine, directory)
     return _finish(run, directory, time.perf_counter() - started)
+
+
+def _evaluation(run: CompressRun, metrics: Metrics) -> list[Evaluate]:
+    """Return the callback that measures the next segment with memory and its controls, where data was given for it."""
+    config, spec, backbone = run.config, run.compressor.spec, run.compressor.backbone
+    if config.eval_data is None:
+        return []
+    lengths = config.eval_lengths or tuple(
+        spec.segment * count for count in (1, 4, 12) if spec.segment * count < max(run.rows.length, spec.segment + 1)
+    )
+    source = DataConfig(
+        data=config.eval_data,
+        text_field=config.text_field,
+        split=config.eval_split,
+        max_documents=config.eval_documents,
+    )
+    texts = [run.tokenizer(d.text, add_special_tokens=False, verbose=False).input_ids for d in load_documents(source)]
+    was_training = [layer.training for layer in backbone.layers]
+    check_context_lengths(lengths, spec.segment)
+
+    def evaluate(step: int) -> None:
+        backbone.model.eval()
+        results = evaluate_memory(
+            run.compressor, texts, lengths, _EVALUATED_PLACES, config.seed, methods=EVALUATED, num_bootstrap=0
+        )
+        for layer, before in zip(backbone.layers, was_training, strict=True):
+            layer.training = before
+        found = {name: {r.length: r.ppl for r in results if r.method == name} for name in EVALUATED}
+        controls = {name: {str(n): p for n, p in found[name].items()} for name in EVALUATED[1:]}
+        metrics.evaluation(step, found[EVALUATED[0]], controls=controls)
+
+    return [Evaluate(evaluate, config.eval_every)]
 
 
 def _finish(run: CompressRun, directory: Path, seconds: float) -> CompressResult:

@@ -81,6 +81,20 @@ def gradient_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table("Gradient against the exact one", ("step", "cosine", "relative error", "norm ratio"), rows)
 
 
+def memory_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Perplexity with memory by context length at each measured step, with the controls, or None."""
+    measured = [line for line in metrics if "controls" in line]
+    if not measured:
+        return None
+    lengths = list(measured[0]["perplexity"])
+    rows = []
+    for line in measured:
+        for name, values in {"memory": line["perplexity"], **line["controls"]}.items():
+            rows.append((f"{line['step']:,}", name, *(f"{values[n]:.2f}" for n in lengths)))
+    headers = ("step", "reads", *(f"{int(n):,}" for n in lengths))
+    return Table("Perplexity of the next segment by tokens of context", headers, rows, left=frozenset({1}))
+
+
 def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Training loss by step, with its parts where there are several."""
     lines = [line for line in metrics if "loss" in line]
@@ -102,15 +116,17 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
 def write_compressor_output(config: CompressConfig, result: CompressResult) -> tuple[list[Table], dict[str, Any]]:
     """Write everything but the weights into the run's directory; returns (tables to print, the result record)."""
     directory, record = result.directory, result.record
-    checks = gradient_table(result.metrics)
+    checks, measured = gradient_table(result.metrics), memory_table(result.metrics)
     losses = [line for line in result.metrics if "loss" in line]
-    tables = [plan_table(record, config.num_steps), *([checks] if checks else [])]
+    found = [table for table in (checks, measured) if table]
+    tables = [plan_table(record, config.num_steps), *found]
     full = {
         "schema": "longext.result/1",
         "kind": "compress-train",
         "compress": record,
         "final_loss": losses[-1]["loss"],
         "gradient_checks": [line for line in result.metrics if "cosine" in line],
+        "perplexity": [line for line in result.metrics if "perplexity" in line],
         "versions": versions(),
     }
     (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
@@ -121,7 +137,7 @@ def write_compressor_output(config: CompressConfig, result: CompressResult) -> t
     save_png(loss_figure(result.metrics, title), directory / "loss.png")
     (directory / "README.md").write_text(_card(config, record, tables), encoding="utf-8")
     write_manifest(directory, "compress-train", config, state="finished", compress=record)
-    return ([checks] if checks else []), full
+    return found, full
 
 
 def _card(config: CompressConfig, record: dict[str, Any], tables: list[Table]) -> str:

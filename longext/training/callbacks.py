@@ -82,15 +82,18 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             memory = f"{line['peak_memory_gib']:.1f} GiB"
             self.on_progress(tokens, f"step {state.global_step}, loss {line['loss']:.4f}, {memory}")
 
-    def evaluation(self, step: int, rows: list[dict[str, Any]], attention: str) -> None:
-        """Write the perplexities measured at `step`, and keep their time out of the training rate."""
-        values = {str(row["length"]): row["ppl"] for row in rows}
-        self._write({"step": step, "perplexity": values, "attention": attention})
+    def evaluation(self, step: int, perplexity: dict[int, float], **facts: Any) -> None:
+        """Write the perplexities by length measured at `step`, and keep their time out of the training rate.
+
+        Args:
+            facts: further keys of the line.
+        """
+        self._write({"step": step, "perplexity": {str(n): value for n, value in perplexity.items()}, **facts})
         if self.log is not None:
-            self.log({f"perplexity_{length}": value for length, value in values.items()})
+            self.log({f"perplexity_{length}": value for length, value in perplexity.items()})
         self._last = time.perf_counter()
         if self.on_progress:
-            self.on_progress(0, ", ".join(f"ppl {row['ppl']:.2f} at {row['length']:,}" for row in rows))
+            self.on_progress(0, ", ".join(f"ppl {value:.2f} at {length:,}" for length, value in perplexity.items()))
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.path is not None:

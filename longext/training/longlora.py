@@ -283,7 +283,7 @@ def _evaluation(run: Run, metrics: Metrics) -> list[Evaluate]:
         with full_attention(run.base, run.device, uses_autocast(config, run.device)):
             seen = str(scorer.describe()["attention"])
             results = evaluate_perplexity(scorer, documents, request)
-        metrics.evaluation(step, [dataclasses.asdict(result) for result in results], seen)
+        metrics.evaluation(step, {result.length: result.ppl for result in results}, attention=seen)
 
     return [Evaluate(evaluate, config.eval_every)]
 
