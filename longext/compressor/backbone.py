@@ -16,7 +16,7 @@ from longext.compressor.masks import additive, after_memory
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.errors import ConfigError
 from longext.evaluation.head import decoder_of, scale_logits
-from longext.evaluation.model import rotary_modules
+from longext.evaluation.model import LENGTH_DEPENDENT, hold_rope, rotary_modules
 from longext.training.losses import chunked_cross_entropy
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
@@ -76,6 +76,15 @@ class Backbone:
         if getattr(self.config, "sliding_window", None) and getattr(self.config, "use_sliding_window", True):
             sizes.append(int(self.config.sliding_window))
         return min(sizes)
+
+    def hold_rotation(self) -> None:
+        """Fix a RoPE that follows the length of the text (dynamic NTK, LongRoPE) at that of the whole window.
+
+        Keys that are kept would otherwise keep the rotation of another length.
+        """
+        parameters = self.config.rope_parameters
+        if parameters.get("full_attention", parameters).get("rope_type") in LENGTH_DEPENDENT:
+            hold_rope(self.model, self.window)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

@@ -274,6 +274,7 @@ def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
     import longext.compressor.architectures  # noqa: F401
 
     check_spec(spec, backbone.window)
+    backbone.hold_rotation()
     return COMPRESSORS[spec.arch](backbone, spec)
 
 

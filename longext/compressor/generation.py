@@ -202,13 +202,13 @@ class PlainWriter:
         ids = torch.tensor([self._ids], device=model.device)
         drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
         torch.manual_seed(config.seed)
-        with model._frozen_rope(len(self._ids) + config.max_new_tokens):
+        with model.frozen_rope(len(self._ids) + config.max_new_tokens):
             model.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=config.max_new_tokens,
                 do_sample=bool(config.temperature),
-                pad_token_id=model._pad_token(),
+                pad_token_id=model.pad_token(),
                 streamer=_Streamer(stream),
                 **drawn,
             )

@@ -24,7 +24,6 @@ from longext.compressor.memory import Memory, MemoryGradients, MemoryStore, join
 from longext.compressor.policies import Policy, Weights
 from longext.training.losses import IGNORED
 
-_ENCODED_AT_ONCE = 16_384  # tokens of one encoder pass without a graph
 
 
 @dataclass
@@ -42,8 +41,9 @@ class Document:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        spec = self.compressor.spec
-        self.visible = [min(t, spec.num_visible(t)) for t in range(len(self.segments))]
+        length = self.compressor.spec.segment
+        # memories wholly inside the raw tokens before a segment are not read
+        self.visible = [t - segment.before.shape[1] // length for t, segment in enumerate(self.segments)]
         self.slots = [self.compressor.slots(segment.ratio) for segment in self.segments[:-1]]
 
     @property
@@ -171,7 +171,8 @@ def _sweep(document: Document, weights: Weights, group: Any) -> torch.Tensor:
 
 
 def _chunks(document: Document, segments: Sequence[int]) -> list[list[int]]:
-    size = max(1, _ENCODED_AT_ONCE // max(1, document.segments[0].tokens.numel()))
+    # without a graph L segments take about what one takes with it: two tensors of a layer instead of all layers'
+    size = max(1, len(document.compressor.backbone.layers) // 2)
     return [list(segments[i : i + size]) for i in range(0, len(segments), size)]
 
 

@@ -8,6 +8,7 @@ Shape legend: B texts, T tokens of a text, n scored tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ def load_reader(
 
     Args:
         config: its `model` is the base model; for a compressor where that lies now, or "" for where training found it.
-        spec: none, window[:N], streaming:S+N, transformer-xl:N, or OUT[@ratio] with OUT a trained compressor.
+        spec: none, window[:N], streaming:S+N, transformer-xl:N, or OUT[@ratio[+overlap]] with OUT a trained compressor.
         segment: l (default 128; for a compressor its own, and no other).
         method, factor: a RoPE extension applied in memory first, as `load_language_model` does (no compressors).
 
@@ -287,8 +288,10 @@ def load_reader(
     return Reader(plain, spec, length, open_trail, size=size, facts=facts)
 
 
-def find_compressor(spec: str) -> tuple[Path, int | None] | None:
-    """Return (directory, ratio or None) where `spec` names a trained compressor, None where it names another memory.
+def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
+    """Return (directory, ratio, overlap) where `spec` names a trained compressor, None where it names another memory.
+
+    Ratio and overlap are None where OUT stands alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
 
     Raises:
         ConfigError: it names neither.
@@ -297,22 +300,23 @@ def find_compressor(spec: str) -> tuple[Path, int | None] | None:
     if name in MEMORIES:
         return None
     if is_compressor(spec):
-        return Path(spec).expanduser(), None
-    directory, at, ratio = spec.rpartition("@")
+        return Path(spec).expanduser(), None, None
+    directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
-        if not ratio.isdecimal() or int(ratio) < 1:
-            raise ConfigError(f"--memory {directory}@RATIO takes a whole number, got '{ratio}'.")
-        return Path(directory).expanduser(), int(ratio)
+        ratio, plus, overlap = sizes.partition("+")
+        if not ratio.isdecimal() or int(ratio) < 1 or (plus and not overlap.isdecimal()):
+            raise ConfigError(f"--memory {directory}@RATIO+OVERLAP takes whole numbers, got '{sizes}'.")
+        return Path(directory).expanduser(), int(ratio), int(overlap) if plus else None
     hint, _, _ = did_you_mean(name, MEMORIES).rpartition("Available")
     forms = ", ".join(MEMORIES[known].form for known in MEMORIES)
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
-        "or the -o directory of `longext compress-train`, with @ratio behind it for another than its first."
+        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap behind it for others than its own."
     )
 
 
 def _compressor_reader(
-    config: RuntimeConfig, spec: str, directory: Path, ratio: int | None, segment: int | None
+    config: RuntimeConfig, spec: str, directory: Path, ratio: int | None, overlap: int | None, segment: int | None
 ) -> Reader:
     # a base given under the name it was trained as keeps its revision
     is_named = config.model in ("", read_description(directory)["base_model"])
@@ -324,6 +328,8 @@ def _compressor_reader(
         attention=config.attention,
     )
     compressor = loaded.compressor
+    if overlap is not None:  # raw text needs no training to be read
+        compressor.spec = dataclasses.replace(compressor.spec, overlap=overlap)
     length = compressor.spec.segment
     if segment not in (None, length):
         raise ConfigError(f"--segment {segment}: the segments of {directory} have {length} tokens; leave it out.")

@@ -107,18 +107,19 @@ class HFLanguageModel:
         change of length would keep their old rotation, and the result would equal no single forward pass.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
-        with self._frozen_rope(ids.shape[1] + max_new_tokens):
+        with self.frozen_rope(ids.shape[1] + max_new_tokens):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=self._pad_token(),
+                pad_token_id=self.pad_token(),
             )
         new: list[int] = output[0, ids.shape[1] :].tolist()
         return new
 
-    def _pad_token(self) -> int | None:
+    def pad_token(self) -> int | None:
+        """Return the token that fills prompts: the tokenizer's, else its EOS."""
         pad: int | None = self.tokenizer.pad_token_id
         eos: int | None = self.tokenizer.eos_token_id
         return eos if pad is None else pad
@@ -148,18 +149,14 @@ class HFLanguageModel:
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
     @contextlib.contextmanager
-    def _frozen_rope(self, length: int) -> Iterator[None]:
+    def frozen_rope(self, length: int) -> Iterator[None]:
         """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
         self.reset_rope()
         modules = rotary_modules(self.model) if self.rope_type in LENGTH_DEPENDENT else []
         kinds = [module.rope_type for module in modules]
-        last = torch.tensor([[length - 1]], device=self.device)
         try:
-            for module, kind in zip(modules, kinds, strict=True):
-                for layer_type in kind if isinstance(kind, dict) else [None]:
-                    module(last.float(), last, **({"layer_type": layer_type} if layer_type else {}))
-                # transformers updates by name: "default" is never updated
-                module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+            if modules:
+                hold_rope(self.model, length)
             yield
         finally:
             for module, kind in zip(modules, kinds, strict=True):
@@ -236,6 +233,18 @@ def _is_rotary(module: nn.Module) -> bool:
 def rotary_modules(model: nn.Module) -> list[Any]:
     """Return the rotary embedding modules of a transformers model."""
     return [module for module in model.modules() if _is_rotary(module)]
+
+
+def hold_rope(model: nn.Module, length: int) -> None:
+    """Give every rotary module for good the rotation that it has for a sequence of `length` tokens."""
+    for module in rotary_modules(model):
+        weight = next(model.parameters())
+        last = torch.tensor([[length - 1]], device=weight.device)
+        kind = module.rope_type
+        for layer_type in kind if isinstance(kind, dict) else [None]:
+            module(last.float(), last, **({"layer_type": layer_type} if layer_type else {}))
+        # transformers updates by name: "default" is never updated
+        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 
 
 def build_model_config(config: dict[str, Any]) -> Any:
