@@ -25,7 +25,6 @@ from longext.compressor.policies import Policy, Weights
 from longext.training.losses import IGNORED
 
 
-
 @dataclass
 class Document:
     """B documents of T segments each, and where their memories go.

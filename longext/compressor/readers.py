@@ -311,7 +311,7 @@ def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
     forms = ", ".join(MEMORIES[known].form for known in MEMORIES)
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
-        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap behind it for others than its own."
+        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap for others."
     )
 
 
