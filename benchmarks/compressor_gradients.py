@@ -6,7 +6,7 @@ full         one autograd graph of the whole document: the exact gradient
 window:2     UIO-LLMs' incremental TBPTT (arXiv 2406.18173, appendix B) on keys and values: a biased gradient
 released:2   the reservoir of UIO's published training code, restated in `released_reservoir` below: biased
 exact        our sweep: one segment's graph alive, every segment encoded twice: the exact gradient
-exact/1      the same with the first encoding one segment at a time, not 16,384 tokens at once: least memory
+exact/1      the same with the first encoding one segment at a time, not L / 2 of them: least memory
 
     python benchmarks/compressor_gradients.py [--segments 4,8,16,32,64] [--repeats 3] [--device cuda]
 
@@ -211,8 +211,8 @@ def runner(document: Document, policy: str) -> Callable[[], int]:
     parsed = parse_policy(policy)
 
     def run() -> int:
-        tokens = int(at_once) if at_once else gradients._ENCODED_AT_ONCE
-        with mock.patch.object(gradients, "_ENCODED_AT_ONCE", tokens):
+        number = int(at_once) if at_once else gradients._segments_at_once(document)
+        with mock.patch.object(gradients, "_segments_at_once", lambda _: number):
             backprop(document, parsed, np.random.default_rng(0))
         return 0
 

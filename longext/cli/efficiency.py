@@ -63,7 +63,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         ways_of,
         window_notes,
     )
-    from longext.compressor.reconstruction import check_ratios
+    from longext.compressor.ratios import check_ratios
     from longext.reporting.console import progress
     from longext.reporting.efficiency_views import efficiency_by_length, efficiency_table
     from longext.reporting.results import output_directory

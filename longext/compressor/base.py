@@ -6,7 +6,7 @@ Shape legend: B documents, l tokens of a segment, k = l / ratio slots, M slots v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from longext.errors import ConfigError
 from longext.registry import Registry
 from longext.training.losses import IGNORED
 
+_ENCODED_AT_ONCE = {"cpu": 2_048}  # tokens of one encoder pass: more only take memory there
+_ENCODED_AT_ONCE_ACCELERATOR = 16_384
 REPEAT = -1  # the token id that stands for the trained "repeat the text" vector (auto-encoding)
 
 
@@ -55,9 +57,14 @@ class CompressorSpec:
         """Return the spec that `to_json` wrote."""
         return cls(**{**values, "ratios": tuple(values["ratios"])})
 
+    @property
+    def first_reader(self) -> int:
+        """The number of the first segment that reads a memory."""
+        return 1 + self.overlap // self.segment
+
     def num_visible(self, segment: int) -> int:
         """Return how many memories segment number `segment` reads: those not wholly inside the overlap."""
-        return max(0, segment - self.overlap // self.segment)
+        return max(0, segment + 1 - self.first_reader)
 
     def max_segments(self, window: int, ratio: int) -> int:
         """Return the most segments of a document whose last one still fits: sink + (T - 1) k + overlap + l <= window.
@@ -67,7 +74,7 @@ class CompressorSpec:
         room = window - self.sink - self.segment - self.overlap
         if room < 0:
             return 0
-        return 1 + room // (self.segment // ratio) + self.overlap // self.segment
+        return room // (self.segment // ratio) + self.first_reader
 
 
 @dataclass
@@ -170,13 +177,18 @@ class Compressor(nn.Module):
         if self.is_soft or not sink.shape[1]:
             return ()
         with torch.no_grad():
-            captured = self.backbone.attention_inputs(self.backbone.embed(sink), slice(None))
+            captured = self.backbone.attention_inputs(self.embed(sink), slice(None))
             return self.backbone.project(captured, torch.arange(sink.shape[1], device=sink.device)[None])
 
     @classmethod
     def max_segments(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
         """Return the most segments of a document that fit `window` positions at this ratio."""
         return spec.max_segments(window, ratio)
+
+    @classmethod
+    def max_memories(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
+        """Return the most memories that one segment can read in `window` positions at this ratio."""
+        return max(0, cls.max_segments(spec, window, ratio) - spec.first_reader)
 
     # --- what an architecture defines -------------------------------------------------------------------------------
 
@@ -227,6 +239,22 @@ class Compressor(nn.Module):
         """Return the memories of several segments that depend on no other (not for recurrent architectures)."""
         return [self.write(segment, (), slot) for segment, slot in zip(segments, first_slots, strict=True)]
 
+    def write_all(
+        self, segments: Sequence[Segment], first_slots: Sequence[int], at_once: int | None = None
+    ) -> Iterator[Memory]:
+        """Yield what `write_batch` makes, in order, a few segments in a pass.
+
+        Args:
+            at_once: segments of a pass; None for as many as fill the device.
+        """
+        if not segments:
+            return
+        tokens = segments[0].tokens
+        budget = _ENCODED_AT_ONCE.get(tokens.device.type, _ENCODED_AT_ONCE_ACCELERATOR)
+        size = at_once or max(1, budget // tokens.numel())
+        for start in range(0, len(segments), size):
+            yield from self.write_batch(segments[start : start + size], first_slots[start : start + size])
+
     def loss(self, hidden: torch.Tensor, segment: Segment) -> torch.Tensor:
         """Return the weighted sum of cross-entropy and, with a teacher, the divergence from it."""
         from longext.compressor.distillation import divergence
@@ -261,7 +289,11 @@ def check_spec(spec: CompressorSpec, window: int) -> None:
         raise ConfigError(f"{spec.arch} trains its reader, so sink tokens have no fixed keys: use --sink 0.")
     if cls.reads_last and len(spec.ratios) > 1:
         raise ConfigError(f"{spec.arch} hands one memory of fixed size on: give one --ratio.")
-    if cls.max_segments(spec, window, max(spec.ratios)) < 2:
+    if spec.sink >= spec.segment:
+        raise ConfigError(
+            f"--sink {spec.sink} must be below --segment {spec.segment}: the first segment holds the sink tokens."
+        )
+    if not cls.max_memories(spec, window, max(spec.ratios)):
         raise ConfigError(
             f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for "
             f"memories in the model's {window} positions: choose a shorter --segment, or extend the model first "

@@ -21,9 +21,10 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
+from longext.compressor.ratios import num_memories, num_readable
 from longext.compressor.readers import Reader
 from longext.compressor.rotation import check_rotation, rerotate
-from longext.compressor.trails import CompressorTrail, num_memories, num_readable
+from longext.compressor.trails import CompressorTrail
 from longext.errors import ConfigError
 from longext.evaluation.model import score_hidden
 from longext.evaluation.protocol import TokenScores

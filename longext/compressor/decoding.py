@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor, Segment
+from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
 
 
@@ -87,6 +87,15 @@ class CachedDecoder:
         held = [states for layer in self._layers for states in (layer.keys, layer.values) if states is not None]
         return sum(states.numel() * states.element_size() for states in held)
 
+    def states(self, first: int = 0) -> Memory:
+        """Return keys and values of the positions from `first` on, [B, num_kv_heads, n, head_dim] each."""
+        held = (states for layer in self._layers for states in (layer.keys, layer.values))
+        return tuple(states[..., first:, :] for states in held)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions but the first `length`."""
+        self._cache.crop(length - self.length)
+
     @torch.no_grad()
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states [B, n, D] (after the final norm) of int64 [B, n] given all before."""
@@ -111,21 +120,33 @@ class CachedDecoder:
 
 
 @torch.no_grad()
-def memory_decoder(compressor: Compressor, segment: Segment, memory: Memory, room: int = 0) -> CachedDecoder:
-    """Return a decoder behind `memory` that, fed the tokens of `segment` (those before it too), equals `read`.
+def memory_decoder(
+    compressor: Compressor, sink: torch.Tensor, memory: Memory, ratio: int, room: int = 0
+) -> CachedDecoder:
+    """Return a decoder behind `memory` that, fed the tokens of a segment (those before it too), equals `read`.
 
     Args:
+        sink: int64 [B, s], of the segment; empty for segment 0.
         memory: as `Compressor.read` takes it: for `kv` fixed slots and memories, for `soft` memories alone.
+        ratio: of the segment.
+        room: tokens to keep room for behind the first ones.
     """
     is_soft = compressor.is_soft
     return CachedDecoder(
         compressor.backbone,
         compressor.embed,
         prefix=() if is_soft else memory,
-        rows=compressor.prefix_rows(segment.sink, memory, segment.ratio) if is_soft else None,
+        rows=compressor.prefix_rows(sink, memory, ratio) if is_soft else None,
         adapted=compressor.reading,
         room=room,
     )
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """Return the tokens that end a text: those that a model's generation settings name, else its config's."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    named = model.config.get_text_config().eos_token_id if named is None else named
+    return frozenset([named] if isinstance(named, int) else named or ())
 
 
 @torch.no_grad()

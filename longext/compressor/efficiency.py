@@ -25,9 +25,6 @@ from longext.evaluation.perplexity import check_lengths
 from longext.evaluation.protocol import result_record
 from longext.planning.tracker import MemoryTracker
 
-_ENCODED_AT_ONCE = {"cpu": 2_048}  # tokens of one encoder pass: more only take memory there
-_ENCODED_AT_ONCE_ACCELERATOR = 16_384
-
 DEFINITION = (
     "random tokens, batch 1. Prefill: until the logits of the next token are there and decoding can go on; full: one "
     "forward pass with a KV cache, head at the last position only; window: the same on the last tokens alone; "
@@ -161,7 +158,7 @@ def _prefill_compressed(
     document = Document(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
     store = encode(document)
     last = document.segments[-1]
-    decoder = memory_decoder(compressor, last, store.view(*document.span(count - 1)), room)
+    decoder = memory_decoder(compressor, last.sink, store.view(*document.span(count - 1)), ratio, room)
     del store
     return decoder, decoder.next_logits(torch.cat([last.before, last.tokens], 1))
 
@@ -174,15 +171,8 @@ def encode(document: Document) -> MemoryStore:
         for t in range(count):
             store.put(t, document.write(t, store))
         return store
-    tokens = document.segments[0].tokens
-    size = max(1, _ENCODED_AT_ONCE.get(tokens.device.type, _ENCODED_AT_ONCE_ACCELERATOR) // tokens.numel())
-    for start in range(0, count, size):
-        chosen = range(start, min(count, start + size))
-        made = document.compressor.write_batch(
-            [document.segments[t] for t in chosen], [store.bounds[t] for t in chosen]
-        )
-        for t, memory in zip(chosen, made, strict=True):
-            store.put(t, memory)
+    for t, memory in enumerate(document.compressor.write_all(document.segments[:-1], store.bounds[:-1])):
+        store.put(t, memory)
     return store
 
 

@@ -149,12 +149,10 @@ def _sweep(document: Document, weights: Weights, group: Any) -> torch.Tensor:
     store = document.new_store()
     writers, readers = share(len(document.slots), group), share(len(document.segments), group)
     with torch.no_grad():
-        for chunk in _chunks(document, writers):
-            made = document.compressor.write_batch(
-                [document.segments[s] for s in chunk], [store.bounds[s] for s in chunk]
-            )
-            for s, memory in zip(chunk, made, strict=True):
-                store.put(s, memory)
+        segments, slots = [document.segments[s] for s in writers], [store.bounds[s] for s in writers]
+        made = document.compressor.write_all(segments, slots, _segments_at_once(document))
+        for s, memory in zip(writers, made, strict=True):
+            store.put(s, memory)
     gather_memories(store, document, group)
     grads = MemoryGradients(store)
     total = document.zero
@@ -169,10 +167,9 @@ def _sweep(document: Document, weights: Weights, group: Any) -> torch.Tensor:
     return total
 
 
-def _chunks(document: Document, segments: Sequence[int]) -> list[list[int]]:
+def _segments_at_once(document: Document) -> int:
     # without a graph L segments take about what one takes with it: two tensors of a layer instead of all layers'
-    size = max(1, len(document.compressor.backbone.layers) // 2)
-    return [list(segments[i : i + size]) for i in range(0, len(segments), size)]
+    return max(1, len(document.compressor.backbone.layers) // 2)
 
 
 def _reverse_sweep(document: Document, weights: Weights) -> torch.Tensor:

@@ -31,8 +31,8 @@ from longext.compressor.controls import (
     ReaderControls,
     Texts,
 )
+from longext.compressor.ratios import find_ratio
 from longext.compressor.readers import Reader
-from longext.compressor.session import find_ratio
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError

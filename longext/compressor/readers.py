@@ -21,9 +21,10 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
+from longext.compressor.decoding import stop_tokens
+from longext.compressor.ratios import find_ratio
 from longext.compressor.rotation import check_rotation
-from longext.compressor.session import find_ratio
-from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail, num_memories
+from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
 from longext.config import RuntimeConfig
 from longext.errors import ConfigError
 from longext.evaluation.head import head_is_plain
@@ -126,7 +127,7 @@ class Reader:
         whole = (ids.shape[1] - 1) // self.segment * self.segment
         for tokens in ids[:, :whole].split(self.segment, 1) if whole else ():
             trail.write(tokens)
-        tail, new, stops = ids[:, whole:], list[int](), self._stops()
+        tail, new, stops = ids[:, whole:], list[int](), stop_tokens(self.plain.model)
         while len(new) < max_new_tokens and not (new and new[-1] in stops):
             head = self.plain.model.get_output_embeddings()
             # caps and scales after the head keep the order of logits
@@ -138,12 +139,9 @@ class Reader:
             tail = torch.cat([tail, token], 1)
         return new
 
-    def _stops(self) -> set[int]:
-        eos = self.plain.model.generation_config.eos_token_id
-        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-
     def _read(self, trail: Trail, tokens: torch.Tensor) -> torch.Tensor:
-        self.plain.reset_rope()
+        if self.compressor is None:  # a compressor holds its model's rotation at one length
+            self.plain.reset_rope()
         return trail.read(tokens)
 
 
@@ -334,7 +332,6 @@ def _compressor_reader(
     if segment not in (None, length):
         raise ConfigError(f"--segment {segment}: the segments of {directory} have {length} tokens; leave it out.")
     ratio = find_ratio(compressor, ratio)
-    num_memories(compressor, ratio)
     facts = {
         "kind": "compressor",
         "compressor": compressor.spec.to_json(),

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.compressor.base import COMPRESSORS, Compressor, CompressorSpec, Segment
+from longext.compressor.base import Compressor, CompressorSpec, Segment
 from longext.compressor.checkpoint import LoadedCompressor
 from longext.compressor.decoding import greedy, memory_decoder
 from longext.compressor.documents import reconstruction_segments
 from longext.compressor.gradients import Document as Segments
 from longext.compressor.memory import Memory
+from longext.compressor.ratios import check_ratios
 from longext.config import ReconstructionConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
@@ -147,30 +148,6 @@ def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSp
     return check_ratios(config.ratio or spec.ratios, spec, window)
 
 
-def check_ratios(ratios: Sequence[int], spec: CompressorSpec, window: int) -> tuple[int, ...]:
-    """Return `ratios`; ConfigError unless a compressor of `spec` can make them beside a segment in `window` positions.
-
-    Ratios below those of training need slots that only nested architectures have.
-    """
-    import longext.compressor.architectures  # noqa: F401
-
-    cls = COMPRESSORS[spec.arch]
-    least = 1 if cls.nested else min(spec.ratios)
-    wrong = [ratio for ratio in ratios if ratio < least or spec.segment % ratio]
-    if wrong or len(set(ratios)) < len(ratios):
-        raise ConfigError(
-            f"--ratio must be different divisors of the segment's {spec.segment} tokens, from {least} on (trained on "
-            f"{','.join(map(str, spec.ratios))}); got {','.join(map(str, ratios))}."
-        )
-    for ratio in ratios:
-        if cls.max_segments(spec, window, ratio) < 2:
-            raise ConfigError(
-                f"--ratio {ratio} makes {spec.segment // ratio} slots, which do not fit beside a segment of "
-                f"{spec.segment} tokens in the model's {window} positions: choose larger ratios."
-            )
-    return tuple(ratios)
-
-
 def ratio_notes(ratios: Sequence[int], spec: CompressorSpec) -> list[str]:
     """Return a line where a ratio is not one of training."""
     new = [str(ratio) for ratio in ratios if ratio not in spec.ratios]
@@ -235,7 +212,7 @@ def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[
 
 def _decode(compressor: Compressor, asked: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:
     length, given = asked.tokens.shape[1], asked.sink.shape[1]
-    decoder = memory_decoder(compressor, asked, memory, room=length)
+    decoder = memory_decoder(compressor, asked.sink, memory, asked.ratio, room=length)
     made = greedy(decoder, asked.tokens[:, : 1 + given], length - given, stop)
     return [[*start, *rest] for start, rest in zip(asked.sink.tolist(), made, strict=True)]
 
@@ -327,7 +304,8 @@ def _evaluate(
         if on_progress:
             on_progress(len(batch))
     hypotheses = [row for score in scores for row in score.hypotheses]
-    texts = [(loaded.plain.decode(h[sink:]), loaded.plain.decode(r[sink:])) for h, r in _pairs(hypotheses, segments)]
+    decode = loaded.plain.decode
+    texts = [(decode(h[sink:]), decode(r[sink:])) for h, r in _pairs(hypotheses, segments)]
     scored = segments.shape[1] - sink
     with_memory, without, correct = (
         np.concatenate([getattr(score, name) for score in scores]) / scored

@@ -15,15 +15,15 @@ import torch
 
 from longext.compressor.base import REPEAT, Compressor, CompressorSpec, Segment
 from longext.compressor.checkpoint import LoadedCompressor
-from longext.compressor.decoding import CachedDecoder
+from longext.compressor.decoding import CachedDecoder, memory_decoder, stop_tokens
 from longext.compressor.memory import Memory, join, num_bytes, num_slots
 from longext.compressor.memory_file import hash_weights, read_memory, write_memory
+from longext.compressor.ratios import find_ratio, num_memories
 from longext.compressor.rotation import check_rotation, rerotate
 from longext.compressor.sampling import Sampler
 from longext.errors import CheckpointError, ConfigError
 from longext.training.losses import IGNORED
 
-_ENCODED_AT_ONCE = 16_384  # tokens of one encoder pass
 _DROPPED_AT_ONCE = 4  # one in so many memories makes room when the window is full
 OVERFLOWS = ("slide", "error")
 
@@ -47,14 +47,6 @@ class _State:
     tail: tuple[int, ...] = ()
     num_segments: int = 0
     num_tokens: int = 0
-
-
-class _StreamDecoder(CachedDecoder):
-    """A decoder that can go back to where it was."""
-
-    def truncate(self, length: int) -> None:
-        """Forget all positions but the first `length`."""
-        self._cache.crop(length - self.length)
 
 
 class Session:
@@ -84,9 +76,9 @@ class Session:
         self.ratio = find_ratio(compressor, ratio)
         self.overflow = overflow
         self.base_weights = base_weights
-        self.eos = _eos_tokens(compressor)
+        self.eos = stop_tokens(compressor.backbone.model)
         self._segment_slots = compressor.slots(self.ratio)
-        self._room = _room(compressor, self.ratio)
+        self._room = num_memories(compressor, self.ratio)
         self._can_rotate = compressor.is_soft
         self.reset()
 
@@ -131,14 +123,14 @@ class Session:
         """The most tokens that can be absorbed; None where the window slides or memory does not grow."""
         if self.overflow == "slide" or self.compressor.reads_last:
             return None
-        return (self._room + 1 + self.spec.overlap // self.spec.segment) * self.spec.segment
+        return (self._room + self.spec.first_reader) * self.spec.segment
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything and start a new document."""
         self._state = _State()
-        self._decoder: _StreamDecoder | None = None
+        self._decoder: CachedDecoder | None = None
         self._logits: torch.Tensor | None = None
         self._num_read = 0
 
@@ -186,18 +178,11 @@ class Session:
             self._num_read = len(state.tail)
         return self._logits
 
-    def _new_decoder(self) -> _StreamDecoder:
+    def _new_decoder(self) -> CachedDecoder:
         """Return a decoder behind what the current segment reads, with room for the rest of the segment."""
-        compressor, state, memory = self.compressor, self._state, self._readable()
-        is_soft = compressor.is_soft
-        return _StreamDecoder(
-            compressor.backbone,
-            compressor.embed,
-            prefix=() if is_soft else memory,
-            rows=compressor.prefix_rows(self._ids(state.sink), memory, self.ratio) if is_soft else None,
-            adapted=compressor.reading,
-            room=len(state.before) + self.spec.segment,
-        )
+        state = self._state
+        room = len(state.before) + self.spec.segment
+        return memory_decoder(self.compressor, self._ids(state.sink), self._readable(), self.ratio, room)
 
     def generate(
         self,
@@ -372,15 +357,13 @@ class Session:
         held, excess = self._num_memories, self._num_excess(len(segments))
         skipped = max(0, excess - held)
         self._drop(min(excess, held))
-        first, made = num_slots(self.memory), []
-        size = max(1, _ENCODED_AT_ONCE // self.spec.segment)
+        first, made = num_slots(self.memory), list[Memory]()
         advance(skipped * self.spec.segment)
         kept = segments[skipped:]
-        for start in range(0, len(kept), size):
-            batch = kept[start : start + size]
-            slots = [first + (start + i) * self._segment_slots for i in range(len(batch))]
-            made += self.compressor.write_batch(batch, slots)
-            advance(len(batch) * self.spec.segment)
+        slots = [first + i * self._segment_slots for i in range(len(kept))]
+        for memory in self.compressor.write_all(kept, slots):
+            made.append(memory)
+            advance(self.spec.segment)
         self._store(made, len(segments))
 
     def _store(self, made: Sequence[Memory], num_segments: int) -> None:
@@ -411,41 +394,3 @@ class Session:
         if not self.compressor.is_soft:
             rest = rerotate(self.compressor.backbone, rest, -slots)
         self._state = dataclasses.replace(self._state, memory=join([fixed, rest]))
-
-
-def find_ratio(compressor: Compressor, ratio: int | None) -> int:
-    """Return the ratio to compress at: `ratio`, or the compressor's first where None.
-
-    Raises:
-        ConfigError: it was not trained on that ratio and its ratios do not nest, or the ratio does not divide the
-            segment.
-    """
-    spec = compressor.spec
-    if ratio is None or ratio in spec.ratios:
-        return ratio or spec.ratios[0]
-    if not compressor.nested:
-        known = ", ".join(map(str, spec.ratios))
-        raise ConfigError(f"--ratio {ratio}: this {spec.arch} compressor was trained at {known}; choose of these.")
-    if ratio < 1 or spec.segment % ratio:
-        raise ConfigError(f"--ratio {ratio} does not divide the compressor's segments of {spec.segment} tokens.")
-    return ratio
-
-
-def _room(compressor: Compressor, ratio: int) -> int:
-    """Return how many memories can be read at once; ConfigError where not even one."""
-    spec, window = compressor.spec, compressor.backbone.window
-    room = compressor.max_segments(spec, window, ratio) - 1 - spec.overlap // spec.segment
-    if room < 1:
-        raise ConfigError(
-            f"--ratio {ratio} leaves no room for a memory beside {spec.segment} raw tokens in the model's {window:,} "
-            "positions: raise the ratio, or extend the model first (longext extend)."
-        )
-    return room
-
-
-def _eos_tokens(compressor: Compressor) -> frozenset[int]:
-    """Return the tokens that end a text: those the model's generation settings name, else its config's."""
-    model = compressor.backbone.model
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    named = compressor.backbone.config.eos_token_id if named is None else named
-    return frozenset([named] if isinstance(named, int) else named or ())

@@ -9,15 +9,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, Segment
+from longext.compressor.decoding import CachedDecoder
 from longext.compressor.memory import Memory, join
+from longext.compressor.ratios import num_memories
 from longext.compressor.rotation import check_rotation, rerotate
-from longext.errors import ConfigError
-
-_ENCODED_AT_ONCE = 16_384  # tokens of one encoder pass
 
 
 class Trail(ABC):
@@ -50,21 +48,6 @@ class WindowTrail(Trail):
         self.past = past[:, max(0, past.shape[1] - self.size) :]
 
 
-class _GrowingCache(Cache):  # type: ignore[misc]
-    """A KV cache that starts with the states of `memory` (one layer after another) and takes those of the call."""
-
-    def __init__(self, memory: Memory, num_layers: int) -> None:
-        layers = [DynamicLayer() for _ in range(num_layers)]
-        for layer, keys, values in zip(layers, memory[::2], memory[1::2], strict=False):
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-        super().__init__(layers=layers)
-
-    def states(self) -> Memory:
-        """Return keys and values of all layers."""
-        return tuple(tensor for layer in self.layers for tensor in (layer.keys, layer.values))
-
-
 class CacheTrail(Trail):
     """Keys and values of the first `num_sinks` and the last `size` tokens, evicted after every segment.
 
@@ -84,12 +67,9 @@ class CacheTrail(Trail):
         """Run the frozen model behind the cache."""
         kept = len(self.positions)
         memory = rerotate(self.backbone, self.states, torch.arange(kept) - self.positions)
-        cache = _GrowingCache(memory, len(self.backbone.layers))
-        positions = torch.arange(kept, kept + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        hidden: torch.Tensor = self.backbone.decoder(
-            inputs_embeds=self.backbone.embed(tokens), position_ids=positions, past_key_values=cache, use_cache=False
-        ).last_hidden_state
-        self._read = tokens, tuple(tensor[..., kept:, :] for tensor in cache.states())
+        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1])
+        hidden = decoder.feed(tokens)
+        self._read = tokens, decoder.states(kept)
         return hidden
 
     def write(self, tokens: torch.Tensor) -> None:
@@ -190,13 +170,10 @@ class CompressorTrail(Trail):
         length = self.compressor.spec.segment
         texts = self.past.split(length, 1)
         nothing = self.past[:, :0]
-        size = max(1, _ENCODED_AT_ONCE // texts[0].numel())
-        for start in range(0, len(segments), size):
-            chosen = segments[start : start + size]
-            slots = [self._slot(s - first) for s in chosen]
-            inputs = [Segment(texts[s], texts[s], nothing, nothing, self.ratio) for s in chosen]
-            made = self.compressor.write_batch(inputs, slots)
-            self._made |= {s: _Written(m, slot) for s, m, slot in zip(chosen, made, slots, strict=True)}
+        slots = [self._slot(s - first) for s in segments]
+        inputs = [Segment(texts[s], texts[s], nothing, nothing, self.ratio) for s in segments]
+        made = self.compressor.write_all(inputs, slots)
+        self._made |= {s: _Written(m, slot) for s, m, slot in zip(segments, made, slots, strict=True)}
 
     def _segment(self, tokens: torch.Tensor) -> Segment:
         """Return the next segment; the first one has nothing before it and holds the sink itself."""
@@ -213,30 +190,3 @@ class CompressorTrail(Trail):
             assert self.past is not None
             self._fixed = self.compressor.fixed(self.past[:, : self.compressor.spec.sink])
         return self._fixed
-
-
-def num_memories(compressor: Compressor, ratio: int) -> int:
-    """Return the most memories that a segment can read within the model's window.
-
-    Raises:
-        ConfigError: there is no room for any.
-    """
-    spec, window = compressor.spec, compressor.backbone.window
-    count = compressor.max_segments(spec, window, ratio) - 1 - spec.overlap // spec.segment
-    if count < 1:
-        raise ConfigError(
-            f"At ratio {ratio} a memory of {compressor.slots(ratio)} slots does not fit beside sink {spec.sink}, "
-            f"overlap {spec.overlap} and segment {spec.segment} in the model's {window} positions: use a larger ratio."
-        )
-    return count
-
-
-def num_readable(compressor: Compressor, ratio: int, length: int) -> int:
-    """Return the positions that stay readable of `length` tokens before a segment: sink, memory slots and overlap."""
-    spec = compressor.spec
-    if not length:
-        return 0
-    t = length // spec.segment
-    most = 1 if compressor.reads_last else num_memories(compressor, ratio)
-    memories = min(t, spec.num_visible(t), most)
-    return spec.sink + memories * compressor.slots(ratio) + min(spec.overlap, length)

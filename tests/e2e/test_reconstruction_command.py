@@ -66,7 +66,7 @@ def test_notes_say_what_was_not_as_asked(run, compressor):
     ("args", "text"),
     [
         (("books-5m",), "is no trained compressor"),
-        (("uio", "--ratio", "5"), "--ratio must be different divisors of the segment's 32 tokens"),
+        (("uio", "--ratio", "5"), "--ratio 5 does not divide the compressor's segments of 32 tokens"),
         (("uio", "--ratio", "4,4"), "got 4,4"),
         (("uio", "--content", "txt"), "Did you mean 'text'"),
         (("uio", "--content", "text,text"), "--content must be different"),

@@ -46,3 +46,12 @@ def test_the_released_loop_is_the_raw_reservoir_with_an_exact_transfer_head(benc
     for ours, other in ((transfer, raw_transfer), (encoder, exact_encoder)):
         assert (ours - other).norm() > 0.05 * other.norm()  # a difference worth the name
     assert 0 <= zeros <= 8 - size
+
+
+def test_every_column_of_the_benchmark_runs(benchmark):
+    compressor = make_compressor("uio", sink=0, overlap=0, ratios=(4,))
+    document = make_document(compressor, random_ids(1, 4))
+    for policy in benchmark.POLICIES:
+        compressor.zero_grad()
+        benchmark.runner(document, policy)()
+        assert compressor.vector.grad.any(), policy

@@ -308,6 +308,8 @@ def test_the_position_budget_is_the_papers():
         ("gist", {"sink": 1}, "--sink 0"),
         ("rmt", {"ratios": (4, 8)}, "one --ratio"),
         ("uio", {"ratios": (4, 4)}, "different"),
+        ("uio", {"sink": SEGMENT}, "must be below --segment"),
+        ("uio", {"segment": 64, "overlap": 128, "ratios": (1,)}, "no room for memories"),
     ],
 )
 def test_impossible_specs_are_refused(variant, changes, said):

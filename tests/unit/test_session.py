@@ -123,6 +123,14 @@ def test_generate_equals_choosing_the_best_token_each_time(arch, memory):
 
 
 @pytest.mark.parametrize(("arch", "memory"), KINDS)
+def test_the_repeat_token_may_stand_anywhere(arch, memory):
+    """In the sink and in a segment that is compressed: a long answer to it becomes memory too."""
+    session = Session(make(arch, memory))
+    session.absorb([-1, *document(20).tolist(), -1])
+    assert session.logits().isfinite().all()
+
+
+@pytest.mark.parametrize(("arch", "memory"), KINDS)
 def test_asking_leaves_the_session_as_it_was(arch, memory):
     compressor, tokens, question = make(arch, memory), document(28), document(3, seed=2)
     session = Session(compressor)

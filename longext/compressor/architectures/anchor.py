@@ -32,7 +32,7 @@ class Anchor(ProbeCompressor):
     def _inputs(self, tokens: torch.Tensor, ratio: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length = tokens.shape
         places = probe_positions(length, ratio, tokens.device) - 1
-        text = self.backbone.embed(tokens)
+        text = self.embed(tokens)
         probes = text[:, places] + self.rows(self.vector, batch)
         mask = prefix_mask(length, ratio, tokens.device)
         mask[length + torch.arange(len(places), device=tokens.device), places] = False  # it stands in for that token

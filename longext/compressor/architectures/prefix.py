@@ -38,7 +38,7 @@ class ConstantPrefix(ProbeCompressor):
         """Return the constant, rotated to the slots of each segment."""
         count = tokens.shape[1] // ratio
         with torch.no_grad():
-            captured = self.backbone.attention_inputs(self.backbone.embed(tokens[:, :1]), slice(None))
+            captured = self.backbone.attention_inputs(self.embed(tokens[:, :1]), slice(None))
         captured.hidden = [self.rows(states[:count], len(tokens)) for states in self.states]
         slots = first_slots[:, None] + torch.arange(count)
         return self.backbone.project(captured, slots.to(tokens.device))
