@@ -9,46 +9,76 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longext.config import FinetuneConfig, build_config, shipped_recipes
+from longext.config import CompressConfig, FinetuneConfig, build_config, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(page):
-    """The rows of a page whose first cell is code: {that cell: the other cells}."""
-    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+def table(page, section=""):
+    """The rows of a page, or of one section, whose first cell is code: {that cell: the other cells}."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    if section:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = text.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def test_every_finetune_key_is_documented_with_its_default():
-    rows = table("recipes.md")
-    for field in dataclasses.fields(FinetuneConfig):
-        assert field.name in rows, field.name
+@pytest.mark.parametrize(("command", "kind"), [("finetune", FinetuneConfig), ("compress-train", CompressConfig)])
+def test_every_key_is_documented_with_its_default(command, kind):
+    rows = table("recipes.md", f"Every key of `{command}`")
+    assert set(rows) == {field.name for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
         _, default, meaning = rows[field.name]
         assert meaning
         if field.default is dataclasses.MISSING:
             assert default == "required"
             continue
-        written = build_config(FinetuneConfig, None, [f"{field.name}={default}"], {"model": "m"})
+        written = build_config(kind, None, [f"{field.name}={default}"], {"model": "m"})
         assert getattr(written, field.name) == field.default, field.name
 
 
 def test_every_shipped_recipe_is_documented_and_no_other():
-    listed = {name for name in table("recipes.md") if "/" in name}
+    listed = set(table("recipes.md", "Shipped recipes"))
     assert listed == set(shipped_recipes())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_files_and_pages_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"-c ((?:extend|eval|compare|finetune|plan)/[\w.-]*[\w-])", text):
+    for name in re.findall(r"-c ((?:extend|eval|compare|compress|finetune|plan)/[\w.-]*[\w-])", text):
         assert name in shipped_recipes(), name
     for name in re.findall(r"\b((?:recipes/accelerate|tests|benchmarks)/[\w/.-]+\.(?:py|yaml))\b", text):
         assert (ROOT / name).is_file(), name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_every_command_is_in_the_readme():
+    from longext.cli import app
+    from longext.cli.evaluate import eval_app
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [command.name for command in app.registered_commands]
+    names += [f"eval {command.name}" for command in eval_app.registered_commands]
+    for name in names:
+        assert f"| `{name}`" in text, name
+
+
+def test_every_choice_of_compression_is_documented():
+    import longext.compressor.architectures  # noqa: F401
+    from longext.compressor.base import COMPRESSORS
+    from longext.compressor.controls import METHODS
+    from longext.compressor.objectives import OBJECTIVES
+    from longext.compressor.policies import POLICIES
+    from longext.compressor.readers import MEMORIES
+    from longext.compressor.reconstruction import CONTENTS
+
+    listed = {name.partition(":")[0] for name in table("compressor.md") if not name.startswith("--")}
+    assert listed == {*COMPRESSORS, *POLICIES, *OBJECTIVES}
+    listed = set(table("evaluation.md"))
+    assert {*CONTENTS, *METHODS, *(MEMORIES[name].form for name in MEMORIES)} <= listed
 
 
 def test_the_example_recipe_loads(tmp_path):
