@@ -15,6 +15,16 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 LENGTH = 64  # max_position_embeddings of every tiny model
+# what `longext plan` needs of Llama-2-7B's config.json
+LLAMA2_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -249,8 +249,6 @@ class TokenRows(Dataset[Row]):
         DataError: the tokens fill no row.
     """
 
-    num_available: int
-
     def __init__(
         self,
         cache: TokenCache,
@@ -266,6 +264,11 @@ class TokenRows(Dataset[Row]):
         self.target_length = target_length if positions == "pose" else None
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self.num_available = self._prepare()
+
+    def _prepare(self) -> int:
+        """Return how many different rows the tokens make (DataError where none)."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.num_rows
@@ -321,17 +324,19 @@ class PackedRows(TokenRows):
         num_rows: int,
         *,
         separate_documents: bool = False,
-        positions: str = "plain",
-        target_length: int | None = None,
+        **places: Any,
     ) -> None:
-        super().__init__(cache, length, seed, num_rows, positions=positions, target_length=target_length)
+        super().__init__(cache, length, seed, num_rows, **places)
         self.separate_documents = separate_documents
-        self.num_available = cache.num_tokens // length
-        if not self.num_available:
+
+    def _prepare(self) -> int:
+        count = self.cache.num_tokens // self.length
+        if not count:
             raise DataError(
-                f"The data has {cache.num_tokens:,} tokens, too few for one row of {length:,}. "
+                f"The data has {self.cache.num_tokens:,} tokens, too few for one row of {self.length:,}. "
                 "Give more text (--data) or a shorter length."
             )
+        return count
 
     def _row(self, place: int) -> Row:
         start = place * self.length
@@ -365,25 +370,15 @@ class PackedExamples(TokenRows):
         DataError: an example is longer than `length`.
     """
 
-    def __init__(
-        self,
-        cache: TokenCache,
-        length: int,
-        seed: int,
-        num_rows: int,
-        *,
-        positions: str = "plain",
-        target_length: int | None = None,
-    ) -> None:
-        super().__init__(cache, length, seed, num_rows, positions=positions, target_length=target_length)
-        lengths = np.diff(cache.bounds)
-        if lengths.max() > length:
+    def _prepare(self) -> int:
+        lengths = np.diff(self.cache.bounds)
+        if lengths.max() > self.length:
             raise DataError(
-                f"An example has {lengths.max():,} tokens, more than the row length {length:,}: "
+                f"An example has {lengths.max():,} tokens, more than the row length {self.length:,}: "
                 "the cache was made for another length."
             )
-        self._packed = pack_lengths(lengths, length, seed)
-        self.num_available = len(self._packed)
+        self._packed = pack_lengths(lengths, self.length, self.seed)
+        return len(self._packed)
 
     def _row(self, place: int) -> Row:
         input_ids = torch.full((self.length,), int(self.cache.meta.get("pad_token_id", 0)), dtype=torch.int64)

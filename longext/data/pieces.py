@@ -27,21 +27,23 @@ class DocumentRows(TokenRows):
     """
 
     def __init__(self, cache: TokenCache, length: int, seed: int, num_rows: int, *, minimum: int, skip: int) -> None:
+        self.minimum, self.skip = minimum, skip
         super().__init__(cache, length, seed, num_rows)
-        self.skip = skip
+
+    def _prepare(self) -> int:
         self._pieces = [
-            (start, min(start + length, end))
-            for begin, end in itertools.pairwise(cache.bounds.tolist())
-            for start in range(begin, end, length)
-            if min(start + length, end) - start >= minimum
+            (start, min(start + self.length, end))
+            for begin, end in itertools.pairwise(self.cache.bounds.tolist())
+            for start in range(begin, end, self.length)
+            if min(start + self.length, end) - start >= self.minimum
         ]
-        self.num_available = len(self._pieces)
         if not self._pieces:
-            longest = int(np.diff(cache.bounds).max())
+            longest = int(np.diff(self.cache.bounds).max())
             raise DataError(
-                f"No document has the {minimum:,} tokens of two segments: the longest has {longest:,}. Give longer "
-                "documents (--data) or a shorter --segment."
+                f"No document has the {self.minimum:,} tokens of two segments: the longest has {longest:,}. Give "
+                "longer documents (--data) or a shorter --segment."
             )
+        return len(self._pieces)
 
     @property
     def report(self) -> dict[str, Any]:

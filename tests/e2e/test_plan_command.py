@@ -6,16 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-}
+from families import LLAMA2_7B
 
 
 @pytest.fixture
@@ -23,7 +14,7 @@ def llama(tmp_path):
     """A directory with a config.json alone."""
     directory = tmp_path / "llama2-7b"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "config.json").write_text(json.dumps(LLAMA2_7B))
     return directory
 
 
@@ -65,7 +56,7 @@ def test_a_probe_calibrates_on_this_machine(run):
 
 
 def test_a_probe_of_a_deep_model_says_what_was_extrapolated(run, tmp_path):
-    small = {**LLAMA, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = {**LLAMA2_7B, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     directory = tmp_path / "deep"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({**small, "intermediate_size": 128, "vocab_size": 256}))

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from families import CONFIGS, save_tiny_model
+from families import CONFIGS, LLAMA2_7B, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from longext.config import PlanConfig
@@ -18,21 +18,11 @@ from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import FAMILIES, read_shape
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-}
-
 
 @pytest.fixture
 def llama(tmp_path):
     """A directory with Llama-2-7B's config.json and nothing else."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
     return tmp_path
 
 
@@ -114,9 +104,9 @@ def test_bad_settings_are_one_clear_error(llama, changes, message):
     ("config", "message"),
     [
         (None, "No config.json"),
-        ({**LLAMA, "model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
-        ({**LLAMA, "model_type": "mamba"}, "of type 'mamba', whose cost"),
-        ({**LLAMA, "hidden_size": "wide"}, "`hidden_size` must be a whole number"),
+        ({**LLAMA2_7B, "model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({**LLAMA2_7B, "model_type": "mamba"}, "of type 'mamba', whose cost"),
+        ({**LLAMA2_7B, "hidden_size": "wide"}, "`hidden_size` must be a whole number"),
     ],
 )
 def test_models_without_a_known_cost_are_refused(tmp_path, config, message):
