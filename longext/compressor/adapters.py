@@ -62,6 +62,8 @@ class Adapters(nn.Module):
         layers: Any = self.sets[name] if name in self.sets else nn.ModuleDict()
         for index, attention in enumerate(self._attentions[:num_layers]):
             for target, linear in projections(attention, roles).items():
+                if f"{index}_{target}" in layers:
+                    continue  # one fused layer for several roles
                 adapter = LowRank(linear, self.rank, self.alpha)
                 layers[f"{index}_{target}"] = adapter
                 linear.register_forward_hook(self._hook(name, adapter))

@@ -100,14 +100,14 @@ def backprop(document: Document, policy: Policy, rng: np.random.Generator, group
     weights = policy.draw(document.visible, rng)
     recurrent = document.compressor.recurrent
     if policy.kind.executor == "graph":
-        return _one_graph(document)
+        return _one_graph(document, group)
     if policy.kind.executor == "stream":
         return _stream(document, weights)
     return _reverse_sweep(document, weights) if recurrent else _sweep(document, weights, group)
 
 
-def _one_graph(document: Document) -> torch.Tensor:
-    """Autograd through everything."""
+def _one_graph(document: Document, group: Any) -> torch.Tensor:
+    """Autograd through everything; each rank of `group` takes its part of the whole gradient."""
     made: list[Memory] = []
     fixed = document.new_store().fixed
     losses = []
@@ -120,7 +120,8 @@ def _one_graph(document: Document) -> torch.Tensor:
             made.append(written)
     total = torch.stack(losses).sum()
     if total.requires_grad:
-        (total * document.scale).backward()
+        size = 1 if group is None else dist.get_world_size(group)
+        (total * document.scale / size).backward()
     return total.detach()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from longext.compressor.base import Compressor, Segment
 from longext.compressor.distillation import teacher_states
@@ -123,6 +124,9 @@ def compare_gradients(
 
     For the exact policy itself the comparison is autograd through one graph of the whole document.
 
+    Args:
+        group: process group whose ranks share the documents; its gradients are added up first.
+
     Returns:
         cosine, relative_error |g - g*| / |g*| and norm_ratio |g| / |g*|.
     """
@@ -145,4 +149,7 @@ def _gradient(compressor: Compressor, objectives: Objectives, batch: Batch, grou
         parameter.grad = None
     objectives.backward(compressor, batch, group)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in compressor.parameters()]
-    return torch.cat([part.flatten().double() for part in parts])
+    gradient = torch.cat([part.flatten().double() for part in parts])
+    if group is not None:
+        dist.all_reduce(gradient, group=group)
+    return gradient

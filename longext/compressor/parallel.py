@@ -22,7 +22,7 @@ def share(count: int, group: Any) -> list[int]:
 
 def gather_memories(store: MemoryStore, document: Document, group: Any) -> None:
     """Fill `store` with what the other ranks have encoded (all-gather)."""
-    if group is None:
+    if group is None or not document.slots:
         return
     if not store.tensors:  # fewer segments than ranks: an empty hand still needs buffers of the right shape
         with torch.no_grad():

@@ -96,7 +96,9 @@ def test_compressor_in_two_processes_equals_one(tmp_path):
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Wrote out") == 1
-        losses[name] = [line["loss"] for line in read_metrics(directory / "out" / "metrics.jsonl")]
+        lines = read_metrics(directory / "out" / "metrics.jsonl")
+        losses[name] = [line["loss"] for line in lines]
+        assert [line["documents"] + line["ae"] for line in lines] == pytest.approx(losses[name], abs=1e-5)
         weights[name] = load_file(directory / "out" / "compressor.safetensors")
     for name in ("data", "segments"):
         assert losses[name] == pytest.approx(losses["one"], abs=1e-5)

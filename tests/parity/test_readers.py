@@ -249,6 +249,16 @@ def test_a_compressor_reads_as_in_training(variant, overlap):
     close(compressor_reader(compressor).score(ids, 1).nll, document_nll(compressor, ids, 4))
 
 
+def test_a_rope_that_follows_the_length_is_read_as_it_was_trained():
+    """Scoring must not put a LongRoPE that a compressor holds at its window back to that of short texts."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128, **factors}
+    compressor = make_compressor("uio", tiny_llama(rope_parameters=rope))
+    ids = random_ids(2, 6)
+    expected = document_nll(compressor, ids, 4)
+    close(compressor_reader(compressor).score(ids, 1).nll, expected)
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_the_losses_are_those_of_the_document(variant):
     compressor = make_compressor(variant)

@@ -171,6 +171,14 @@ def test_raw_rows_of_beacon_do_not_see_the_beacons_of_their_segment():
     torch.testing.assert_close(loss, alone, **TIGHT)
 
 
+@pytest.mark.parametrize("variant", ["beacon", "icae-kv"])
+def test_a_fused_projection_carries_one_adapter(variant):
+    """Their queries and keys are adapted in two calls; a second adapter on the same layer would run untrained."""
+    compressor = make_compressor(variant, tiny_model("phi3", attention="eager").double(), overlap=0)
+    hooks = [len(attention.qkv_proj._forward_hooks) for attention in compressor.backbone.attentions]
+    assert hooks == [1] * len(hooks)
+
+
 @pytest.mark.parametrize("variant", ["autocompressor", "rmt"])
 def test_writing_does_not_change_the_loss(variant):
     compressor = make_compressor(variant)
