@@ -106,10 +106,17 @@ def compress_train(
 
 def _prepare(config: CompressConfig) -> None:
     """Check model and data before several processes start: what is wrong is said once, by this one."""
+    import gc
+
+    import torch
+
     from longext.compressor.train import prepare_compressor
     from longext.reporting.console import tokenising
 
     prepare_compressor(config, tokenising(config.data))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the workers need it
 
 
 def _show_plan(config: CompressConfig) -> None:

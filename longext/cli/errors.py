@@ -24,6 +24,12 @@ _OUT_OF_MEMORY_IN_TRAINING = (
     "activation checkpointing on, add --offload (CUDA), --quantize nf4 or --sequence-parallel, or lower "
     "--set loss_chunk=1024. Go on from the last checkpoint, if there is one, with --resume."
 )
+_OUT_OF_MEMORY_WITH_MEMORIES = (
+    "out of memory. Lower --batch-size, --segment or --set loss_chunk=1024, use --dtype bfloat16 and --gradient exact "
+    "(one segment's graph at a time), keep activation checkpointing on, or add --set offload=true (CUDA) or "
+    "--sequence-parallel. Go on from the last checkpoint, if there is one, with --resume."
+)
+_OUT_OF_MEMORY_OF = {"finetune": _OUT_OF_MEMORY_IN_TRAINING, "compress-train": _OUT_OF_MEMORY_WITH_MEMORIES}
 
 
 @contextlib.contextmanager
@@ -37,7 +43,7 @@ def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: Non
     try:
         yield
     except (LongextError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        explained = _explain(error, is_training=command() == "finetune")
+        explained = _explain(error, command() or "")
         if explained is None or debug:
             raise
         message, code = explained
@@ -48,14 +54,14 @@ def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: Non
         raise typer.Exit(code) from None
 
 
-def _explain(error: BaseException, is_training: bool) -> tuple[str, int] | None:
+def _explain(error: BaseException, command: str) -> tuple[str, int] | None:
     """Return (one line, exit code) for a failure a user can act on, None for a bug of ours."""
     if isinstance(error, LongextError):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing unfinished was left under an output name.", _INTERRUPTED
     if isinstance(error, MemoryError) or _is_torch_memory(error):
-        return _OUT_OF_MEMORY_IN_TRAINING if is_training else _OUT_OF_MEMORY, 1
+        return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
     if isinstance(error, OSError):
         return _explain_os(error)
     return None

@@ -206,6 +206,18 @@ class Backbone:
             layer._gradient_checkpointing_func = adapters.remembering(layer._gradient_checkpointing_func)
             layer.training = True  # the layer alone: what is inside stays in eval mode, without dropout
 
+    @contextlib.contextmanager
+    def without_checkpointing(self) -> Iterator[None]:
+        """Run layers once, as when nothing is trained; undone on leaving."""
+        before = [layer.training for layer in self.layers]
+        for layer in self.layers:
+            layer.training = False
+        try:
+            yield
+        finally:
+            for layer, was_training in zip(self.layers, before, strict=True):
+                layer.training = was_training
+
     # --- embeddings and losses --------------------------------------------------------------------------------------
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

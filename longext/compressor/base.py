@@ -62,6 +62,11 @@ class CompressorSpec:
         """The number of the first segment that reads a memory."""
         return 1 + self.overlap // self.segment
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest document with a token whose prediction reads a memory."""
+        return self.first_reader * self.segment + 2
+
     def num_visible(self, segment: int) -> int:
         """Return how many memories segment number `segment` reads: those not wholly inside the overlap."""
         return max(0, segment + 1 - self.first_reader)

@@ -12,8 +12,10 @@ import torch
 from longext.checkpoint.source import read_config, resolve_model, sample_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
-from longext.errors import CheckpointError
+from longext.config import RuntimeConfig
+from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import (
+    MAPPED,
     HFLanguageModel,
     first_line,
     load_tokenizer,
@@ -73,6 +75,16 @@ def is_compressor(directory: str | Path) -> bool:
     return (Path(directory).expanduser() / DESCRIPTION).is_file()
 
 
+def check_base_options(config: RuntimeConfig) -> None:
+    """Raise ConfigError for options of a plain model where `config.model` is a compressor's directory."""
+    given = {"--revision": config.revision, "--trust-remote-code": config.trust_remote_code or None}
+    wrong = ", ".join(name for name, value in given.items() if value is not None)
+    if wrong:
+        raise ConfigError(
+            f"{config.model} is a trained compressor, which takes no {wrong}: it names its own model, or --base does."
+        )
+
+
 def read_description(directory: Path) -> dict[str, Any]:
     """Return what compressor.json says.
 
@@ -83,6 +95,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         value = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         assert value["schema"] == SCHEMA
         CompressorSpec.from_json(value["spec"])
+        assert set(value) >= {"base_model", "base_revision", "base_weights", "window"}
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{directory} is no trained compressor: it has no readable {DESCRIPTION}. Give the -o directory of "
@@ -108,6 +121,8 @@ def load_backbone(
     """
     from transformers import AutoModelForCausalLM
 
+    if device == MAPPED:
+        raise ConfigError("Memories need the model on one device: use --device auto, cpu, cuda, cuda:N or mps.")
     quiet_transformers()
     where = resolve_device(device)
     tokenizer = load_tokenizer(base.directory, False)

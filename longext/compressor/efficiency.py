@@ -15,6 +15,7 @@ import torch
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec
+from longext.compressor.checkpoint import check_base_options
 from longext.compressor.decoding import CachedDecoder, memory_decoder
 from longext.compressor.documents import split_segments
 from longext.compressor.gradients import Document
@@ -96,7 +97,9 @@ def check_efficiency_config(config: EfficiencyConfig, spec: CompressorSpec | Non
     if spec is None:
         if config.ratio or config.base:
             raise ConfigError("--ratio and --base are for the directory of a trained compressor.")
-    elif min(config.lengths) <= spec.segment:
+        return
+    check_base_options(config)
+    if min(config.lengths) <= spec.segment:
         raise ConfigError(
             f"--lengths must be above the segment's {spec.segment} tokens, of which nothing is compressed; got "
             f"{min(config.lengths)}."

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-from longext.compressor.checkpoint import is_compressor, load_compressor
+from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
 from longext.compressor.sampling import check_sampling
 from longext.compressor.session import Session
 from longext.config import GenerateConfig
@@ -106,23 +106,21 @@ def check_generate_config(config: GenerateConfig) -> None:
         raise ConfigError("`output` is not for generate: it prints the text; --save-memory keeps the memory.")
     if config.save_memory is not None:
         _check_saving(config, Path(config.save_memory).expanduser())
-    is_plain = not is_compressor(config.model)
-    given: dict[str, Any]
-    if is_plain:
-        given = {
-            "--memory": config.memory,
-            "--save-memory": config.save_memory,
-            "--ratio": config.ratio,
-            "--base": config.base,
-        }
-        advice = "give the -o directory of `longext compress-train`"
-    else:
-        given = {"--revision": config.revision, "--trust-remote-code": config.trust_remote_code or None}
-        advice = "it names its own model, or --base does"
+    if is_compressor(config.model):
+        check_base_options(config)
+        return
+    given = {
+        "--memory": config.memory,
+        "--save-memory": config.save_memory,
+        "--ratio": config.ratio,
+        "--base": config.base,
+    }
     wrong = ", ".join(name for name, value in given.items() if value is not None)
     if wrong:
-        kind = "a plain model" if is_plain else "a trained compressor"
-        raise ConfigError(f"{config.model} is {kind}, which takes no {wrong}: {advice}.")
+        raise ConfigError(
+            f"{config.model} is a plain model, which takes no {wrong}: give the -o directory of "
+            "`longext compress-train`."
+        )
 
 
 def _check_saving(config: GenerateConfig, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from longext.compressor.base import Compressor, CompressorSpec, Segment
-from longext.compressor.checkpoint import LoadedCompressor
+from longext.compressor.checkpoint import LoadedCompressor, check_base_options
 from longext.compressor.decoding import greedy, memory_decoder
 from longext.compressor.documents import reconstruction_segments
 from longext.compressor.gradients import Document as Segments
@@ -141,6 +141,7 @@ def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSp
     Raises:
         ConfigError: unknown content, or a ratio that the compressor cannot make.
     """
+    check_base_options(config)
     for name in config.content:
         CONTENTS[name]
     if not config.content or len(set(config.content)) < len(config.content):

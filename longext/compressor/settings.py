@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 from longext.compressor.base import COMPRESSORS, CompressorSpec, check_spec
+from longext.compressor.memory_perplexity import check_context_lengths
 from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.config import CompressConfig, FinetuneConfig
 from longext.errors import ConfigError
-from longext.training.processes import is_sharded
-from longext.training.settings import check_reporting, fingerprint
+from longext.training.processes import is_launched, is_sharded, num_processes
+from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint
 
 _DEFAULT_SEGMENTS = 12
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -49,12 +50,10 @@ def check_compress_config(config: CompressConfig) -> None:
     cls = COMPRESSORS[config.arch]
     parse_objectives(config.objectives)
     policy = parse_policy(config.gradient, cls.recurrent)
-    if not config.learning_rate > 0:
-        raise ConfigError(f"--learning-rate must be above 0, got {config.learning_rate:g}.")
+    check_optimiser(config)
     if config.schedule not in ("constant", "linear", "cosine"):
         raise ConfigError(f"`schedule` must be one of constant, linear, cosine, got '{config.schedule}'.")
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise ConfigError(f"--device for training must be auto, cpu, cuda or mps, got '{config.device}'.")
+    check_processes(config)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
     if config.context_parallel > 1:
@@ -64,12 +63,30 @@ def check_compress_config(config: CompressConfig) -> None:
             f"--sequence-parallel needs memories that do not depend on one another and --gradient exact or subset:N; "
             f"got --arch {config.arch}, --gradient {config.gradient}."
         )
+    if _num_processes(config) % config.sequence_parallel:
+        raise ConfigError(
+            f"--sequence-parallel {config.sequence_parallel} needs a number of processes that it divides, this run has "
+            f"{_num_processes(config)}: add --num-processes {config.sequence_parallel}."
+        )
+    if config.trust_remote_code:
+        raise ConfigError("`trust_remote_code` is not for compressors: memories need an architecture of transformers.")
+    if config.eval_data is not None:
+        check_context_lengths(config.eval_lengths or (config.segment,), config.segment)
     if is_sharded():
         raise ConfigError(
             "compress-train keeps the frozen model whole in every process, and this accelerate configuration shards "
             "it: start with torchrun or --num-processes instead."
         )
     check_reporting(config.report_to)
+
+
+def global_batch(config: CompressConfig) -> int:
+    """Return the documents of one optimiser step, all processes together."""
+    return config.batch_size * config.accumulation * _num_processes(config) // config.sequence_parallel
+
+
+def _num_processes(config: CompressConfig) -> int:
+    return num_processes() if is_launched() else config.num_processes
 
 
 def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
@@ -102,22 +119,24 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
         ConfigError: the memories of so many segments do not fit the model's positions.
     """
     ratio = min(spec.ratios)  # every segment may draw the ratio that makes most slots
-    most = COMPRESSORS[spec.arch].max_segments(spec, window, ratio)
-    if most < 2:
+    cls, first = COMPRESSORS[spec.arch], spec.first_reader
+    if not cls.max_memories(spec, window, ratio):
         raise ConfigError(
             f"--ratio {ratio} makes {spec.segment // ratio} slots of each --segment {spec.segment}, and the model's "
             f"{window} positions hold no memory beside a segment: use larger ratios, a shorter --segment, or extend "
             "the model first (longext extend)."
         )
+    most = cls.max_segments(spec, window, ratio)
     if config.document_length is None:
-        return spec.segment * min(_DEFAULT_SEGMENTS, most)
-    segments = -(-config.document_length // spec.segment)
-    if segments < 2:
+        return spec.segment * min(_DEFAULT_SEGMENTS + first - 1, most)
+    if config.document_length < spec.shortest:
         raise ConfigError(
-            f"--document-length {config.document_length} is one segment of {spec.segment}: a memory needs two."
+            f"--document-length {config.document_length} is too short for a memory to be read: with --segment "
+            f"{spec.segment} and --overlap {spec.overlap} give at least {spec.shortest} tokens."
         )
+    segments = -(-config.document_length // spec.segment)
     if segments > most:
-        slots = (segments - 1) * (spec.segment // ratio)
+        slots = (segments - first) * (spec.segment // ratio)
         raise ConfigError(
             f"--document-length {config.document_length} at ratio {ratio} needs sink {spec.sink} + {slots} slots + "
             f"overlap {spec.overlap} + segment {spec.segment} = {spec.sink + slots + spec.overlap + spec.segment} "

@@ -22,20 +22,19 @@ from longext.compressor.checkpoint import (
     read_description,
     save_compressor,
 )
-from longext.compressor.controls import MEMORY, NO_MEMORY, SAME_KV, WRONG
-from longext.compressor.memory_perplexity import check_context_lengths, evaluate_memory
+from longext.compressor.midway import Evaluation, load_evaluation
 from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.compressor.settings import (
     check_compress_config,
     compress_fingerprint,
     document_length,
+    global_batch,
     same_shape,
     spec_of,
     token_source,
 )
-from longext.config import CompressConfig, DataConfig
-from longext.data.documents import load_documents
+from longext.config import CompressConfig
 from longext.data.packing import collate_rows
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens
@@ -44,11 +43,9 @@ from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, 
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.longlora import CHECKPOINTS, find_checkpoint, quiet_trainer, raise_if_stopped
-from longext.training.processes import is_launched, is_main_process, num_processes, wait_for_all
+from longext.training.processes import is_main_process, num_processes, wait_for_all
 from longext.training.settings import trainer_arguments
 
-EVALUATED = (MEMORY, NO_MEMORY, WRONG, SAME_KV)
-_EVALUATED_PLACES = 6
 _PARTS = ("documents", "ae", "cosine", "relative_error", "norm_ratio")
 
 
@@ -59,17 +56,18 @@ class CompressRun:
     Attributes:
         config: the resolved config.
         base: the frozen model it belongs to.
-        compressor, tokenizer: what is trained, and the model's tokenizer.
+        compressor: what is trained.
         rows: the training documents.
         device: of this process.
+        evaluation: what is measured while it trains, or None.
     """
 
     config: CompressConfig
     base: BaseModel
     compressor: Compressor
-    tokenizer: Any
     rows: DocumentRows
     device: torch.device
+    evaluation: Evaluation | None
 
     @property
     def num_trainable(self) -> int:
@@ -139,13 +137,17 @@ class CompressorEngine(Engine):
         )
 
     def _is_check_due(self) -> bool:
-        first = self._sums == {} or self.accelerator.sync_gradients
-        return bool(self.grad_check and first and self.state.global_step % self.grad_check == 0)
+        is_due = self.grad_check is not None and self.state.global_step % self.grad_check == 0
+        return is_due and bool(self.accelerator.sync_gradients)  # once a step, on its last batch
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the loss and the last gradient check."""
+        """Add the parts of the loss, averaged over processes as the loss itself is, and the last gradient check."""
         if "loss" in logs and self._steps_summed:
-            logs |= {name: value / self._steps_summed for name, value in self._sums.items()} | self._checked
+            means = torch.tensor(list(self._sums.values()), device=self.args.device) / self._steps_summed
+            if self.args.world_size > 1:
+                dist.all_reduce(means)
+                means /= self.args.world_size
+            logs |= dict(zip(self._sums, means.tolist(), strict=True)) | self._checked
             self._sums, self._checked, self._steps_summed = {}, {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -159,12 +161,6 @@ def sum_gradients(module: torch.nn.Module) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def global_batch(config: CompressConfig) -> int:
-    """Return the documents of one optimiser step, all processes together."""
-    processes = num_processes() if is_launched() else config.num_processes
-    return config.batch_size * config.accumulation * processes // config.sequence_parallel
-
-
 def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] | None = None) -> CompressRun:
     """Load everything a run needs: the frozen model, the compressor on it, the documents.
 
@@ -175,7 +171,13 @@ def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] 
 
     base = find_base(config.model, config.revision)
     device = training_device(config)
-    backbone, tokenizer = load_backbone(base, device=str(device), dtype=config.dtype, loss_chunk=config.loss_chunk)
+    backbone, tokenizer = load_backbone(
+        base,
+        device=str(device),
+        dtype=_training_dtype(config, base, device),
+        attention=config.attention,
+        loss_chunk=config.loss_chunk,
+    )
     spec = spec_of(config, backbone.window)
     length = document_length(config, spec, backbone.window)
     set_seed(config.seed)
@@ -186,7 +188,15 @@ def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] 
     if config.checkpointing:
         backbone.enable_checkpointing(compressor.adapters, config.offload, enable_checkpointing)
     rows = open_documents(config, compressor, tokenizer, length, on_tokens)
-    return CompressRun(config, base, compressor, tokenizer, rows, device)
+    return CompressRun(config, base, compressor, rows, device, load_evaluation(config, spec, rows.length, tokenizer))
+
+
+def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.device) -> str:
+    """Return the dtype of the frozen model: float16, whose gradients would need loss scaling, becomes bfloat16."""
+    raw = read_config(base.directory)
+    stored = raw.get("dtype") or raw.get("torch_dtype")
+    is_half = config.dtype == "auto" and device.type != "cpu" and stored == "float16"
+    return "bfloat16" if is_half else config.dtype
 
 
 def _start_from(compressor: Compressor, directory: Path, base: BaseModel) -> None:
@@ -214,15 +224,14 @@ def open_documents(
     cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
     if is_main_process():
         wait_for_all()
-    # under a frozen reader the segments before the first memory score nothing that is trained
-    blind = next(t for t in range(len(cache.bounds) + spec.overlap) if spec.num_visible(t))
+    # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
     return DocumentRows(
         cache,
         length,
         config.seed,
         config.num_steps * global_batch(config),
-        minimum=spec.segment + 2,
-        skip=0 if compressor.trains_reader else blind * spec.segment + 1,
+        minimum=spec.shortest,
+        skip=1 if compressor.trains_reader else spec.shortest - 1,
     )
 
 
@@ -286,34 +295,16 @@ def train_compressor(
 
 def _evaluation(run: CompressRun, metrics: Metrics) -> list[Evaluate]:
     """Return the callback that measures the next segment with memory and its controls, where data was given for it."""
-    config, spec, backbone = run.config, run.compressor.spec, run.compressor.backbone
-    if config.eval_data is None:
+    found = run.evaluation
+    if found is None:
         return []
-    lengths = config.eval_lengths or tuple(
-        spec.segment * count for count in (1, 4, 12) if spec.segment * count < max(run.rows.length, spec.segment + 1)
-    )
-    source = DataConfig(
-        data=config.eval_data,
-        text_field=config.text_field,
-        split=config.eval_split,
-        max_documents=config.eval_documents,
-    )
-    texts = [run.tokenizer(d.text, add_special_tokens=False, verbose=False).input_ids for d in load_documents(source)]
-    was_training = [layer.training for layer in backbone.layers]
-    check_context_lengths(lengths, spec.segment)
 
     def evaluate(step: int) -> None:
-        backbone.model.eval()
-        results = evaluate_memory(
-            run.compressor, texts, lengths, _EVALUATED_PLACES, config.seed, methods=EVALUATED, num_bootstrap=0
-        )
-        for layer, before in zip(backbone.layers, was_training, strict=True):
-            layer.training = before
-        found = {name: {r.length: r.ppl for r in results if r.method == name} for name in EVALUATED}
-        controls = {name: {str(n): p for n, p in found[name].items()} for name in EVALUATED[1:]}
-        metrics.evaluation(step, found[EVALUATED[0]], controls=controls)
+        if is_main_process():  # the others wait at the next step
+            perplexity, controls = found.measure(run.compressor)
+            metrics.evaluation(step, perplexity, controls=controls)
 
-    return [Evaluate(evaluate, config.eval_every)]
+    return [Evaluate(evaluate, run.config.eval_every)]
 
 
 def _finish(run: CompressRun, directory: Path, seconds: float) -> CompressResult:

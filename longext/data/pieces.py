@@ -19,11 +19,11 @@ class DocumentRows(TokenRows):
     without the padding.
 
     Args:
-        minimum: shorter pieces are left out.
+        minimum: shorter pieces are left out, and so are those of supervised data in which nothing is scored.
         skip: the first `skip` tokens of a piece are not scored.
 
     Raises:
-        DataError: no document has `minimum` tokens.
+        DataError: no piece is left.
     """
 
     def __init__(self, cache: TokenCache, length: int, seed: int, num_rows: int, *, minimum: int, skip: int) -> None:
@@ -31,17 +31,24 @@ class DocumentRows(TokenRows):
         super().__init__(cache, length, seed, num_rows)
 
     def _prepare(self) -> int:
-        self._pieces = [
+        long = [
             (start, min(start + self.length, end))
             for begin, end in itertools.pairwise(self.cache.bounds.tolist())
             for start in range(begin, end, self.length)
             if min(start + self.length, end) - start >= self.minimum
         ]
-        if not self._pieces:
+        if not long:
             longest = int(np.diff(self.cache.bounds).max())
             raise DataError(
-                f"No document has the {self.minimum:,} tokens of two segments: the longest has {longest:,}. Give "
-                "longer documents (--data) or a shorter --segment."
+                f"No document has the {self.minimum:,} tokens that reading a memory takes: the longest has "
+                f"{longest:,}. Give longer documents (--data) or a shorter --segment."
+            )
+        trained = self.cache.trained
+        self._pieces = [(a, b) for a, b in long if trained is None or bool(trained[a + self.skip : b].any())]
+        if not self._pieces:
+            raise DataError(
+                f"No example has a token to learn after its first {self.skip:,}, which no memory precedes: give "
+                "examples whose answers come later (--data), or a shorter --segment."
             )
         return len(self._pieces)
 

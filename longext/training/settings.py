@@ -75,15 +75,13 @@ def check_finetune_config(config: FinetuneConfig) -> None:
             raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got '{getattr(config, name)}'.")
     _check_numbers(config)
     _check_combinations(config)
-    _check_processes(config)
+    check_processes(config)
+    _check_sharing(config)
     check_reporting(config.report_to)
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
-    if not config.learning_rate > 0:
-        raise ConfigError(f"--learning-rate must be above 0, got {config.learning_rate:g}.")
-    if not config.max_grad_norm > 0:
-        raise ConfigError(f"`max_grad_norm` must be above 0 (1 is usual), got {config.max_grad_norm:g}.")
+    check_optimiser(config)
     if not 0 < config.group_ratio <= 1:
         raise ConfigError(f"--group-ratio must be above 0 and at most 1, got {config.group_ratio:g}.")
     if not 0 <= config.lora_dropout < 1:
@@ -92,6 +90,14 @@ def _check_numbers(config: FinetuneConfig) -> None:
         raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
     if config.eval_lengths and min(config.eval_lengths) < 2:
         raise ConfigError(f"--eval-lengths must be whole numbers >= 2, got {min(config.eval_lengths)}.")
+
+
+def check_optimiser(config: TrainingConfig) -> None:
+    """Raise ConfigError for a learning rate or clipping norm out of range."""
+    if not 0 < config.learning_rate < float("inf"):
+        raise ConfigError(f"--learning-rate must be above 0, got {config.learning_rate:g}.")
+    if not config.max_grad_norm > 0:
+        raise ConfigError(f"`max_grad_norm` must be above 0 (1 is usual), got {config.max_grad_norm:g}.")
 
 
 def _check_combinations(config: FinetuneConfig) -> None:
@@ -109,7 +115,8 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
 
 
-def _check_processes(config: FinetuneConfig) -> None:
+def check_processes(config: TrainingConfig) -> None:
+    """Raise ConfigError for a device, an offload or a number of processes that this machine cannot give."""
     if config.device not in ("auto", "cpu", "cuda", "mps"):
         raise ConfigError(
             f"--device for training must be auto, cpu, cuda or mps, got '{config.device}'. To choose a GPU set "
@@ -118,13 +125,27 @@ def _check_processes(config: FinetuneConfig) -> None:
     device = training_device(config)
     if config.offload and device.type != "cuda":
         raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
+    if config.offload and not config.checkpointing:
+        raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")
+    if (
+        config.num_processes > 1
+        and not is_launched()
+        and device.type == "cuda"
+        and config.num_processes > torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPU(s), one for "
+            "each process. Use torchrun or accelerate launch for several machines."
+        )
+
+
+def _check_sharing(config: FinetuneConfig) -> None:
+    device = training_device(config)
     if config.quantize != "none" and device.type != "cuda":
         raise ConfigError(
             "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, "
             "and gradients through them are wrong from then on. Leave --quantize out."
         )
-    if config.offload and not config.checkpointing:
-        raise ConfigError("--offload stores the inputs of checkpointed layers: leave gradient checkpointing on.")
     if config.sequence_parallel > 1 and config.context_parallel > 1:
         raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
     sharded = is_sharded()
@@ -140,16 +161,6 @@ def _check_processes(config: FinetuneConfig) -> None:
         )
     if config.context_parallel > 1:
         _check_context_parallel(config, device, sharded)
-    if (
-        config.num_processes > 1
-        and not is_launched()
-        and device.type == "cuda"
-        and config.num_processes > torch.cuda.device_count()
-    ):
-        raise ConfigError(
-            f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPU(s), one for "
-            "each process. Use torchrun or accelerate launch for several machines."
-        )
 
 
 def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharded: bool) -> None:

@@ -101,6 +101,40 @@ def test_init_continues_from_an_earlier_compressor(run, tmp_path):
     fails(run(*args, "--lora-r", 8, "-o", "third"), 2, "--init first", "another shape")
 
 
+def test_the_gradient_is_checked_once_a_step(run, tmp_path, monkeypatch):
+    """However many batches a step has, and for that step alone."""
+    from longext.compressor import train
+
+    calls = []
+    compare = train.compare_gradients
+    monkeypatch.setattr(train, "compare_gradients", lambda *args: calls.append(1) or compare(*args))
+    args = ("--grad-check", 2, "--accumulation", 3, "-o", "out")
+    assert run("compress-train", "books-5m", *QUICK, *args).exit_code == 0
+    assert len(calls) == 2
+    assert [line["step"] for line in lines_of(tmp_path / "out") if "cosine" in line] == [1, 3]
+
+
+def test_a_recurrent_memory_trains_beyond_an_overlap_of_whole_segments(run, tmp_path):
+    """The first memory is read by segment 2 then; documents are long enough by default."""
+    args = [x for x in QUICK if x not in ("--document-length", 256)]
+    result = run("compress-train", "books-5m", "--arch", "beacon", *args, "--overlap", 64, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "832 tokens, 13 segments" in (tmp_path / "out" / "table.md").read_text().replace("  ", " ")
+    assert all(line["grad_norm"] > 0 for line in lines_of(tmp_path / "out"))
+
+
+def test_evaluation_while_training_changes_nothing(run, tmp_path):
+    args = ("compress-train", "books-5m", *QUICK, "--objectives", "lm,ae")
+    assert run(*args, "-o", "plain").exit_code == 0
+    result = run(*args, "--eval-data", "sample", "--eval-every", 1, "--eval-lengths", "64,128", "-o", "measured")
+    assert result.exit_code == 0, result.output
+    plain, measured = lines_of(tmp_path / "plain"), lines_of(tmp_path / "measured")
+    assert [line["loss"] for line in measured if "loss" in line] == [line["loss"] for line in plain]
+    assert [line["step"] for line in measured if "controls" in line] == [0, 1, 2, 3]
+    for name, tensor in weights_of(tmp_path / "plain").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "measured")[name])
+
+
 def test_dry_run_trains_nothing(run, tmp_path):
     result = run("compress-train", "books-5m", *QUICK, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -154,7 +188,17 @@ def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
         (("--init", "nowhere"), ("nowhere is no trained compressor",)),
         (("--data", "nowhere.txt"), ("nowhere.txt",)),
         (("--sequence-parallel", 2, "--gradient", "window:2"), ("--gradient exact or subset:N",)),
-        (("--document-length", 64), ("a memory needs two",)),
+        (("--document-length", 64), ("too short for a memory to be read", "at least 66")),
+        (("--document-length", 128, "--overlap", 64), ("too short for a memory to be read", "at least 130")),
+        (("--sink", 64), ("--sink 64 must be below --segment 64",)),
+        (("--sequence-parallel", 2), ("this run has 1", "--num-processes 2")),
+        (("--learning-rate", "inf"), ("--learning-rate must be above 0",)),
+        (("--set", "max_grad_norm=0"), ("`max_grad_norm` must be above 0",)),
+        (("--set", "trust_remote_code=true"), ("not for compressors",)),
+        (("--set", "attention=nonsense"), ("nonsense",)),
+        (("--eval-data", "sample", "--eval-lengths", 100), ("multiples of the segment 64",)),
+        (("--eval-data", "sample", "--eval-lengths", 64_000), ("--eval-data sample has 64064", "--eval-lengths")),
+        (("--eval-data", "sample", "--eval-lengths", 22_656), ("needs another", "shorter --eval-lengths")),
     ],
 )
 def test_bad_input_ends_in_one_line(run, tmp_path, args, texts):
@@ -177,6 +221,47 @@ def test_a_compressor_of_another_base_is_refused(run, tmp_path):
     with pytest.raises(CheckpointError):
         load_compressor(tmp_path / "out")
     assert load_compressor(tmp_path / "out", base="books-5m", device="cpu").compressor.spec.segment == 64
+
+
+def test_a_description_that_lacks_something_is_refused(run, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "compressor.json").write_text('{"schema": "longext.compressor/1", "spec": {"ratios": [8]}}')
+    for args in (
+        ("compress-train", "books-5m", *QUICK, "--init", "broken", "-o", "out"),
+        ("generate", "broken", "--prompt", "a"),
+        ("eval", "efficiency", "broken"),
+        ("eval", "ppl", "--memory", "broken"),
+    ):
+        fails(run(*args), 2, "broken is no trained compressor")
+
+
+def test_float16_weights_are_trained_in_bfloat16(tmp_path):
+    """Gradients in float16 would need loss scaling."""
+    from longext.compressor.checkpoint import BaseModel
+    from longext.compressor.train import _training_dtype
+    from longext.config import CompressConfig
+
+    base = BaseModel("base", None, tmp_path, "")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for stored, asked, device, expected in (
+        ("float16", "auto", cuda, "bfloat16"),
+        ("float16", "auto", cpu, "auto"),
+        ("float16", "float32", cuda, "float32"),
+        ("float32", "auto", cuda, "auto"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": stored}))
+        assert _training_dtype(CompressConfig(model="base", dtype=asked), base, device) == expected
+
+
+def test_running_out_of_memory_names_what_helps(run, tmp_path, monkeypatch):
+    from longext.compressor import train
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "build_compressor", fail)
+    fails(run("compress-train", "books-5m", *QUICK, "-o", "out"), 1, "out of memory", "--batch-size", "loss_chunk")
+    no_leftovers(tmp_path)
 
 
 def test_a_model_without_rotary_positions_is_refused(run, tmp_path):
