@@ -33,10 +33,12 @@ def kept_once_started(work: Path) -> Iterator[None]:
     from longext.training.callbacks import METRICS_NAME, read_metrics
     from longext.training.checkpoints import complete_checkpoints
     from longext.training.longlora import CHECKPOINTS
-    from longext.training.processes import is_main_process
+    from longext.training.processes import DirectoryInUse, is_main_process
 
     try:
         yield
+    except DirectoryInUse:
+        raise  # it is another run's
     except BaseException:
         metrics = work / METRICS_NAME
         started = metrics.is_file() and any("loss" in line for line in read_metrics(metrics))

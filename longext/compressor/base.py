@@ -15,7 +15,7 @@ from torch import nn
 
 from longext.compressor.adapters import Adapters
 from longext.compressor.backbone import Backbone
-from longext.compressor.memory import Memory, num_slots
+from longext.compressor.memory import Memory
 from longext.errors import ConfigError
 from longext.registry import Registry
 from longext.training.losses import IGNORED
@@ -313,8 +313,3 @@ def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
     check_spec(spec, backbone.window)
     backbone.hold_rotation()
     return COMPRESSORS[spec.arch](backbone, spec)
-
-
-def memory_width(compressor: Compressor, memory: Memory) -> int:
-    """Return the numbers stored per slot, over all tensors of a memory."""
-    return sum(tensor.numel() // tensor.shape[0] for tensor in memory) // max(1, num_slots(memory))

@@ -53,7 +53,7 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
         assert description["schema"] == SCHEMA
     except FileNotFoundError as error:
         raise CheckpointError(f"No memory file {path}.") from error
-    except (OSError, SafetensorError, ValueError, KeyError, AssertionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{path} is not a memory that longext wrote (`longext generate --save-memory`), or it is damaged."
         ) from error

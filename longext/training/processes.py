@@ -19,6 +19,10 @@ import torch.distributed as dist
 from longext.errors import LAUNCHED_BY_US, ConfigError
 
 
+class DirectoryInUse(ConfigError):
+    """Another process trains in a run's working directory."""
+
+
 def num_processes() -> int:
     """Return the number of processes of this run (torchrun's WORLD_SIZE, else 1)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -59,7 +63,7 @@ def hold_directory(directory: Path) -> Any:
     """Lock a run's working directory for as long as the returned file is open (on systems that have flock).
 
     Raises:
-        ConfigError: another process trains there.
+        DirectoryInUse: another process trains there.
     """
     try:
         import fcntl
@@ -70,7 +74,7 @@ def hold_directory(directory: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ConfigError(
+        raise DirectoryInUse(
             f"Another process is training in {directory}. Wait for it or stop it, then use --resume."
         ) from None
     return file

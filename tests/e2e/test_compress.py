@@ -169,6 +169,18 @@ def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
         torch.testing.assert_close(weights_of(tmp_path / "cut")[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_path):
+    """The second is refused, and must not clear away what it takes for an empty directory."""
+    from longext.training.processes import hold_directory
+
+    (tmp_path / "out.running").mkdir()
+    (tmp_path / "out.running" / "run.json").write_text("{}")
+    lock = hold_directory(tmp_path / "out.running")
+    fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "Another process is training")
+    lock.close()
+    assert (tmp_path / "out.running" / "run.json").is_file()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
