@@ -42,7 +42,7 @@ def reported_errors(debug: bool, command: Callable[[], str | None] = lambda: Non
     """
     try:
         yield
-    except (LongextError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+    except (LongextError, OSError, MemoryError, RuntimeError, ImportError, KeyboardInterrupt) as error:
         explained = _explain(error, command() or "")
         if explained is None or debug:
             raise
@@ -58,13 +58,20 @@ def _explain(error: BaseException, command: str) -> tuple[str, int] | None:
     """Return (one line, exit code) for a failure a user can act on, None for a bug of ours."""
     if isinstance(error, LongextError):
         return " ".join(str(error).split()), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    if _is_interrupt(error):
         return "interrupted; nothing unfinished was left under an output name.", _INTERRUPTED
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
     if isinstance(error, OSError):
         return _explain_os(error)
     return None
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """True for Ctrl-C, and for the ImportError that transformers makes of one that meets its lazy imports."""
+    while isinstance(error, ImportError):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
 
 
 def _is_torch_memory(error: BaseException) -> bool:

@@ -32,12 +32,13 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
         self.extra: tuple[str, ...] = ()  # what else a run logs: kept in its lines
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer's own, for TensorBoard and W&B
-        self._last = 0.0
+        self._last = 0.0  # when the steps that are not logged yet began
+        self._step_ended = 0.0
         self._last_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; after a resume, drop the lines that came after the checkpoint."""
-        self._last = time.perf_counter()
+        self._last = self._step_ended = time.perf_counter()
         self._last_step = state.global_step
         if self.path is not None:
             keep_metrics_until(self.path, state.global_step)
@@ -56,6 +57,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Log the last step too, whatever `log_every` is."""
+        self._step_ended = time.perf_counter()
         if state.global_step == state.max_steps:
             control.should_log = True
         return control
@@ -91,7 +93,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._write({"step": step, "perplexity": {str(n): value for n, value in perplexity.items()}, **facts})
         if self.log is not None:
             self.log({f"perplexity_{length}": value for length, value in perplexity.items()})
-        self._last = time.perf_counter()
+        self._last += time.perf_counter() - self._step_ended
         if self.on_progress:
             self.on_progress(0, ", ".join(f"ppl {value:.2f} at {length:,}" for length, value in perplexity.items()))
 

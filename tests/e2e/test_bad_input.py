@@ -343,3 +343,13 @@ def test_debug_shows_the_traceback(run):
     result = run("--debug", "extend", "nowhere", *EXTEND)
     assert result.exit_code == 1
     assert "nowhere" in str(result.exception)
+
+
+def test_an_interrupt_inside_a_lazy_import_is_an_interrupt():
+    """transformers turns one into a ModuleNotFoundError of the name that was asked for."""
+    from longext.cli.errors import _explain
+
+    first, last = ImportError("partially initialised"), ModuleNotFoundError("Could not import module 'Trainer'")
+    first.__context__, last.__cause__ = KeyboardInterrupt(), first
+    assert _explain(last, "generate")[1] == 130
+    assert _explain(ModuleNotFoundError("No module named 'x'"), "generate") is None
