@@ -113,6 +113,27 @@ class PasskeyConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongBenchConfig(RuntimeConfig):
+    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol."""
+
+    tasks: tuple[str, ...] = ()
+    longbench_e: bool = False
+    data: str = "hub"
+    max_length: int | None = None
+    limit: int | None = None
+    chat: str = "auto"
+    code_similarity: str = "difflib"
+    predictions: str | None = None
+    fail_under: tuple[str, ...] = ()
+    method: str | None = None
+    factor: float | None = None
+    batch_tokens: int | None = None
+    memory: str | None = None
+    segment: int = 128
+    resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig(RuntimeConfig, DataConfig):
     """`longext compare`: every method on the same documents, seeds and protocol."""
 
@@ -453,6 +474,8 @@ _AT_LEAST = {
     "overlap": 0,
     "document_length": 2,
     "grad_check": 1,
+    "max_length": 2,
+    "limit": 1,
 }
 
 

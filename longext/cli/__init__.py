@@ -73,6 +73,7 @@ from longext.cli import (  # noqa: E402, F401
     finetune,
     generate,
     inspect,
+    longbench,
     merge,
     passkey,
     plan,

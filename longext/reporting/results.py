@@ -59,13 +59,26 @@ def write_results(
         figures: name -> figure, saved as <name>.png.
         extra: further text files by name (CSV, HTML).
     """
+    with staged_directory(output, config.force) as staging:
+        write_result_files(staging, command, config, record, tables, figures, extra)
+
+
+def write_result_files(
+    directory: Path,
+    command: str,
+    config: Any,
+    record: Mapping[str, Any],
+    tables: Sequence[Table],
+    figures: Mapping[str, Figure],
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write what `write_results` does into a directory that is there already."""
     from longext.reporting.plots import save_png
 
-    with staged_directory(output, config.force) as staging:
-        (staging / "result.json").write_text(dump_json(record) + "\n", encoding="utf-8")
-        (staging / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
-        for name, figure in figures.items():
-            save_png(figure, staging / f"{name}.png")
-        for name, text in (extra or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
-        write_manifest(staging, command, config)
+    (directory / "result.json").write_text(dump_json(record) + "\n", encoding="utf-8")
+    (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    for name, figure in figures.items():
+        save_png(figure, directory / f"{name}.png")
+    for name, text in (extra or {}).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    write_manifest(directory, command, config)

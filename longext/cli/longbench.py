@@ -1,0 +1,202 @@
+"""`longext eval longbench`: LongBench under its authors' protocol."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import deliver, show
+from longext.config import LongBenchConfig
+
+if TYPE_CHECKING:
+    from longext.evaluation.longbench_run import TaskRun
+    from longext.evaluation.protocol import LanguageModel
+
+_DEFAULT = LongBenchConfig(model="")
+_COMMAND = "eval longbench"
+
+
+@eval_app.command("longbench")
+def longbench(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks, comma-separated (default: all).", show_default=False)
+    ] = None,
+    longbench_e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length.")] = False,
+    data: Annotated[str, typer.Option(help="Folder with <task>.jsonl files, or hub.")] = _DEFAULT.data,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; longer ones lose their middle (default: by the context).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
+    chat: Annotated[
+        str, typer.Option(help="auto (the chat template, where the authors use one), or none.")
+    ] = _DEFAULT.chat,
+    predictions: Annotated[
+        str | None,
+        typer.Option(help="Score these answers (<task>.jsonl in the authors' schema); MODEL only names them."),
+    ] = None,
+    code_similarity: Annotated[
+        str, typer.Option(help="difflib, or levenshtein (the authors' score where python-Levenshtein is installed).")
+    ] = _DEFAULT.code_similarity,
+    fail_under: Annotated[
+        list[str] | None, typer.Option(help="TASK=SCORE, or english=SCORE: exit with 1 below it; may be repeated.")
+    ] = None,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same -o.")] = False,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Answer and score LongBench as its authors do: prompts, middle cut, 21 tasks, averages; resumable.
+
+    Example: longext eval longbench MODEL --data longbench/ --tasks hotpotqa,qasper -o out
+
+    Published answers: longext eval longbench --predictions pred/longalpaca-7b-16k
+    """
+    given = opt.config_from(ctx, LongBenchConfig, recipe, settings, {"model": ""})
+    if given.predictions is not None:
+        _score(given, as_json)
+    else:
+        _run(opt.config_with_memory(ctx, LongBenchConfig, recipe, settings), as_json)
+
+
+def _score(config: LongBenchConfig, as_json: bool) -> None:
+    """Score answers that were given."""
+    import time
+
+    from longext.evaluation.longbench import check_longbench_config
+    from longext.evaluation.longbench_run import longbench_record, read_answers, score_notes, score_runs
+    from longext.reporting.longbench_views import longbench_bars, longbench_tables
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    check_longbench_config(config)
+    name = config.model or Path(str(config.predictions)).name
+    output = output_directory(config.output, "longbench", name)
+    check_output(output, config.force)
+    started = time.perf_counter()
+    runs, notes = read_answers(config)
+    scores = score_runs(runs, config)
+    notes += score_notes(scores, config)
+    record = longbench_record(None, runs, scores, config, notes, time.perf_counter() - started)
+    figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
+    deliver(
+        output,
+        _COMMAND,
+        config,
+        record,
+        longbench_tables(name, record),
+        {"longbench": figure},
+        as_json=as_json,
+        notes=notes,
+    )
+    _check_bars(config, scores)
+
+
+def _run(config: LongBenchConfig, as_json: bool) -> None:
+    """Make answers and score them."""
+    from longext.cli.running import check_directories, open_run
+    from longext.compressor.readers import load_reader
+    from longext.evaluation.longbench import check_longbench_config
+    from longext.evaluation.longbench_run import load_tasks, prepare_requests
+    from longext.evaluation.model import load_language_model
+    from longext.reporting.results import output_directory
+
+    check_longbench_config(config)
+    output = output_directory(config.output, "longbench", config.model)
+    run: Any = config  # a run is resumed as a training is
+    work = check_directories(run, output, Path(config.model).expanduser())
+    runs, notes = load_tasks(config)
+    model: LanguageModel = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
+    prepare_requests(model, runs, config)
+    lock = open_run(run, work, _COMMAND)
+    with _kept_once_answered(work, output):
+        _answer_and_finish(model, runs, config, work, output, notes, as_json)
+    del lock  # held until here
+
+
+def _answer_and_finish(
+    model: LanguageModel,
+    runs: list[TaskRun],
+    config: LongBenchConfig,
+    work: Path,
+    output: Path,
+    notes: list[str],
+    as_json: bool,
+) -> None:
+    import shutil
+    import time
+
+    from longext.cli.running import close_run
+    from longext.evaluation import longbench_run as steps
+    from longext.reporting.console import progress, say
+    from longext.reporting.longbench_views import longbench_bars, longbench_tables
+    from longext.reporting.results import write_result_files
+
+    started = time.perf_counter()
+    with progress("longbench", sum(len(run.rows) for run in runs), "answers") as advance:
+        steps.generate_answers(model, runs, work, config, advance)
+    scores = steps.score_runs(runs, config)
+    notes = [*notes, *steps.model_notes(model, runs, config), *steps.score_notes(scores, config)]
+    record = steps.longbench_record(model, runs, scores, config, notes, time.perf_counter() - started)
+    name = opt.titled(config)
+    tables = longbench_tables(name, record)
+    figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
+    steps.write_predictions(runs, work / steps.PREDICTIONS)
+    write_result_files(work, _COMMAND, config, record, tables, {"longbench": figure})
+    shutil.rmtree(work / steps.GENERATED)
+    close_run(work, output, config.force)
+    show(record, tables, as_json=as_json, notes=notes)
+    if not as_json:
+        say(f"Results: {output} (result.json, table.md, longbench.png, {steps.PREDICTIONS}/)")
+    _check_bars(config, scores)
+
+
+@contextlib.contextmanager
+def _kept_once_answered(work: Path, output: Path) -> Iterator[None]:
+    """Where a run ends early: say how it goes on, or remove its directory where no prompt was answered."""
+    import shutil
+
+    from longext.evaluation.longbench_run import GENERATED
+    from longext.reporting.console import stderr
+
+    try:
+        yield
+    except BaseException:
+        files = (work / GENERATED).glob("*.jsonl") if work.is_dir() else []
+        if any(len(file.read_bytes().splitlines()) > 1 for file in files):  # more than a header
+            stderr().print(f"The answers so far are in {work}: go on with -o {output} --resume", markup=False)
+        elif work.is_dir():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _check_bars(config: LongBenchConfig, scores: list[Any]) -> None:
+    from longext.errors import LongextError
+    from longext.evaluation.longbench import below_bars
+
+    below = below_bars(config, scores)
+    if below:
+        raise LongextError(f"Below --fail-under: {'; '.join(below)}.")

@@ -1,0 +1,296 @@
+"""LongBench under its authors' protocol (Bai et al., arXiv 2308.14508): prompts, cuts, scores and averages.
+
+Prompts longer than `max_length` lose their middle, by tokens; few-shot and code prompts never go through a chat
+template; answers are greedy; scores are 0 to 100, rounded to hundredths, and averages are made of rounded scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from longext.config import LongBenchConfig
+from longext.data.longbench import LongBenchRow
+from longext.errors import ConfigError
+from longext.evaluation.longbench_metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
+from longext.evaluation.longbench_tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
+from longext.evaluation.perplexity import check_method
+from longext.evaluation.predictions import Request
+from longext.evaluation.protocol import LanguageModel
+from longext.registry import did_you_mean
+
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+CHAT = ("auto", "none")
+_SAMSUM = "samsum"  # ends at a line feed, which may not come first
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The score of one task.
+
+    Attributes:
+        score: 0 to 100; None for LongBench-E, which has buckets, and where words of Chinese text cannot be told.
+        buckets: LongBench-E: score by length, None for a bucket without rows.
+        num_rows: rows the score is over; missing and empty answers count as 0.
+        num_missing: rows that have no answer.
+        num_empty: rows whose answer is empty.
+        num_unplaced: LongBench-E: rows without a length, in no bucket.
+        num_truncated: prompts that lost their middle; None where answers were given, as the next.
+        num_prompt_tokens: mean length of the prompts as read.
+    """
+
+    task: str
+    score: float | None
+    buckets: dict[str, float | None] | None
+    num_rows: int
+    num_missing: int
+    num_empty: int
+    num_unplaced: int = 0
+    num_truncated: int | None = None
+    num_prompt_tokens: float | None = None
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def check_longbench_config(config: LongBenchConfig) -> None:
+    """Raise ConfigError for an unknown task or value, MissingExtraError where a task named needs jieba."""
+    for name in config.tasks:
+        task = TASKS[name]
+        if config.longbench_e and not task.is_in_e:
+            known = [task for task in TASKS if TASKS[task].is_in_e]
+            raise ConfigError(f"LongBench-E has no task '{name}'. {did_you_mean(name, known)}")
+    if len(set(config.tasks)) < len(config.tasks):
+        raise ConfigError(f"--tasks names a task twice: {', '.join(config.tasks)}.")
+    if config.code_similarity not in CODE_RATIOS:
+        raise ConfigError(
+            f"Unknown --code-similarity '{config.code_similarity}'. {did_you_mean(config.code_similarity, CODE_RATIOS)}"
+        )
+    if config.chat not in CHAT:
+        raise ConfigError(f"Unknown --chat '{config.chat}'. {did_you_mean(config.chat, CHAT)}")
+    check_method(config.method, config.factor)
+    bars = parse_fail_under(config.fail_under)
+    if bars and config.longbench_e:
+        raise ConfigError("--fail-under is for LongBench's single scores, and LongBench-E has one for each length.")
+    unmeasured = [name for name in bars if config.tasks and name in TASKS and name not in config.tasks]
+    if unmeasured:
+        raise ConfigError(f"--fail-under {unmeasured[0]}: the task is not among --tasks {','.join(config.tasks)}.")
+    unscorable = [name for name in (*config.tasks, *bars) if name in TASKS and TASKS[name].metric in NEED_JIEBA]
+    if unscorable and not has_jieba():
+        raise ConfigError(
+            f"{', '.join(dict.fromkeys(unscorable))} is scored on the words that jieba finds in Chinese text, and it "
+            "is not installed: pip install jieba"
+        )
+
+
+def parse_fail_under(bars: Sequence[str]) -> dict[str, float]:
+    """Return name -> least score from TASK=SCORE; `english` and `chinese` name the averages.
+
+    Raises:
+        ConfigError: not of that form, or an unknown name.
+    """
+    least = {}
+    for bar in bars:
+        name, _, text = bar.partition("=")
+        names = [*TASKS, *map(str.lower, LANGUAGES.values())]
+        if name not in names:
+            raise ConfigError(f"--fail-under {bar}: unknown task '{name}'. {did_you_mean(name, names)}")
+        try:
+            least[name] = float(text)
+        except ValueError:
+            least[name] = float("nan")
+        if not 0 <= least[name] <= 100:
+            raise ConfigError(f"--fail-under takes TASK=SCORE with a score of 0 to 100, got '{bar}'.")
+    return least
+
+
+def wanted_tasks(config: LongBenchConfig) -> list[str]:
+    """Return the tasks asked for; without --tasks all that can be scored here, LongBench-E's with --e."""
+    names = [name for name in TASKS if TASKS[name].is_in_e or not config.longbench_e]
+    return list(config.tasks) or [name for name in names if has_jieba() or TASKS[name].metric not in NEED_JIEBA]
+
+
+def file_stem(task: str, longbench_e: bool) -> str:
+    """Return what the authors call the data of a task: <task>, or <task>_e."""
+    return f"{task}_e" if longbench_e else task
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def default_max_length(context: int) -> int:
+    """Return the length that prompts are cut to: 1,000 for each 1,024 of the context less 500, as the authors' table.
+
+    That is 3,500 for 4,096 positions, 15,500 for 16,384, 31,500 for 32,768; half the context where it is small.
+    """
+    return max(context // 1024 * 1000 - 500, context // 2)
+
+
+def cut_middle(
+    text: str, max_length: int | None, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
+) -> tuple[str, bool]:
+    """Return the text, and whether it was longer than `max_length` tokens, BOS counted, and so lost its middle.
+
+    What remains is the text of the first and of the last max_length // 2 tokens, put together as text: it is encoded
+    anew, so it may have a few tokens more or less, and an odd `max_length` loses one.
+    """
+    ids = encode(text)
+    if max_length is None or len(ids) <= max_length:
+        return text, False
+    half = max_length // 2
+    return decode(ids[:half]) + decode(ids[-half:]), True
+
+
+def build_requests(
+    model: LanguageModel, name: str, rows: Sequence[LongBenchRow], max_length: int | None, chat: bool
+) -> tuple[list[Request], int]:
+    """Return the prompts of one task as they go into the model, and how many lost their middle.
+
+    The cut comes before the chat template, so the template stays whole, and what is read may be longer than
+    `max_length` by it.
+    """
+    task, prompt = TASKS[name], read_prompt(name)
+    tokenizer = tokenizer_of(model)
+    stop: tuple[int, ...] = ()
+    if name == _SAMSUM:
+        ends = {model.encode("\n", add_bos=False)[-1], tokenizer.eos_token_id}
+        stop = tuple(sorted(token for token in ends if token is not None))
+    requests, num_truncated = [], 0
+    for index, row in enumerate(rows):
+        text = fill_prompt(prompt, row.context, row.question)
+        text, is_cut = cut_middle(text, max_length, model.encode, model.decode)
+        num_truncated += is_cut
+        ids = chat_tokens(model, text) if chat and task.has_chat else model.encode(text)
+        least = 1 if stop else 0
+        requests.append(
+            Request(f"{name}:{index}", tuple(ids), task.max_new_tokens, stop_ids=stop, min_new_tokens=least)
+        )
+    return requests, num_truncated
+
+
+def chat_tokens(model: LanguageModel, text: str) -> list[int]:
+    """Return the tokens of a user's message in the chat template of the model's tokenizer; BOS stands there once."""
+    tokenizer = tokenizer_of(model)
+    message = [{"role": "user", "content": text}]
+    whole: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    begins = bool(tokenizer.bos_token) and whole.startswith(tokenizer.bos_token)
+    return model.encode(whole, add_bos=not begins)
+
+
+def has_template(model: LanguageModel) -> bool:
+    """Return True where the model's tokenizer has a chat template."""
+    return bool(getattr(tokenizer_of(model), "chat_template", None))
+
+
+def tokenizer_of(model: LanguageModel) -> Any:
+    """Return the tokenizer of a plain model, or of the model that a reader reads with."""
+    plain: Any = getattr(model, "plain", model)
+    return plain.tokenizer
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def score_rows(name: str, answers: Sequence[str | None], rows: Sequence[LongBenchRow], ratio: str) -> list[float]:
+    """Return the score of each answer, 0 to 1: the best over the references; 0 for None."""
+    task = TASKS[name]
+    metric = metric_called(task.metric, ratio)
+    scores = []
+    for answer, row in zip(answers, rows, strict=True):
+        text = answer or ""
+        if task.first_line:
+            text = text.lstrip("\n").split("\n")[0]
+        best = max((metric(text, reference, row.all_classes) for reference in row.answers), default=0.0)
+        scores.append(0.0 if answer is None else best)
+    return scores
+
+
+def score_task(
+    name: str, answers: Sequence[str | None], rows: Sequence[LongBenchRow], *, ratio: str, longbench_e: bool
+) -> TaskScore:
+    """Return the score of one task over all its rows; an answer that is None is missing."""
+    scores = score_rows(name, answers, rows, ratio)
+    unplaced = sum(row.length is None for row in rows) if longbench_e else 0
+    return TaskScore(
+        task=name,
+        score=None if longbench_e else round(100 * sum(scores) / len(scores), 2),
+        buckets=_by_length(scores, rows) if longbench_e else None,
+        num_rows=len(rows),
+        num_missing=sum(answer is None for answer in answers),
+        num_empty=sum(answer is not None and not answer.strip() for answer in answers),
+        num_unplaced=unplaced,
+    )
+
+
+def _by_length(scores: Sequence[float], rows: Sequence[LongBenchRow]) -> dict[str, float | None]:
+    own: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
+    for score, row in zip(scores, rows, strict=True):
+        if row.length is not None:
+            length = row.length
+            bucket = next(name for name, limit in BUCKETS.items() if limit is None or length < limit)
+            own[bucket].append(score)
+    return {bucket: round(100 * float(np.mean(values)), 2) if values else None for bucket, values in own.items()}
+
+
+def averages(scores: Mapping[str, float | None], longbench_e: bool = False) -> dict[str, Any]:
+    """Return category -> mean of its tasks, and the mean of the six categories, by language, as the authors' tables.
+
+    Code counts in both languages. None where a task of the category, or a category, was not scored: a mean over
+    other tasks is another number. LongBench-E has English tasks alone, and fewer in some categories.
+    """
+    result: dict[str, Any] = {}
+    for language, title in LANGUAGES.items():
+        if longbench_e and language != "en":
+            continue
+        means: dict[str, float | None] = {}
+        for category in CATEGORIES:
+            own = [
+                scores.get(name)
+                for name in TASKS
+                if TASKS[name].category == category
+                and TASKS[name].language in (language, "code")
+                and (TASKS[name].is_in_e or not longbench_e)
+            ]
+            means[category] = _mean(own)
+        result[title.lower()] = {**_rounded(means), "average": _rounded({"": _mean(list(means.values()))})[""]}
+    return result
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _rounded(means: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {key: None if value is None else round(value, 2) for key, value in means.items()}
+
+
+def all_averages(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, Any]:
+    """Return `averages`; for LongBench-E by bucket."""
+    if not longbench_e:
+        return averages({score.task: score.score for score in scores})
+    return {
+        bucket: averages({score.task: (score.buckets or {}).get(bucket) for score in scores}, longbench_e=True)
+        for bucket in BUCKETS
+    }
+
+
+def below_bars(config: LongBenchConfig, scores: Sequence[TaskScore]) -> list[str]:
+    """Return what is below --fail-under, one line each; what was not scored is below."""
+    known: dict[str, float | None] = {score.task: score.score for score in scores}
+    means = {language: mean["average"] for language, mean in all_averages(scores, False).items()} if scores else {}
+    found = []
+    for name, least in parse_fail_under(config.fail_under).items():
+        value = known.get(name, means.get(name))
+        if value is None or value < least:
+            found.append(f"{name} {'was not scored' if value is None else f'scored {value:.2f}'} (at least {least:g})")
+    return found
+
+
+def score_entry(score: TaskScore) -> dict[str, Any]:
+    """Return a score as it stands in a record."""
+    task = TASKS[score.task]
+    return {**asdict(score), "category": task.category, "language": task.language, "metric": task.metric}
