@@ -21,8 +21,8 @@ _DEFAULT = CompressConfig(model="")
 _GRADIENTS = "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full"
 _HELP = """Train a compressor: every segment of a long text becomes a few memory tokens that the frozen model reads.
 
-uio is UIO-LLMs, trained with the exact gradient (one segment's graph alive at a time); icae, gist, autocompressor, rmt
-and beacon are its family, prefix a control that is blind to the text. Rarer settings: -c RECIPE or --set key=value.
+uio is UIO-LLMs, trained with the exact gradient (one segment's graph alive at a time), anchor the same with a better
+start; icae, gist, autocompressor, rmt and beacon are its family, prefix a control that is blind to the text. Rarer settings: -c RECIPE or --set key=value.
 
 Example: longext compress-train books-5m --segment 128 --ratio 8 --data BOOKS -o out/books-5m-uio
 """
@@ -51,9 +51,9 @@ def compress_train(
     document_length: Annotated[
         int | None, typer.Option(help="Tokens of a training document (default: 12 segments, or what fits).")
     ] = None,
-    sink: Annotated[int | None, typer.Option(help="First raw tokens that stay readable (default 1).")] = None,
+    sink: Annotated[int | None, typer.Option(help="First raw tokens that stay readable (default 1; gist 0).")] = None,
     overlap: Annotated[int, typer.Option(help="Last raw tokens that stay readable.")] = _DEFAULT.overlap,
-    memory: Annotated[str | None, typer.Option(help="icae: soft (vectors) or kv.")] = None,
+    memory_kind: Annotated[str | None, typer.Option(help="icae: soft (vectors) or kv.")] = None,
     lora_r: Annotated[int, typer.Option(help="LoRA rank.")] = _DEFAULT.lora_r,
     lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = _DEFAULT.lora_alpha,
     init: Annotated[str | None, typer.Option(help="Start from the weights of this compressor.")] = None,

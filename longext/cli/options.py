@@ -46,7 +46,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         help="Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained "
-        "compressor OUT[@ratio] (MODEL may then be left out)."
+        "compressor OUT[@ratio[+overlap]] (MODEL may then be left out)."
     ),
 ]
 SegmentLength = Annotated[

@@ -280,7 +280,7 @@ def check_spec(spec: CompressorSpec, window: int) -> None:
     """Raise ConfigError for an unknown architecture, a ratio that does not divide it, too small a window."""
     cls = COMPRESSORS[spec.arch]
     if spec.memory not in cls.memories:
-        raise ConfigError(f"--memory for {spec.arch} must be {' or '.join(cls.memories)}, got '{spec.memory}'.")
+        raise ConfigError(f"--memory-kind of {spec.arch} must be {' or '.join(cls.memories)}, got '{spec.memory}'.")
     for ratio in spec.ratios:
         if ratio < 1 or spec.segment % ratio:
             divisors = [n for n in (2, 4, 8, 16, 32, 64) if spec.segment % n == 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import read_config, resolve_model, sample_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
@@ -37,7 +39,7 @@ class BaseModel:
         name: as the user named it; a directory is made absolute.
         revision: of a Hub id.
         directory: where it lies here.
-        weights: a hash that tells its weights from others.
+        weights: a hash that tells its weights and RoPE from others.
     """
 
     name: str
@@ -50,7 +52,10 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     """Return the base model called `name` (CheckpointError where there is none)."""
     directory = resolve_model(name, revision)
     path = Path(name).expanduser()
-    return BaseModel(str(path.resolve()) if path.is_dir() else name, revision, directory, sample_weights(directory))
+    rope = model_rope(read_config(directory), directory)
+    turned = json.dumps([rope.parameters, rope.max_position_embeddings], sort_keys=True)
+    weights = f"{sample_weights(directory)}-{hashlib.sha256(turned.encode()).hexdigest()[:8]}"
+    return BaseModel(str(path.resolve()) if path.is_dir() else name, revision, directory, weights)
 
 
 def save_compressor(directory: Path, compressor: Compressor, base: BaseModel) -> None:
@@ -181,8 +186,8 @@ def load_compressor(
     found = find_base(base or description["base_model"], None if base else description["base_revision"])
     if found.weights != description["base_weights"]:
         raise CheckpointError(
-            f"{folder} was trained on other weights than {found.directory} holds (a compressor fits only the model it "
-            f"was trained on: {description['base_model']}). Give that model."
+            f"{folder} was trained on other weights, or another RoPE, than {found.directory} has (a compressor fits "
+            f"only the model it was trained on: {description['base_model']}). Give that model."
         )
     backbone, tokenizer = load_backbone(found, device=device, dtype=dtype, attention=attention)
     compressor = build_compressor(backbone, CompressorSpec.from_json(description["spec"]))

@@ -235,7 +235,7 @@ class Session:
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the session to one .safetensors file, from which `load` goes on."""
         assert self.base_weights, "a session that is saved must know its model: use Session.of"
         state = self._state
@@ -248,16 +248,16 @@ class Session:
             "num_tokens": state.num_tokens,
         }
         tokens = {name: list(getattr(state, name)) for name in ("sink", "before", "tail")}
-        write_memory(path, state.memory, tokens, description)
+        write_memory(Path(path), state.memory, tokens, description)
 
     @classmethod
-    def load(cls, path: Path, loaded: LoadedCompressor, *, overflow: str = "slide") -> Session:
+    def load(cls, path: str | Path, loaded: LoadedCompressor, *, overflow: str = "slide") -> Session:
         """Return the session that `save` wrote.
 
         Raises:
             CheckpointError: not a memory file, or one that another compressor or another base model wrote.
         """
-        memory, tokens, description = read_memory(path)
+        memory, tokens, description = read_memory(Path(path))
         if description["base_weights"] != loaded.base.weights:
             raise CheckpointError(
                 f"{path} was written on another base model than {loaded.base.name}; it cannot be read."

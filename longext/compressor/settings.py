@@ -60,8 +60,8 @@ def check_compress_config(config: CompressConfig) -> None:
         raise ConfigError("compress-train shares a document's segments with --sequence-parallel, not context_parallel.")
     if config.sequence_parallel > 1 and (cls.recurrent or policy.kind.executor != "sweep"):
         raise ConfigError(
-            f"--sequence-parallel needs memories that do not depend on one another and --gradient exact or subset:N; "
-            f"got --arch {config.arch}, --gradient {config.gradient}."
+            "--sequence-parallel needs memories that do not depend on one another and --gradient exact, subset:N or "
+            f"stop:S; got --arch {config.arch}, --gradient {config.gradient}."
         )
     if _num_processes(config) % config.sequence_parallel:
         raise ConfigError(
@@ -96,7 +96,7 @@ def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
         ConfigError: as `check_spec`.
     """
     cls = COMPRESSORS[config.arch]
-    memory = config.memory or cls.memories[0]
+    memory = config.memory_kind or cls.memories[0]
     sink = config.sink if config.sink is not None else (0 if cls.trains_reader and memory == "kv" else 1)
     spec = CompressorSpec(
         arch=config.arch,
@@ -168,6 +168,11 @@ def compress_fingerprint(
 
 
 def same_shape(one: CompressorSpec, other: CompressorSpec) -> bool:
-    """True where the weights of one compressor fit the other: ratios, sink and overlap may differ."""
-    free = {"ratios": (), "sink": 0, "overlap": 0}
-    return dataclasses.replace(one, **free) == dataclasses.replace(other, **free)  # type: ignore[arg-type]
+    """True where the weights of one fit the other: sink and overlap may differ, and ratios where they nest."""
+
+    def shape(spec: CompressorSpec) -> CompressorSpec:
+        # where slots have vectors of their own, there are as many as the smallest ratio makes
+        ratios = () if COMPRESSORS[spec.arch].nested else (min(spec.ratios),)
+        return dataclasses.replace(spec, ratios=ratios, sink=0, overlap=0)
+
+    return shape(one) == shape(other)

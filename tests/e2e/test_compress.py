@@ -196,10 +196,10 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
         (("--arch", "rmt", "--gradient", "window:2"), ("do not depend on one another", "exact")),
         (("--objectives", "lm,qa"), ("choose one",)),
         (("--objectives", "lm:-1"), ("above 0",)),
-        (("--memory", "soft"), ("must be kv",)),
+        (("--memory-kind", "soft"), ("must be kv",)),
         (("--init", "nowhere"), ("nowhere is no trained compressor",)),
         (("--data", "nowhere.txt"), ("nowhere.txt",)),
-        (("--sequence-parallel", 2, "--gradient", "window:2"), ("--gradient exact or subset:N",)),
+        (("--sequence-parallel", 2, "--gradient", "window:2"), ("--gradient exact, subset:N or stop:S",)),
         (("--document-length", 64), ("too short for a memory to be read", "at least 66")),
         (("--document-length", 128, "--overlap", 64), ("too short for a memory to be read", "at least 130")),
         (("--sink", 64), ("--sink 64 must be below --segment 64",)),
@@ -227,7 +227,7 @@ def test_a_compressor_of_another_base_is_refused(run, tmp_path):
 
     weights = load_file(tmp_path / "base" / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="trained on other weights"):
+    with pytest.raises(CheckpointError, match="trained on other weights, or another RoPE"):
         load_compressor(tmp_path / "out")
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(CheckpointError):
@@ -285,4 +285,19 @@ def test_a_model_without_rotary_positions_is_refused(run, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     for file in BUNDLED_MODELS["books-5m"].glob("tokenizer*"):
         shutil.copy(file, tmp_path / "gpt2")
-    fails(run("compress-train", "gpt2", *QUICK, "-o", "out"), 2, "cannot put memories into it")
+    fails(run("compress-train", "gpt2", *QUICK, "-o", "out"), 2, "learned absolute positions")
+
+
+def test_a_compressor_is_refused_on_an_extended_copy_of_its_model(run, tmp_path):
+    """The same weights under another RoPE: keys would be turned otherwise than it learned."""
+    assert run("compress-train", "books-5m", *QUICK, "--num-steps", 1, "-o", "out").exit_code == 0
+    assert run("extend", "books-5m", "--method", "yarn", "--factor", 2, "-o", "longer").exit_code == 0
+    with pytest.raises(CheckpointError, match="another RoPE"):
+        load_compressor(tmp_path / "out", base=str(tmp_path / "longer"))
+
+
+def test_a_compressor_of_an_extended_model_has_its_window(run, tmp_path):
+    assert run("extend", "books-5m", "--method", "yarn", "--factor", 4, "-o", "longer").exit_code == 0
+    result = run("compress-train", "longer", *QUICK, "--document-length", 4096, "--num-steps", 1, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert load_compressor(tmp_path / "out", device="cpu").compressor.backbone.window == 2048
