@@ -75,6 +75,7 @@ from longext.cli import (  # noqa: E402, F401
     inspect,
     longbench,
     merge,
+    needle,
     passkey,
     plan,
     reconstruction,

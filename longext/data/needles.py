@@ -52,7 +52,7 @@ class PromptTokens:
     encode: Encode
     prefix: tuple[int, ...]
 
-    def answer(self, question: str, key: int) -> tuple[int, ...]:
+    def answer(self, question: str, key: int | str) -> tuple[int, ...]:
         """Return the tokens that " {key}" adds after `question`, however the tokenizer joins them."""
         asked, full = self.encode(question), self.encode(f"{question} {key}")
         same = next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked))

@@ -1,0 +1,115 @@
+"""`longext eval needle`: RULER's needle tasks by length."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import deliver
+from longext.config import NeedleConfig
+
+_DEFAULT = NeedleConfig(model="")
+
+
+@eval_app.command("needle")
+def needle(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="single, multikey, multivalue, multiquery, or RULER's own niah_single_1 ... niah_multiquery, "
+            "comma-separated."
+        ),
+    ] = opt.join(_DEFAULT.tasks),
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of prompt and answer budget together, comma-separated.")
+    ] = opt.join(_DEFAULT.lengths),
+    depths: Annotated[
+        str | None, typer.Option(help="Depths of the needle asked for, 0 to 1, comma-separated (default: random).")
+    ] = None,
+    num_trials: opt.NumTrials = _DEFAULT.num_trials,
+    num_needles: Annotated[
+        int, typer.Option(help="Needles of multikey, multivalue and multiquery.")
+    ] = _DEFAULT.num_needles,
+    haystack: Annotated[
+        str, typer.Option(help="noise, needles (more of their kind), book (the bundled story) or a text file.")
+    ] = _DEFAULT.haystack,
+    key_type: Annotated[str, typer.Option(help="Keys are words, numbers or uuids.")] = _DEFAULT.key_type,
+    value_type: Annotated[str, typer.Option(help="Values are words, numbers or uuids.")] = _DEFAULT.value_type,
+    scoring: Annotated[
+        str,
+        typer.Option(help="match (RULER's: generate, find the values) or exact (one forward pass over the answer)."),
+    ] = _DEFAULT.scoring,
+    max_new_tokens: Annotated[int, typer.Option(help="Answer budget of match.")] = _DEFAULT.max_new_tokens,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Hide one or several sentences in a haystack and ask for them: score by task and length, heat map, JSON.
+
+    Example: longext eval needle books-5m --method yarn --factor 8 --lengths 512,1024 --scoring exact
+    """
+    _run(opt.config_with_memory(ctx, NeedleConfig, recipe, settings), as_json)
+
+
+def _run(config: NeedleConfig, as_json: bool) -> None:
+    from longext.compressor.readers import load_reader
+    from longext.evaluation.model import load_language_model
+    from longext.evaluation.needle import (
+        PASS_BAR,
+        check_needle_config,
+        make_questions,
+        needle_record,
+        timed_needles,
+    )
+    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, pooled_cells
+    from longext.reporting.console import progress
+    from longext.reporting.results import output_directory
+    from longext.reporting.retrieval_views import needle_depth_maps, retrieval_heat_map, retrieval_table
+    from longext.staging import check_output
+
+    check_needle_config(config)
+    output = output_directory(config.output, "needle", config.model)
+    check_output(output, config.force)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
+    questions = make_questions(model, config)
+    partial = partial_predictions(output) if config.output and config.scoring == "match" else None
+    with progress("needle", len(questions), "prompts") as advance:
+        outcomes, answers, seconds = timed_needles(model, questions, config, partial, advance)
+    record = needle_record(model, config, outcomes, seconds)
+    title = f"Needles in a haystack: {opt.titled(config)} ({config.scoring})"
+    caption = f"RULER counts a length as reached at {100 * PASS_BAR:.1f}% over all of its 13 tasks"
+    table = retrieval_table(title, cells_of(outcomes, by_depth=False), pooled_cells(outcomes), caption=caption)
+    figure = (
+        needle_depth_maps(record["results"], title=f"{title}, %")
+        if config.depths
+        else retrieval_heat_map(
+            [*record["by_task"], *(record["by_length"] if len(config.tasks) > 1 else [])], title=f"{title}, %"
+        )
+    )
+    expected = {question.id: question.prompt.answers for question in questions}
+    extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)} if answers else None
+    deliver(output, "eval needle", config, record, [table], {"needle": figure}, as_json=as_json, extra=extra)
+    if partial:
+        partial.unlink(missing_ok=True)

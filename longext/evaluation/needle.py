@@ -1,0 +1,243 @@
+"""RULER's needle tasks at exact token lengths: what is asked, how it is scored, what is recorded."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.config import NeedleConfig
+from longext.data.haystacks import (
+    NAME_TYPES,
+    NEEDLE_TASKS,
+    NEEDLES,
+    NOISE,
+    TEXT,
+    HaystackPrompt,
+    NeedleSetup,
+    Sentences,
+    haystack_prompt,
+    needle_sentences,
+    noise_sentences,
+    text_sentences,
+)
+from longext.data.needles import PromptTokens
+from longext.errors import ConfigError, DataError
+from longext.evaluation.batching import batch_size, batched_by
+from longext.evaluation.perplexity import check_lengths, check_method
+from longext.evaluation.predictions import Prediction
+from longext.evaluation.protocol import LanguageModel, result_record
+from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
+from longext.registry import Registry
+
+BOOK = "book"
+PASS_BAR = 0.856  # Llama-2-7B-chat at 4K over RULER's 13 tasks: the length up to which a model reaches it is effective
+_UNPRINTABLE = re.compile(r"[\x00-\x1f]")
+
+SCORINGS: Registry[str] = Registry("scoring")
+SCORINGS.register(
+    "match",
+    "greedy answer of up to max_new_tokens; score: the share of the expected values that stand in it, case ignored "
+    "(RULER string_match_all); part: at least one stands in it (string_match_part)",
+)
+SCORINGS.register(
+    "exact",
+    "one forward pass over prompt and expected answer; score: the share of the expected values all of whose tokens are "
+    "the first choice, given the prompt and the values before; whole: greedy decoding gives exactly the answer",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and its place in the results."""
+
+    id: str
+    task: str
+    length: int
+    depth: float | None
+    prompt: HaystackPrompt
+
+
+def check_needle_config(config: NeedleConfig) -> None:
+    """Raise ConfigError for an unknown task, scoring or type, or a value out of range."""
+    for task in config.tasks:
+        NEEDLE_TASKS[task]
+    for kind in (config.key_type, config.value_type):
+        NAME_TYPES[kind]
+    SCORINGS[config.scoring]
+    check_lengths(config.lengths, minimum=64)
+    check_method(config.method, config.factor)
+    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+        raise ConfigError(f"--tasks must name different tasks, got {','.join(config.tasks) or 'none'}.")
+    if not all(0 <= depth <= 1 for depth in config.depths):
+        raise ConfigError(f"--depths must be numbers from 0 (start) to 1 (end), got {list(config.depths)}.")
+    if len({round(1000 * depth) for depth in config.depths}) < len(config.depths):
+        raise ConfigError(f"--depths must differ by at least 0.001, got {list(config.depths)}.")
+    for name in ("num_trials", "num_needles", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(config, name)}.")
+
+
+def make_questions(model: LanguageModel, config: NeedleConfig) -> list[Question]:
+    """Return every prompt of an evaluation; the same seeds give the same prompts for every model of one tokenizer.
+
+    Raises:
+        ConfigError, DataError: a length is too short for a task, or there is no such haystack.
+    """
+    tokens = PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
+    haystacks: dict[str, Sentences] = {}
+    questions = []
+    for task in config.tasks:
+        setup = _setup(task, config, tokens, haystacks)
+        for length in sorted(config.lengths):
+            for depth in config.depths or (None,):
+                for trial in range(config.num_trials):
+                    prompt = haystack_prompt(
+                        tokens,
+                        setup,
+                        length=length,
+                        seed=config.seed + trial,
+                        depth=depth,
+                        max_new_tokens=config.max_new_tokens if config.scoring == "match" else None,
+                    )
+                    place = "random" if depth is None else f"{depth:g}"
+                    questions.append(Question(f"{task}/{length}/{place}/{trial}", task, length, depth, prompt))
+    return questions
+
+
+def _setup(name: str, config: NeedleConfig, tokens: PromptTokens, haystacks: dict[str, Sentences]) -> NeedleSetup:
+    task = NEEDLE_TASKS[name]
+    given = config.haystack
+    haystack = task.haystack or given
+    if haystack == TEXT:
+        haystack = BOOK if given in (NOISE, NEEDLES) else given
+    value_type = task.value_type or config.value_type
+    spelled = f"{haystack}/{value_type}"
+    if spelled not in haystacks:
+        haystacks[spelled] = _sentences(haystack, value_type, tokens)
+    return NeedleSetup(
+        name=name,
+        keys=task.keys or config.num_needles,
+        values=task.values or config.num_needles,
+        queries=task.queries or config.num_needles,
+        key_type=task.key_type or config.key_type,
+        value_type=value_type,
+        sentences=haystacks[spelled],
+    )
+
+
+def _sentences(haystack: str, value_type: str, tokens: PromptTokens) -> Sentences:
+    if haystack == NOISE:
+        return noise_sentences(tokens.encode)
+    if haystack == NEEDLES:
+        return needle_sentences(tokens.encode, value_type)
+    path = SAMPLE_DOCUMENT if haystack == BOOK else Path(haystack).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--haystack must be noise, needles, book (the bundled story) or a text file: '{haystack}'.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--haystack {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if not text.strip():
+        raise DataError(f"--haystack {path} is empty.")
+    return text_sentences(tokens.encode, text)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def match_share(answer: str, expected: Sequence[str]) -> float:
+    """Return the share of `expected` that stands in `answer`, case ignored (RULER's string_match_all of one prompt)."""
+    text = _UNPRINTABLE.sub("\n", answer.strip()).lower()
+    return sum(value.lower() in text for value in expected) / len(expected)
+
+
+def evaluate_needles(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    config: NeedleConfig,
+    path: Path | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[list[Outcome], dict[str, Prediction]]:
+    """Return how each question was answered, and the generated answers by id (none for exact scoring).
+
+    Args:
+        path: where generated answers are kept, for a run that is cut off.
+        on_progress: called with the number of prompts just answered.
+    """
+    if config.scoring == "exact":
+        return _score_exactly(model, questions, config, on_progress), {}
+    prompts = {question.id: question.prompt.input_ids for question in questions}
+    answers = answers_to(
+        model, prompts, config.max_new_tokens, path=path, on_progress=on_progress, batch_tokens=config.batch_tokens
+    )
+    return [_outcome(own, match_share(answers[own.id].text, own.prompt.answers)) for own in questions], answers
+
+
+def _score_exactly(
+    model: LanguageModel, questions: Sequence[Question], config: NeedleConfig, on_progress: Progress | None
+) -> list[Outcome]:
+    outcomes = []
+    size = batch_size(config.batch_tokens, max(config.lengths), model.device)
+    for batch in batched_by(questions, size, lambda own: (len(own.prompt.input_ids), len(own.prompt.answer_ids))):
+        ids = torch.tensor([[*own.prompt.input_ids, *own.prompt.answer_ids] for own in batch])
+        right = model.score(ids, len(batch[0].prompt.input_ids)).is_top1.cpu()
+        for question, row in zip(batch, right, strict=True):
+            starts = (0, *question.prompt.ends)
+            found = [bool(row[a:b].all()) for a, b in zip(starts, question.prompt.ends, strict=False)]
+            outcomes.append(_outcome(question, sum(found) / len(found)))
+        if on_progress:
+            on_progress(len(batch))
+    return outcomes
+
+
+def _outcome(question: Question, score: float) -> Outcome:
+    return Outcome(question.task, question.length, question.depth, score, len(question.prompt.input_ids))
+
+
+def timed_needles(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    config: NeedleConfig,
+    path: Path | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[list[Outcome], dict[str, Prediction], float]:
+    """Return (outcomes, answers, wall seconds)."""
+    started = time.perf_counter()
+    return *evaluate_needles(model, questions, config, path, on_progress), time.perf_counter() - started
+
+
+def needle_record(
+    model: LanguageModel, config: NeedleConfig, outcomes: Sequence[Outcome], seconds: float
+) -> dict[str, Any]:
+    """Return the JSON record of a needle evaluation."""
+    return result_record(
+        "needle",
+        model.describe(),
+        {
+            "id": "needle/ruler",
+            "definition": "RULER's needle prompts; prompt and budget of new tokens (exact: the answer) have exactly "
+            "the length; keys and values never repeat",
+            "reference": "RULER, arXiv 2404.06654",
+            "scoring": config.scoring,
+            "scoring_definition": SCORINGS[config.scoring],
+            "tasks": {name: asdict(NEEDLE_TASKS[name]) for name in config.tasks},
+            "haystack": config.haystack,
+            "num_needles": config.num_needles,
+            "key_type": config.key_type,
+            "value_type": config.value_type,
+            "max_new_tokens": config.max_new_tokens if config.scoring == "match" else None,
+            "seed": config.seed,
+        },
+        None,
+        seconds=seconds,
+        results=cell_rows(cells_of(outcomes)),
+        by_task=cell_rows(cells_of(outcomes, by_depth=False)),
+        by_length=cell_rows(pooled_cells(outcomes)),
+    )

@@ -1,0 +1,158 @@
+"""What the retrieval suites share: outcomes of single prompts, cells with intervals, generated answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longext.evaluation.predictions import Prediction, Request, generate_predictions
+from longext.evaluation.protocol import LanguageModel
+from longext.evaluation.statistics import bootstrap_mean, wilson_interval
+
+ALL = "all"  # the pseudo-task of what several tasks give together
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one prompt was answered.
+
+    Attributes:
+        task: its kind.
+        length: what the suite orders by: tokens, lines, topics.
+        depth: where the needle stands, None where that is drawn.
+        score: share of the expected answers that were found, 0 to 1.
+        num_tokens: tokens of the prompt.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    score: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalCell:
+    """The prompts of one task, length and depth together.
+
+    Attributes:
+        score: mean share of the expected answers that were found.
+        part: share of the prompts where at least one was found.
+        whole: share of the prompts where all were found.
+        low, high: 95 % interval of `score`: Wilson's where prompts are right or wrong, else a bootstrap over prompts.
+        num_tokens: mean tokens of the prompts.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    num_trials: int
+    score: float
+    low: float
+    high: float
+    part: float
+    whole: float
+    num_tokens: float
+
+
+def cells_of(outcomes: Sequence[Outcome], *, by_depth: bool = True) -> list[RetrievalCell]:
+    """Return one cell per task, length and (where `by_depth`) depth, sorted; tasks stay in their order."""
+    tasks = list(dict.fromkeys(outcome.task for outcome in outcomes))
+    groups: dict[tuple[str, int, float | None], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.task, outcome.length, outcome.depth if by_depth else None), []).append(outcome)
+    order = sorted(groups, key=lambda key: (tasks.index(key[0]), key[1], -1 if key[2] is None else key[2]))
+    return [_cell(task, length, depth, groups[task, length, depth]) for task, length, depth in order]
+
+
+def pooled_cells(outcomes: Sequence[Outcome]) -> list[RetrievalCell]:
+    """Return one cell per length over all tasks, every prompt counted once."""
+    lengths = sorted({outcome.length for outcome in outcomes})
+    return [_cell(ALL, length, None, [own for own in outcomes if own.length == length]) for length in lengths]
+
+
+def _cell(task: str, length: int, depth: float | None, outcomes: Sequence[Outcome]) -> RetrievalCell:
+    scores = np.array([outcome.score for outcome in outcomes])
+    low, high = share_interval(scores)
+    return RetrievalCell(
+        task=task,
+        length=length,
+        depth=depth,
+        num_trials=len(outcomes),
+        score=float(scores.mean()),
+        low=low,
+        high=high,
+        part=float((scores > 0).mean()),
+        whole=float((scores == 1).mean()),
+        num_tokens=sum(outcome.num_tokens for outcome in outcomes) / len(outcomes),
+    )
+
+
+def share_interval(scores: Any, num_samples: int = 1000) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of shares: Wilson's where all are 0 or 1, else a seeded bootstrap.
+
+    Equal shares would give a bootstrap of no width: Wilson's interval of their mean then stands for it.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if len(set(values.tolist())) > 1 and not np.isin(values, (0, 1)).all():
+        found = bootstrap_mean(values, np.ones_like(values), num_samples=num_samples, seed=0)
+        assert found is not None
+        return found
+    return wilson_interval(values.sum(), len(values))
+
+
+def cell_rows(cells: Sequence[RetrievalCell]) -> list[dict[str, Any]]:
+    """Return cells as JSON."""
+    return [asdict(cell) for cell in cells]
+
+
+# --- generated answers ------------------------------------------------------------------------------------------------
+
+
+def partial_predictions(output: Path) -> Path:
+    """Return where the answers of a run lie until its results are written."""
+    return output.with_name(f"{output.name}.predictions.jsonl")
+
+
+def answers_to(
+    model: LanguageModel,
+    prompts: Mapping[str, Sequence[int]],
+    max_new_tokens: int | Mapping[str, int],
+    *,
+    stop: tuple[str, ...] = (),
+    path: Path | None = None,
+    on_progress: Progress | None = None,
+    batch_tokens: int | None = None,
+) -> dict[str, Prediction]:
+    """Return the greedy answer to each prompt by id; see `generate_predictions`.
+
+    Args:
+        max_new_tokens: one budget for all, or that of each prompt by id.
+    """
+    budgets = dict.fromkeys(prompts, max_new_tokens) if isinstance(max_new_tokens, int) else max_new_tokens
+    requests = [Request(name, tuple(ids), budgets[name], stop) for name, ids in prompts.items()]
+    found = generate_predictions(model, requests, path, on_progress, batch_tokens)
+    return {prediction.id: prediction for prediction in found}
+
+
+def answer_lines(
+    outcomes: Sequence[Outcome], expected: Mapping[str, Sequence[str]], answers: Mapping[str, Prediction]
+) -> str:
+    """Return JSON lines: what was expected, the answer, its score; `outcomes` are in the order of `expected`."""
+    rows = [
+        {
+            "id": name,
+            "expected": list(wanted),
+            "answer": answers[name].text,
+            "score": outcome.score,
+            "num_prompt_tokens": answers[name].num_prompt_tokens,
+        }
+        for (name, wanted), outcome in zip(expected.items(), outcomes, strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
