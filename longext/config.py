@@ -113,27 +113,6 @@ class PasskeyConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongBenchConfig(RuntimeConfig):
-    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol."""
-
-    tasks: tuple[str, ...] = ()
-    longbench_e: bool = False
-    data: str = "hub"
-    max_length: int | None = None
-    limit: int | None = None
-    chat: str = "auto"
-    code_similarity: str = "difflib"
-    predictions: str | None = None
-    fail_under: tuple[str, ...] = ()
-    method: str | None = None
-    factor: float | None = None
-    batch_tokens: int | None = None
-    memory: str | None = None
-    segment: int = 128
-    resume: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class NeedleConfig(RuntimeConfig):
     """`longext eval needle`: RULER's needle tasks by length."""
 
@@ -288,7 +267,7 @@ class CompressConfig(TrainingConfig, DataConfig):
     split: str = "train"
     prompt: str = "auto"
     arch: str = "uio"
-    memory: str | None = None
+    memory_kind: str | None = None
     segment: int = 1024
     ratio: tuple[int, ...] = (8,)
     sink: int | None = None
