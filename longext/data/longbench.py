@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -99,11 +100,8 @@ def read_longbench(file: Path | zipfile.Path, limit: int | None = None) -> list[
     Raises:
         DataError: a broken line (with file and number), a row without a field of the schema, or no row.
     """
-    rows: list[LongBenchRow] = []
-    for where, value in read_json_lines(file):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(_row(where, value, len(rows) + 1))
+    lines = itertools.islice(read_json_lines(file), limit)
+    rows = [_row(where, value, number) for number, (where, value) in enumerate(lines, 1)]
     if not rows:
         raise DataError(f"{file} has no rows.")
     return rows
