@@ -96,20 +96,20 @@ def memory_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Training loss by step, with its parts where there are several."""
+    """Training loss by step; a panel for each part where there are several, weighted as they are summed."""
     lines = [line for line in metrics if "loss" in line]
-    figure = new_figure(7.4, 3.4)
-    panel = figure.subplots()
-    steps = [line["step"] for line in lines]
-    parts = [name for name in ("documents", "ae") if any(name in line for line in lines)]
+    names = {"documents": "documents (nats)", "ae": "auto-encoding (nats, weighted)"}
+    parts = [name for name in names if any(name in line for line in lines)]
     shown = parts if len(parts) > 1 else ["loss"]
-    for name, (pale, strong) in zip(shown, (("#9ecae1", "#0072b2"), ("#f2c9a1", "#d55e00")), strict=False):
+    figure = new_figure(7.4, 2.9 * len(shown) if len(shown) > 1 else 3.4)
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
+    steps = [line["step"] for line in lines]
+    for name, panel in zip(shown, panels, strict=True):
         values = [line[name] for line in lines]
-        panel.plot(steps, values, color=pale, linewidth=1)
-        panel.plot(steps, smooth(values), color=strong, linewidth=2, label=name)
-    if len(shown) > 1:
-        panel.legend(frameon=False, fontsize=8.5)
-    style(panel, title, "step", "training loss (nats)")
+        panel.plot(steps, values, color="#9ecae1", linewidth=1)
+        panel.plot(steps, smooth(values), color="#0072b2", linewidth=2)
+        is_last = name == shown[-1]
+        style(panel, title if name == shown[0] else "", "step" if is_last else "", names.get(name, "loss (nats)"))
     return figure
 
 
