@@ -93,11 +93,13 @@ def _check_numbers(config: FinetuneConfig) -> None:
 
 
 def check_optimiser(config: TrainingConfig) -> None:
-    """Raise ConfigError for a learning rate or clipping norm out of range."""
+    """Raise ConfigError for a learning rate or clipping norm out of range, or evaluation without data for it."""
     if not 0 < config.learning_rate < float("inf"):
         raise ConfigError(f"--learning-rate must be above 0, got {config.learning_rate:g}.")
     if not config.max_grad_norm > 0:
         raise ConfigError(f"`max_grad_norm` must be above 0 (1 is usual), got {config.max_grad_norm:g}.")
+    if config.eval_data is None and (config.eval_lengths or config.eval_every):
+        raise ConfigError("--eval-lengths and --eval-every say how to measure: add --eval-data to measure on.")
 
 
 def _check_combinations(config: FinetuneConfig) -> None:

@@ -208,6 +208,7 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
         (("--set", "max_grad_norm=0"), ("`max_grad_norm` must be above 0",)),
         (("--set", "trust_remote_code=true"), ("not for compressors",)),
         (("--set", "attention=nonsense"), ("nonsense",)),
+        (("--eval-lengths", 64), ("add --eval-data",)),
         (("--eval-data", "sample", "--eval-lengths", 100), ("multiples of the segment 64",)),
         (("--eval-data", "sample", "--eval-lengths", 64_000), ("--eval-data sample has 64064", "--eval-lengths")),
         (("--eval-data", "sample", "--eval-lengths", 22_656), ("needs another", "shorter --eval-lengths")),
