@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -95,7 +96,8 @@ def config_with_memory(
 def titled(config: Any) -> str:
     """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
     method = f" + {config.method} {config.factor:g}x" if config.method and config.factor else ""
-    return f"{config.model}{method}" + (f" + {config.memory}" if config.memory else "")
+    memory = f" + {Path(config.memory).name}" if config.memory else ""
+    return f"{config.model}{method}{memory}"
 
 
 def join(values: tuple[Any, ...]) -> str:

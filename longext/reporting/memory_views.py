@@ -97,9 +97,10 @@ def _by_position(name: str, rows: _Rows, lengths: list[int], methods: list[str])
 
 
 def memory_perplexity_figure(results: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Perplexity by context length, a line per method, and below it what the memory gains; 95 % intervals shaded.
+    """Perplexity by context length, a line per method, and below it what the memory gains, paired 95 % bands shaded.
 
-    Intervals above hold the spread between texts; those below are paired, so it is they that tell methods apart.
+    The intervals of the perplexities themselves are in the table: they hold the spread between texts, which is the same
+    for all methods and would hide what tells them apart. The memory's own is drawn.
 
     Args:
         results: `MemoryPerplexity` rows as dicts.
@@ -109,7 +110,7 @@ def memory_perplexity_figure(results: Sequence[Mapping[str, Any]], *, title: str
     panels = figure.subplots(
         2 if controls else 1, 1, squeeze=False, sharex=True, height_ratios=[3, 2] if controls else [1]
     )[:, 0]
-    _draw(panels[0], results, "ppl", "ppl_low", "ppl_high")
+    _draw(panels[0], results, "ppl", "ppl_low", "ppl_high", shaded=(_MEMORY,))
     style(panels[0], title, "" if controls else _CONTEXT, "perplexity (log scale)")
     log_perplexity(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
@@ -118,15 +119,17 @@ def memory_perplexity_figure(results: Sequence[Mapping[str, Any]], *, title: str
     )
     if controls:
         panels[1].axhline(0, color=INK, linewidth=1)
-        _draw(panels[1], controls, "difference", "difference_low", "difference_high")
+        _draw(panels[1], controls, "difference", "difference_low", "difference_high", shaded=tuple(_LOOKS))
         style(panels[1], "", _CONTEXT, "memory - control (nats)")
     lengths = sorted({row["length"] for row in results})
     panels[-1].set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     return figure
 
 
-def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], middle: str, low: str, high: str) -> None:
-    """Draw a line and its band per method against context length, lengths evenly spaced, the memory on top."""
+def _draw(
+    axes: Any, rows: Sequence[Mapping[str, Any]], middle: str, low: str, high: str, *, shaded: Sequence[str]
+) -> None:
+    """Draw a line per method against context length, lengths evenly spaced, the memory on top; bands for `shaded`."""
     lengths = sorted({row["length"] for row in rows})
     for method in reversed(list(dict.fromkeys(row["method"] for row in rows))):
         colour, dashes = _LOOKS[method]
@@ -143,7 +146,7 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], middle: str, low: str, h
             linestyle=dashes,
             label=method,
         )
-        if all(row[low] is not None for row in own):
+        if method in shaded and all(row[low] is not None for row in own):
             axes.fill_between(
                 x, [row[low] for row in own], [row[high] for row in own], color=colour, alpha=shade, linewidth=0
             )
