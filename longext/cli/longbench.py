@@ -132,9 +132,8 @@ def _run(config: LongBenchConfig, as_json: bool) -> None:
     )
     prepare_requests(model, runs, config)
     lock = open_run(run, work, _COMMAND)
-    with _kept_once_answered(work, output):
+    with lock or contextlib.nullcontext(), _kept_once_answered(work, output):
         _answer_and_finish(model, runs, config, work, output, notes, as_json)
-    del lock  # held until here
 
 
 def _answer_and_finish(
@@ -179,11 +178,14 @@ def _kept_once_answered(work: Path, output: Path) -> Iterator[None]:
     """Where a run ends early: say how it goes on, or remove its directory where no prompt was answered."""
     import shutil
 
+    from longext.errors import ConfigError
     from longext.evaluation.longbench_run import GENERATED
     from longext.reporting.console import stderr
 
     try:
         yield
+    except ConfigError:  # other settings than those it was begun with
+        raise
     except BaseException:
         files = (work / GENERATED).glob("*.jsonl") if work.is_dir() else []
         if any(len(file.read_bytes().splitlines()) > 1 for file in files):  # more than a header

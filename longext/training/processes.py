@@ -75,7 +75,7 @@ def hold_directory(directory: Path) -> Any:
     except BlockingIOError:
         file.close()
         raise DirectoryInUse(
-            f"Another process is training in {directory}. Wait for it or stop it, then use --resume."
+            f"Another process is at work in {directory}. Wait for it or stop it, then use --resume."
         ) from None
     return file
 
