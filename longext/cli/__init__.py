@@ -65,6 +65,7 @@ def _root(
 
 
 from longext.cli import (  # noqa: E402, F401
+    babilong,
     compare,
     compress,
     efficiency,
@@ -74,6 +75,7 @@ from longext.cli import (  # noqa: E402, F401
     generate,
     inspect,
     longbench,
+    longeval,
     merge,
     needle,
     passkey,

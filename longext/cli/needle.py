@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver
-from longext.config import NeedleConfig
+from longext.evaluation.retrieval_config import NeedleConfig
+
+if TYPE_CHECKING:
+    from longext.evaluation.retrieval import Outcome
 
 _DEFAULT = NeedleConfig(model="")
 
@@ -70,19 +75,13 @@ def needle(
 
 
 def _run(config: NeedleConfig, as_json: bool) -> None:
+    from longext.cli.answering import kept_answers
     from longext.compressor.readers import load_reader
     from longext.evaluation.model import load_language_model
-    from longext.evaluation.needle import (
-        PASS_BAR,
-        check_needle_config,
-        make_questions,
-        needle_record,
-        timed_needles,
-    )
-    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, pooled_cells
+    from longext.evaluation.needle import check_needle_config, make_questions, needle_record, timed_needles
+    from longext.evaluation.retrieval import answer_lines, partial_predictions
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
-    from longext.reporting.retrieval_views import needle_depth_maps, retrieval_heat_map, retrieval_table
     from longext.staging import check_output
 
     check_needle_config(config)
@@ -95,21 +94,34 @@ def _run(config: NeedleConfig, as_json: bool) -> None:
     )
     questions = make_questions(model, config)
     partial = partial_predictions(output) if config.output and config.scoring == "match" else None
-    with progress("needle", len(questions), "prompts") as advance:
-        outcomes, answers, seconds = timed_needles(model, questions, config, partial, advance)
-    record = needle_record(model, config, outcomes, seconds)
+    with kept_answers(partial):
+        with progress("needle", len(questions), "prompts") as advance:
+            outcomes, answers, seconds = timed_needles(model, questions, config, partial, advance)
+        record = needle_record(model, config, outcomes, seconds)
+        expected = {question.id: question.prompt.answers for question in questions}
+        extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)} if answers else {}
+        _show(config, output, record, outcomes, extra, as_json)
+
+
+def _show(
+    config: NeedleConfig,
+    output: Path,
+    record: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    extra: dict[str, str],
+    as_json: bool,
+) -> None:
+    from longext.evaluation.needle import PASS_BAR
+    from longext.evaluation.retrieval import cells_of, pooled_cells
+    from longext.reporting.retrieval_views import needle_depth_maps, retrieval_heat_map, retrieval_table
+
     title = f"Needles in a haystack: {opt.titled(config)} ({config.scoring})"
     caption = f"RULER counts a length as reached at {100 * PASS_BAR:.1f}% over all of its 13 tasks"
     table = retrieval_table(title, cells_of(outcomes, by_depth=False), pooled_cells(outcomes), caption=caption)
+    rows = [*record["by_task"], *(record["by_length"] if len(config.tasks) > 1 else [])]
     figure = (
         needle_depth_maps(record["results"], title=f"{title}, %")
         if config.depths
-        else retrieval_heat_map(
-            [*record["by_task"], *(record["by_length"] if len(config.tasks) > 1 else [])], title=f"{title}, %"
-        )
+        else retrieval_heat_map(rows, title=f"{title}, %")
     )
-    expected = {question.id: question.prompt.answers for question in questions}
-    extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)} if answers else None
     deliver(output, "eval needle", config, record, [table], {"needle": figure}, as_json=as_json, extra=extra)
-    if partial:
-        partial.unlink(missing_ok=True)

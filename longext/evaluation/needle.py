@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-from longext.config import NeedleConfig
 from longext.data.haystacks import (
     NAME_TYPES,
     NEEDLE_TASKS,
@@ -34,6 +33,7 @@ from longext.evaluation.perplexity import check_lengths, check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
+from longext.evaluation.retrieval_config import NeedleConfig
 from longext.registry import Registry
 
 BOOK = "book"

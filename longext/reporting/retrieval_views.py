@@ -39,7 +39,7 @@ def retrieval_table(
     counts = sorted({cell.num_trials for cell in cells})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     notes = [f"{number} prompts a cell, in brackets the 95% interval", *([caption] if caption else [])]
-    columns = ["task", *(f"{size} {label(length)}" for length in lengths)]
+    columns = ["task", *(f"{size} {label(length)}".strip() for length in lengths)]
     return Table(title, columns, rows, caption="; ".join(notes))
 
 

@@ -1,0 +1,90 @@
+"""`longext eval babilong`: bAbI facts in long text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import deliver
+from longext.evaluation.retrieval_config import BABILongConfig
+
+_DEFAULT = BABILongConfig(model="")
+
+
+@eval_app.command("babilong")
+def babilong(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    data: Annotated[str, typer.Option(help="Folder with <length>/<task>.jsonl, as 4k/qa1.jsonl.")] = _DEFAULT.data,
+    tasks: Annotated[str, typer.Option(help="Of qa1 to qa5, comma-separated.")] = opt.join(_DEFAULT.tasks),
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths as the folders name them: 0k,4k (default: all in --data).")
+    ] = None,
+    num_cases: Annotated[int | None, typer.Option(help="Rows of each task and length, at most.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="examples (instruction and examples), instruction, or plain (text and question).")
+    ] = _DEFAULT.prompt,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = _DEFAULT.max_new_tokens,
+    chat: Annotated[
+        str, typer.Option(help="auto (through the tokenizer's chat template where it has one), or none.")
+    ] = _DEFAULT.chat,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Answer questions on facts that are scattered in a long text: accuracy by task and length, heat map, JSON.
+
+    Example: longext eval babilong MODEL --data babilong/ --tasks qa1,qa2 --lengths 0k,4k
+    """
+    _run(opt.config_with_memory(ctx, BABILongConfig, recipe, settings), as_json)
+
+
+def _run(config: BABILongConfig, as_json: bool) -> None:
+    from longext.cli.answering import kept_answers
+    from longext.compressor.readers import load_reader
+    from longext.data.babilong import length_name, read_rows
+    from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
+    from longext.evaluation.model import load_language_model
+    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, pooled_cells
+    from longext.reporting.console import progress
+    from longext.reporting.results import output_directory
+    from longext.reporting.retrieval_views import retrieval_heat_map, retrieval_table
+    from longext.staging import check_output
+
+    check_babilong_config(config)
+    output = output_directory(config.output, "babilong", config.model)
+    check_output(output, config.force)
+    rows = read_rows(config.data, config.tasks, config.lengths, config.num_cases)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
+    partial = partial_predictions(output) if config.output else None
+    with kept_answers(partial):
+        with progress("babilong", len(rows), "rows") as advance:
+            outcomes, answers, seconds = evaluate_babilong(model, rows, config, partial, advance)
+        record = babilong_record(model, config, outcomes, seconds)
+        title = f"BABILong: {opt.titled(config)}"
+        cells, pooled = cells_of(outcomes), pooled_cells(outcomes)
+        table = retrieval_table(title, cells, pooled, label=length_name, size="")
+        shown = [*record["results"], *(record["by_length"] if len(config.tasks) > 1 else [])]
+        figure = retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
+        extra = {"answers.jsonl": answer_lines(outcomes, {row.id: [row.target] for row in rows}, answers)}
+        deliver(output, "eval babilong", config, record, [table], {"babilong": figure}, as_json=as_json, extra=extra)

@@ -1,0 +1,161 @@
+"""`longext eval longeval`: LMSYS's line and topic retrieval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import deliver
+from longext.evaluation.retrieval_config import LongEvalConfig
+
+if TYPE_CHECKING:
+    from longext.evaluation.retrieval import RetrievalCell
+
+_DEFAULT = LongEvalConfig(model="")
+_COMMAND = "eval longeval"
+
+
+@eval_app.command("longeval")
+def longeval(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with <n>_lines.jsonl, <n>_topics.jsonl (default: lines are generated)."),
+    ] = None,
+    predictions: Annotated[str | None, typer.Option(help="Score this file of answers; no model is run.")] = None,
+    tasks: Annotated[str, typer.Option(help="Of lines and topics, comma-separated.")] = opt.join(_DEFAULT.tasks),
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of lines or topics, comma-separated (default: all in --data; generated: 20,50,100)."
+        ),
+    ] = None,
+    num_cases: Annotated[int, typer.Option(help="Cases of each size, at most.")] = _DEFAULT.num_cases,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Give the beginning of the answer, for models that only continue.")
+    ] = False,
+    chat: Annotated[
+        str, typer.Option(help="auto (through the tokenizer's chat template where it has one), or none.")
+    ] = _DEFAULT.chat,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Ask for one line of many, or the first topic of a conversation: accuracy by size with Wilson intervals.
+
+    Example: longext eval longeval MODEL --data longeval/ --tasks lines --sizes 200,300
+
+    Published answers: longext eval longeval --predictions 200_response.txt
+    """
+    given = opt.config_from(ctx, LongEvalConfig, recipe, settings, {"model": ""})
+    if given.predictions is not None:
+        _score(given, as_json)
+    else:
+        _run(opt.config_with_memory(ctx, LongEvalConfig, recipe, settings), as_json)
+
+
+def _score(config: LongEvalConfig, as_json: bool) -> None:
+    """Score answers that were given."""
+    from longext.evaluation.longeval import check_longeval_config, longeval_record, score_published
+    from longext.evaluation.retrieval import cells_of
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    check_longeval_config(config)
+    path = Path(str(config.predictions)).expanduser()
+    name = config.model or path.stem
+    output = output_directory(config.output, "longeval", name)
+    check_output(output, config.force)
+    found = score_published(path)
+    cells = cells_of(found.outcomes)
+    record = longeval_record(None, config, found.outcomes, stated_accuracy=found.stated)
+    notes = [] if found.stated is None else [f"The file itself states an accuracy of {found.stated:g}."]
+    _show(config, name, output, record, cells, {}, notes, as_json)
+
+
+def _run(config: LongEvalConfig, as_json: bool) -> None:
+    """Make answers and score them."""
+    from longext.cli.answering import kept_answers
+    from longext.compressor.readers import load_reader
+    from longext.evaluation.longeval import (
+        case_ids,
+        check_longeval_config,
+        evaluate_longeval,
+        load_cases,
+        longeval_record,
+    )
+    from longext.evaluation.model import load_language_model
+    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions
+    from longext.reporting.console import progress
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    check_longeval_config(config)
+    output = output_directory(config.output, "longeval", config.model)
+    check_output(output, config.force)
+    cases = load_cases(config)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
+    partial = partial_predictions(output) if config.output else None
+    with kept_answers(partial):
+        with progress("longeval", len(cases), "cases") as advance:
+            outcomes, answers, seconds = evaluate_longeval(model, cases, config, partial, advance)
+        record = longeval_record(model, config, outcomes, seconds=seconds)
+        expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
+        extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
+        notes = _notes(config, {case.task for case in cases})
+        _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
+
+
+def _notes(config: LongEvalConfig, there: set[str]) -> list[str]:
+    left = [task for task in config.tasks if task not in there]
+    source = f"{config.data} has none" if config.data else "their conversations come with --data"
+    return [f"{task.capitalize()} were not asked for: {source}." for task in left]
+
+
+def _show(
+    config: LongEvalConfig,
+    name: str,
+    output: Path,
+    record: dict[str, Any],
+    cells: list[RetrievalCell],
+    extra: dict[str, str],
+    notes: list[str],
+    as_json: bool,
+) -> None:
+    from longext.reporting.retrieval_views import accuracy_by_size, prompt_table
+
+    title = f"LongEval: {name}"
+    figure = accuracy_by_size(record["results"], title=title)
+    deliver(
+        output,
+        _COMMAND,
+        config,
+        record,
+        [prompt_table(title, cells)],
+        {"longeval": figure},
+        as_json=as_json,
+        notes=notes,
+        extra=extra,
+    )

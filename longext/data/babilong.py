@@ -1,0 +1,219 @@
+"""BABILong's rows and prompts (arXiv 2406.10149): bAbI facts scattered in the text of books, and a question on them.
+
+Files are <length>/<task>.jsonl with input, question and target. Prompts are built as the authors build theirs, from
+an instruction, examples, the form of the answer, the text between <context> tags and the question; the words of
+instructions and examples are longext's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longext.errors import ConfigError, DataError
+from longext.registry import Registry, did_you_mean
+
+ROOMS = frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"})
+PEOPLE_AND_THINGS = frozenset({"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"})
+
+
+@dataclass(frozen=True)
+class BABILongTask:
+    """One task: every possible answer, and the parts of its prompt.
+
+    Attributes:
+        examples: (facts and question, answer).
+        form: how the answer is to be given.
+    """
+
+    summary: str
+    labels: frozenset[str]
+    instruction: str
+    examples: tuple[tuple[str, str], ...]
+    form: str
+
+
+_FACTS = "Somewhere in the text below stand short facts about {about}. Answer the question from these facts alone."
+_ONE_WORD = "Answer with one word and nothing else."
+BABILONG_TASKS: Registry[BABILongTask] = Registry("task")
+BABILONG_TASKS.register(
+    "qa1",
+    BABILongTask(
+        "where somebody is: one fact",
+        ROOMS,
+        _FACTS.format(about="where people are") + " Where somebody has been in several places, the last one counts.",
+        (
+            ("Nora went to the attic. Hugo went to the cellar. Where is Nora?", "Nora is in the attic."),
+            (
+                "Hugo went to the barn. Nora moved to the cellar. Hugo moved to the attic. Where is Hugo?",
+                "Hugo is in the attic.",
+            ),
+        ),
+        "Answer with one sentence of this form and nothing else: PERSON is in the PLACE.",
+    ),
+)
+_CARRIED = (
+    " A thing that somebody took goes where they go, until they put it down; from then on it stays where that was."
+)
+BABILONG_TASKS.register(
+    "qa2",
+    BABILongTask(
+        "where a thing is: two facts",
+        ROOMS,
+        _FACTS.format(about="where people go and what they carry") + _CARRIED,
+        (
+            (
+                "Nora went to the attic. Nora took the lamp. Nora moved to the barn. Where is the lamp?",
+                "The lamp is in the barn.",
+            ),
+            (
+                "Hugo took the rope. Hugo went to the cellar. Hugo dropped the rope. Where is the rope?",
+                "The rope is in the cellar.",
+            ),
+        ),
+        "Answer with one sentence of this form and nothing else: The THING is in the PLACE.",
+    ),
+)
+BABILONG_TASKS.register(
+    "qa3",
+    BABILongTask(
+        "where a thing was before: three facts",
+        ROOMS,
+        _FACTS.format(about="where people go and what they carry") + _CARRIED,
+        (
+            (
+                "Nora took the lamp. Nora went to the attic. Nora moved to the barn. "
+                "Where was the lamp before the barn?",
+                "Before that the lamp was in the attic.",
+            ),
+            (
+                "Hugo went to the cellar. Hugo took the rope. Hugo moved to the attic. Hugo dropped the rope. "
+                "Where was the rope before the attic?",
+                "Before that the rope was in the cellar.",
+            ),
+        ),
+        "Answer with one sentence of this form and nothing else: Before that the THING was in the PLACE.",
+    ),
+)
+BABILONG_TASKS.register(
+    "qa4",
+    BABILongTask(
+        "which place lies beside another: two arguments",
+        ROOMS,
+        _FACTS.format(about="how places lie to each other"),
+        (
+            ("The attic is north of the barn. The cellar is south of the barn. What is north of the barn?", "attic"),
+            ("The barn is west of the attic. The cellar is west of the barn. What is the barn west of?", "attic"),
+        ),
+        _ONE_WORD,
+    ),
+)
+BABILONG_TASKS.register(
+    "qa5",
+    BABILongTask(
+        "who gave what to whom: three arguments",
+        PEOPLE_AND_THINGS,
+        _FACTS.format(about="who gives what to whom"),
+        (
+            ("Nora took the lamp. Nora gave the lamp to Hugo. Who did Nora give the lamp to?", "Hugo"),
+            ("Hugo took the rope. Hugo handed the rope to Iris. What did Hugo give to Iris?", "rope"),
+            ("Iris took the lamp. Iris passed the lamp to Nora. Who gave the lamp?", "Iris"),
+        ),
+        _ONE_WORD,
+    ),
+)
+PROMPTS: dict[str, tuple[bool, bool]] = {
+    "examples": (True, True),
+    "instruction": (True, False),
+    "plain": (False, False),
+}
+
+
+@dataclass(frozen=True)
+class BABILongRow:
+    """One question: `length` is what the folder says, in tokens (4k: 4,000)."""
+
+    id: str
+    task: str
+    length: int
+    text: str
+    question: str
+    target: str
+
+
+def parse_length(name: str) -> int | None:
+    """Return the tokens that the name of a folder stands for: 0k, 4k, 1M; None for another name."""
+    found = re.fullmatch(r"(\d+)([kM])", name)
+    return int(found.group(1)) * (1000 if found.group(2) == "k" else 10**6) if found else None
+
+
+def length_name(length: int) -> str:
+    """Return the folder of a length: 4000 is "4k"."""
+    return f"{length // 10**6}M" if length and length % 10**6 == 0 else f"{length // 1000}k"
+
+
+def read_rows(folder: str, tasks: Sequence[str], lengths: Sequence[str], num_cases: int | None) -> list[BABILongRow]:
+    """Return the first `num_cases` rows of each task at each length (all lengths there are, where empty).
+
+    Raises:
+        ConfigError: no such folder, length or file.
+        DataError: a line that is no row, with file and number.
+    """
+    root = Path(folder).expanduser()
+    if not folder or not root.is_dir():
+        raise ConfigError(f"--data must be a folder with <length>/<task>.jsonl (4k/qa1.jsonl), got '{folder}'.")
+    there = sorted(
+        (length, path) for path in root.iterdir() if path.is_dir() and (length := parse_length(path.name)) is not None
+    )
+    names = [path.name for _, path in there]
+    for name in lengths:
+        if name not in names:
+            raise ConfigError(f"No length '{name}' in {root}. {did_you_mean(name, names) if names else 'It is empty.'}")
+    if not there:
+        raise ConfigError(f"No folder named after a length (0k, 4k, 1M) in {root}.")
+    chosen = [(length, path) for length, path in there if not lengths or path.name in lengths]
+    return [row for task in tasks for length, path in chosen for row in _read_file(path, task, length)[:num_cases]]
+
+
+def _read_file(folder: Path, task: str, length: int) -> list[BABILongRow]:
+    path = folder / f"{task}.jsonl"
+    if not path.is_file():
+        held = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
+        raise ConfigError(f"No {path}. Tasks there: {held}.")
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value: Any = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number} is not valid JSON: {error}.") from error
+            parts = [value.get(key) if isinstance(value, dict) else None for key in ("input", "question", "target")]
+            if not all(isinstance(part, str) for part in parts):
+                raise DataError(f"{path}:{number} is no row of BABILong: it needs input, question and target as text.")
+            rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
+    if not rows:
+        raise DataError(f"{path} holds no row.")
+    return rows
+
+
+def prompt_text(row: BABILongRow, prompt: str) -> str:
+    """Return the prompt of a row.
+
+    Args:
+        prompt: examples (instruction, examples, form), instruction (no examples) or plain (text and question).
+    """
+    task = BABILONG_TASKS[row.task]
+    has_instruction, has_examples = PROMPTS[prompt]
+    parts = [task.instruction] if has_instruction else []
+    if has_examples:
+        parts += [f"<example>\n{facts}\nAnswer: {answer}\n</example>" for facts, answer in task.examples]
+    if has_instruction:
+        parts.append(task.form)
+    text = f"<context>\n{row.text}\n</context>\n\nQuestion: {row.question.strip()}"
+    return "\n".join([*parts, text])

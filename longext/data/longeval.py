@@ -1,0 +1,127 @@
+"""LongEval's cases: read from LMSYS's files, or made here in the same form (lmsys.org/blog/2023-06-29-longchat).
+
+Lines: a record of lines "line KEY: REGISTER_CONTENT is <NUMBER>", one number asked for. Topics: a conversation about
+several topics, the first asked for. Files are JSON lines named <n>_lines.jsonl and <n>_topics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longext.data.words import NUM_NAMES, draw_different, draw_name
+from longext.errors import ConfigError, DataError
+
+LINES, TOPICS = "lines", "topics"
+PUBLISHED_SIZES = {LINES: (200, 300, 400, 500, 600, 680), TOPICS: (5, 10, 15, 20, 25)}
+_MAX_NUMBER = 50_000  # the published cases hold numbers of one to five digits
+_TASK_LINE = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
+    "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
+)
+_QUESTION = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
+_NAMED = re.compile(r"^(\d+)_(lines|topics)\.jsonl$")
+
+
+@dataclass(frozen=True)
+class LongEvalCase:
+    """One question.
+
+    Attributes:
+        task: lines or topics.
+        size: how many of them.
+        prompt: the text a user sends.
+        expected: the number, or the first topic.
+        key: the line asked for; "" for topics.
+    """
+
+    task: str
+    size: int
+    prompt: str
+    expected: str
+    key: str
+
+
+def read_cases(folder: str, tasks: Sequence[str], sizes: Sequence[int], num_cases: int) -> list[LongEvalCase]:
+    """Return the first `num_cases` cases of each file of `tasks` and `sizes` (all there are, where empty) in a folder.
+
+    Files may lie in sub-folders, as LMSYS has them (lines/testcases, topics/testcases).
+
+    Raises:
+        ConfigError: no folder, or no such size in it.
+        DataError: a line that is no case, with file and number.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"--data must be a folder with <n>_lines.jsonl or <n>_topics.jsonl, got '{folder}'.")
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(root.rglob("*.jsonl")):
+        named = _NAMED.match(path.name)
+        if named and named.group(2) in tasks:
+            found[named.group(2), int(named.group(1))] = path
+    there = ", ".join(f"{size}_{task}.jsonl" for task, size in sorted(found)) or "none"
+    if not found or not set(sizes) <= {size for _, size in found}:
+        wanted = f"of {', '.join(map(str, sizes))} " if sizes else ""
+        raise ConfigError(f"No cases {wanted}for --tasks {','.join(tasks)} in {root}; found there: {there}.")
+    chosen = sorted(key for key in found if not sizes or key[1] in sizes)
+    return [case for task, size in chosen for case in _read_file(found[task, size], task, size)[:num_cases]]
+
+
+def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
+    cases = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                cases.append(_case(line, f"{path}:{number}", task, size))
+    if not cases:
+        raise DataError(f"{path} holds no case.")
+    return cases
+
+
+def _case(line: str, where: str, task: str, size: int) -> LongEvalCase:
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON: {error}.") from error
+    try:
+        if task == TOPICS:
+            return LongEvalCase(task, size, _text(value["prompt"]), _text(value["topics"][0]), "")
+        return LongEvalCase(
+            task, size, _text(value["prompt"]), str(int(value["expected_number"])), _text(value["random_idx"][0])
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        needs = "prompt and topics" if task == TOPICS else "prompt, expected_number and random_idx"
+        raise DataError(f"{where} is no case of LongEval: it needs {needs}.") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def generate_lines(size: int, num_cases: int, seed: int) -> list[LongEvalCase]:
+    """Return `num_cases` cases of `size` lines with different keys; the same seeds give the same cases.
+
+    Raises:
+        ConfigError: more lines than there are different keys.
+    """
+    return [_generate(size, np.random.default_rng([seed, size, index])) for index in range(num_cases)]
+
+
+def _generate(size: int, rng: np.random.Generator) -> LongEvalCase:
+    taken: set[str] = set()
+    keys = [draw_different(lambda: draw_name(rng), taken, NUM_NAMES) for _ in range(size)]
+    numbers = rng.integers(1, _MAX_NUMBER + 1, size).tolist()
+    asked = int(rng.integers(size))
+    record = "".join(f"line {key}: REGISTER_CONTENT is <{number}>\n" for key, number in zip(keys, numbers, strict=True))
+    prompt = _TASK_LINE + record + _QUESTION.format(key=keys[asked])
+    return LongEvalCase(LINES, size, prompt, str(numbers[asked]), keys[asked])
