@@ -249,7 +249,7 @@ def model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBench
     positions = context_length(model, config)
     beyond = sum(len(r.input_ids) + r.max_new_tokens > positions for run in runs for r in run.requests)
     if beyond and not config.memory:
-        notes.append(f"{beyond} prompts and their answers go beyond the model's {positions:,} positions.")
+        notes.append(f"Prompts that with their answers go beyond the model's {positions:,} positions: {beyond}.")
     plain: Any = getattr(model, "plain", model)
     ends = plain.model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
