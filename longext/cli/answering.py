@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from longext.errors import LongextError
+
 
 @contextlib.contextmanager
 def kept_answers(path: Path | None) -> Iterator[None]:
@@ -14,6 +16,8 @@ def kept_answers(path: Path | None) -> Iterator[None]:
 
     try:
         yield
+    except LongextError:  # its message says what to do
+        raise
     except BaseException:
         if path is not None and path.is_file():
             if len(path.read_bytes().splitlines()) > 1:  # more than a header

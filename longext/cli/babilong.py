@@ -61,7 +61,13 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.data.babilong import length_name, read_rows
     from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
     from longext.evaluation.model import load_language_model
-    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, pooled_cells
+    from longext.evaluation.retrieval import (
+        answer_lines,
+        cells_of,
+        partial_predictions,
+        pooled_cells,
+        window_notes,
+    )
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
     from longext.reporting.retrieval_views import retrieval_heat_map, retrieval_table
@@ -80,11 +86,21 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     with kept_answers(partial):
         with progress("babilong", len(rows), "rows") as advance:
             outcomes, answers, seconds = evaluate_babilong(model, rows, config, partial, advance)
-        record = babilong_record(model, config, outcomes, seconds)
+        record = babilong_record(model, config, rows, outcomes, seconds)
         title = f"BABILong: {opt.titled(config)}"
         cells, pooled = cells_of(outcomes), pooled_cells(outcomes)
         table = retrieval_table(title, cells, pooled, label=length_name, size="")
         shown = [*record["results"], *(record["by_length"] if len(config.tasks) > 1 else [])]
         figure = retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
         extra = {"answers.jsonl": answer_lines(outcomes, {row.id: [row.target] for row in rows}, answers)}
-        deliver(output, "eval babilong", config, record, [table], {"babilong": figure}, as_json=as_json, extra=extra)
+        deliver(
+            output,
+            "eval babilong",
+            config,
+            record,
+            [table],
+            {"babilong": figure},
+            as_json=as_json,
+            notes=window_notes(model, outcomes),
+            extra=extra,
+        )

@@ -103,7 +103,7 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         longeval_record,
     )
     from longext.evaluation.model import load_language_model
-    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions
+    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, window_notes
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
     from longext.staging import check_output
@@ -121,10 +121,10 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     with kept_answers(partial):
         with progress("longeval", len(cases), "cases") as advance:
             outcomes, answers, seconds = evaluate_longeval(model, cases, config, partial, advance)
-        record = longeval_record(model, config, outcomes, seconds=seconds)
+        record = longeval_record(model, config, outcomes, cases, seconds=seconds)
         expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
-        notes = _notes(config, {case.task for case in cases})
+        notes = [*_notes(config, {case.task for case in cases}), *window_notes(model, outcomes)]
         _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
 
 

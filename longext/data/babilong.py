@@ -7,13 +7,12 @@ instructions and examples are longext's own.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from longext.data.json_lines import json_lines
 from longext.errors import ConfigError, DataError
 from longext.registry import Registry, did_you_mean
 
@@ -185,18 +184,12 @@ def _read_file(folder: Path, task: str, length: int) -> list[BABILongRow]:
         held = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
         raise ConfigError(f"No {path}. Tasks there: {held}.")
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value: Any = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number} is not valid JSON: {error}.") from error
-            parts = [value.get(key) if isinstance(value, dict) else None for key in ("input", "question", "target")]
-            if not all(isinstance(part, str) for part in parts):
-                raise DataError(f"{path}:{number} is no row of BABILong: it needs input, question and target as text.")
-            rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
+    for where, value in json_lines(path):
+        parts = [value.get(key) if isinstance(value, dict) else None for key in ("input", "question", "target")]
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError(f"{where} is no row of BABILong: it needs input, question and target as text.")
+        number = where.rpartition(":")[2]
+        rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
     if not rows:
         raise DataError(f"{path} holds no row.")
     return rows

@@ -6,7 +6,6 @@ several topics, the first asked for. Files are JSON lines named <n>_lines.jsonl 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from longext.data.json_lines import json_lines
 from longext.data.words import NUM_NAMES, draw_different, draw_name
 from longext.errors import ConfigError, DataError
 
@@ -76,21 +76,13 @@ def read_cases(folder: str, tasks: Sequence[str], sizes: Sequence[int], num_case
 
 
 def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
-    cases = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                cases.append(_case(line, f"{path}:{number}", task, size))
+    cases = [_case(value, where, task, size) for where, value in json_lines(path)]
     if not cases:
         raise DataError(f"{path} holds no case.")
     return cases
 
 
-def _case(line: str, where: str, task: str, size: int) -> LongEvalCase:
-    try:
-        value: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from error
+def _case(value: Any, where: str, task: str, size: int) -> LongEvalCase:
     try:
         if task == TOPICS:
             return LongEvalCase(task, size, _text(value["prompt"]), _text(value["topics"][0]), "")

@@ -21,6 +21,7 @@ from longext.evaluation.retrieval import (
     cell_rows,
     cells_of,
     pooled_cells,
+    text_hash,
 )
 from longext.evaluation.retrieval_config import BABILongConfig
 from longext.registry import did_you_mean
@@ -102,7 +103,11 @@ def uses_chat(model: LanguageModel, config: BABILongConfig) -> bool:
 
 
 def babilong_record(
-    model: LanguageModel, config: BABILongConfig, outcomes: Sequence[Outcome], seconds: float
+    model: LanguageModel,
+    config: BABILongConfig,
+    rows: Sequence[BABILongRow],
+    outcomes: Sequence[Outcome],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the JSON record of a BABILong run."""
     return result_record(
@@ -119,7 +124,11 @@ def babilong_record(
             "chat_template": uses_chat(model, config),
             "tasks": {name: BABILONG_TASKS[name].summary for name in config.tasks},
         },
-        {"data": config.data, "num_rows": len(outcomes)},
+        {
+            "data": config.data,
+            "num_rows": len(rows),
+            "sha256": text_hash(f"{row.text}{row.question}{row.target}" for row in rows),
+        },
         seconds=seconds,
         results=cell_rows(cells_of(outcomes)),
         by_length=cell_rows(pooled_cells(outcomes)),

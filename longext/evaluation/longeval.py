@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext.data.json_lines import numbered_lines
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
 from longext.evaluation.longbench import chat_tokens, has_template
 from longext.evaluation.perplexity import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
-from longext.evaluation.retrieval import CHAT, Outcome, Progress, answers_to, cell_rows, cells_of
+from longext.evaluation.retrieval import CHAT, Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
 from longext.evaluation.retrieval_config import LongEvalConfig
 from longext.registry import did_you_mean
 
@@ -97,17 +98,13 @@ def score_published(path: Path) -> PublishedAnswers:
         raise ConfigError(f"--predictions must be a file of LongEval answers, got '{path}'.")
     named = re.match(r"(\d+)", path.name)
     size, stated, outcomes, task = int(named.group(1)) if named else 0, None, list[Outcome](), LINES
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, line in numbered_lines(path):
         if line.startswith("Accuracy: "):
-            stated = _accuracy(line, path, number)
+            stated = _accuracy(line, where)
             continue
         found = _PUBLISHED_LINE.match(line.rstrip())
         if found is None or (found.group(3) is not None and not found.group(1).isdecimal()):
-            raise DataError(
-                f"{path}:{number} is no answer: 'Label: ..., Predict: ..., prompt length: ...' is expected."
-            )
+            raise DataError(f"{where} is no answer: 'Label: ..., Predict: ..., prompt length: ...' is expected.")
         label, answer, parsed, length = found.groups()
         task = TOPICS if parsed is None else LINES
         outcomes.append(Outcome(task, size, None, float(is_right(task, answer, label)), int(length)))
@@ -116,11 +113,11 @@ def score_published(path: Path) -> PublishedAnswers:
     return PublishedAnswers(outcomes, task, size, stated)
 
 
-def _accuracy(line: str, path: Path, number: int) -> float:
+def _accuracy(line: str, where: str) -> float:
     try:
         return float(line.removeprefix("Accuracy: "))
     except ValueError as error:
-        raise DataError(f"{path}:{number} gives no accuracy: '{line}'.") from error
+        raise DataError(f"{where} gives no accuracy: '{line.strip()}'.") from error
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -202,7 +199,11 @@ def _definition(config: LongEvalConfig) -> str:
 
 
 def longeval_record(
-    model: LanguageModel | None, config: LongEvalConfig, outcomes: Sequence[Outcome], **body: Any
+    model: LanguageModel | None,
+    config: LongEvalConfig,
+    outcomes: Sequence[Outcome],
+    cases: Sequence[LongEvalCase] = (),
+    **body: Any,
 ) -> dict[str, Any]:
     """Return the JSON record of a LongEval run, or (no model) of published answers that were scored."""
     return result_record(
@@ -217,7 +218,11 @@ def longeval_record(
             "chat_template": None if model is None else uses_chat(model, config),
             "seed": None if config.data or config.predictions else config.seed,
         },
-        {"data": config.predictions or config.data or "generated"},
+        {
+            "data": config.predictions or config.data or "generated",
+            "num_cases": len(outcomes),
+            "sha256": text_hash(case.prompt for case in cases) if cases else None,
+        },
         results=cell_rows(cells_of(outcomes)),
         **body,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,24 @@ def answers_to(
     requests = [Request(name, tuple(ids), budgets[name], stop) for name, ids in prompts.items()]
     found = generate_predictions(model, requests, path, on_progress, batch_tokens)
     return {prediction.id: prediction for prediction in found}
+
+
+def window_notes(model: LanguageModel, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return a note where prompts are longer than the model has positions (and no memory reads them by segments)."""
+    facts = model.describe()
+    longest, window = max(outcome.num_tokens for outcome in outcomes), facts["max_position_embeddings"]
+    if "memory" in facts or longest <= window:
+        return []
+    over = sum(outcome.num_tokens > window for outcome in outcomes)
+    return [f"{over} of {len(outcomes)} prompts are longer than the model's {window:,} positions, up to {longest:,}."]
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """Return a SHA-256 over texts, so that two results can be told to be on the same data."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def answer_lines(

@@ -110,11 +110,22 @@ def accuracy_by_size(cells: Sequence[Mapping[str, Any]], *, title: str) -> Figur
         values = [100 * cell["score"] for cell in own]
         below = [max(0.0, 100 * (cell["score"] - cell["low"])) for cell in own]
         above = [max(0.0, 100 * (cell["high"] - cell["score"])) for cell in own]
-        axes.bar(places, values, width=0.6, color=METHOD_COLOURS["yarn"])
-        axes.errorbar(places, values, [below, above], fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+        axes.bar(places, values, width=0.5, color=METHOD_COLOURS["yarn"], alpha=0.35)
+        axes.errorbar(
+            places,
+            values,
+            [below, above],
+            fmt="o",
+            color=METHOD_COLOURS["yarn"],
+            ecolor=INK,
+            elinewidth=1.2,
+            capsize=3,
+            clip_on=False,
+            zorder=3,
+        )
         style(axes, "", f"number of {task}", "accuracy, %")
         axes.set_xticks(places, [f"{cell['length']:,}" for cell in own])
-        axes.set_xlim(-0.7, max(len(own) - 0.3, 1.7))
+        axes.set_xlim(-0.8, len(own) - 0.2)
         axes.set_ylim(0, 103)
         axes.grid(False, axis="x")
     return figure

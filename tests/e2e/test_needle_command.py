@@ -49,7 +49,9 @@ def test_a_run_cut_off_goes_on_where_it_was(run, tmp_path, monkeypatch):
         return real(model, batch)
 
     monkeypatch.setattr(predictions, "_answer", once)
-    assert run(*args, "--force").exit_code != 0
+    cut = run(*args, "--force")
+    assert cut.exit_code != 0
+    assert "The answers so far are in n.predictions.jsonl" in cut.stderr
     assert len((tmp_path / "n.predictions.jsonl").read_text().splitlines()) == 3  # a header and two answers
     ok(run(*args, "--force"))
     assert len(calls) == 3 + 2

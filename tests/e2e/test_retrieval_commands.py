@@ -73,6 +73,27 @@ def test_babilong_ends_in_table_picture_and_record(run, tmp_path, facts):
     no_leftovers(tmp_path, "b", "facts")
 
 
+def test_a_written_recipe_makes_the_result_again(run, tmp_path, facts):
+    args = ("eval", "babilong", "books-5m", "--data", "facts", "--tasks", "qa1", "--lengths", "1k", "--num-cases", 1)
+    first = json.loads(ok(run(*args, "--max-new-tokens", 4, "-o", "b", "--json")))
+    second = json.loads(ok(run("eval", "babilong", "-c", "b/recipe.yaml", "-o", "c", "--json")))
+    assert second["results"] == first["results"]
+    assert second["data"]["sha256"] == first["data"]["sha256"]
+
+
+def test_prompts_longer_than_the_model_are_pointed_out(run, tmp_path):
+    args = ("eval", "longeval", "books-5m", "--sizes", "3,40", "--num-cases", 1, "--complete")
+    assert "1 of 2 prompts are longer than the model's 512 positions" in ok(run(*args))
+
+
+def test_answers_of_another_run_are_not_taken_up(run, tmp_path, facts):
+    (tmp_path / "b.predictions.jsonl").write_text('{"schema": "longext.predictions/1", "fingerprint": "0"}\n')
+    args = ("eval", "babilong", "books-5m", "--data", "facts", "--tasks", "qa1", "-o", "b")
+    message = fails(run(*args), 2, "b.predictions.jsonl", "remove it")
+    assert "goes on" not in message
+    no_leftovers(tmp_path, "b.predictions.jsonl", "facts")
+
+
 @pytest.mark.parametrize(
     ("args", "texts"),
     [

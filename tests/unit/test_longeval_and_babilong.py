@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -10,9 +11,10 @@ from conftest import SHARED
 
 from longext.data import babilong, longeval
 from longext.errors import ConfigError, DataError
+from longext.evaluation.babilong import evaluate_babilong, uses_chat
 from longext.evaluation.babilong import is_right as answers_fact
 from longext.evaluation.longeval import is_right, load_cases, prompt_text, score_published
-from longext.evaluation.retrieval_config import LongEvalConfig
+from longext.evaluation.retrieval_config import BABILongConfig, LongEvalConfig
 
 LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)
 ANSWERS = SHARED / "longeval/lines/predictions/longchat-13b-16k"
@@ -169,3 +171,25 @@ def test_broken_rows_name_file_and_line(tmp_path):
         (tmp_path / "0k/qa1.jsonl").write_text(text)
         with pytest.raises(DataError, match=re.escape(message)):
             babilong.read_rows(str(tmp_path), ("qa1",), (), None)
+
+
+def test_files_of_other_encodings_name_file_and_line(tmp_path):
+    (tmp_path / "1_lines.jsonl").write_bytes(b"\n\xff\n")
+    with pytest.raises(DataError, match=r"1_lines.jsonl:2 is not UTF-8 text"):
+        longeval.read_cases(str(tmp_path), ("lines",), (), 50)
+    (tmp_path / "a.txt").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"a.txt:1 is not UTF-8 text"):
+        score_published(tmp_path / "a.txt")
+
+
+def test_a_chat_model_is_asked_through_its_template(books):
+    rows = [babilong.BABILongRow("i", "qa1", 0, "FACTS.", "Where is Mary? ", "garden")]
+    config = BABILongConfig(model="m", data="d", prompt="plain", max_new_tokens=1)
+    plain = evaluate_babilong(books, rows, config)[1]["i"].num_prompt_tokens
+    books.tokenizer.chat_template = "{{ bos_token }}USER: {{ messages[0]['content'] }} ASSISTANT:"
+    asked = evaluate_babilong(books, rows, config)[1]["i"].num_prompt_tokens
+    bare = len(books.encode(babilong.prompt_text(rows[0], "plain")))
+    assert asked > bare + 4
+    assert plain == len(books.encode(babilong.prompt_text(rows[0], "plain") + "\nAnswer:"))
+    assert uses_chat(books, config)
+    assert not uses_chat(books, dataclasses.replace(config, chat="none"))
