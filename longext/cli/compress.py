@@ -22,9 +22,10 @@ _GRADIENTS = "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or
 _HELP = """Train a compressor: every segment of a long text becomes a few memory tokens that the frozen model reads.
 
 uio is UIO-LLMs, trained with the exact gradient (one segment's graph alive at a time), anchor the same with a better
-start; icae, gist, autocompressor, rmt and beacon are its family, prefix a control that is blind to the text. Rarer settings: -c RECIPE or --set key=value.
+start; icae, gist, autocompressor, rmt and beacon are its family, prefix a control that is blind to the text. Rarer
+settings: -c RECIPE or --set key=value.
 
-Example: longext compress-train books-5m --segment 128 --ratio 8 --data BOOKS -o out/books-5m-uio
+Example: longext compress-train books-5m --arch anchor --segment 128 --ratio 8 --data BOOKS -o out/books-5m-memory
 """
 
 
