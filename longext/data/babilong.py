@@ -185,8 +185,9 @@ def _read_file(folder: Path, task: str, length: int) -> list[BABILongRow]:
         raise ConfigError(f"No {path}. Tasks there: {held}.")
     rows = []
     for where, value in json_lines(path):
-        parts = [value.get(key) if isinstance(value, dict) else None for key in ("input", "question", "target")]
-        if not all(isinstance(part, str) for part in parts):
+        fields = value if isinstance(value, dict) else {}
+        parts = [part for key in ("input", "question", "target") if isinstance(part := fields.get(key), str)]
+        if len(parts) < 3:
             raise DataError(f"{where} is no row of BABILong: it needs input, question and target as text.")
         number = where.rpartition(":")[2]
         rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
