@@ -1,0 +1,31 @@
+"""`longext eval diff`: two results of one kind beside each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import show
+
+
+@eval_app.command("diff")
+def diff(
+    a: Annotated[str, typer.Argument(help="Result directory, or its result.json.")],
+    b: Annotated[str, typer.Argument(help="Another of the same kind.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Compare two results: every score in both with its difference, and every setting that differs.
+
+    Comparable means that kind, protocol id and data hash agree; other settings that may matter are named.
+
+    Example: longext eval diff results/base results/yarn
+    """
+    from longext.evaluation.difference import compare_results, read_result
+    from longext.reporting.difference_views import difference_notes, difference_tables
+
+    found = compare_results(read_result(a), read_result(b))
+    tables, notes = difference_tables(found, a, b), difference_notes(found)
+    show(found.to_json(a, b), tables, as_json=as_json, notes=notes)
