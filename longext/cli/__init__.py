@@ -74,7 +74,6 @@ from longext.cli import (  # noqa: E402, F401
     extend,
     finetune,
     generate,
-    harness,
     inspect,
     longbench,
     longeval,
@@ -83,5 +82,6 @@ from longext.cli import (  # noqa: E402, F401
     passkey,
     plan,
     reconstruction,
+    short,
     verify,
 )

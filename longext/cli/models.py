@@ -1,0 +1,16 @@
+"""What a command evaluates: a model as it is, with a method applied in memory, or read through a memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def open_model(config: Any) -> Any:
+    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name."""
+    if config.memory:
+        from longext.compressor.readers import load_reader
+
+        return load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+    from longext.evaluation.model import load_language_model
+
+    return load_language_model(config, config.method, config.factor)
