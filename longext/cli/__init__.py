@@ -69,6 +69,7 @@ from longext.cli import (  # noqa: E402, F401
     compare,
     compress,
     diff,
+    effective,
     efficiency,
     evaluate,
     extend,

@@ -30,7 +30,7 @@ class ShortConfig(RuntimeConfig, DataConfig):
 class EffectiveConfig(RuntimeConfig):
     """`longext eval effective`: the longest length at which retrieval reaches a bar."""
 
-    max_length: int = 0
+    max_length: int
     min_length: int = 128
     bar: float = 0.8
     test: str = "passkey"

@@ -169,7 +169,7 @@ def _compare(own: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindow
     num_documents = len(set(cut.owners))
     by_document = num_documents >= _MIN_DOCUMENTS
     units = owners if by_document else np.arange(len(differences))
-    sums, counts = np.bincount(units, differences), np.bincount(units).astype(np.float64)
+    sums, counts = (np.bincount(units, own).astype(np.float64) for own in (differences, np.ones(len(units))))
     interval = bootstrap_mean(sums, counts, num_samples=config.num_bootstrap, seed=config.seed)
     change = math.expm1(float(differences.mean()))
     return ShortResult(
