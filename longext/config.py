@@ -477,6 +477,7 @@ _AT_LEAST = {
     "grad_check": 1,
     "max_length": 2,
     "limit": 1,
+    "num_fewshot": 0,
 }
 
 

@@ -75,6 +75,7 @@ from longext.cli import (  # noqa: E402, F401
     extend,
     finetune,
     generate,
+    harness,
     inspect,
     longbench,
     longeval,

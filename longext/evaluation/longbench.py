@@ -6,6 +6,7 @@ template; answers are greedy; scores are 0 to 100, rounded to hundredths, and av
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,8 +87,12 @@ def check_longbench_config(config: LongBenchConfig) -> None:
         )
 
 
-def parse_fail_under(bars: Sequence[str]) -> dict[str, float]:
+def parse_fail_under(bars: Sequence[str], names: Sequence[str] | None = None, most: float = 100.0) -> dict[str, float]:
     """Return name -> least score from TASK=SCORE; `english` and `chinese` name the averages.
+
+    Args:
+        names: what can be named (default: LongBench's tasks and averages).
+        most: the best score there is.
 
     Raises:
         ConfigError: not of that form, or an unknown name.
@@ -95,15 +100,16 @@ def parse_fail_under(bars: Sequence[str]) -> dict[str, float]:
     least = {}
     for bar in bars:
         name, _, text = bar.partition("=")
-        names = [*TASKS, *map(str.lower, LANGUAGES.values())]
+        names = [*TASKS, *map(str.lower, LANGUAGES.values())] if names is None else names
         if name not in names:
             raise ConfigError(f"--fail-under {bar}: unknown task '{name}'. {did_you_mean(name, names)}")
         try:
             least[name] = float(text)
         except ValueError:
             least[name] = float("nan")
-        if not 0 <= least[name] <= 100:
-            raise ConfigError(f"--fail-under takes TASK=SCORE with a score of 0 to 100, got '{bar}'.")
+        if not 0 <= least[name] <= most:
+            bounds = "0 or more" if math.isinf(most) else f"0 to {most:g}"
+            raise ConfigError(f"--fail-under takes TASK=SCORE with a score of {bounds}, got '{bar}'.")
     return least
 
 

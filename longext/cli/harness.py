@@ -1,0 +1,99 @@
+"""`longext eval harness`: any task of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longext.cli import options as opt
+from longext.cli.evaluate import eval_app
+from longext.cli.output import deliver
+from longext.evaluation.harness_config import HarnessConfig
+
+_DEFAULT = HarnessConfig(model="")
+_COMMAND = "eval harness"
+
+
+@eval_app.command("harness")
+def harness(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks or groups of lm-eval, comma-separated.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with task files of your own (*.yaml; the Python beside them is run).")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt (default: the task's own).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens read at once; longer inputs lose their beginning (default: the context).")
+    ] = None,
+    num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="TASK=SCORE or TASK:METRIC=SCORE: exit with 1 where it is worse; may be repeated."),
+    ] = None,
+    method: opt.Method = None,
+    factor: opt.Factor = None,
+    batch_tokens: opt.BatchTokens = None,
+    memory: opt.Memory = None,
+    segment: opt.SegmentLength = _DEFAULT.segment,
+    device: opt.Device = _DEFAULT.device,
+    dtype: opt.Dtype = _DEFAULT.dtype,
+    attention: opt.Attention = None,
+    seed: opt.Seed = _DEFAULT.seed,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: opt.Results = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    recipe: opt.Recipe = None,
+    settings: opt.Settings = None,
+) -> None:
+    """Run tasks of lm-evaluation-harness on any model, extension or memory; offline with files of your own.
+
+    Example: longext eval harness MODEL --tasks hellaswag,arc_easy --limit 100
+
+    Own tasks: longext eval harness MODEL --tasks mine --include-path tasks/ --memory OUT@8
+    """
+    _run(opt.config_with_memory(ctx, HarnessConfig, recipe, settings), as_json)
+
+
+def _run(config: HarnessConfig, as_json: bool) -> None:
+    import time
+
+    from longext.compressor.readers import load_reader
+    from longext.errors import LongextError
+    from longext.evaluation import harness as steps
+    from longext.evaluation.model import load_language_model
+    from longext.reporting.console import progress, stderr
+    from longext.reporting.harness_views import harness_table
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    steps.check_harness_config(config)
+    output = output_directory(config.output, "harness", config.model)
+    check_output(output, config.force)
+    if config.include_path is None:
+        stderr().print("Searching lm-eval's tasks (seconds) ...", markup=False)
+    tasks = steps.load_harness_tasks(config)
+    model = (
+        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        if config.memory
+        else load_language_model(config, config.method, config.factor)
+    )
+    started = time.perf_counter()
+    with progress("lm-eval", tasks.num_documents(config.limit), "documents") as advance:
+        scorer = steps.open_scorer(model, config, advance)
+        results = steps.run_harness(scorer, tasks, config)
+    scores = steps.harness_scores(results, scorer)
+    notes = steps.harness_notes(scorer, scores, config)
+    record = steps.harness_record(scorer, results, scores, config, notes, time.perf_counter() - started)
+    extra = {"samples.jsonl": steps.sample_lines(results)}
+    table = harness_table(opt.titled(config), record)
+    deliver(output, _COMMAND, config, record, [table], {}, as_json=as_json, notes=notes, extra=extra)
+    below = steps.below_harness_bars(scores, config)
+    if below:
+        raise LongextError(f"Missed --fail-under: {'; '.join(below)}.")

@@ -1,0 +1,187 @@
+"""A `LanguageModel` as lm-evaluation-harness asks one: log-probabilities, rolling log-probabilities, greedy answers.
+
+Tokens, windows and truncation are those of the harness's own model for transformers (`HFLM`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longext.errors import ConfigError, DataError
+from longext.evaluation.batching import batch_size, batched_by
+from longext.evaluation.longbench import tokenizer_of
+from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
+from longext.evaluation.predictions import Request, generate_predictions
+from longext.evaluation.protocol import LanguageModel
+
+_MAX_NEW_TOKENS = 256  # lm-eval's, where a task names none
+_HEEDED = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample", "temperature"}
+Owner = tuple[str, int]  # task, document
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Scorer:
+    """What a harness asks of a model, through `LanguageModel`.
+
+    Attributes:
+        model: what is measured.
+        window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
+        batch_tokens: tokens of a forward pass.
+        on_progress: called with the number of documents just finished.
+        truncated: documents that lost tokens.
+        ignored: generation settings of tasks that have no effect here.
+    """
+
+    model: LanguageModel
+    window: int | None
+    batch_tokens: int | None = None
+    on_progress: Progress | None = None
+    truncated: set[Owner] = field(default_factory=set)
+    ignored: Counter[str] = field(default_factory=Counter)
+    _done: set[Owner] = field(default_factory=set)
+
+    @property
+    def prefix(self) -> int:
+        """The token before a text that has no context: BOS, else EOS."""
+        tokenizer = tokenizer_of(self.model)
+        token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if token is None:
+            raise ConfigError(f"The tokenizer of {self.model.name} has neither BOS nor EOS to put before a text.")
+        return token
+
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Return token ids; BOS as the tokenizer puts it, but no second one where the text begins with its name."""
+        bos = tokenizer_of(self.model).bos_token
+        add_bos = not (bos and text.startswith(bos)) if add_special_tokens is None else add_special_tokens
+        return self.model.encode(text, add_bos=add_bos)
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner]
+    ) -> list[tuple[float, bool]]:
+        """Return, for every (context, continuation) in tokens, log p(continuation | context) and if greedy gives it."""
+        texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        found: dict[int, tuple[float, bool]] = {}
+        budget = batch_size(self.batch_tokens, max(map(len, texts), default=1), self.model.device)
+        for batch in batched_by(order, budget, lambda i: len(texts[i])):
+            lengths = [len(pairs[i][1]) for i in batch]
+            first = len(texts[batch[0]]) - max(lengths)
+            scores = self.model.score(torch.tensor([texts[i] for i in batch]), first)
+            for row, (i, length) in enumerate(zip(batch, lengths, strict=True)):
+                total = -float(scores.nll[row, -length:].double().sum())
+                found[i] = total, bool(scores.is_top1[row, -length:].all())
+            self._finished([owners[i] for i in batch])
+        return [found[i] for i in range(len(texts))]
+
+    def rolling(self, texts: Sequence[str], owners: Sequence[Owner]) -> list[float]:
+        """Return log p of whole texts, cut into windows that do not overlap (a model that reads any length: one)."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        totals = []
+        for text, owner in zip(texts, owners, strict=True):
+            tokens = self.encode(text)
+            size = self._room or max(1, len(tokens))
+            windows = get_rolling_token_windows(tokens, self.prefix, max_seq_len=size, context_len=1)
+            pairs = [make_disjoint_window(window) for window in windows]
+            totals.append(sum(value for value, _ in self.log_likelihoods(pairs, [owner] * len(pairs))))
+        return totals
+
+    def answers(self, prompts: Sequence[tuple[str, dict[str, Any]]], owners: Sequence[Owner]) -> list[str]:
+        """Return the greedy answer to every (prompt, generation settings of its task)."""
+        requests: dict[str, Request] = {}
+        ids = []
+        for (text, settings), owner in zip(prompts, owners, strict=True):
+            # repeats of a prompt have one greedy answer
+            ids.append(json.dumps([text, settings], sort_keys=True, default=str))
+            if ids[-1] not in requests:
+                requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
+        made = generate_predictions(self.model, list(requests.values()), None, self.on_progress, self.batch_tokens)
+        texts = {prediction.id: prediction.text for prediction in made}
+        return [texts[id] for id in ids]
+
+    @property
+    def _room(self) -> int | None:
+        """Tokens before a predicted one. A RoPE that follows the length sees that one too, and stays in the window."""
+        follows = isinstance(self.model, HFLanguageModel) and self.model.rope_type in LENGTH_DEPENDENT
+        return None if self.window is None else self.window - follows
+
+    def _window(self, context: list[int], continuation: list[int], owner: Owner) -> list[int]:
+        tokens, room = context + continuation, self._room
+        if not continuation:
+            raise DataError(f"{owner[0]}: document {owner[1]} has a choice of no tokens.")
+        if room is None or len(tokens) <= room + 1:
+            return tokens
+        if len(continuation) > room:
+            raise DataError(
+                f"{owner[0]}: document {owner[1]} has a choice of {len(continuation)} tokens, and the model reads "
+                f"{room} at once (--max-length)."
+            )
+        self.truncated.add(owner)
+        return tokens[-(room + 1) :]
+
+    def _request(self, id: str, text: str, settings: dict[str, Any], owner: Owner) -> Request:
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
+        if asked["do_sample"]:
+            self.ignored["sampling"] += 1
+        self.ignored.update(key for key in settings if key not in _HEEDED)
+        stop = handle_stop_sequences(list(asked["until"]), tokenizer_of(self.model).eos_token)
+        tokens = self.encode(text) or [self.prefix]
+        if self.window is not None:
+            room = self.window - asked["max_gen_toks"]
+            if room < 1:
+                raise ConfigError(
+                    f"{owner[0]} asks for answers of {asked['max_gen_toks']} tokens, which leaves no room for a prompt "
+                    f"in {self.window} (--max-length)."
+                )
+            if len(tokens) > room:
+                self.truncated.add(owner)
+                tokens = tokens[-room:]
+        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s))
+
+    def _finished(self, owners: Sequence[Owner]) -> None:
+        new = set(owners) - self._done
+        self._done |= new
+        if new and self.on_progress:
+            self.on_progress(len(new))
+
+
+def harness_model(scorer: Scorer) -> Any:
+    """Return lm-eval's model object around `scorer`."""
+    from lm_eval.api.model import TemplateLM
+
+    class _Model(TemplateLM):  # type: ignore[misc]
+        tokenizer = tokenizer_of(scorer.model)
+        eot_token_id = tokenizer.eos_token_id
+        prefix_token_id = property(lambda self: scorer.prefix)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return scorer.encode(string, add_special_tokens)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self.owners = _owners(requests)
+            result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return result
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            return scorer.log_likelihoods([(context, tokens) for _, context, tokens in requests], self.owners)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            return scorer.rolling([request.args[0] for request in requests], _owners(requests))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return scorer.answers([request.args for request in requests], _owners(requests))
+
+    return _Model()
+
+
+def _owners(requests: Any) -> list[Owner]:
+    return [(request.task_name, request.doc_id) for request in requests]

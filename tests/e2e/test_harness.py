@@ -1,0 +1,255 @@
+"""`longext eval harness` on task files made here, against transformers and lm-eval's own model; no network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.evaluation.harness_model import Scorer, harness_model
+
+STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
+CHOICES = [
+    {
+        "question": "The old man walked down the long road to",
+        "choices": [" the sea", " a boat, and", " him"],
+        "label": 2,
+    },
+    {"question": "He met a girl who kept", "choices": [" the door", " it", " red red red"], "label": 0},
+    {"question": STORY * 40 + "He was", "choices": [" not", " sea of boats"], "label": 1},
+]
+
+
+def write_task(folder, name, rows, **keys):
+    """A task file and its rows."""
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 3.0},
+        **keys,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def write_choices(folder, name="choices", rows=CHOICES, **keys):
+    kind = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
+    kind["target_delimiter"] = ""
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    write_task(folder, name, rows, **{**kind, "metric_list": metrics, **keys})
+
+
+def write_answers(folder, rows, name="answers", **settings):
+    write_task(
+        folder,
+        name,
+        rows,
+        output_type="generate_until",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"max_gen_toks": 8, "until": ["\n", ","], "do_sample": False, **settings},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """books-5m as transformers loads it, and its tokenizer."""
+    directory = BUNDLED_MODELS["books-5m"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def harness(run, *args, code=0):
+    result = run("eval", "harness", "books-5m", "--include-path", "tasks", "--device", "cpu", "-o", "out", *args)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def record_of(tmp_path):
+    record = json.loads((tmp_path / "out/result.json").read_text())
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    return record, samples, {(row["task"], row["metric"]): row for row in record["results"]}
+
+
+def test_multiple_choice_equals_the_log_softmax(run, tmp_path, plain):
+    write_choices(tmp_path / "tasks")
+    result = harness(run, "--tasks", "choices")
+    record, samples, rows = record_of(tmp_path)
+    model, tokenizer = plain
+    right, right_by_length = [], []
+    for sample, row in zip(samples, CHOICES, strict=True):
+        context, totals = tokenizer(row["question"]).input_ids, []
+        for choice, (value, is_greedy) in zip(row["choices"], sample["filtered_resps"], strict=True):
+            ids = tokenizer(row["question"] + choice).input_ids
+            num = len(ids) - len(context)
+            with torch.no_grad():  # 512 tokens are read, the next is predicted
+                logits = model(torch.tensor([ids[-513:-1]])).logits[0, -num:]
+            chosen = torch.tensor(ids[-num:])
+            totals.append(float(logits.log_softmax(-1)[range(num), chosen].sum()))
+            assert value == pytest.approx(totals[-1], abs=1e-3)
+            assert is_greedy == bool((logits.argmax(-1) == chosen).all())
+        by_length = [total / len(choice) for total, choice in zip(totals, row["choices"], strict=True)]
+        right.append(totals.index(max(totals)) == row["label"])
+        right_by_length.append(by_length.index(max(by_length)) == row["label"])
+    assert rows["choices", "acc"]["value"] == pytest.approx(sum(right) / 3)
+    assert rows["choices", "acc_norm"]["value"] == pytest.approx(sum(right_by_length) / 3)
+    variance = sum((hit - sum(right) / 3) ** 2 for hit in right) / 2
+    assert rows["choices", "acc"]["stderr"] == pytest.approx(math.sqrt(variance / 3))
+    assert rows["choices", "acc"]["num_truncated"] == 1
+    assert record["kind"] == "harness" and record["protocol"]["max_length"] == 512
+    assert record["protocol"]["lm_eval"] in record["protocol"]["reference"]
+    task = record["data"]["tasks"]["choices"]
+    assert task["version"] == 3.0 and task["config"]["doc_to_text"] == "{{question}}"
+    for text in ("acc_norm", "lost their beginning", "samples.jsonl"):
+        assert text in result.stdout
+
+
+def test_answers_equal_generate_and_match_by_hand(run, tmp_path, plain):
+    model, tokenizer = plain
+    questions, texts = ["The old man walked down to", "He met a girl who", "It was"], []
+    for question in questions:
+        ids = torch.tensor([tokenizer(question).input_ids])
+        new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].split(",")[0])
+    wanted = [texts[0], "something else", texts[2]]
+    write_answers(tmp_path / "tasks", [{"question": q, "answer": a} for q, a in zip(questions, wanted, strict=True)])
+    result = harness(run, "--tasks", "answers", "--json")
+    assert json.loads(result.stdout)["results"][0]["value"] == pytest.approx(2 / 3)
+    _, samples, _ = record_of(tmp_path)
+    assert [sample["filtered_resps"] for sample in samples] == [[text] for text in texts]
+    assert [sample["exact_match"] for sample in samples] == [1.0, 0.0, 1.0]
+
+
+def test_the_harness_own_model_gives_the_same_numbers(plain, books):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = plain
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=128)
+    ours = harness_model(Scorer(books, 128, batch_tokens=512))
+
+    def both(kind, *arguments):
+        made = [Instance(kind, {}, args, i, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+        return getattr(ours, kind)(made), getattr(theirs, kind)(made)
+
+    pairs = [("The old man ", "walked"), ("", "He met a girl"), (STORY * 9, " The sea"), ("The", " old man, red")]
+    mine, reference = both("loglikelihood", *pairs, *pairs[:1])
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in reference], abs=1e-4)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in reference]
+    mine, reference = both("loglikelihood_rolling", (STORY,), (STORY * 9,))
+    assert mine == pytest.approx(reference, abs=1e-3)  # sums over 200 tokens
+    settings = {"until": ["."], "max_gen_toks": 12}
+    mine, reference = both("generate_until", ("The old man", settings), (STORY * 9, settings))
+    assert mine == reference
+
+
+@pytest.mark.parametrize(
+    ("args", "window"), [(("--memory", "window:384"), None), (("--method", "yarn", "--factor", 8), 4096)]
+)
+def test_memories_and_extensions_read_long_prompts_whole(run, tmp_path, args, window):
+    write_choices(tmp_path / "tasks", rows=CHOICES[1:])
+    harness(run, "--tasks", "choices", *args)
+    record, _, rows = record_of(tmp_path)
+    assert record["protocol"]["max_length"] == window
+    assert rows["choices", "acc"]["num_truncated"] == 0
+    assert "--memory" not in args or record["model"]["memory"]["spec"] == "window:384"
+
+
+def test_a_memory_answers_and_rolls(run, tmp_path):
+    write_answers(tmp_path / "tasks", [{"question": STORY * 40, "answer": "x"}])
+    write_task(
+        tmp_path / "tasks",
+        "rolling",
+        [{"question": STORY}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{question}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    args = ("--tasks", "answers,rolling", "--segment", 64)
+    harness(run, *args, "--memory", "window:448")
+    short = record_of(tmp_path)[2]["rolling", "bits_per_byte"]
+    harness(run, "--tasks", "rolling", "--force")
+    whole = record_of(tmp_path)[2]["rolling", "bits_per_byte"]
+    assert short["value"] == pytest.approx(whole["value"], rel=1e-4)  # a text that the window holds
+    assert not whole["higher_is_better"]
+
+
+def test_examples_limit_and_bars(run, tmp_path):
+    write_choices(tmp_path / "tasks", fewshot_split="test")
+    args = ("--tasks", "choices", "--num-fewshot", 1, "--limit", 2)
+    result = harness(run, *args, "--fail-under", "choices=0", "--fail-under", "choices:acc_norm=0")
+    assert "not comparable" in result.stdout
+    row = record_of(tmp_path)[2]["choices", "acc"]
+    assert (row["num_fewshot"], row["num_documents"]) == (1, 2)
+    result = harness(run, *args, "--force", "--fail-under", "choices:acc_norm=1.5", code=1)
+    assert "choices:acc_norm is" in result.stderr and "at least 1.5" in result.stderr
+
+
+def test_sampling_and_unknown_settings_are_told(run, tmp_path):
+    write_answers(tmp_path / "tasks", [{"question": "He", "answer": "x"}], do_sample=True, temperature=0.7, top_k=4)
+    assert "without effect here: sampling, top_k" in harness(run, "--tasks", "answers").stdout
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """lm-eval without its own tasks, which take long to search."""
+    import lm_eval.tasks
+
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (
+            ("--tasks", "choice"),
+            ("Unknown task 'choice'", "Did you mean 'choices'", "tasks has answers, broken, choices"),
+        ),
+        ((), ("Missing: tasks",)),
+        (("--tasks", "remote"), ("data of remote cannot be had", "nobody/nothing", "Offline", "--include-path")),
+        (("--tasks", "lost"), ("data of lost cannot be had", "lost-rows.jsonl")),
+        (("--tasks", "broken"), ("lm-eval cannot load broken", "'nowhere' is undefined")),
+        (("--tasks", "unsplit"), ("lm-eval cannot load unsplit", "must have valid or test docs")),
+        (("--tasks", "halfway"), ("lm-eval cannot run halfway", "no attribute 'answer'", "--debug")),
+        (("--tasks", "choices", "--fail-under", "choicse=1"), ("unknown task 'choicse'", "Did you mean 'choices'")),
+        (("--tasks", "choices", "--fail-under", "choices=high"), ("--fail-under takes TASK=SCORE", "0 or more")),
+        (("--tasks", "choices", "--factor", 4), ("--factor 4 needs a --method",)),
+        (("--tasks", "choices", "--max-length", 2), ("choice of", "--max-length")),
+        (("--tasks", "answers", "--max-length", 8), ("answers of 8 tokens", "no room", "--max-length")),
+        (("--tasks", "choices", "--limit", 0), ("`limit` must be >= 1",)),
+        (("--tasks", "choices", "--include-path", "nowhere"), ("--include-path nowhere is no folder",)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_bad_input_is_one_line(run, tmp_path, few_tasks, args, texts):
+    folder = tmp_path / "tasks"
+    write_choices(folder)
+    write_answers(folder, [{"question": "He", "answer": "x"}])
+    write_choices(folder, "remote", dataset_path="nobody/nothing", dataset_kwargs={})
+    write_choices(folder, "lost", dataset_kwargs={"data_files": {"test": str(tmp_path / "lost-rows.jsonl")}})
+    write_choices(folder, "broken", doc_to_text="{{nowhere}}")
+    write_choices(folder, "unsplit", test_split=None, dataset_kwargs={"data_files": str(folder / "choices.jsonl")})
+    # a template that fails at the second row, when the first was read to load the task
+    write_answers(folder, [{"question": "He", "answer": {"answer": "x"}}, {"question": "It", "answer": {}}], "halfway")
+    text = (folder / "halfway.yaml").read_text()
+    (folder / "halfway.yaml").write_text(text.replace("{{answer}}", "{{answer.answer}}"))
+    result = harness(run, *args, code=2)
+    lines = result.stderr.splitlines()
+    message = lines[-1] if lines[0].startswith("Usage") else " ".join(line for line in lines if "longext: " in line)
+    for text in texts:
+        assert text in message, result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
