@@ -57,6 +57,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--examples", type=int, default=2400)
+    parser.add_argument("--longest", type=int, default=5000, help="characters of the longest example")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--trials", type=int, default=20, help="questions for each distance")
     parser.add_argument("--full-to", type=int, default=32_768, help="longest context for full attention")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +71,7 @@ def write_examples(arguments: argparse.Namespace, path: Path) -> None:
     books = [file.read_text(encoding="utf-8") for file in sorted(Path(arguments.train).iterdir())]
     with path.open("w", encoding="utf-8") as file:
         for _ in range(arguments.examples):
-            book, size = rng.choice(books), rng.randint(600, 5000)
+            book, size = rng.choice(books), rng.randint(600, arguments.longest)
             start = rng.randrange(len(book) - size)
             text, cut, key = book[start : start + size], rng.randrange(size), rng.randint(10_000, 99_999)
             context = text[:cut] + NEEDLE.format(key=key) + text[cut:]
@@ -86,9 +88,9 @@ def train(arguments: argparse.Namespace, output: Path) -> Path:
     command = [
         sys.executable, "-m", "longext", "compress-train", arguments.model, "--arch", "anchor", "--data", data,
         "--objectives", "qa", "--prompt", "plain", "--segment", arguments.segment, "--ratio", arguments.ratio,
-        "--document-length", 12 * arguments.segment, "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 8,
+        "--document-length", 12 * arguments.segment, "--lora-r", 64, "--lora-alpha", 128, "--batch-size", arguments.batch_size,
         "--num-steps", arguments.num_steps, "--learning-rate", arguments.learning_rate, "--seed", arguments.seed,
-        "--set", "checkpointing=false", "--set", "warmup_steps=20", "--set", "weight_decay=0", "-o", trained,
+        "--save-every", 50, "--set", "checkpointing=false", "--set", "warmup_steps=20", "--set", "weight_decay=0", "-o", trained,
     ]  # fmt: skip
     command += ["--init", arguments.init] if arguments.init else []
     command += ["--resume"] if trained.with_name("compressor.running").is_dir() else []
