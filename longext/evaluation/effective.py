@@ -232,9 +232,11 @@ def effective_notes(tried: Sequence[TriedLength], config: EffectiveConfig) -> li
             before = f"up to {unbroken:,}" if unbroken else "at no length"
             notes.append(f"Accuracy is not monotone: {lengths} failed below it. Without a failure it passes {before}.")
         if not next(row for row in tried if row.length == found).clearly:
-            surely = longest(tried, clearly=True)
-            until = f"up to {surely:,} tokens" if surely else "at no length tried"
-            notes.append(f"Its interval reaches below the bar; a whole interval is at or above it {until}.")
+            clear = longest(tried, clearly=True)
+            until = (
+                f"the longest length whose interval does not: {clear:,}" if clear else "so does that of every length"
+            )
+            notes.append(f"Its interval reaches below the bar (more --num-trials narrow it); {until}.")
     if tried[-1].length < config.max_length:
         notes.append(f"Lengths above {tried[-1].length:,} were not tried: {_FAILURES} in a row had failed.")
     return notes
