@@ -88,9 +88,10 @@ def train(arguments: argparse.Namespace, output: Path) -> Path:
     command = [
         sys.executable, "-m", "longext", "compress-train", arguments.model, "--arch", "anchor", "--data", data,
         "--objectives", "qa", "--prompt", "plain", "--segment", arguments.segment, "--ratio", arguments.ratio,
-        "--document-length", 12 * arguments.segment, "--lora-r", 64, "--lora-alpha", 128, "--batch-size", arguments.batch_size,
-        "--num-steps", arguments.num_steps, "--learning-rate", arguments.learning_rate, "--seed", arguments.seed,
-        "--save-every", 50, "--set", "checkpointing=false", "--set", "warmup_steps=20", "--set", "weight_decay=0", "-o", trained,
+        "--document-length", 12 * arguments.segment, "--lora-r", 64, "--lora-alpha", 128,
+        "--batch-size", arguments.batch_size, "--num-steps", arguments.num_steps,
+        "--learning-rate", arguments.learning_rate, "--seed", arguments.seed, "--save-every", 50,
+        "--set", "checkpointing=false", "--set", "warmup_steps=20", "--set", "weight_decay=0", "-o", trained,
     ]  # fmt: skip
     command += ["--init", arguments.init] if arguments.init else []
     command += ["--resume"] if trained.with_name("compressor.running").is_dir() else []
@@ -198,11 +199,15 @@ def draw(record: dict, path: Path) -> None:
         bytes_panel.plot(
             tokens, [row["bytes"] / 1e6 for row in rows], marker="o", markersize=3.5, color=colour, label=name
         )
-    for panel, label in ((time_panel, "ms per token read (CPU time)"), (bytes_panel, "KV and memory, MB")):
+    bytes_panel.set_yscale("log")
+    ticks = [row["tokens"] for row in record["reading"]][:-1:2]
+    for panel, label in ((time_panel, "ms per token read (CPU time)"), (bytes_panel, "keys, values and memory, MB")):
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        panel.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left")
         style(panel, "", "tokens read", label)
+    time_panel.set_ylim(0)
     save_png(figure, path)
 
 
