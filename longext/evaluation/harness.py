@@ -165,8 +165,8 @@ def _barred_names(tasks: Tasks) -> list[str]:
     """What --fail-under can name: tasks and groups, and one of their metrics as TASK:METRIC."""
     named = [(name, list(task.aggregation())) for name, task in tasks.tasks.items()]
     for name, group in tasks.loaded["groups"].items():
-        found = (group.to_dict().get("aggregate_metric_list") or []) if hasattr(group, "to_dict") else []
-        named.append((name, [entry["metric"] for entry in found if isinstance(entry, dict)]))
+        if group.aggregate_metric_list:  # others have no number of their own
+            named.append((name, [entry.metric for entry in group.aggregate_metric_list]))
     return [*(name for name, _ in named), *(f"{name}:{metric}" for name, metrics in named for metric in metrics)]
 
 
@@ -271,8 +271,8 @@ def harness_notes(scorer: Scorer, scores: Sequence[Score], config: HarnessConfig
     notes = []
     if scorer.truncated:
         notes.append(
-            f"Inputs of {len(scorer.truncated)} documents were longer than {scorer.window} tokens and lost their "
-            "beginning, as lm-eval does it (instructions and BOS go first)."
+            f"Documents whose input was longer than {scorer.window} tokens and lost its beginning: "
+            f"{len(scorer.truncated)} (as lm-eval cuts: instructions and BOS go first)."
         )
     if scorer.ignored:
         notes.append(f"Settings of tasks without effect here: {', '.join(sorted(scorer.ignored))}; answers are greedy.")
@@ -289,14 +289,15 @@ def below_harness_bars(scores: Sequence[Score], config: HarnessConfig) -> list[s
     lm-eval says so.
     """
     found = []
-    names = [name for score in scores for name in (score.task, f"{score.task}:{score.metric}")]
-    for name, bar in parse_fail_under(config.fail_under, names, math.inf).items():
-        score = next(s for s in scores if name in (s.task, f"{s.task}:{s.metric}"))
-        missed = score.value is None or (score.value < bar if score.higher_is_better else score.value > bar)
-        if missed:
-            got = "has no value" if score.value is None else f"is {score.value:.4f}"
-            side = "least" if score.higher_is_better else "most"
-            found.append(f"{score.task}:{score.metric} {got} (at {side} {bar:g})")
+    for bar in config.fail_under:
+        name, least = bar.split("=")[0], float(bar.split("=")[1])
+        score = next((s for s in scores if name in (s.task, f"{s.task}:{s.metric}")), None)
+        value = score.value if score else None
+        less_is_better = score is not None and not score.higher_is_better
+        if value is None:
+            found.append(f"{name} has no value")
+        elif value > least if less_is_better else value < least:
+            found.append(f"{name} is {value:.4f} (at {'most' if less_is_better else 'least'} {least:g})")
     return found
 
 

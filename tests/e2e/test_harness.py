@@ -12,6 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+from longext.compressor.readers import load_reader
+from longext.config import RuntimeConfig
 from longext.evaluation.harness_model import Scorer, harness_model
 
 STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
@@ -111,7 +115,7 @@ def test_multiple_choice_equals_the_log_softmax(run, tmp_path, plain):
     assert record["protocol"]["lm_eval"] in record["protocol"]["reference"]
     task = record["data"]["tasks"]["choices"]
     assert task["version"] == 3.0 and task["config"]["doc_to_text"] == "{{question}}"
-    for text in ("acc_norm", "lost their beginning", "samples.jsonl"):
+    for text in ("acc_norm", "lost its beginning: 1 ", "samples.jsonl"):
         assert text in result.stdout
 
 
@@ -152,6 +156,36 @@ def test_the_harness_own_model_gives_the_same_numbers(plain, books):
     settings = {"until": ["."], "max_gen_toks": 12}
     mine, reference = both("generate_until", ("The old man", settings), (STORY * 9, settings))
     assert mine == reference
+
+
+def test_an_untrained_compressor_is_measured(run, tmp_path):
+    torch.manual_seed(0)
+    base = find_base("books-5m")
+    backbone, _ = load_backbone(base, device="cpu")
+    spec = CompressorSpec(arch="uio", segment=32, ratios=(8,), sink=1, memory="kv", rank=4, alpha=8.0)
+    (tmp_path / "uio").mkdir()
+    save_compressor(tmp_path / "uio", build_compressor(backbone, spec), base)
+    write_choices(tmp_path / "tasks")
+    harness(run, "--tasks", "choices", "--memory", "uio@8")
+    record, samples, rows = record_of(tmp_path)
+    assert record["model"]["memory"]["ratio"] == 8 and rows["choices", "acc"]["num_truncated"] == 0
+    reader = load_reader(RuntimeConfig(model="", device="cpu"), "uio@8")
+    ids = reader.encode(CHOICES[2]["question"] + CHOICES[2]["choices"][1])
+    num = len(ids) - len(reader.encode(CHOICES[2]["question"]))
+    value = -float(reader.score(torch.tensor([ids]), len(ids) - num).nll.sum())
+    assert samples[2]["filtered_resps"][1][0] == pytest.approx(value, abs=1e-4)
+
+
+def test_a_group_has_its_mean_and_its_bar(run, tmp_path):
+    write_choices(tmp_path / "tasks", "one", CHOICES[:1])
+    write_choices(tmp_path / "tasks", "two", CHOICES[1:])
+    group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks/both.yaml").write_text(yaml.safe_dump(group))
+    harness(run, "--tasks", "both", "--fail-under", "both:acc=1.1", code=1)
+    rows = record_of(tmp_path)[2]
+    mean = (rows["one", "acc"]["value"] + 2 * rows["two", "acc"]["value"]) / 3
+    assert rows["both", "acc"]["value"] == pytest.approx(mean)
+    assert rows["both", "acc"]["num_truncated"] == 1
 
 
 @pytest.mark.parametrize(
