@@ -15,7 +15,8 @@ _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
 _HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
 _COMPARED = ("model", "protocol", "data", "versions")
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")
-_NO_SCORES = frozenset({"seconds", "low", "high", "ppl_low", "ppl_high", "trained_length", "short_length", "factor"})
+_NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
+_INTERVALS = ("_low", "_high")
 _NO_SCORES_INSIDE = frozenset({"per_document", "rope_parameters", "examples", "notes", "base"})
 _COUNT = "num_"
 _TOKENIZER = "model.tokenizer_sha256"
@@ -146,8 +147,12 @@ def _numbers(value: Any, name: str, key: str = "") -> Iterator[tuple[str, str, f
     elif isinstance(value, (list, tuple)):
         for row_name, item in _named_rows(value):
             yield from _numbers(item, f"{name}[{row_name}]", key)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in key:
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and _may_be_score(key):
         yield name, key, value
+
+
+def _may_be_score(key: str) -> bool:
+    return "stderr" not in key and not key.endswith(_INTERVALS)
 
 
 def _named_rows(rows: Any) -> Iterator[tuple[str, Any]]:
