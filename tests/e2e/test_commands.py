@@ -244,6 +244,7 @@ def test_version_and_module_entry(run):
 def test_every_recipe_loads_and_names_its_command(name):
     from longext.config import (
         CompareConfig,
+        CompressConfig,
         ExtendConfig,
         FinetuneConfig,
         PasskeyConfig,
@@ -255,11 +256,25 @@ def test_every_recipe_loads_and_names_its_command(name):
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
     kinds = {"extend": ExtendConfig, "compare": CompareConfig, "plan": PlanConfig, "finetune": FinetuneConfig}
+    kinds |= {"compress": CompressConfig}
     kind = kinds.get(folder) or (PasskeyConfig if file.startswith("passkey") else PerplexityConfig)
     build_config(kind, path, [], {})
     first = path.read_text().splitlines()[0]
     command = folder if folder in kinds else "passkey" if kind is PasskeyConfig else "eval ppl"
+    command = "compress-train" if folder == "compress" else command
     assert first == f"# longext {command} -c {name}"
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("compress/")])
+def test_every_compress_recipe_is_a_run_that_could_start(name):
+    """The spec and the document fit the positions of the model that is meant."""
+    from longext.compressor.settings import check_compress_config, document_length, spec_of
+    from longext.config import CompressConfig, build_config
+
+    config = build_config(CompressConfig, shipped_recipes()[name], [], {"device": "cpu"})
+    check_compress_config(config)
+    window = 4096 if "llama2" in name else 512
+    assert document_length(config, spec_of(config, window), window) == config.document_length
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("finetune/")])

@@ -176,7 +176,7 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
     (tmp_path / "out.running").mkdir()
     (tmp_path / "out.running" / "run.json").write_text("{}")
     lock = hold_directory(tmp_path / "out.running")
-    fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "Another process is training")
+    fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "Another process is at work")
     lock.close()
     assert (tmp_path / "out.running" / "run.json").is_file()
 

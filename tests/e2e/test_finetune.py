@@ -308,7 +308,7 @@ def test_two_runs_do_not_share_a_directory(run, tmp_path):
 
     unfinished(run, tmp_path)
     with hold_directory(tmp_path / "out.running"):
-        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "Another process is training")
+        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "Another process is at work")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume").exit_code == 0
     assert not (tmp_path / "out" / ".lock").exists()
 
