@@ -57,10 +57,9 @@ def babilong(
 
 def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
-    from longext.compressor.readers import load_reader
+    from longext.cli.models import open_model
     from longext.data.babilong import length_name, read_rows
     from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
-    from longext.evaluation.model import load_language_model
     from longext.evaluation.retrieval import (
         answer_lines,
         cells_of,
@@ -77,11 +76,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     output = output_directory(config.output, "babilong", config.model)
     check_output(output, config.force)
     rows = read_rows(config.data, config.tasks, config.lengths, config.num_cases)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     partial = partial_predictions(output) if config.output else None
     with kept_answers(partial):
         with progress("babilong", len(rows), "rows") as advance:

@@ -72,9 +72,8 @@ def perplexity(
 
 
 def _run(config: PerplexityConfig, as_json: bool) -> None:
-    from longext.compressor.readers import load_reader
+    from longext.cli.models import open_model
     from longext.data.documents import load_documents
-    from longext.evaluation.model import load_language_model
     from longext.evaluation.perplexity import (
         check_perplexity_config,
         evaluate_perplexity,
@@ -92,11 +91,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
     check_output(output, config.force)
     documents = load_documents(config)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     tokenized, num_short = tokenize_documents(model, documents, config)
     with progress(f"ppl {config.protocol}", num_forward_tokens(tokenized, config), "tokens") as advance:
         results = evaluate_perplexity(model, tokenized, config, advance)

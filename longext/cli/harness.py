@@ -64,10 +64,9 @@ def harness(
 def _run(config: HarnessConfig, as_json: bool) -> None:
     import time
 
-    from longext.compressor.readers import load_reader
+    from longext.cli.models import open_model
     from longext.errors import LongextError
     from longext.evaluation import harness as steps
-    from longext.evaluation.model import load_language_model
     from longext.reporting.console import progress, stderr
     from longext.reporting.harness_views import harness_table
     from longext.reporting.results import output_directory
@@ -79,11 +78,7 @@ def _run(config: HarnessConfig, as_json: bool) -> None:
     if config.include_path is None:
         stderr().print("Searching lm-eval's tasks (seconds) ...", markup=False)
     tasks = steps.load_harness_tasks(config)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     started = time.perf_counter()
     with progress("lm-eval", tasks.num_documents(config.limit), "documents") as advance:
         scorer = steps.open_scorer(model, config, advance)

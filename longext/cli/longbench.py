@@ -113,11 +113,10 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
 
 def _run(config: LongBenchConfig, as_json: bool) -> None:
     """Make answers and score them."""
+    from longext.cli.models import open_model
     from longext.cli.running import check_directories, open_run
-    from longext.compressor.readers import load_reader
     from longext.evaluation.longbench import check_longbench_config
     from longext.evaluation.longbench_run import load_tasks, prepare_requests
-    from longext.evaluation.model import load_language_model
     from longext.reporting.results import output_directory
 
     check_longbench_config(config)
@@ -125,11 +124,7 @@ def _run(config: LongBenchConfig, as_json: bool) -> None:
     run: Any = config  # a run is resumed as a training is
     work = check_directories(run, output, Path(config.model).expanduser())
     runs, notes = load_tasks(config)
-    model: LanguageModel = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model: LanguageModel = open_model(config)
     prepare_requests(model, runs, config)
     lock = open_run(run, work, _COMMAND)
     with lock or contextlib.nullcontext(), _kept_once_answered(work, output):

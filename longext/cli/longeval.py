@@ -94,7 +94,7 @@ def _score(config: LongEvalConfig, as_json: bool) -> None:
 def _run(config: LongEvalConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.answering import kept_answers
-    from longext.compressor.readers import load_reader
+    from longext.cli.models import open_model
     from longext.evaluation.longeval import (
         case_ids,
         check_longeval_config,
@@ -102,7 +102,6 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         load_cases,
         longeval_record,
     )
-    from longext.evaluation.model import load_language_model
     from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, window_notes
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
@@ -112,11 +111,7 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     output = output_directory(config.output, "longeval", config.model)
     check_output(output, config.force)
     cases = load_cases(config)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     partial = partial_predictions(output) if config.output else None
     with kept_answers(partial):
         with progress("longeval", len(cases), "cases") as advance:

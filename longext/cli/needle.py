@@ -76,8 +76,7 @@ def needle(
 
 def _run(config: NeedleConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
-    from longext.compressor.readers import load_reader
-    from longext.evaluation.model import load_language_model
+    from longext.cli.models import open_model
     from longext.evaluation.needle import check_needle_config, make_questions, needle_record, timed_needles
     from longext.evaluation.retrieval import answer_lines, partial_predictions
     from longext.reporting.console import progress
@@ -87,11 +86,7 @@ def _run(config: NeedleConfig, as_json: bool) -> None:
     check_needle_config(config)
     output = output_directory(config.output, "needle", config.model)
     check_output(output, config.force)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     questions = make_questions(model, config)
     partial = partial_predictions(output) if config.output and config.scoring == "match" else None
     with kept_answers(partial):

@@ -55,8 +55,7 @@ def passkey(
 
 
 def _run(config: PasskeyConfig, as_json: bool) -> None:
-    from longext.compressor.readers import load_reader
-    from longext.evaluation.model import load_language_model
+    from longext.cli.models import open_model
     from longext.evaluation.passkey import (
         accuracy_by_length,
         check_passkey_config,
@@ -73,11 +72,7 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
     check_passkey_config(config)
     output = output_directory(config.output, f"passkey-{config.protocol}", config.model)
     check_output(output, config.force)
-    model = (
-        load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        if config.memory
-        else load_language_model(config, config.method, config.factor)
-    )
+    model = open_model(config)
     with progress(f"passkey {config.protocol}", num_prompts(config), "prompts") as advance:
         cells, seconds = timed_passkey(model, config, advance)
     record = passkey_record(model, config, cells, seconds)
