@@ -247,22 +247,36 @@ def test_every_recipe_loads_and_names_its_command(name):
         CompressConfig,
         ExtendConfig,
         FinetuneConfig,
+        LongBenchConfig,
         PasskeyConfig,
         PerplexityConfig,
         PlanConfig,
         build_config,
     )
+    from longext.evaluation.checks_config import EffectiveConfig, ShortConfig
+    from longext.evaluation.harness_config import HarnessConfig
+    from longext.evaluation.retrieval_config import LongEvalConfig, NeedleConfig
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
-    kinds = {"extend": ExtendConfig, "compare": CompareConfig, "plan": PlanConfig, "finetune": FinetuneConfig}
-    kinds |= {"compress": CompressConfig}
-    kind = kinds.get(folder) or (PasskeyConfig if file.startswith("passkey") else PerplexityConfig)
+    commands = {
+        "extend": ("extend", ExtendConfig),
+        "compare": ("compare", CompareConfig),
+        "plan": ("plan", PlanConfig),
+        "finetune": ("finetune", FinetuneConfig),
+        "compress": ("compress-train", CompressConfig),
+        "eval/passkey": ("passkey", PasskeyConfig),
+        "eval/ppl": ("eval ppl", PerplexityConfig),
+        "eval/longbench": ("eval longbench", LongBenchConfig),
+        "eval/longeval": ("eval longeval", LongEvalConfig),
+        "eval/needle": ("eval needle", NeedleConfig),
+        "eval/harness": ("eval harness", HarnessConfig),
+        "eval/short": ("eval short", ShortConfig),
+        "eval/effective": ("eval effective", EffectiveConfig),
+    }
+    command, kind = commands[f"eval/{file.partition('-')[0]}" if folder == "eval" else folder]
     build_config(kind, path, [], {})
-    first = path.read_text().splitlines()[0]
-    command = folder if folder in kinds else "passkey" if kind is PasskeyConfig else "eval ppl"
-    command = "compress-train" if folder == "compress" else command
-    assert first == f"# longext {command} -c {name}"
+    assert path.read_text().splitlines()[0] == f"# longext {command} -c {name}"
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("compress/")])
