@@ -23,7 +23,8 @@ def diff(
 
     Example: longext eval diff results/base results/yarn
     """
-    from longext.evaluation.difference import compare_results, read_result
+    from longext.evaluation.difference import compare_results
+    from longext.evaluation.scores import read_result
     from longext.reporting.difference_views import difference_notes, difference_tables
 
     found = compare_results(read_result(a), read_result(b))

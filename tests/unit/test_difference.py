@@ -8,7 +8,8 @@ import json
 import pytest
 
 from longext.errors import DataError
-from longext.evaluation.difference import compare_results, read_result, scores_of
+from longext.evaluation.difference import compare_results
+from longext.evaluation.scores import read_result, scores_of
 
 
 def record(**changes):
