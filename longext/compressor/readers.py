@@ -21,7 +21,7 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
-from longext.compressor.decoding import stop_tokens
+from longext.compressor.decoding import CachedDecoder, stop_tokens
 from longext.compressor.ratios import find_ratio
 from longext.compressor.rotation import check_rotation
 from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
@@ -121,23 +121,36 @@ class Reader:
 
     @torch.no_grad()
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of one prompt; each new token reads its own segment again."""
+        """Return the greedy continuation of one prompt, with a KV cache within a segment.
+
+        A RoPE that follows the length of the text allows no cache: there each new token reads its own segment again.
+        """
         ids = torch.tensor([list(input_ids)], device=self.device)
         trail = self.open_trail()
         whole = (ids.shape[1] - 1) // self.segment * self.segment
         for tokens in ids[:, :whole].split(self.segment, 1) if whole else ():
             trail.write(tokens)
         tail, new, stops = ids[:, whole:], list[int](), stop_tokens(self.plain.model)
+        decoder: CachedDecoder | None = None
         while len(new) < max_new_tokens and not (new and new[-1] in stops):
-            head = self.plain.model.get_output_embeddings()
+            if self._follows_length:
+                hidden = self._read(trail, tail)
+            elif decoder is None:
+                decoder, hidden = trail.begin(tail, self.segment - tail.shape[1])
+            else:
+                hidden = decoder.feed(tail[:, -1:])
             # caps and scales after the head keep the order of logits
-            token = head(self._read(trail, tail)[:, -1:]).argmax(-1)
+            token = self.plain.model.get_output_embeddings()(hidden[:, -1:]).argmax(-1)
             new.append(int(token))
             if tail.shape[1] == self.segment:
                 trail.write(tail)
-                tail = tail[:, :0]
+                tail, decoder = tail[:, :0], None
             tail = torch.cat([tail, token], 1)
         return new
+
+    @property
+    def _follows_length(self) -> bool:
+        return self.compressor is None and self.plain.rope_type in LENGTH_DEPENDENT
 
     def _read(self, trail: Trail, tokens: torch.Tensor) -> torch.Tensor:
         if self.compressor is None:  # a compressor holds its model's rotation at one length

@@ -12,7 +12,7 @@ import torch
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, Segment
-from longext.compressor.decoding import CachedDecoder
+from longext.compressor.decoding import CachedDecoder, memory_decoder
 from longext.compressor.memory import Memory, join
 from longext.compressor.ratios import num_memories
 from longext.compressor.rotation import check_rotation, rerotate
@@ -24,6 +24,10 @@ class Trail(ABC):
     @abstractmethod
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states [B, n, D] of the next segment or its beginning, int64 [B, n]; keep nothing."""
+
+    @abstractmethod
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Return what `read` returns, and a decoder to which the segment's further tokens are fed, `room` at most."""
 
     @abstractmethod
     def write(self, tokens: torch.Tensor) -> None:
@@ -41,6 +45,12 @@ class WindowTrail(Trail):
         """Run the frozen model over what is kept and the tokens."""
         seen = tokens if self.past is None else torch.cat([self.past, tokens], 1)
         return self.backbone.run(self.backbone.embed(seen))[:, -tokens.shape[1] :]
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the frozen model over what is kept and the tokens, with a cache."""
+        seen = tokens if self.past is None else torch.cat([self.past, tokens], 1)
+        decoder = CachedDecoder(self.backbone, room=room)
+        return decoder, decoder.feed(seen)[:, -tokens.shape[1] :]
 
     def write(self, tokens: torch.Tensor) -> None:
         """Keep the newest tokens."""
@@ -65,12 +75,15 @@ class CacheTrail(Trail):
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run the frozen model behind the cache."""
-        kept = len(self.positions)
-        memory = rerotate(self.backbone, self.states, torch.arange(kept) - self.positions)
-        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1])
-        hidden = decoder.feed(tokens)
-        self._read = tokens, decoder.states(kept)
+        decoder, hidden = self.begin(tokens, 0)
+        self._read = tokens, decoder.states(len(self.positions))
         return hidden
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the frozen model behind the cache."""
+        memory = rerotate(self.backbone, self.states, torch.arange(len(self.positions)) - self.positions)
+        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1] + room)
+        return decoder, decoder.feed(tokens)
 
     def write(self, tokens: torch.Tensor) -> None:
         """Add the segment's states, then evict the tokens between the sinks and the newest."""
@@ -122,6 +135,14 @@ class CompressorTrail(Trail):
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run the reader over the memories and the segment."""
         return self.read_with(tokens, self.memory())
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the reader over memories, overlap and the tokens, with a cache."""
+        segment = self._segment(tokens)
+        memory = join([self._sink(), self.memory()])
+        decoder = memory_decoder(self.compressor, segment.sink, memory, self.ratio, tokens.shape[1] + room)
+        hidden = decoder.feed(torch.cat([segment.before, tokens], 1))
+        return decoder, hidden[:, -tokens.shape[1] :]
 
     def read_with(self, tokens: torch.Tensor, memory: Memory) -> torch.Tensor:
         """Return the last hidden states [B, n, D] with `memory` in the place of the text's own."""

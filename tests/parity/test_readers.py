@@ -342,6 +342,28 @@ def test_greedy_is_what_score_calls_first():
         assert one.greedy(prompt, 9) == new[: new.index(new[3]) + 1]
 
 
+def is_greedy(one, prompt, count):
+    """Return whether each of `count` new tokens is the first choice where the text is scored as a whole."""
+    one.plain.model.generation_config.eos_token_id = [-1]  # none that can come
+    new = one.greedy(prompt, count)
+    return len(new) == count and bool(one.score(torch.tensor([[*prompt, *new]]), len(prompt)).is_top1.all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_compressor_generates_what_its_scores_call_first(variant):
+    one = compressor_reader(make_compressor(variant))
+    for length in (5, 16, 17, 45, 64):  # in the first segment, at a border, behind it, overlap and sink in play
+        assert is_greedy(one, random_ids(1, 5)[0, :length].tolist(), 20), length
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"falcon", "mixtral"}))
+def test_every_family_generates_what_its_scores_call_first(family):
+    model = tiny_model(family).double().eval()
+    prompt = torch.randint(3, 60, (19,)).tolist()
+    for spec in ("none", "window:9", "streaming:2+5"):
+        assert is_greedy(reader(spec, 4, model), prompt, 11), spec
+
+
 # --- the protocol next-segment ----------------------------------------------------------------------------------------
 
 
