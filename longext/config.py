@@ -121,7 +121,7 @@ class LongBenchConfig(RuntimeConfig):
     data: str = "hub"
     max_length: int | None = None
     limit: int | None = None
-    chat: str = "auto"
+    chat_template: bool | None = None
     code_similarity: str = "difflib"
     predictions: str | None = None
     fail_under: tuple[str, ...] = ()

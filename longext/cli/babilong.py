@@ -28,9 +28,7 @@ def babilong(
         str, typer.Option(help="examples (instruction and examples), instruction, or plain (text and question).")
     ] = _DEFAULT.prompt,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = _DEFAULT.max_new_tokens,
-    chat: Annotated[
-        str, typer.Option(help="auto (through the tokenizer's chat template where it has one), or none.")
-    ] = _DEFAULT.chat,
+    chat_template: opt.ChatTemplate = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,

@@ -29,6 +29,7 @@ def effective(
     ] = _DEFAULT.test,
     depths: opt.Depths = opt.join(_DEFAULT.depths),
     num_trials: opt.NumTrials = _DEFAULT.num_trials,
+    chat_template: opt.ChatTemplate = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,

@@ -30,6 +30,23 @@ def harness(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens read at once; longer inputs lose their beginning (default: the context).")
     ] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Ask through the tokenizer's chat template (default: no, as lm-eval).",
+            show_default=False,
+        ),
+    ] = None,
+    system_instruction: Annotated[str | None, typer.Option(help="System message, or first lines of prompts.")] = None,
+    fewshot_as_multiturn: Annotated[
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--fewshot-in-one-turn",
+            help="Examples as turns of a conversation (default with --chat-template), or in one message.",
+            show_default=False,
+        ),
+    ] = None,
     num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
     fail_under: Annotated[
         list[str] | None,

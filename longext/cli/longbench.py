@@ -35,9 +35,7 @@ def longbench(
         int | None, typer.Option(help="Tokens of a prompt; longer ones lose their middle (default: by the context).")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
-    chat: Annotated[
-        str, typer.Option(help="auto (the chat template, where the authors use one), or none.")
-    ] = _DEFAULT.chat,
+    chat_template: opt.ChatTemplate = None,
     predictions: Annotated[
         str | None,
         typer.Option(help="Score these answers (<task>.jsonl in the authors' schema); MODEL only names them."),

@@ -39,9 +39,7 @@ def longeval(
     complete: Annotated[
         bool, typer.Option("--complete", help="Give the beginning of the answer, for models that only continue.")
     ] = False,
-    chat: Annotated[
-        str, typer.Option(help="auto (through the tokenizer's chat template where it has one), or none.")
-    ] = _DEFAULT.chat,
+    chat_template: opt.ChatTemplate = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,

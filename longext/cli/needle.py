@@ -50,6 +50,7 @@ def needle(
         typer.Option(help="match (RULER's: generate, find the values) or exact (one forward pass over the answer)."),
     ] = _DEFAULT.scoring,
     max_new_tokens: Annotated[int, typer.Option(help="Answer budget of match.")] = _DEFAULT.max_new_tokens,
+    chat_template: opt.ChatTemplate = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,

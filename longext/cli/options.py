@@ -30,6 +30,14 @@ Data = Annotated[
 ]
 TextField = Annotated[str, typer.Option(help="Column of the text in jsonl, parquet and Hub data.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Ask through the tokenizer's chat template (default: where it has one).",
+        show_default=False,
+    ),
+]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="Read at most this many documents.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Cut each document to this many tokens.")]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")]

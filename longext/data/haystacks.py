@@ -29,10 +29,8 @@ HEAD = (
     "I will quiz you about the {kind} afterwards."
 )
 NEEDLE = "\nOne of the special magic {kinds} for {key} is: {value}."
-QUESTION = (
-    "\nWhat {are_all} the special magic {kind} for {keys} mentioned in the provided text? "
-    "The special magic {kind} for {keys} mentioned in the provided text {verb}"
-)
+QUESTION = "\nWhat {are_all} the special magic {kind} for {keys} mentioned in the provided text?"
+ANSWER = " The special magic {kind} for {keys} mentioned in the provided text {verb}"
 NOISE, TEXT, NEEDLES = "noise", "text", "needles"
 
 
@@ -80,7 +78,8 @@ class HaystackPrompt:
     """One retrieval question.
 
     Attributes:
-        input_ids: the prompt, with BOS where the tokenizer has one; ends with the beginning of the answer.
+        input_ids: the prompt, with BOS where the tokenizer has one; ends with the beginning of the answer (behind
+            what a chat template puts in front of answers).
         answer_ids: the tokens of the expected values, comma-separated, as they would follow the prompt.
         answers: the expected values: in order of the keys asked for, values of one key in order of the text.
         ends: where in `answer_ids` each value ends.
@@ -241,7 +240,8 @@ def haystack_prompt(
     names = Names(rng, setup.key_type, setup.value_type)
     needles, asked = _draw_needles(rng, names, setup, depth)
     answers = [needle.value for key in asked for needle in needles if needle.key == key]
-    head, question = _frame(setup.value_type, asked, len(answers) == 1)
+    head, asking, opening = _frame(setup.value_type, asked, len(answers) == 1)
+    question = f"{asking}{tokens.after}{opening}"
     tail = continuing(tokens.encode, question)
     answer_ids, ends = _answer(tokens, question, answers)
     budget = len(answer_ids) if max_new_tokens is None else max_new_tokens
@@ -249,7 +249,7 @@ def haystack_prompt(
         continuing(tokens.encode, NEEDLE.format(kinds=setup.value_type, key=needle.key, value=needle.value))
         for needle in needles
     ]
-    start = [*tokens.prefix, *tokens.encode(head)]
+    start = [*tokens.prefix, *tokens.encode(f"{tokens.before}{head}")]
     room = length - budget - len(start) - len(tail) - sum(map(len, hidden))
     if room < 0:
         raise ConfigError(f"A prompt of the task {setup.name} needs at least {length - room} tokens, got {length}.")
@@ -275,12 +275,13 @@ def _draw_needles(
     return sorted(needles, key=lambda needle: needle.depth), asked
 
 
-def _frame(value_type: str, asked: Sequence[str], is_single: bool) -> tuple[str, str]:
-    """Return the task line and the question with the beginning of its answer."""
+def _frame(value_type: str, asked: Sequence[str], is_single: bool) -> tuple[str, str, str]:
+    """Return the task line, the question, and the beginning of its answer."""
     kind, verb = (value_type.removesuffix("s"), "is") if is_single else (value_type, "are")
     keys = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
     head = HEAD.format(article="A" if is_single else "Some", kind=kind, verb=verb)
-    return head, QUESTION.format(are_all="is" if is_single else "are all", kind=kind, keys=keys, verb=verb)
+    question = QUESTION.format(are_all="is" if is_single else "are all", kind=kind, keys=keys)
+    return head, question, ANSWER.format(kind=kind, keys=keys, verb=verb)
 
 
 def _answer(tokens: PromptTokens, question: str, answers: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:

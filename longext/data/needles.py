@@ -47,10 +47,18 @@ class NeedlePrompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A tokenizer reduced to what prompts need: `encode` without special tokens, and the prefix (BOS) or nothing."""
+    """A tokenizer reduced to what prompts need.
+
+    Attributes:
+        encode: tokens of a text, without special ones.
+        prefix: BOS or nothing.
+        before, after: texts that a chat template puts around the user's message; RULER's prompts heed them.
+    """
 
     encode: Encode
     prefix: tuple[int, ...]
+    before: str = ""
+    after: str = ""
 
     def answer(self, question: str, key: int | str) -> tuple[int, ...]:
         """Return the tokens that " {key}" adds after `question`, however the tokenizer joins them."""

@@ -9,12 +9,11 @@ from typing import Any
 
 from longext.data.babilong import BABILONG_TASKS, PROMPTS, BABILongRow, prompt_text
 from longext.errors import ConfigError
-from longext.evaluation.longbench import chat_tokens, has_template
+from longext.evaluation.chat import chat_tokens, uses_template
 from longext.evaluation.perplexity import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import (
-    CHAT,
     Outcome,
     Progress,
     answers_to,
@@ -37,8 +36,6 @@ def check_babilong_config(config: BABILongConfig) -> None:
         raise ConfigError(f"--tasks must name different tasks, got {','.join(config.tasks) or 'none'}.")
     if config.prompt not in PROMPTS:
         raise ConfigError(f"Unknown prompt '{config.prompt}'. {did_you_mean(config.prompt, PROMPTS)}")
-    if config.chat not in CHAT:
-        raise ConfigError(f"Unknown --chat '{config.chat}'. {did_you_mean(config.chat, CHAT)}")
     if config.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be >= 1, got {config.max_new_tokens}.")
     check_method(config.method, config.factor)
@@ -71,7 +68,7 @@ def evaluate_babilong(
         on_progress: called with the number of rows just answered.
     """
     started = time.perf_counter()
-    is_chat = uses_chat(model, config)
+    is_chat = uses_template(model, config.chat_template)
     texts = {row.id: prompt_text(row, config.prompt) for row in rows}
     prompts = {
         name: chat_tokens(model, text) if is_chat else model.encode(f"{text}\nAnswer:") for name, text in texts.items()
@@ -97,11 +94,6 @@ def evaluate_babilong(
     return outcomes, answers, time.perf_counter() - started
 
 
-def uses_chat(model: LanguageModel, config: BABILongConfig) -> bool:
-    """Return True where prompts go through the tokenizer's chat template."""
-    return config.chat == "auto" and has_template(model)
-
-
 def babilong_record(
     model: LanguageModel,
     config: BABILongConfig,
@@ -121,7 +113,7 @@ def babilong_record(
             "reference": "BABILong, arXiv 2406.10149",
             "scoring": "the target is the only possible answer of the task that the first sentence names, case "
             "ignored, those in the question left out (as the authors)",
-            "chat_template": uses_chat(model, config),
+            "chat_template": uses_template(model, config.chat_template),
             "tasks": {name: BABILONG_TASKS[name].summary for name in config.tasks},
         },
         {

@@ -36,6 +36,7 @@ class EffectiveConfig(RuntimeConfig):
     test: str = "passkey"
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_trials: int = 4
+    chat_template: bool | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 from longext.config import PasskeyConfig
 from longext.errors import ConfigError
+from longext.evaluation.chat import uses_template
 from longext.evaluation.checks_config import EffectiveConfig
 from longext.evaluation.needle import check_needle_config, evaluate_needles, make_questions
 from longext.evaluation.passkey import (
@@ -141,6 +142,8 @@ def _shared(config: EffectiveConfig, kind: Any, *lengths: int, **more: Any) -> A
 
 
 def _check_passkey(config: EffectiveConfig, model: LanguageModel | None) -> None:
+    if config.chat_template:
+        raise ConfigError("--chat-template is for --test needle: the passkey prompt is a text that models continue.")
     settings = _shared(config, PasskeyConfig, config.min_length, config.max_length)
     check_passkey_config(settings)
     if model is not None:
@@ -259,6 +262,7 @@ def effective_record(model: LanguageModel, config: EffectiveConfig, tried: Seque
             "max_length": config.max_length,
             "depths": list(config.depths),
             "num_trials": config.num_trials,
+            "chat_template": config.test == "needle" and uses_template(model, config.chat_template),
             "seed": config.seed,
         },
         None,

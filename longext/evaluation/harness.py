@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
+from longext.evaluation.chat import uses_template
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Progress, Scorer, harness_model
 from longext.evaluation.longbench import parse_fail_under
@@ -82,6 +83,8 @@ def check_harness_config(config: HarnessConfig) -> None:
     if not config.tasks:
         raise ConfigError("Missing: tasks. Give lm-eval's names, comma-separated: --tasks hellaswag,arc_easy")
     check_method(config.method, config.factor)
+    if config.fewshot_as_multiturn and not config.chat_template:
+        raise ConfigError("--fewshot-as-multiturn puts examples into turns of a chat template: add --chat-template.")
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise DataError(f"--include-path {config.include_path} is no folder. Give one with the task files (*.yaml).")
 
@@ -206,16 +209,27 @@ def _quiet_harness() -> Iterator[None]:
 
 
 def open_scorer(model: LanguageModel, config: HarnessConfig, on_progress: Progress | None = None) -> Scorer:
-    """Return the scorer of a run: a memory reads any length unless --max-length says otherwise."""
+    """Return the scorer of a run: a memory reads any length unless --max-length says otherwise.
+
+    Raises:
+        ConfigError: --chat-template, and the tokenizer has none.
+    """
     settings: Any = config
+    uses_template(model, config.chat_template)
     window = config.max_length or (None if config.memory else context_length(model, settings))
-    return Scorer(model, window, config.batch_tokens, on_progress)
+    return Scorer(model, window, config.batch_tokens, on_progress, config.system_instruction is not None)
+
+
+def as_multiturn(config: HarnessConfig) -> bool:
+    """Return True where examples are turns of a conversation, as lm-eval has it by default with a chat template."""
+    return bool(config.chat_template) if config.fewshot_as_multiturn is None else config.fewshot_as_multiturn
 
 
 def run_harness(scorer: Scorer, tasks: Tasks, config: HarnessConfig) -> dict[str, Any]:
     """Return what lm-eval's `evaluate` returns.
 
     Raises:
+        ConfigError: the chat template refuses the messages.
         DataError: a prompt, filter or metric of a task fails.
     """
     from jinja2 import TemplateError
@@ -224,7 +238,13 @@ def run_harness(scorer: Scorer, tasks: Tasks, config: HarnessConfig) -> dict[str
     try:
         with _quiet_harness():
             results: dict[str, Any] = evaluate(
-                harness_model(scorer), tasks.loaded, limit=config.limit, bootstrap_iters=config.num_bootstrap
+                harness_model(scorer),
+                tasks.loaded,
+                limit=config.limit,
+                bootstrap_iters=config.num_bootstrap,
+                system_instruction=config.system_instruction,
+                apply_chat_template=bool(config.chat_template),
+                fewshot_as_multiturn=as_multiturn(config),
             )
     except ImportError as error:
         raise MissingExtraError(f"A task needs a package that is not installed: {first_line(error)}") from error
@@ -273,6 +293,10 @@ def harness_notes(scorer: Scorer, scores: Sequence[Score], config: HarnessConfig
         notes.append(
             f"Documents whose input was longer than {scorer.window} tokens and lost its beginning: "
             f"{len(scorer.truncated)} (as lm-eval cuts: instructions and BOS go first)."
+        )
+    if scorer.without_system:
+        notes.append(
+            "The chat template refuses system messages: the descriptions of tasks were left out (as lm-eval does)."
         )
     if scorer.ignored:
         notes.append(f"Settings of tasks without effect here: {', '.join(sorted(scorer.ignored))}; answers are greedy.")
@@ -330,6 +354,9 @@ def harness_record(
         "max_length": scorer.window,
         "truncation": "the beginning goes" if scorer.window else "none",
         "num_fewshot": config.num_fewshot,
+        "chat_template": bool(config.chat_template),
+        "system_instruction": config.system_instruction,
+        "fewshot_as_multiturn": as_multiturn(config),
         "limit": config.limit,
         "seed": config.seed,
         "num_bootstrap": config.num_bootstrap,

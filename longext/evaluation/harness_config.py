@@ -16,6 +16,9 @@ class HarnessConfig(RuntimeConfig):
     num_fewshot: int | None = None
     limit: int | None = None
     max_length: int | None = None
+    chat_template: bool | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
     seed: int = 1234
     num_bootstrap: int = 1000
     fail_under: tuple[str, ...] = ()

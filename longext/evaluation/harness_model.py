@@ -15,7 +15,7 @@ import torch
 
 from longext.errors import ConfigError, DataError
 from longext.evaluation.batching import batch_size, batched_by
-from longext.evaluation.longbench import tokenizer_of
+from longext.evaluation.chat import render_chat, tokenizer_of
 from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.predictions import Request, generate_predictions
 from longext.evaluation.protocol import LanguageModel
@@ -35,16 +35,20 @@ class Scorer:
         window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
         batch_tokens: tokens of a forward pass.
         on_progress: called with the number of documents just finished.
+        needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
         truncated: documents that lost tokens.
         ignored: generation settings of tasks that have no effect here.
+        without_system: the chat template refused system messages, and they were left out.
     """
 
     model: LanguageModel
     window: int | None
     batch_tokens: int | None = None
     on_progress: Progress | None = None
+    needs_system: bool = False
     truncated: set[Owner] = field(default_factory=set)
     ignored: Counter[str] = field(default_factory=Counter)
+    without_system: bool = False
     _done: set[Owner] = field(default_factory=set)
 
     @property
@@ -61,6 +65,17 @@ class Scorer:
         bos = tokenizer_of(self.model).bos_token
         add_bos = not (bos and text.startswith(bos)) if add_special_tokens is None else add_special_tokens
         return self.model.encode(text, add_bos=add_bos)
+
+    def render(self, messages: list[dict[str, str]], answer_begun: bool) -> str:
+        """Return messages in the chat template; see `render_chat`."""
+        others = [message for message in messages if message["role"] != "system"]
+        try:
+            return render_chat(self.model, messages, answer_begun=answer_begun)
+        except ConfigError:
+            if self.needs_system or len(others) == len(messages):
+                raise
+            self.without_system = True
+            return render_chat(self.model, others, answer_begun=answer_begun)
 
     def log_likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner]
@@ -145,7 +160,10 @@ class Scorer:
             if len(tokens) > room:
                 self.truncated.add(owner)
                 tokens = tokens[-room:]
-        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s))
+        # answers are decoded without special tokens: the tokenizer's EOS is told by its number
+        eos = tokenizer_of(self.model).eos_token_id
+        ends = () if eos is None else (eos,)
+        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s), stop_ids=ends)
 
     def _finished(self, owners: Sequence[Owner]) -> None:
         new = set(owners) - self._done
@@ -161,10 +179,14 @@ def harness_model(scorer: Scorer) -> Any:
     class _Model(TemplateLM):  # type: ignore[misc]
         tokenizer = tokenizer_of(scorer.model)
         eot_token_id = tokenizer.eos_token_id
+        tokenizer_name = scorer.model.name  # names lm-eval's cache of prompts, which is not used
         prefix_token_id = property(lambda self: scorer.prefix)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return scorer.encode(string, add_special_tokens)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return scorer.render(chat_history, answer_begun=not add_generation_prompt)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             self.owners = _owners(requests)

@@ -16,6 +16,7 @@ import numpy as np
 from longext.config import LongBenchConfig
 from longext.data.longbench import LongBenchRow
 from longext.errors import ConfigError
+from longext.evaluation.chat import chat_tokens, tokenizer_of
 from longext.evaluation.longbench_metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evaluation.longbench_tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
 from longext.evaluation.perplexity import check_method
@@ -24,7 +25,6 @@ from longext.evaluation.protocol import LanguageModel
 from longext.registry import did_you_mean
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-CHAT = ("auto", "none")
 _SAMSUM = "samsum"  # ends at a line feed, which may not come first
 
 
@@ -70,8 +70,6 @@ def check_longbench_config(config: LongBenchConfig) -> None:
         raise ConfigError(
             f"Unknown --code-similarity '{config.code_similarity}'. {did_you_mean(config.code_similarity, CODE_RATIOS)}"
         )
-    if config.chat not in CHAT:
-        raise ConfigError(f"Unknown --chat '{config.chat}'. {did_you_mean(config.chat, CHAT)}")
     check_method(config.method, config.factor)
     bars = parse_fail_under(config.fail_under)
     if bars and config.longbench_e:
@@ -175,26 +173,6 @@ def build_requests(
             Request(f"{name}:{index}", tuple(ids), task.max_new_tokens, stop_ids=stop, min_new_tokens=least)
         )
     return requests, num_truncated
-
-
-def chat_tokens(model: LanguageModel, text: str) -> list[int]:
-    """Return the tokens of a user's message in the chat template of the model's tokenizer; BOS stands there once."""
-    tokenizer = tokenizer_of(model)
-    message = [{"role": "user", "content": text}]
-    whole: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    begins = bool(tokenizer.bos_token) and whole.startswith(tokenizer.bos_token)
-    return model.encode(whole, add_bos=not begins)
-
-
-def has_template(model: LanguageModel) -> bool:
-    """Return True where the model's tokenizer has a chat template."""
-    return bool(getattr(tokenizer_of(model), "chat_template", None))
-
-
-def tokenizer_of(model: LanguageModel) -> Any:
-    """Return the tokenizer of a plain model, or of the model that a reader reads with."""
-    plain: Any = getattr(model, "plain", model)
-    return plain.tokenizer
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

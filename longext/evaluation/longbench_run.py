@@ -23,16 +23,15 @@ from longext.data.longbench import (
     rows_hash,
 )
 from longext.errors import DataError
+from longext.evaluation.chat import tokenizer_of, uses_template
 from longext.evaluation.longbench import (
     TaskScore,
     all_averages,
     build_requests,
     default_max_length,
     file_stem,
-    has_template,
     score_entry,
     score_task,
-    tokenizer_of,
     wanted_tasks,
 )
 from longext.evaluation.longbench_metrics import NEED_JIEBA, has_jieba
@@ -109,7 +108,7 @@ def prepare_requests(model: LanguageModel, runs: Sequence[TaskRun], config: Long
 
 def uses_chat(model: LanguageModel, config: LongBenchConfig) -> bool:
     """Return True where prompts go through the tokenizer's chat template."""
-    return config.chat == "auto" and has_template(model)
+    return uses_template(model, config.chat_template)
 
 
 def generate_answers(

@@ -16,11 +16,11 @@ from typing import Any
 from longext.data.json_lines import numbered_lines
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
-from longext.evaluation.longbench import chat_tokens, has_template
+from longext.evaluation.chat import chat_tokens, uses_template
 from longext.evaluation.perplexity import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
-from longext.evaluation.retrieval import CHAT, Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
+from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
 from longext.evaluation.retrieval_config import LongEvalConfig
 from longext.registry import did_you_mean
 
@@ -39,8 +39,10 @@ def check_longeval_config(config: LongEvalConfig) -> None:
         raise ConfigError(f"--tasks must name different tasks, got {','.join(config.tasks) or 'none'}.")
     if any(size < 1 for size in config.sizes):
         raise ConfigError(f"--sizes must be whole numbers >= 1, got {list(config.sizes)}.")
-    if config.chat not in CHAT:
-        raise ConfigError(f"Unknown --chat '{config.chat}'. {did_you_mean(config.chat, CHAT)}")
+    if config.chat_template and config.complete:
+        raise ConfigError(
+            "--complete is for models that only continue, --chat-template for those that answer: leave one out."
+        )
     check_method(config.method, config.factor)
 
 
@@ -145,7 +147,7 @@ def prompt_text(case: LongEvalCase, complete: bool) -> str:
 
 def uses_chat(model: LanguageModel, config: LongEvalConfig) -> bool:
     """Return True where prompts go through the tokenizer's chat template; a completion is asked for without."""
-    return config.chat == "auto" and not config.complete and has_template(model)
+    return not config.complete and uses_template(model, config.chat_template)
 
 
 def evaluate_longeval(

@@ -29,6 +29,7 @@ from longext.data.haystacks import (
 from longext.data.needles import PromptTokens
 from longext.errors import ConfigError, DataError
 from longext.evaluation.batching import batch_size, batched_by
+from longext.evaluation.chat import chat_frame, uses_template
 from longext.evaluation.perplexity import check_lengths, check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
@@ -88,9 +89,9 @@ def make_questions(model: LanguageModel, config: NeedleConfig) -> list[Question]
     """Return every prompt of an evaluation; the same seeds give the same prompts for every model of one tokenizer.
 
     Raises:
-        ConfigError, DataError: a length is too short for a task, or there is no such haystack.
+        ConfigError, DataError: a length is too short for a task, there is no such haystack, or no chat template.
     """
-    tokens = PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
+    tokens = _prompt_tokens(model, config)
     haystacks: dict[str, Sentences] = {}
     questions = []
     for task in config.tasks:
@@ -109,6 +110,18 @@ def make_questions(model: LanguageModel, config: NeedleConfig) -> list[Question]
                     place = "random" if depth is None else f"{depth:g}"
                     questions.append(Question(f"{task}/{length}/{place}/{trial}", task, length, depth, prompt))
     return questions
+
+
+def _prompt_tokens(model: LanguageModel, config: NeedleConfig) -> PromptTokens:
+    """Return the tokenizer of prompts, with what the chat template puts around them."""
+
+    def encode(text: str) -> list[int]:
+        return model.encode(text, add_bos=False)
+
+    if not uses_template(model, config.chat_template):
+        return PromptTokens(encode, model.bos)
+    frame = chat_frame(model)
+    return PromptTokens(encode, () if frame.begins else model.bos, frame.before, frame.after)
 
 
 def _setup(name: str, config: NeedleConfig, tokens: PromptTokens, haystacks: dict[str, Sentences]) -> NeedleSetup:
@@ -233,6 +246,7 @@ def needle_record(
             "key_type": config.key_type,
             "value_type": config.value_type,
             "max_new_tokens": config.max_new_tokens if config.scoring == "match" else None,
+            "chat_template": uses_template(model, config.chat_template),
             "seed": config.seed,
         },
         None,

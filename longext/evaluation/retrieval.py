@@ -16,7 +16,6 @@ from longext.evaluation.protocol import LanguageModel
 from longext.evaluation.statistics import bootstrap_mean, wilson_interval
 
 ALL = "all"  # the pseudo-task of what several tasks give together
-CHAT = ("auto", "none")
 Progress = Callable[[int], None]
 
 

@@ -21,6 +21,7 @@ class NeedleConfig(RuntimeConfig):
     value_type: str = "numbers"
     scoring: str = "match"
     max_new_tokens: int = 128
+    chat_template: bool | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -38,7 +39,7 @@ class LongEvalConfig(RuntimeConfig):
     sizes: tuple[int, ...] = ()
     num_cases: int = 50
     complete: bool = False
-    chat: str = "auto"
+    chat_template: bool | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -56,7 +57,7 @@ class BABILongConfig(RuntimeConfig):
     num_cases: int | None = None
     max_new_tokens: int = 20
     prompt: str = "examples"
-    chat: str = "auto"
+    chat_template: bool | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None

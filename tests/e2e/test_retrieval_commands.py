@@ -106,7 +106,8 @@ def test_answers_of_another_run_are_not_taken_up(run, tmp_path, facts):
         (("--sizes", "0"), ("--sizes must be whole numbers >= 1",)),
         (("--num-cases", 0), ("`num_cases` must be >= 1",)),
         (("--predictions", "nowhere.txt"), ("--predictions must be a file", "nowhere.txt")),
-        (("--chat", "always"), ("Unknown --chat 'always'",)),
+        (("--chat-template",), ("books-5m has no chat template", "leave --chat-template out")),
+        (("--chat-template", "--complete"), ("--complete is for models that only continue", "leave one out")),
     ],
 )
 def test_wrong_longeval_flags_end_in_one_line(run, tmp_path, facts, args, texts):
@@ -127,7 +128,7 @@ def test_wrong_longeval_flags_end_in_one_line(run, tmp_path, facts, args, texts)
         (("--tasks", "qa1", "--data", "."), ("No folder named after a length",)),
         (("--prompt", "example"), ("Unknown prompt 'example'", "Did you mean 'examples'")),
         (("--max-new-tokens", 0), ("--max-new-tokens must be >= 1",)),
-        (("--chat", "yes"), ("Unknown --chat 'yes'",)),
+        (("--tasks", "qa1", "--chat-template"), ("books-5m has no chat template",)),
     ],
 )
 def test_wrong_babilong_flags_end_in_one_line(run, tmp_path, facts, args, texts):

@@ -221,7 +221,6 @@ def test_the_table_of_tasks():
         ({"tasks": ("hotpotqa", "hotpotqa")}, "twice"),
         ({"tasks": ("musique",), "longbench_e": True}, "LongBench-E has no task 'musique'"),
         ({"code_similarity": "difflip"}, "Did you mean 'difflib'"),
-        ({"chat": "always"}, "Unknown --chat 'always'"),
         ({"factor": 2.0}, "needs a --method"),
         ({"fail_under": ("hotpotqa",)}, "takes TASK=SCORE"),
         ({"fail_under": ("hotpotqa=x",)}, "takes TASK=SCORE"),

@@ -11,8 +11,9 @@ from conftest import SHARED
 
 from longext.data import babilong, longeval
 from longext.errors import ConfigError, DataError
-from longext.evaluation.babilong import evaluate_babilong, uses_chat
+from longext.evaluation.babilong import evaluate_babilong
 from longext.evaluation.babilong import is_right as answers_fact
+from longext.evaluation.chat import uses_template
 from longext.evaluation.longeval import is_right, load_cases, prompt_text, score_published
 from longext.evaluation.retrieval_config import BABILongConfig, LongEvalConfig
 
@@ -191,5 +192,6 @@ def test_a_chat_model_is_asked_through_its_template(books):
     bare = len(books.encode(babilong.prompt_text(rows[0], "plain")))
     assert asked > bare + 4
     assert plain == len(books.encode(babilong.prompt_text(rows[0], "plain") + "\nAnswer:"))
-    assert uses_chat(books, config)
-    assert not uses_chat(books, dataclasses.replace(config, chat="none"))
+    without = dataclasses.replace(config, chat_template=False)
+    assert evaluate_babilong(books, rows, without)[1]["i"].num_prompt_tokens == plain
+    assert uses_template(books, True) and uses_template(books, None) and not uses_template(books, False)
