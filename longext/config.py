@@ -92,6 +92,7 @@ class PerplexityConfig(RuntimeConfig, DataConfig):
     memory: str | None = None
     segment: int = 128
     num_places: int = 12
+    fail_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class PasskeyConfig(RuntimeConfig):
     filler: str = "landmark"
     num_needles: int = 1
     num_digits: int = 5
+    fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -386,9 +388,11 @@ def load_recipe(path: Path) -> dict[str, Any]:
 def to_recipe(config: Any) -> str:
     """Return `config` as recipe YAML that `build_config` reads back.
 
-    Keys at their default are left out, and so is `force`: making something again must not replace it unasked.
+    Keys at their default are left out, and so are `force` and `resume`: making something again begins anew, and must
+    not replace it unasked.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name != "force"}
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("force", "resume")]
+    defaults = {field.name: field.default for field in fields}
     asked = dataclasses.asdict(config)
     values = {key: asked[key] for key, default in defaults.items() if asked[key] != default}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 import longext
 from longext.cli.errors import reported_errors
+from longext.cli.options import without_dash
 
 _ORDER = (
     "extend",
@@ -22,6 +23,7 @@ _ORDER = (
     "eval",
     "passkey",
     "compare",
+    "report",
 )
 
 
@@ -31,6 +33,10 @@ class _Group(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """List the commands in the order a user meets them."""
         return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; `--json -` is `--json`."""
+        return super().parse_args(ctx, without_dash(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command under `reported_errors`."""
@@ -84,6 +90,7 @@ from longext.cli import (  # noqa: E402, F401
     passkey,
     plan,
     reconstruction,
+    report,
     short,
     verify,
 )

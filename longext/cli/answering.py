@@ -5,25 +5,40 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from longext.errors import LongextError
 
 
 @contextlib.contextmanager
-def kept_answers(path: Path | None) -> Iterator[None]:
-    """Remove the answers at `path` once their results are written; where the run ends before, say how it goes on."""
-    from longext.reporting.console import stderr
+def kept_answers(path: Path | None, output: Path, config: Any) -> Iterator[None]:
+    """Remove the answers at `path` once their results are written; where the run ends before, say how it goes on.
+
+    Args:
+        path: file or folder of answers; None where none are kept.
+        output: where the results go; `config.output` says whether the user named it.
+    """
+    from longext.evaluation.answer_file import remove_answers
 
     try:
         yield
     except LongextError:  # its message says what to do
         raise
     except BaseException:
-        if path is not None and path.is_file():
-            if len(path.read_bytes().splitlines()) > 1:  # more than a header
-                stderr().print(f"The answers so far are in {path}: the same command goes on from them.", markup=False)
-            else:
-                path.unlink()
+        if path is not None and not tell_how_to_go_on(path, output, config):
+            remove_answers(path)
         raise
     if path is not None:
-        path.unlink(missing_ok=True)
+        remove_answers(path)
+
+
+def tell_how_to_go_on(path: Path, output: Path, config: Any) -> bool:
+    """Say on standard error where the answers are; return False where there are none."""
+    from longext.evaluation.answer_file import holds_answers
+    from longext.reporting.console import say
+
+    if not holds_answers(path):
+        return False
+    named = "" if config.output else f" with -o {output}"
+    say(f"The answers so far are in {path}: the same command{named} goes on from them.", aside=True)
+    return True

@@ -29,6 +29,7 @@ def babilong(
     ] = _DEFAULT.prompt,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = _DEFAULT.max_new_tokens,
     chat_template: opt.ChatTemplate = None,
+    fail_under: opt.FailUnder = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
@@ -58,9 +59,11 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.cli.models import open_model
     from longext.data.babilong import length_name, read_rows
     from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
+    from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.retrieval import (
         answer_lines,
         cells_of,
+        outcome_verdicts,
         partial_predictions,
         pooled_cells,
         window_notes,
@@ -74,12 +77,14 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     output = output_directory(config.output, "babilong", config.model)
     check_output(output, config.force)
     rows = read_rows(config.data, config.tasks, config.lengths, config.num_cases)
+    bars = place_bars(config.fail_under, [(row.task, length_name(row.length)) for row in rows])
     model = open_model(config)
-    partial = partial_predictions(output) if config.output else None
-    with kept_answers(partial):
+    partial = partial_predictions(output)
+    with kept_answers(partial, output, config):
         with progress("babilong", len(rows), "rows") as advance:
             outcomes, answers, seconds = evaluate_babilong(model, rows, config, partial, advance)
         record = babilong_record(model, config, rows, outcomes, seconds)
+        record["bars"] = outcome_verdicts(bars, outcomes, length_name)
         title = f"BABILong: {opt.titled(config)}"
         cells, pooled = cells_of(outcomes), pooled_cells(outcomes)
         table = retrieval_table(title, cells, pooled, label=length_name, size="")
@@ -97,3 +102,4 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
             notes=window_notes(model, outcomes),
             extra=extra,
         )
+    require_bars(record)

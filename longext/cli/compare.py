@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def _run(config: CompareConfig, as_json: bool) -> None:
 
     output = output_directory(config.output, "compare", config.model)
     check_output(output, config.force)
-    comparison = compare_methods(config, progress, None if as_json else say)
+    comparison = compare_methods(config, progress, functools.partial(say, aside=as_json))
     figures, tables = comparison_figures(comparison), comparison_tables(comparison)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(csv_rows(comparison))

@@ -95,7 +95,7 @@ def compress_train(
 
     check_compress_config(config)
     if dry_run:
-        _show_plan(config)
+        _show_plan(config, as_json)
         return
     target = Path(str(config.output))
     work = check_directories(config, target, find_base(config.model, config.revision).directory)
@@ -120,13 +120,14 @@ def _prepare(config: CompressConfig) -> None:
         torch.cuda.empty_cache()  # the workers need it
 
 
-def _show_plan(config: CompressConfig) -> None:
+def _show_plan(config: CompressConfig, as_json: bool) -> None:
+    from longext.cli.output import show
     from longext.compressor.train import compress_record, prepare_compressor
     from longext.reporting.compressor_views import plan_table
-    from longext.reporting.console import print_table, say
 
-    print_table(plan_table(compress_record(prepare_compressor(config), 0.0), config.num_steps))
-    say("Dry run: nothing was trained.")
+    record = compress_record(prepare_compressor(config), 0.0)
+    table = plan_table(record, config.num_steps)
+    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
 
 
 def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> None:

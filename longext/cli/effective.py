@@ -30,6 +30,9 @@ def effective(
     depths: opt.Depths = opt.join(_DEFAULT.depths),
     num_trials: opt.NumTrials = _DEFAULT.num_trials,
     chat_template: opt.ChatTemplate = None,
+    fail_under: Annotated[
+        int | None, typer.Option(help="LENGTH: exit with 1 where no length from it on passed.")
+    ] = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
@@ -57,6 +60,7 @@ def effective(
 
 
 def _run(config: EffectiveConfig, as_json: bool) -> None:
+    from longext.evaluation.bars import require_bars
     from longext.evaluation.effective import (
         LENGTH_TESTS,
         check_effective_config,
@@ -95,3 +99,4 @@ def _run(config: EffectiveConfig, as_json: bool) -> None:
         as_json=as_json,
         notes=record["notes"],
     )
+    require_bars(record)

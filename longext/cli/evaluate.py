@@ -46,6 +46,10 @@ def perplexity(
     memory: opt.Memory = None,
     segment: opt.SegmentLength = _DEFAULT.segment,
     num_places: Annotated[int, typer.Option(help="Places in each document (next-segment).")] = _DEFAULT.num_places,
+    fail_over: Annotated[
+        list[str] | None,
+        typer.Option(help="LENGTH=PPL: exit with 1 where the perplexity is above it; may be repeated."),
+    ] = None,
     device: opt.Device = _DEFAULT.device,
     dtype: opt.Dtype = _DEFAULT.dtype,
     attention: opt.Attention = None,
@@ -74,11 +78,14 @@ def perplexity(
 def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.cli.models import open_model
     from longext.data.documents import load_documents
+    from longext.evaluation.bars import FAIL_OVER, require_bars
     from longext.evaluation.perplexity import (
         check_perplexity_config,
         evaluate_perplexity,
         num_forward_tokens,
+        perplexity_bars,
         perplexity_record,
+        perplexity_verdicts,
         tokenize_documents,
     )
     from longext.reporting.console import progress
@@ -88,6 +95,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.staging import check_output
 
     check_perplexity_config(config)
+    bars = perplexity_bars(config)
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
     check_output(output, config.force)
     documents = load_documents(config)
@@ -96,6 +104,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     with progress(f"ppl {config.protocol}", num_forward_tokens(tokenized, config), "tokens") as advance:
         results = evaluate_perplexity(model, tokenized, config, advance)
     record = perplexity_record(model, documents, tokenized, num_short, config, results)
+    record["bars"] = perplexity_verdicts(bars, {row.length: row.ppl for row in results})
     name = opt.titled(config)
     table = perplexity_table(name, config.protocol, results)
     draw = nll_by_position if config.protocol == "positional" else perplexity_by_length
@@ -106,9 +115,11 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     )
     notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
     deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)
+    require_bars(record, FAIL_OVER)
 
 
 def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
+    from longext.compressor.controls import MEMORY
     from longext.compressor.memory_perplexity import (
         check_memory_config,
         default_lengths,
@@ -119,6 +130,8 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
     )
     from longext.compressor.readers import load_reader
     from longext.data.documents import load_documents
+    from longext.evaluation.bars import FAIL_OVER, require_bars
+    from longext.evaluation.perplexity import perplexity_bars, perplexity_verdicts
     from longext.reporting.console import progress
     from longext.reporting.memory_views import memory_perplexity_figure, memory_perplexity_tables
     from longext.reporting.results import output_directory
@@ -126,6 +139,7 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
 
     config = dataclasses.replace(config, lengths=config.lengths or default_lengths(config.segment))
     spec = check_memory_config(config)
+    bars = perplexity_bars(config)
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
     check_output(output, config.force)
     documents = load_documents(config)
@@ -142,6 +156,7 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
             on_progress=advance,
         )
     record = memory_record(reader, documents, tokenized, num_short, config, results)
+    record["bars"] = perplexity_verdicts(bars, {row.length: row.ppl for row in results if row.method == MEMORY})
     name = opt.titled(config)
     tables = memory_perplexity_tables(name, results)
     figure = memory_perplexity_figure(record["results"], title=f"{name}: next segment of {config.segment} tokens")
@@ -149,3 +164,4 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
         [f"{num_short} document(s) shorter than the largest context and a segment were left out."] if num_short else []
     )
     deliver(output, "eval ppl", config, record, tables, {"ppl": figure}, as_json=as_json, notes=notes)
+    require_bars(record, FAIL_OVER)

@@ -110,7 +110,7 @@ def finetune(
     target = Path(str(config.output))
     work = target if config.output is None else check_directories(config, target, extension.source)
     if dry_run:
-        _dry_run(config)
+        _dry_run(config, as_json)
         return
     if config.num_processes > 1 and not is_launched():
         _prepare_data(config, extension)
@@ -118,17 +118,17 @@ def finetune(
     _train(config, target, work, extension, as_json)
 
 
-def _dry_run(config: FinetuneConfig) -> None:
+def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     import tempfile
 
-    from longext.reporting.console import print_table, say
+    from longext.cli.output import show
     from longext.reporting.training_views import run_table
     from longext.training.longlora import prepare, run_record
 
     with tempfile.TemporaryDirectory() as directory:
-        run = prepare(config, Path(directory))
-        print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
-    say("Dry run: nothing was trained.")
+        record = run_record(prepare(config, Path(directory)), 0.0)
+    table = run_table(record, config.num_steps, config.model)
+    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
 
 
 def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:

@@ -50,7 +50,10 @@ def harness(
     num_bootstrap: opt.NumBootstrap = _DEFAULT.num_bootstrap,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="TASK=SCORE or TASK:METRIC=SCORE: exit with 1 where it is worse; may be repeated."),
+        typer.Option(
+            help="TASK=SCORE or TASK:METRIC=SCORE, in the metric's own unit: exit with 1 where it is worse; may be "
+            "repeated."
+        ),
     ] = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
@@ -81,9 +84,10 @@ def harness(
 def _run(config: HarnessConfig, as_json: bool) -> None:
     import time
 
+    from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.errors import LongextError
     from longext.evaluation import harness as steps
+    from longext.evaluation.bars import require_bars
     from longext.reporting.console import progress, stderr
     from longext.reporting.harness_views import harness_table
     from longext.reporting.results import output_directory
@@ -97,15 +101,16 @@ def _run(config: HarnessConfig, as_json: bool) -> None:
     tasks = steps.load_harness_tasks(config)
     model = open_model(config)
     started = time.perf_counter()
-    with progress("lm-eval", tasks.num_documents(config.limit), "documents") as advance:
-        scorer = steps.open_scorer(model, config, advance)
-        results = steps.run_harness(scorer, tasks, config)
-    scores = steps.harness_scores(results, scorer)
-    notes = steps.harness_notes(scorer, scores, config)
-    record = steps.harness_record(scorer, results, scores, config, notes, time.perf_counter() - started)
-    extra = {"samples.jsonl": steps.sample_lines(results)}
-    table = harness_table(opt.titled(config), record)
-    deliver(output, _COMMAND, config, record, [table], {}, as_json=as_json, notes=notes, extra=extra)
-    below = steps.below_harness_bars(scores, config)
-    if below:
-        raise LongextError(f"Missed --fail-under: {'; '.join(below)}.")
+    folder = steps.partial_folder(output)
+    with kept_answers(folder, output, config):
+        with progress("lm-eval", tasks.num_documents(config.limit), "documents") as advance:
+            scorer = steps.open_scorer(model, config, advance, folder)
+            results = steps.run_harness(scorer, tasks, config)
+        scores = steps.harness_scores(results, scorer)
+        notes = steps.harness_notes(scorer, scores, config)
+        record = steps.harness_record(scorer, results, scores, config, notes, time.perf_counter() - started)
+        record["bars"] = steps.harness_verdicts(scores, config)
+        extra = {"samples.jsonl": steps.sample_lines(results)}
+        table = harness_table(opt.titled(config), record)
+        deliver(output, _COMMAND, config, record, [table], {}, as_json=as_json, notes=notes, extra=extra)
+    require_bars(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,14 +45,19 @@ def longbench(
         str, typer.Option(help="difflib, or levenshtein (the authors' score where python-Levenshtein is installed).")
     ] = _DEFAULT.code_similarity,
     fail_under: Annotated[
-        list[str] | None, typer.Option(help="TASK=SCORE, or english=SCORE: exit with 1 below it; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="TASK=SCORE, english=SCORE or chinese=SCORE, 0 to 100: exit with 1 below it; may be repeated."
+        ),
     ] = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
     memory: opt.Memory = None,
     segment: opt.SegmentLength = _DEFAULT.segment,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same -o.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only go on with an unfinished run of the same -o; start none.")
+    ] = False,
     device: opt.Device = _DEFAULT.device,
     dtype: opt.Dtype = _DEFAULT.dtype,
     attention: opt.Attention = None,
@@ -80,7 +86,8 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
     """Score answers that were given."""
     import time
 
-    from longext.evaluation.longbench import check_longbench_config
+    from longext.evaluation.bars import require_bars
+    from longext.evaluation.longbench import bar_verdicts, check_bars, check_longbench_config
     from longext.evaluation.longbench_run import longbench_record, read_answers, score_notes, score_runs
     from longext.reporting.longbench_views import longbench_bars, longbench_tables
     from longext.reporting.results import output_directory
@@ -92,9 +99,11 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
     check_output(output, config.force)
     started = time.perf_counter()
     runs, notes = read_answers(config)
+    check_bars(config, [run.name for run in runs])
     scores = score_runs(runs, config)
     notes += score_notes(scores, config)
     record = longbench_record(None, runs, scores, config, notes, time.perf_counter() - started)
+    record["bars"] = bar_verdicts(config, scores)
     figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
     deliver(
         output,
@@ -106,27 +115,34 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
         as_json=as_json,
         notes=notes,
     )
-    _check_bars(config, scores)
+    require_bars(record)
 
 
 def _run(config: LongBenchConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.models import open_model
     from longext.cli.running import check_directories, open_run
-    from longext.evaluation.longbench import check_longbench_config
+    from longext.evaluation.bars import require_bars
+    from longext.evaluation.longbench import check_bars, check_longbench_config
     from longext.evaluation.longbench_run import load_tasks, prepare_requests
+    from longext.manifest import read_manifest
     from longext.reporting.results import output_directory
 
     check_longbench_config(config)
     output = output_directory(config.output, "longbench", config.model)
-    run: Any = config  # a run is resumed as a training is
-    work = check_directories(run, output, Path(config.model).expanduser())
+    work = output.with_name(f"{output.name}.running")
+    # a run is taken up as a training is, but unasked: its answers say themselves what they belong to
+    is_begun = "longbench_e" in read_manifest(work).get("config", {})
+    run: Any = dataclasses.replace(config, resume=config.resume or is_begun)
+    check_directories(run, output, Path(config.model).expanduser())
     runs, notes = load_tasks(config)
+    check_bars(config, [own.name for own in runs])
     model: LanguageModel = open_model(config)
     prepare_requests(model, runs, config)
     lock = open_run(run, work, _COMMAND)
-    with lock or contextlib.nullcontext(), _kept_once_answered(work, output):
-        _answer_and_finish(model, runs, config, work, output, notes, as_json)
+    with lock or contextlib.nullcontext(), _kept_once_answered(work, output, config):
+        record = _answer_and_finish(model, runs, config, work, output, notes, as_json)
+    require_bars(record)
 
 
 def _answer_and_finish(
@@ -137,12 +153,14 @@ def _answer_and_finish(
     output: Path,
     notes: list[str],
     as_json: bool,
-) -> None:
+) -> dict[str, Any]:
+    """Answer what is open, score, write; return the record."""
     import shutil
     import time
 
     from longext.cli.running import close_run
     from longext.evaluation import longbench_run as steps
+    from longext.evaluation.longbench import bar_verdicts
     from longext.reporting.console import progress, say
     from longext.reporting.longbench_views import longbench_bars, longbench_tables
     from longext.reporting.results import write_result_files
@@ -153,6 +171,7 @@ def _answer_and_finish(
     scores = steps.score_runs(runs, config)
     notes = [*notes, *steps.model_notes(model, runs, config), *steps.score_notes(scores, config)]
     record = steps.longbench_record(model, runs, scores, config, notes, time.perf_counter() - started)
+    record["bars"] = bar_verdicts(config, scores)
     name = opt.titled(config)
     tables = longbench_tables(name, record)
     figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
@@ -161,37 +180,24 @@ def _answer_and_finish(
     shutil.rmtree(work / steps.GENERATED)
     close_run(work, output, config.force)
     show(record, tables, as_json=as_json, notes=notes)
-    if not as_json:
-        say(f"Results: {output} (result.json, table.md, longbench.png, {steps.PREDICTIONS}/)")
-    _check_bars(config, scores)
+    say(f"Results: {output} (result.json, table.md, longbench.png, {steps.PREDICTIONS}/)", aside=as_json)
+    return record
 
 
 @contextlib.contextmanager
-def _kept_once_answered(work: Path, output: Path) -> Iterator[None]:
+def _kept_once_answered(work: Path, output: Path, config: LongBenchConfig) -> Iterator[None]:
     """Where a run ends early: say how it goes on, or remove its directory where no prompt was answered."""
     import shutil
 
+    from longext.cli.answering import tell_how_to_go_on
     from longext.errors import ConfigError
     from longext.evaluation.longbench_run import GENERATED
-    from longext.reporting.console import stderr
 
     try:
         yield
     except ConfigError:  # other settings than those it was begun with
         raise
     except BaseException:
-        files = (work / GENERATED).glob("*.jsonl") if work.is_dir() else []
-        if any(len(file.read_bytes().splitlines()) > 1 for file in files):  # more than a header
-            stderr().print(f"The answers so far are in {work}: go on with -o {output} --resume", markup=False)
-        elif work.is_dir():
+        if work.is_dir() and not tell_how_to_go_on(work / GENERATED, output, config):
             shutil.rmtree(work, ignore_errors=True)
         raise
-
-
-def _check_bars(config: LongBenchConfig, scores: list[Any]) -> None:
-    from longext.errors import LongextError
-    from longext.evaluation.longbench import below_bars
-
-    below = below_bars(config, scores)
-    if below:
-        raise LongextError(f"Below --fail-under: {'; '.join(below)}.")

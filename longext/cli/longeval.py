@@ -10,6 +10,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver
+from longext.evaluation.bars import PLACES
 from longext.evaluation.retrieval_config import LongEvalConfig
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = LongEvalConfig(model="")
 _COMMAND = "eval longeval"
+_FORM = PLACES.replace("LENGTH", "SIZE")
 
 
 @eval_app.command("longeval")
@@ -40,6 +42,10 @@ def longeval(
         bool, typer.Option("--complete", help="Give the beginning of the answer, for models that only continue.")
     ] = False,
     chat_template: opt.ChatTemplate = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated."),
+    ] = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
@@ -72,8 +78,9 @@ def longeval(
 
 def _score(config: LongEvalConfig, as_json: bool) -> None:
     """Score answers that were given."""
+    from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.longeval import check_longeval_config, longeval_record, score_published
-    from longext.evaluation.retrieval import cells_of
+    from longext.evaluation.retrieval import cells_of, outcome_verdicts
     from longext.reporting.results import output_directory
     from longext.staging import check_output
 
@@ -84,15 +91,19 @@ def _score(config: LongEvalConfig, as_json: bool) -> None:
     check_output(output, config.force)
     found = score_published(path)
     cells = cells_of(found.outcomes)
+    bars = place_bars(config.fail_under, [(cell.task, str(cell.length)) for cell in cells], form=_FORM)
     record = longeval_record(None, config, found.outcomes, stated_accuracy=found.stated)
+    record["bars"] = outcome_verdicts(bars, found.outcomes)
     notes = [] if found.stated is None else [f"The file itself states an accuracy of {found.stated:g}."]
     _show(config, name, output, record, cells, {}, notes, as_json)
+    require_bars(record)
 
 
 def _run(config: LongEvalConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
+    from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.longeval import (
         case_ids,
         check_longeval_config,
@@ -100,7 +111,13 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         load_cases,
         longeval_record,
     )
-    from longext.evaluation.retrieval import answer_lines, cells_of, partial_predictions, window_notes
+    from longext.evaluation.retrieval import (
+        answer_lines,
+        cells_of,
+        outcome_verdicts,
+        partial_predictions,
+        window_notes,
+    )
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
     from longext.staging import check_output
@@ -109,16 +126,19 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     output = output_directory(config.output, "longeval", config.model)
     check_output(output, config.force)
     cases = load_cases(config)
+    bars = place_bars(config.fail_under, [(case.task, str(case.size)) for case in cases], form=_FORM)
     model = open_model(config)
-    partial = partial_predictions(output) if config.output else None
-    with kept_answers(partial):
+    partial = partial_predictions(output)
+    with kept_answers(partial, output, config):
         with progress("longeval", len(cases), "cases") as advance:
             outcomes, answers, seconds = evaluate_longeval(model, cases, config, partial, advance)
         record = longeval_record(model, config, outcomes, cases, seconds=seconds)
+        record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
         notes = [*_notes(config, {case.task for case in cases}), *window_notes(model, outcomes)]
         _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
+    require_bars(record)
 
 
 def _notes(config: LongEvalConfig, there: set[str]) -> list[str]:

@@ -57,13 +57,13 @@ def merge(
     if as_json:
         record = {"schema": "longext.result/1", "kind": "merge", "output": config.output, **result.summary}
         stdout().out(dump_json({**record, "extension": result.merge.record}), highlight=False)
-        return
-    print_table(merge_table(result))
+    else:
+        print_table(merge_table(result))
     for note in result.merge.notes:
-        say(note)
+        say(note, aside=as_json)
     if result.proof is None:
-        say("Not checked (--no-check): the logits were not compared with base + adapter.")
-    say(f"Wrote {config.output}. Check it: longext verify {config.output}")
+        say("Not checked (--no-check): the logits were not compared with base + adapter.", aside=as_json)
+    say(f"Wrote {config.output}. Check it: longext verify {config.output}", aside=as_json)
 
 
 def merge_table(result: MergeResult) -> Table:

@@ -51,6 +51,7 @@ def needle(
     ] = _DEFAULT.scoring,
     max_new_tokens: Annotated[int, typer.Option(help="Answer budget of match.")] = _DEFAULT.max_new_tokens,
     chat_template: opt.ChatTemplate = None,
+    fail_under: opt.FailUnder = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
@@ -78,25 +79,30 @@ def needle(
 def _run(config: NeedleConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
+    from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.needle import check_needle_config, make_questions, needle_record, timed_needles
-    from longext.evaluation.retrieval import answer_lines, partial_predictions
+    from longext.evaluation.retrieval import answer_lines, outcome_verdicts, partial_predictions
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
     from longext.staging import check_output
 
     check_needle_config(config)
+    places = [(task, str(length)) for task in config.tasks for length in sorted(config.lengths)]
+    bars = place_bars(config.fail_under, places)
     output = output_directory(config.output, "needle", config.model)
     check_output(output, config.force)
     model = open_model(config)
     questions = make_questions(model, config)
-    partial = partial_predictions(output) if config.output and config.scoring == "match" else None
-    with kept_answers(partial):
+    partial = partial_predictions(output) if config.scoring == "match" else None
+    with kept_answers(partial, output, config):
         with progress("needle", len(questions), "prompts") as advance:
             outcomes, answers, seconds = timed_needles(model, questions, config, partial, advance)
         record = needle_record(model, config, outcomes, seconds)
+        record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {question.id: question.prompt.answers for question in questions}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)} if answers else {}
         _show(config, output, record, outcomes, extra, as_json)
+    require_bars(record)
 
 
 def _show(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from longext.config import build_config, find_recipe
+from longext.evaluation.bars import PLACES
 
 ConfigT = TypeVar("ConfigT")
 
@@ -51,6 +52,10 @@ BatchTokens = Annotated[
 NumTrials = Annotated[int, typer.Option(help="Prompts per length and depth.")]
 NumBuckets = Annotated[int, typer.Option(help="Position buckets (positional).")]
 NumBootstrap = Annotated[int, typer.Option(min=0, help="Bootstrap samples for the interval.")]
+FailUnder = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{PLACES}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated."),
+]
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -62,9 +67,21 @@ SegmentLength = Annotated[
     int, typer.Option("--segment", help="Tokens of a segment (--memory; compressors: their own).")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and no table.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON on standard output, and no table; also spelled `--json -`."),
+]
 
 _NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify"}
+
+
+def without_dash(args: list[str]) -> list[str]:
+    """Return a command line with `--json -` and `--json=-` as `--json`.
+
+    An option whose value may be left out would take a MODEL behind it for that value.
+    """
+    given = ["--json" if arg == "--json=-" else arg for arg in args]
+    return [arg for before, arg in zip(["", *given], given, strict=False) if (before, arg) != ("--json", "-")]
 
 
 def typed_flags(ctx: typer.Context) -> dict[str, Any]:

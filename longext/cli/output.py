@@ -1,4 +1,4 @@
-"""How every evaluation ends: files first, then tables and the path, or the record as JSON alone."""
+"""How every evaluation ends: files first, then tables and the path, or the record as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def deliver(
     notes: Sequence[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the result directory, then print tables, notes and its path, or only the JSON record.
+    """Write the result directory, then print tables, notes and its path; see `show`.
 
     Args:
         figures: name -> figure, saved as <name>.png.
@@ -35,21 +35,19 @@ def deliver(
 
     write_results(output, command, config, record, tables, figures, extra)
     show(record, tables, as_json=as_json, notes=notes)
-    if as_json:
-        return
     names = ["result.json", "table.md", *(extra or {}), *(f"{name}.png" for name in figures)]
-    say(f"Results: {output} ({', '.join(names)})")
+    say(f"Results: {output} ({', '.join(names)})", aside=as_json)
 
 
 def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, notes: Sequence[str] = ()) -> None:
-    """Print tables and notes, or the record as JSON alone."""
+    """Print tables and notes; or the record as JSON, alone on standard output, and notes on standard error."""
     from longext.reporting.console import print_table, say, stdout
     from longext.reporting.results import dump_json
 
     if as_json:
         stdout().out(dump_json(record), highlight=False)
-        return
-    for table in tables:
-        print_table(table)
+    else:
+        for table in tables:
+            print_table(table)
     for note in notes:
-        say(note)
+        say(note, aside=as_json)

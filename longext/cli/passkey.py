@@ -12,6 +12,7 @@ from longext.cli.output import deliver
 from longext.config import PasskeyConfig
 
 _DEFAULT = PasskeyConfig(model="")
+_FORM = "SCORE or LENGTH=SCORE"
 
 
 @app.command("passkey")
@@ -29,6 +30,10 @@ def passkey(
         int, typer.Option(help="Needles in the text; one of them is asked for.")
     ] = _DEFAULT.num_needles,
     num_digits: Annotated[int, typer.Option(help="Digits of a key.")] = _DEFAULT.num_digits,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated."),
+    ] = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
     batch_tokens: opt.BatchTokens = None,
@@ -56,11 +61,13 @@ def passkey(
 
 def _run(config: PasskeyConfig, as_json: bool) -> None:
     from longext.cli.models import open_model
+    from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.passkey import (
         accuracy_by_length,
         check_passkey_config,
         num_prompts,
         passkey_record,
+        passkey_verdicts,
         timed_passkey,
     )
     from longext.reporting.console import progress
@@ -70,13 +77,16 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
     from longext.staging import check_output
 
     check_passkey_config(config)
+    bars = place_bars(config.fail_under, [("", str(length)) for length in sorted(config.lengths)], form=_FORM)
     output = output_directory(config.output, f"passkey-{config.protocol}", config.model)
     check_output(output, config.force)
     model = open_model(config)
     with progress(f"passkey {config.protocol}", num_prompts(config), "prompts") as advance:
         cells, seconds = timed_passkey(model, config, advance)
     record = passkey_record(model, config, cells, seconds)
+    record["bars"] = passkey_verdicts(bars, cells)
     name = opt.titled(config)
     table = passkey_table(name, config.protocol, cells, accuracy_by_length(cells))
     figure = passkey_heat_maps({name: record["results"]}, title=f"{name}: passkey/{config.protocol}, %")
     deliver(output, "passkey", config, record, [table], {"passkey": figure}, as_json=as_json)
+    require_bars(record)

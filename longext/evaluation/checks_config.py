@@ -37,6 +37,7 @@ class EffectiveConfig(RuntimeConfig):
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_trials: int = 4
     chat_template: bool | None = None
+    fail_under: int | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None

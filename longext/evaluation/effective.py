@@ -13,6 +13,7 @@ from typing import Any
 
 from longext.config import PasskeyConfig
 from longext.errors import ConfigError
+from longext.evaluation.bars import verdict
 from longext.evaluation.chat import uses_template
 from longext.evaluation.checks_config import EffectiveConfig
 from longext.evaluation.needle import check_needle_config, evaluate_needles, make_questions
@@ -136,7 +137,7 @@ class LengthTest:
 
 
 def _shared(config: EffectiveConfig, kind: Any, *lengths: int, **more: Any) -> Any:
-    names = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(kind)} - {"fail_under"}
     common = {key: value for key, value in vars(config).items() if key in names}
     return kind(**{**common, "lengths": tuple(dict.fromkeys(lengths)), **more})
 
@@ -210,6 +211,10 @@ def check_effective_config(config: EffectiveConfig, model: LanguageModel | None 
             raise ConfigError(f"--{name.replace('_', '-')} must be a multiple of {STEP}, got {value}: try {near}.")
     if config.min_length > config.max_length:
         raise ConfigError(f"--min-length {config.min_length} is above --max-length {config.max_length}.")
+    if config.fail_under is not None and not 1 <= config.fail_under <= config.max_length:
+        raise ConfigError(
+            f"--fail-under must be a length of 1 to {config.max_length} (--max-length), got {config.fail_under}."
+        )
     if not config.depths:
         raise ConfigError("--depths needs at least one depth, for example 0,0.5,1.")
     test.check(config, model)
@@ -245,6 +250,13 @@ def effective_notes(tried: Sequence[TriedLength], config: EffectiveConfig) -> li
     return notes
 
 
+def _verdicts(tried: Sequence[TriedLength], config: EffectiveConfig) -> list[dict[str, Any]]:
+    """Return the bar of --fail-under; a length of 0 is one that nothing reached."""
+    if config.fail_under is None:
+        return []
+    return [verdict("effective length", config.fail_under, longest(tried) or 0)]
+
+
 def effective_record(model: LanguageModel, config: EffectiveConfig, tried: Sequence[TriedLength]) -> dict[str, Any]:
     """Return the JSON record of a search."""
     test = LENGTH_TESTS[config.test]
@@ -270,5 +282,6 @@ def effective_record(model: LanguageModel, config: EffectiveConfig, tried: Seque
         unbroken_length=longest_unbroken(tried),
         clear_length=longest(tried, clearly=True),
         notes=effective_notes(tried, config),
+        bars=_verdicts(tried, config),
         results=[asdict(row) for row in tried],
     )

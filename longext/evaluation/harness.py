@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
+from longext.evaluation.bars import POSITIVE, check_names, read_bars, verdict
 from longext.evaluation.chat import uses_template
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Progress, Scorer, harness_model
-from longext.evaluation.longbench import parse_fail_under
 from longext.evaluation.longbench_run import context_length
 from longext.evaluation.model import first_line
 from longext.evaluation.perplexity import check_method
@@ -85,8 +85,13 @@ def check_harness_config(config: HarnessConfig) -> None:
     check_method(config.method, config.factor)
     if config.fewshot_as_multiturn and not config.chat_template:
         raise ConfigError("--fewshot-as-multiturn puts examples into turns of a chat template: add --chat-template.")
+    _bars(config)
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise DataError(f"--include-path {config.include_path} is no folder. Give one with the task files (*.yaml).")
+
+
+def _bars(config: HarnessConfig) -> dict[str, float]:
+    return read_bars(config.fail_under, form="TASK=SCORE or TASK:METRIC=SCORE", scale=POSITIVE)
 
 
 def load_harness_tasks(config: HarnessConfig) -> Tasks:
@@ -115,7 +120,7 @@ def load_harness_tasks(config: HarnessConfig) -> Tasks:
     for name, task in tasks.tasks.items():
         _check_task(name, task)
         _set_fewshot(task, config)
-    parse_fail_under(config.fail_under, _barred_names(tasks), math.inf)
+    check_names(_bars(config), _barred_names(tasks))
     return tasks
 
 
@@ -208,8 +213,18 @@ def _quiet_harness() -> Iterator[None]:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def open_scorer(model: LanguageModel, config: HarnessConfig, on_progress: Progress | None = None) -> Scorer:
+def partial_folder(output: Path) -> Path:
+    """Return where the answers of a run lie until its results are written."""
+    return output.with_name(f"{output.name}.predictions")
+
+
+def open_scorer(
+    model: LanguageModel, config: HarnessConfig, on_progress: Progress | None = None, folder: Path | None = None
+) -> Scorer:
     """Return the scorer of a run: a memory reads any length unless --max-length says otherwise.
+
+    Args:
+        folder: where answers are kept, for a run that is cut off.
 
     Raises:
         ConfigError: --chat-template, and the tokenizer has none.
@@ -217,7 +232,7 @@ def open_scorer(model: LanguageModel, config: HarnessConfig, on_progress: Progre
     settings: Any = config
     uses_template(model, config.chat_template)
     window = config.max_length or (None if config.memory else context_length(model, settings))
-    return Scorer(model, window, config.batch_tokens, on_progress, config.system_instruction is not None)
+    return Scorer(model, window, config.batch_tokens, on_progress, folder, config.system_instruction is not None)
 
 
 def as_multiturn(config: HarnessConfig) -> bool:
@@ -308,21 +323,17 @@ def harness_notes(scorer: Scorer, scores: Sequence[Score], config: HarnessConfig
     return notes
 
 
-def below_harness_bars(scores: Sequence[Score], config: HarnessConfig) -> list[str]:
-    """Return the bars of --fail-under that were missed; TASK alone means its first metric, and less is better where
-    lm-eval says so.
+def harness_verdicts(scores: Sequence[Score], config: HarnessConfig) -> list[dict[str, Any]]:
+    """Return the bars of --fail-under with what was measured.
+
+    TASK alone means its first metric; a bar is the most that passes where lm-eval says that less is better.
     """
-    found = []
-    for bar in config.fail_under:
-        name, least = bar.split("=")[0], float(bar.split("=")[1])
+    rows = []
+    for name, limit in _bars(config).items():
         score = next((s for s in scores if name in (s.task, f"{s.task}:{s.metric}")), None)
-        value = score.value if score else None
         less_is_better = score is not None and not score.higher_is_better
-        if value is None:
-            found.append(f"{name} has no value")
-        elif value > least if less_is_better else value < least:
-            found.append(f"{name} is {value:.4f} (at {'most' if less_is_better else 'least'} {least:g})")
-    return found
+        rows.append(verdict(name, limit, score.value if score else None, at_most=less_is_better))
+    return rows
 
 
 def sample_lines(results: dict[str, Any]) -> str:

@@ -9,11 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from longext.errors import ConfigError, DataError
+from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers
 from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.chat import render_chat, tokenizer_of
 from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
@@ -35,6 +37,7 @@ class Scorer:
         window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
         batch_tokens: tokens of a forward pass.
         on_progress: called with the number of documents just finished.
+        folder: where answers are kept, for a run that is cut off: one file for each kind of request.
         needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
         truncated: documents that lost tokens.
         ignored: generation settings of tasks that have no effect here.
@@ -45,11 +48,13 @@ class Scorer:
     window: int | None
     batch_tokens: int | None = None
     on_progress: Progress | None = None
+    folder: Path | None = None
     needs_system: bool = False
     truncated: set[Owner] = field(default_factory=set)
     ignored: Counter[str] = field(default_factory=Counter)
     without_system: bool = False
     _done: set[Owner] = field(default_factory=set)
+    _calls: Counter[str] = field(default_factory=Counter)
 
     @property
     def prefix(self) -> int:
@@ -78,34 +83,57 @@ class Scorer:
             return render_chat(self.model, others, answer_begun=answer_begun)
 
     def log_likelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner]
+        self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner], kind: str = "loglikelihood"
     ) -> list[tuple[float, bool]]:
-        """Return, for every (context, continuation) in tokens, log p(continuation | context) and if greedy gives it."""
+        """Return, for every (context, continuation) in tokens, log p(continuation | context) and if greedy gives it.
+
+        Batches depend on all pairs, not on those still open: a run taken up again computes what a whole one does.
+        """
         texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
+        lengths = [len(continuation) for _, continuation in pairs]
+        path = self._file(kind)
+        found = _kept_scores(self.model, texts, lengths, path)
+        self._finished([owners[i] for i in found])
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        found: dict[int, tuple[float, bool]] = {}
         budget = batch_size(self.batch_tokens, max(map(len, texts), default=1), self.model.device)
         for batch in batched_by(order, budget, lambda i: len(texts[i])):
-            lengths = [len(pairs[i][1]) for i in batch]
-            first = len(texts[batch[0]]) - max(lengths)
-            scores = self.model.score(torch.tensor([texts[i] for i in batch]), first)
-            for row, (i, length) in enumerate(zip(batch, lengths, strict=True)):
-                total = -float(scores.nll[row, -length:].double().sum())
-                found[i] = total, bool(scores.is_top1[row, -length:].all())
+            if all(i in found for i in batch):
+                continue
+            made = self._score(batch, texts, lengths)
+            if path is not None:
+                append_answers(path, [{"id": i, "value": made[i][0], "is_greedy": made[i][1]} for i in batch])
+            found.update(made)
             self._finished([owners[i] for i in batch])
         return [found[i] for i in range(len(texts))]
+
+    def _score(
+        self, batch: Sequence[int], texts: Sequence[list[int]], lengths: Sequence[int]
+    ) -> dict[int, tuple[float, bool]]:
+        first = len(texts[batch[0]]) - max(lengths[i] for i in batch)
+        scores = self.model.score(torch.tensor([texts[i] for i in batch]), first)
+        return {
+            i: (
+                -float(scores.nll[row, -lengths[i] :].double().sum()),
+                bool(scores.is_top1[row, -lengths[i] :].all()),
+            )
+            for row, i in enumerate(batch)
+        }
 
     def rolling(self, texts: Sequence[str], owners: Sequence[Owner]) -> list[float]:
         """Return log p of whole texts, cut into windows that do not overlap (a model that reads any length: one)."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        totals = []
-        for text, owner in zip(texts, owners, strict=True):
+        pairs, places = [], []
+        for place, text in enumerate(texts):
             tokens = self.encode(text)
             size = self._room or max(1, len(tokens))
-            windows = get_rolling_token_windows(tokens, self.prefix, max_seq_len=size, context_len=1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            totals.append(sum(value for value, _ in self.log_likelihoods(pairs, [owner] * len(pairs))))
+            for window in get_rolling_token_windows(tokens, self.prefix, max_seq_len=size, context_len=1):
+                pairs.append(make_disjoint_window(window))
+                places.append(place)
+        totals = [0.0] * len(texts)
+        found = self.log_likelihoods(pairs, [owners[place] for place in places], "loglikelihood_rolling")
+        for place, (value, _) in zip(places, found, strict=True):
+            totals[place] += value
         return totals
 
     def answers(self, prompts: Sequence[tuple[str, dict[str, Any]]], owners: Sequence[Owner]) -> list[str]:
@@ -117,9 +145,16 @@ class Scorer:
             ids.append(json.dumps([text, settings], sort_keys=True, default=str))
             if ids[-1] not in requests:
                 requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
-        made = generate_predictions(self.model, list(requests.values()), None, self.on_progress, self.batch_tokens)
+        path = self._file("generate_until")
+        made = generate_predictions(self.model, list(requests.values()), path, self.on_progress, self.batch_tokens)
         texts = {prediction.id: prediction.text for prediction in made}
         return [texts[id] for id in ids]
+
+    def _file(self, kind: str) -> Path | None:
+        """Return the file of the next call of a kind of request."""
+        self._calls[kind] += 1
+        number = f"-{self._calls[kind]}" if self._calls[kind] > 1 else ""
+        return None if self.folder is None else self.folder / f"{kind}{number}.jsonl"
 
     @property
     def _room(self) -> int | None:
@@ -170,6 +205,22 @@ class Scorer:
         self._done |= new
         if new and self.on_progress:
             self.on_progress(len(new))
+
+
+def _kept_scores(
+    model: LanguageModel, texts: Sequence[list[int]], lengths: Sequence[int], path: Path | None
+) -> dict[int, tuple[float, bool]]:
+    """Return the scores in `path` by the number of their text."""
+    if path is None:
+        return {}
+    asked = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
+    found = {}
+    for number, row in open_answers(path, fingerprint_of(model, asked)):
+        try:
+            found[int(row["id"])] = float(row["value"]), bool(row["is_greedy"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number} is no score that longext wrote. Remove the file.") from error
+    return found
 
 
 def harness_model(scorer: Scorer) -> Any:

@@ -6,7 +6,6 @@ template; answers are greedy; scores are 0 to 100, rounded to hundredths, and av
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from longext.config import LongBenchConfig
 from longext.data.longbench import LongBenchRow
 from longext.errors import ConfigError
+from longext.evaluation.bars import POINTS, check_names, read_bars, verdict
 from longext.evaluation.chat import chat_tokens, tokenizer_of
 from longext.evaluation.longbench_metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evaluation.longbench_tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
@@ -71,7 +71,7 @@ def check_longbench_config(config: LongBenchConfig) -> None:
             f"Unknown --code-similarity '{config.code_similarity}'. {did_you_mean(config.code_similarity, CODE_RATIOS)}"
         )
     check_method(config.method, config.factor)
-    bars = parse_fail_under(config.fail_under)
+    bars = _bars(config)
     if bars and config.longbench_e:
         raise ConfigError("--fail-under is for LongBench's single scores, and LongBench-E has one for each length.")
     unmeasured = [name for name in bars if config.tasks and name in TASKS and name not in config.tasks]
@@ -85,30 +85,21 @@ def check_longbench_config(config: LongBenchConfig) -> None:
         )
 
 
-def parse_fail_under(bars: Sequence[str], names: Sequence[str] | None = None, most: float = 100.0) -> dict[str, float]:
-    """Return name -> least score from TASK=SCORE; `english` and `chinese` name the averages.
+def _bars(config: LongBenchConfig) -> dict[str, float]:
+    """Return name -> least score of --fail-under; `english` and `chinese` name the averages."""
+    bars = read_bars(config.fail_under, form="TASK=SCORE", scale=POINTS)
+    check_names(bars, [*TASKS, *map(str.lower, LANGUAGES.values())])
+    return bars
 
-    Args:
-        names: what can be named (default: LongBench's tasks and averages).
-        most: the best score there is.
 
-    Raises:
-        ConfigError: not of that form, or an unknown name.
-    """
-    least = {}
-    for bar in bars:
-        name, _, text = bar.partition("=")
-        names = [*TASKS, *map(str.lower, LANGUAGES.values())] if names is None else names
-        if name not in names:
-            raise ConfigError(f"--fail-under {bar}: unknown task '{name}'. {did_you_mean(name, names)}")
-        try:
-            least[name] = float(text)
-        except ValueError:
-            least[name] = float("nan")
-        if not 0 <= least[name] <= most:
-            bounds = "0 or more" if math.isinf(most) else f"0 to {most:g}"
-            raise ConfigError(f"--fail-under takes TASK=SCORE with a score of {bounds}, got '{bar}'.")
-    return least
+def check_bars(config: LongBenchConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError for a bar on a task, or an average, that a run of the tasks `names` does not give."""
+    means = averages(dict.fromkeys(names, 0.0))
+    for name in _bars(config):
+        if name in TASKS and name not in names:
+            raise ConfigError(f"--fail-under {name}: {name} is not scored here. Scored: {', '.join(names)}.")
+        if name in means and means[name]["average"] is None:
+            raise ConfigError(f"--fail-under {name}: the average needs every task of its table, and some are left out.")
 
 
 def wanted_tasks(config: LongBenchConfig) -> list[str]:
@@ -262,16 +253,11 @@ def all_averages(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, An
     }
 
 
-def below_bars(config: LongBenchConfig, scores: Sequence[TaskScore]) -> list[str]:
-    """Return what is below --fail-under, one line each; what was not scored is below."""
+def bar_verdicts(config: LongBenchConfig, scores: Sequence[TaskScore]) -> list[dict[str, Any]]:
+    """Return the bars of --fail-under with what was scored."""
     known: dict[str, float | None] = {score.task: score.score for score in scores}
-    means = {language: mean["average"] for language, mean in all_averages(scores, False).items()} if scores else {}
-    found = []
-    for name, least in parse_fail_under(config.fail_under).items():
-        value = known.get(name, means.get(name))
-        if value is None or value < least:
-            found.append(f"{name} {'was not scored' if value is None else f'scored {value:.2f}'} (at least {least:g})")
-    return found
+    means = {language: mean["average"] for language, mean in all_averages(scores, False).items()}
+    return [verdict(name, limit, {**means, **known}.get(name)) for name, limit in _bars(config).items()]
 
 
 def score_entry(score: TaskScore) -> dict[str, Any]:

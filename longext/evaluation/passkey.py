@@ -15,6 +15,7 @@ from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.config import PasskeyConfig
 from longext.data.needles import FILLER, NAMES, NeedlePrompt, PromptTokens, exact_prompt, longlora_prompt, yarn_prompt
 from longext.errors import ConfigError, DataError
+from longext.evaluation.bars import PlaceBar, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.perplexity import Progress, check_lengths, check_method
 from longext.evaluation.protocol import LanguageModel, result_record
@@ -261,6 +262,16 @@ def accuracy_by_length(cells: Sequence[PasskeyCell]) -> dict[int, PasskeyCell]:
             length=length, depth=None, num_correct=correct, num_trials=trials, num_tokens=tokens, low=low, high=high
         )
     return pooled
+
+
+def passkey_verdicts(bars: Sequence[PlaceBar], cells: Sequence[PasskeyCell]) -> list[dict[str, Any]]:
+    """Return the bars of --fail-under with the accuracy over all depths, at a length or at all."""
+
+    def accuracy(_: str | None, length: str | None) -> float:
+        own = [cell for cell in cells if length in (None, str(cell.length))]
+        return sum(cell.num_correct for cell in own) / sum(cell.num_trials for cell in own)
+
+    return place_verdicts(bars, accuracy)
 
 
 def timed_passkey(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
+from longext.evaluation.bars import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
@@ -212,6 +213,25 @@ def check_perplexity_config(config: PerplexityConfig) -> None:
         raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {config.stride}.")
     if config.num_buckets < 1:
         raise ConfigError(f"--num-buckets must be >= 1, got {config.num_buckets}.")
+
+
+def perplexity_bars(config: PerplexityConfig) -> list[PlaceBar]:
+    """Return the bars of --fail-over (ConfigError: not LENGTH=PPL, or a length that is not measured)."""
+    if config.fail_over and config.protocol == "positional":
+        raise ConfigError("--fail-over is for a perplexity at a length, and --protocol positional gives ranges.")
+    return place_bars(
+        config.fail_over,
+        [("", str(length)) for length in sorted(config.lengths)],
+        form="LENGTH=PPL",
+        scale=PERPLEXITY,
+        option=FAIL_OVER,
+        has_whole=False,
+    )
+
+
+def perplexity_verdicts(bars: Sequence[PlaceBar], by_length: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Return the bars of --fail-over with the perplexity at each length."""
+    return place_verdicts(bars, lambda _, length: by_length[int(str(length))], at_most=True)
 
 
 def check_lengths(lengths: Sequence[int], minimum: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +11,11 @@ from typing import Any
 
 import torch
 
-from longext.errors import ConfigError, DataError
+from longext.errors import DataError
+from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers
 from longext.evaluation.batching import default_batch_tokens
 from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.protocol import LanguageModel
-
-PREDICTIONS_SCHEMA = "longext.predictions/1"
-_UNTOLD = ("num_threads",)  # what may differ between two runs whose answers belong together
-_SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def generate_predictions(
     assert all(request.input_ids for request in requests), "a prompt needs a token"
     done: dict[str, Prediction] = {}
     if path is not None:
-        done = _open_file(path, _fingerprint(model, requests))
+        done = _kept(model, requests, path)
     if done and on_progress:
         on_progress(len(done))
     for batch in _batches(model, requests, batch_tokens):
@@ -91,7 +86,7 @@ def generate_predictions(
             continue
         made = [prediction for prediction in _answer(model, batch) if prediction.id not in done]
         if path is not None:
-            _append(path, [dataclasses.asdict(prediction) for prediction in made])
+            append_answers(path, [dataclasses.asdict(prediction) for prediction in made])
         done.update({prediction.id: prediction for prediction in made})
         if on_progress:
             on_progress(len(made))
@@ -203,62 +198,14 @@ def _stopping(model: HFLanguageModel, batch: Sequence[Request], longest: int) ->
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(model: LanguageModel, requests: Sequence[Request]) -> str:
-    """Return a SHA-256 over the requests and what the model says of itself, with a sample of its weights."""
-    facts = {key: value for key, value in model.describe().items() if key not in _UNTOLD}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    plain = getattr(model, "plain", model)  # a reader's model
-    for name, parameter in plain.model.named_parameters() if hasattr(plain, "model") else ():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
-    for request in requests:
-        digest.update(json.dumps(dataclasses.astuple(request)).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _open_file(path: Path, fingerprint: str) -> dict[str, Prediction]:
-    """Return the predictions in `path` by id, dropping a line that was cut off; begin the file where there is none."""
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-        _append(path, [{"schema": PREDICTIONS_SCHEMA, "fingerprint": fingerprint}])
-        return {}
-    header, *lines = whole.splitlines()
-    known = _parse(header, path, 1)
-    if known.get("schema") != PREDICTIONS_SCHEMA:
-        raise DataError(f"{path} is no file of predictions that longext wrote: it has no header line.")
-    if known.get("fingerprint") != fingerprint:
-        raise ConfigError(
-            f"{path} holds predictions for other prompts or of another model. Run with the settings it was begun with, "
-            "or remove it to start over."
-        )
+def _kept(model: LanguageModel, requests: Sequence[Request], path: Path) -> dict[str, Prediction]:
+    """Return the predictions in `path` by id."""
+    fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
     done = {}
-    for number, line in enumerate(lines, 2):
+    for number, row in open_answers(path, fingerprint):
         try:
-            prediction = Prediction(**_parse(line, path, number))
+            prediction = Prediction(**row)
         except TypeError as error:
             raise DataError(f"{path}:{number} is no prediction that longext wrote. Remove the file.") from error
         done[prediction.id] = prediction
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     return done
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number} is not valid JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows and wait until they are on the disk."""
-    with path.open("ab") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from longext.evaluation.bars import PlaceBar, place_verdicts
 from longext.evaluation.predictions import Prediction, Request, generate_predictions
 from longext.evaluation.protocol import LanguageModel
 from longext.evaluation.statistics import bootstrap_mean, wilson_interval
@@ -111,6 +112,22 @@ def share_interval(scores: Any, num_samples: int = 1000) -> tuple[float, float]:
 def cell_rows(cells: Sequence[RetrievalCell]) -> list[dict[str, Any]]:
     """Return cells as JSON."""
     return [asdict(cell) for cell in cells]
+
+
+def outcome_verdicts(
+    bars: Sequence[PlaceBar], outcomes: Sequence[Outcome], label: Callable[[int], str] = str
+) -> list[dict[str, Any]]:
+    """Return the bars of --fail-under with the mean score of the prompts that each is on.
+
+    Args:
+        label: how users spell a length.
+    """
+
+    def mean(task: str | None, length: str | None) -> float | None:
+        own = [o.score for o in outcomes if task in (None, o.task) and length in (None, label(o.length))]
+        return float(np.mean(own)) if own else None
+
+    return place_verdicts(bars, mean)
 
 
 # --- generated answers ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class NeedleConfig(RuntimeConfig):
     scoring: str = "match"
     max_new_tokens: int = 128
     chat_template: bool | None = None
+    fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -40,6 +41,7 @@ class LongEvalConfig(RuntimeConfig):
     num_cases: int = 50
     complete: bool = False
     chat_template: bool | None = None
+    fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -58,6 +60,7 @@ class BABILongConfig(RuntimeConfig):
     max_new_tokens: int = 20
     prompt: str = "examples"
     chat_template: bool | None = None
+    fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None

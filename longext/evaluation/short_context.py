@@ -16,6 +16,7 @@ import numpy as np
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
+from longext.evaluation.bars import verdict as bar_verdict
 from longext.evaluation.checks_config import ShortConfig
 from longext.evaluation.perplexity import (
     PerplexityAtLength,
@@ -239,5 +240,6 @@ def short_record(
         passed=all(row.passed for row in results),
         verdict=verdict(results, config.tolerance),
         undecided=undecided(results, config.tolerance),
+        bars=[bar_verdict(f"change at {row.length}", config.tolerance, row.change, at_most=True) for row in results],
         results=[asdict(row) for row in results],
     )

@@ -31,9 +31,9 @@ def print_table(table: Table) -> None:
     console.print(table.to_rich(mark="" if console.color_system else "*"))
 
 
-def say(text: str) -> None:
-    """Print one line to standard output, with no markup."""
-    stdout().print(text, markup=False)
+def say(text: str, *, aside: bool = False) -> None:
+    """Print one line to standard output (`aside`: to standard error, where JSON has the other), with no markup."""
+    (stderr() if aside else stdout()).print(text, markup=False)
 
 
 class Advance(Protocol):
