@@ -159,6 +159,8 @@ def compare_methods(
         "num_documents": len(tokenized),
         "num_too_short": num_short,
         "num_tokens": sum(len(document.input_ids) for document in tokenized),
+        "split": config.split,
+        "max_tokens": config.max_tokens,
     }
     record = _record(config, model, results, data, course)
     return Comparison(trained_length=course.trained, short_length=course.short, methods=results, record=record)
@@ -242,15 +244,9 @@ def _record(
     course: _Course,
 ) -> dict[str, Any]:
     protocols = {
-        "perplexity": {
-            "id": "ppl/sliding",
-            "stride": config.stride,
-            "definition": PERPLEXITY_PROTOCOLS["sliding"].summary,
-        },
-        "positions": {"id": "ppl/positional", "definition": PERPLEXITY_PROTOCOLS["positional"].summary},
-        "passkey": {"id": "passkey/landmark", "definition": PASSKEY_PROTOCOLS["landmark"].summary}
-        if config.passkey
-        else None,
+        "perplexity": _perplexity_facts(course.perplexity),
+        "positions": _perplexity_facts(course.positions),
+        "passkey": _passkey_facts(course.passkey) if course.passkey else None,
         "seed": config.seed,
     }
     return result_record(
@@ -272,6 +268,18 @@ def _record(
             for result in results
         ],
     )
+
+
+def _perplexity_facts(config: PerplexityConfig) -> dict[str, Any]:
+    protocol = PERPLEXITY_PROTOCOLS[config.protocol]
+    facts = {"id": f"ppl/{config.protocol}", "stride": config.stride, "definition": protocol.summary}
+    return {**facts, "weighting": protocol.weighting, "bos": protocol.adds_bos}
+
+
+def _passkey_facts(config: PasskeyConfig) -> dict[str, Any]:
+    protocol = PASSKEY_PROTOCOLS[config.protocol]
+    facts = {"id": f"passkey/{config.protocol}", "definition": protocol.summary, "scoring": protocol.scoring}
+    return {**facts, **{name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}}
 
 
 def csv_rows(comparison: Comparison) -> Iterator[list[Any]]:

@@ -80,18 +80,22 @@ def result_file(name: str) -> Path:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Return the record in a JSON file.
+    """Return what a JSON file holds: a record of longext, or of another program.
 
     Raises:
-        DataError: it is not JSON (with the line), or no result of longext.
+        DataError: it is not JSON; the message has the line.
     """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} is not JSON, so no result of longext: {error}") from error
-    if not isinstance(record, dict) or not str(record.get("schema")).startswith(_FAMILY):
-        raise DataError(f"{file} is no result of longext: its `schema` is not {RESULT_SCHEMA}.")
-    return record
+    return record if isinstance(record, dict) else {}
+
+
+def schema_trouble(record: Mapping[str, Any]) -> str | None:
+    """Return why a record is none of longext, as the end of a sentence; None where it is one."""
+    is_ours = str(record.get("schema")).startswith(_FAMILY)
+    return None if is_ours else f"is no result of longext: its `schema` is not {RESULT_SCHEMA}."
 
 
 def read_result(name: str) -> dict[str, Any]:
@@ -102,6 +106,9 @@ def read_result(name: str) -> dict[str, Any]:
     """
     file = result_file(name)
     record = read_record(file)
+    trouble = schema_trouble(record)
+    if trouble is not None:
+        raise DataError(f"{file} {trouble}")
     missing = [key for key in ("kind", "model", "protocol", "data") if key not in record]
     if missing:
         raise DataError(f"{file} is no complete result of longext: it has no `{missing[0]}`.")

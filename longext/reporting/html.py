@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a comparison: no scripts, no downloads, pictures inline as SVG."""
+"""Self-contained HTML pages, that of a comparison among them: no scripts, no downloads, pictures inline as SVG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STYLE = """
 :root { --ink: #1d2129; --soft: #5c6470; --line: #e4e7ec; --paper: #ffffff; --wash: #f6f7f9; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--wash); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1020px; margin: 0 auto; padding: 40px 24px 64px; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 27px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 0 0 4px; }
 .lead { color: var(--soft); margin: 0 0 24px; }
@@ -31,6 +31,7 @@ h2 { font-size: 18px; margin: 0 0 4px; }
 .card .value { font-size: 22px; font-weight: 650; margin: 2px 0; }
 .card .note { color: var(--soft); font-size: 13px; }
 section { padding: 20px 22px; margin: 0 0 18px; overflow-x: auto; }
+h3 { font-size: 15px; margin: 22px 0 6px; }
 section > p { color: var(--soft); margin: 0 0 12px; max-width: 76ch; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -45,6 +46,8 @@ code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace;
 pre { background: var(--wash); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 6px 0 14px; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+section > p.caption { font-size: 13px; margin: 6px 0 0; }
+ul.notes { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; padding-left: 20px; max-width: 92ch; overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: 13px; text-align: center; }
 """
 
@@ -59,7 +62,6 @@ _PAGE = Template("""<!doctype html>
 <body><main>
 <h1>$title</h1>
 <p class="lead">$lead</p>
-<div class="cards">$cards</div>
 $sections
 <footer>longext $version</footer>
 </main></body></html>
@@ -94,8 +96,8 @@ def comparison_page(comparison: Comparison, tables: Sequence[Table], figures: Ma
     longest = comparison.methods[0].perplexity[-1].length
     svg = {name: to_svg(figure, name) for name, figure in figures.items()}
     sections = [
-        _section("Perplexity by context length", tables[0].caption, _table(tables[0]) + svg["perplexity"]),
-        _section(
+        section("Perplexity by context length", tables[0].caption, table_html(tables[0]) + svg["perplexity"]),
+        section(
             "Where in the window it breaks",
             "Loss by position in one pass over the longest window. A method that holds keeps falling, or stays level, "
             "to the right of the trained length.",
@@ -103,17 +105,25 @@ def comparison_page(comparison: Comparison, tables: Sequence[Table], figures: Ma
         ),
     ]
     if "passkey" in svg:
-        sections.append(_section("Passkey retrieval", tables[1].caption, _table(tables[1]) + svg["passkey"]))
-    sections += [_section("Methods", "What longext extend writes for each.", _methods(comparison)), _measured(record)]
+        sections.append(section("Passkey retrieval", tables[1].caption, table_html(tables[1]) + svg["passkey"]))
+    sections += [section("Methods", "What longext extend writes for each.", _methods(comparison)), _measured(record)]
+    cards = "".join(_card(*card) for card in _cards(comparison, longest))
+    return page(
+        f"{record['model']['id']}: {comparison.trained_length:,} to {longest:,} tokens without training",
+        _lead(record),
+        [f'<div class="cards">{cards}</div>', *sections],
+        record["versions"]["longext"],
+    )
+
+
+def page(title: str, lead: str, sections: Sequence[str], version: str) -> str:
+    """Return a page; `sections` are HTML, the rest is text."""
     return _PAGE.substitute(
         style=_STYLE,
-        title=html.escape(
-            f"{record['model']['id']}: {comparison.trained_length:,} to {longest:,} tokens without training"
-        ),
-        lead=html.escape(_lead(record)),
-        cards="".join(_card(*card) for card in _cards(comparison, longest)),
+        title=html.escape(title),
+        lead=html.escape(lead),
         sections="\n".join(sections),
-        version=html.escape(record["versions"]["longext"]),
+        version=html.escape(version),
     )
 
 
@@ -161,11 +171,14 @@ def _card(label: str, value: str, note: str) -> str:
     return f'<div class="card">{"".join(f"""<div class="{kind}">{html.escape(text)}</div>""" for kind, text in parts)}</div>'
 
 
-def _section(title: str, text: str, body: str) -> str:
+def section(title: str, text: str, body: str) -> str:
+    """Return a section of a page: `title` and `text` are text, `body` is HTML."""
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """Return a table without its title and caption."""
+
     def cell(tag: str, text: str, column: int, best: bool = False) -> str:
         classes = " ".join(name for name, on in (("left", table.is_left(column)), ("best", best)) if on)
         return f'<{tag} class="{classes}">{html.escape(text)}</{tag}>'

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 RESULTS_ROOT = Path("results")
 
 
-def output_directory(given: str | None, kind: str, model: str) -> Path:
-    """Return the directory the user named, or results/<kind>-<model>-<UTC time>."""
+def output_directory(given: str | None, kind: str, model: str | None) -> Path:
+    """Return the directory the user named, or results/<kind>-<model>-<UTC time>; no <model> where it is None."""
     if given:
         return Path(given)
-    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1]) or "model"
+    if model is not None:
+        kind += "-" + (re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1]) or "model")
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return RESULTS_ROOT / f"{kind}-{name}-{stamp}"
+    return RESULTS_ROOT / f"{kind}-{stamp}"
 
 
 def dump_json(value: Any) -> str:
