@@ -107,7 +107,7 @@ class HFLanguageModel:
         change of length would keep their old rotation, and the result would equal no single forward pass.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
-        with self.frozen_rope(ids.shape[1] + max_new_tokens):
+        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -224,6 +224,23 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
     nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
     return TokenScores(nll, is_top1)
+
+
+@contextlib.contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Leave nothing of a model's generation settings but the tokens that end a text; undone on leaving.
+
+    What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
+    would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _is_rotary(module: nn.Module) -> bool:

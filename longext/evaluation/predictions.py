@@ -14,7 +14,7 @@ import torch
 from longext.errors import DataError
 from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers
 from longext.evaluation.batching import default_batch_tokens
-from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
+from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel, plain_generation
 from longext.evaluation.protocol import LanguageModel
 
 
@@ -156,7 +156,7 @@ def _greedy_batch(model: HFLanguageModel, batch: Sequence[Request]) -> list[list
     mask = [[0] * (longest - len(request.input_ids)) + [1] * len(request.input_ids) for request in batch]
     ends = sorted({*_ending_tokens(model), *first.stop_ids})
     is_ended = _stopping(model, batch, longest) if any(request.stop for request in batch) else None
-    with model.frozen_rope(longest + first.max_new_tokens):
+    with model.frozen_rope(longest + first.max_new_tokens), plain_generation(model.model):
         output = model.model.generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -87,6 +87,16 @@ def test_an_ending_token_cannot_come_first_where_a_minimum_says_so(books, reques
     assert prediction.text.startswith(books.decode([int(logits.argmax())]))
 
 
+def test_penalties_of_a_checkpoint_do_not_touch_greedy_answers(books, requests):
+    plain = generate_predictions(books, requests, None)
+    alone = [books.greedy(request.input_ids, 16) for request in requests]
+    own = books.model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 1.5, 2, 2
+    assert generate_predictions(books, requests, None, batch_tokens=100_000) == plain
+    assert [books.greedy(request.input_ids, 16) for request in requests] == alone
+    assert books.model.generation_config is own and own.repetition_penalty == 1.5
+
+
 def test_what_is_in_the_file_is_not_made_again(books, requests, tmp_path):
     path = tmp_path / "deep" / "answers.jsonl"
     whole = generate_predictions(books, requests, path, batch_tokens=250)
