@@ -169,10 +169,20 @@ def plan_merge(config: MergeConfig) -> Merge:
     if config.dtype not in _CHOICES:
         raise ConfigError(f"--dtype must be one of {', '.join(_CHOICES)}, got '{config.dtype}'.")
     directory = find_adapter(config.adapter)
+    for protected in (directory, find_base(config, directory, read_adapter_config(directory))[2]):
+        check_output(Path(config.output), config.force, protected=protected)
+    return read_merge(config)
+
+
+def read_merge(config: MergeConfig) -> Merge:
+    """Return what `plan_merge` plans, for a merge that stays in memory: no output is asked for or checked.
+
+    Raises:
+        CheckpointError: as `plan_merge`.
+    """
+    directory = find_adapter(config.adapter)
     settings = read_adapter_config(directory)
     name, revision, base = find_base(config, directory, settings)
-    for protected in (directory, base):
-        check_output(Path(config.output), config.force, protected=protected)
     shards = read_shards(base)
     asked = ExtendConfig(model=name, method="none", revision=revision)
     extension, record, notes = _plan_rope(directory, base, asked, config.trust_remote_code)
@@ -360,13 +370,27 @@ def _computed_blocks(merge: Merge, home: Shard, source: str, name: str) -> Itera
     """Yield the bytes of one merged or converted tensor."""
     import torch
 
+    tensor = _computed_tensor(merge, home, source, name)
+    yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _computed_tensor(merge: Merge, home: Shard, source: str, name: str) -> torch.Tensor:
+    import torch
+
     tensor = read_tensor(home, source)
     if name in merge.adapter.touched:
         tensor = merged_tensor(merge.adapter, name, tensor)
     rounded = tensor.to(getattr(torch, TORCH_NAMES[merge.dtypes[name]]))
     if tensor.isfinite().all() and not rounded.isfinite().all():
         raise CheckpointError(f"'{name}' does not fit {rounded.dtype}: use --dtype bfloat16 or float32.")
-    yield rounded.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return rounded
+
+
+def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of everything that the merged checkpoint holds and the base does not, as it is written."""
+    for name, home in merge.homes.items():
+        if name in merge.adapter.touched or name not in home.tensors:
+            yield name, _computed_tensor(merge, home, name if name in home.tensors else merge.adapter.embedding, name)
 
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
@@ -374,13 +398,13 @@ def _write_side_files(merge: Merge, staging: Path) -> None:
     own = (file for pattern in _TOKENIZER_FILES for file in merge.adapter.directory.glob(pattern) if file.is_file())
     for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
         place_file(file, staging / name, force_copy=True)
-    write_json(staging / "config.json", _merged_config(merge))
+    write_json(staging / "config.json", merged_config(merge))
     raise_length(staging / "tokenizer_config.json", "model_max_length", merge.extension.new_length)
     raise_length(staging / "generation_config.json", "max_length", merge.extension.new_length)
 
 
-def _merged_config(merge: Merge) -> dict[str, Any]:
-    """The base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
+def merged_config(merge: Merge) -> dict[str, Any]:
+    """Return the base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
     config = extended_config(merge.extension)
     text = config.get("text_config")
     sections = [config, text] if isinstance(text, dict) else [config]

@@ -93,6 +93,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / "config.json", "a Hugging Face model directory")
 
 
+def is_adapter(directory: Path) -> bool:
+    """Return True for a directory that PEFT saved an adapter to, and no whole model."""
+    return (directory / "adapter_config.json").is_file() and not (
+        (directory / INDEX_NAME).is_file() or any(directory.glob("model*.safetensors"))
+    )
+
+
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file: its tensors as (dtype, shape, start, end), byte offsets counted from `data_start`."""
@@ -184,6 +191,8 @@ def read_shards(directory: Path) -> list[Shard]:
         raise CheckpointError(f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. Download it again.")
     if files:
         return [read_shard(files[0])]
+    if is_adapter(directory):
+        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")
     legacy = sorted(file.name for pattern in _LEGACY for file in directory.glob(pattern))
     if legacy:
         raise CheckpointError(

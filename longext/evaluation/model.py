@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from longext.checkpoint.extend import extended_config, plan_extension
+from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
-from longext.checkpoint.source import read_config, read_shards, resolve_model
+from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
 from longext.config import ExtendConfig, RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
+from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
 from longext.evaluation.protocol import TokenScores
 
@@ -35,15 +37,25 @@ class HFLanguageModel:
         model: a causal LM in eval mode.
         tokenizer: its tokenizer.
         config: config.json as a dict; `set_rope` swaps it.
-        directory: where it was loaded from.
+        directory: where it (of an adapter: its tokenizer) was loaded from.
+        adapter: what a result says of the adapter that was merged into it; None for a model as it is.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, config: dict[str, Any], directory: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        config: dict[str, Any],
+        directory: Path,
+        adapter: dict[str, Any] | None = None,
+    ) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.directory = directory
+        self.adapter = adapter
         self._head_is_plain: bool | None = None
 
     @property
@@ -194,6 +206,7 @@ class HFLanguageModel:
             "device": _device_name(self.device),
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
 
 
@@ -277,6 +290,8 @@ def load_language_model(
 ) -> HFLanguageModel:
     """Load `config.model` for evaluation, optionally with an extension method applied in memory.
 
+    An adapter directory is its base with the adapter merged in, as `longext merge` would write it.
+
     Args:
         method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it; None or "none" for the model as
             it is.
@@ -284,32 +299,40 @@ def load_language_model(
 
     Raises:
         CheckpointError: the model cannot be read.
-        ConfigError: unknown device, dtype or method.
+        ConfigError: unknown device, dtype or method, or a method for an adapter.
     """
     from transformers import AutoModelForCausalLM
 
     directory = resolve_model(config.model, config.revision)
-    read_shards(directory)
-    read_model_rope(directory, config.trust_remote_code)
     method = None if method == "none" else method
-    raw = extension_config(config, method, factor) if method else read_config(directory)
+    merge = plan_adapter(config, method) if is_adapter(directory) else None
+    weights = merge.base if merge else directory
+    read_shards(weights)
+    read_model_rope(weights, config.trust_remote_code)
+    raw = extension_config(config, method, factor) if method else read_config(weights)
+    raw = merged_config(merge) if merge else raw
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
     quiet_transformers()
+    if merge and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        directory = weights
     tokenizer = load_tokenizer(directory, config.trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=build_model_config(raw) if method else None,
+            weights,
+            config=build_model_config(raw) if method or merge else None,
             dtype=resolve_dtype(config.dtype, device),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             device_map="auto" if is_mapped else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {directory}: {first_line(error)}") from error
+        raise CheckpointError(f"transformers cannot load {weights}: {first_line(error)}") from error
+    if merge:
+        put_in(model, merge)
     placed = model if is_mapped else model.to(device)
-    return HFLanguageModel(config.model, placed.eval(), tokenizer, raw, directory)
+    facts = adapter_facts(merge) if merge else None
+    return HFLanguageModel(config.model, placed.eval(), tokenizer, raw, directory, facts)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:

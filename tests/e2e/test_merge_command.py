@@ -317,7 +317,7 @@ def test_a_method_that_the_config_cannot_name_is_remembered(tiny, tmp_path):
         (("adapter", "-o", "out", "--dtype", "int8"), ("--dtype must be one of auto, float32", "int8")),
         (("adapter", "-o", "adapter/out"), ("overlap",)),
         (("adapter", "-o", "out", "--base", "nowhere"), ("No model at 'nowhere'",)),
-        (("adapter", "-o", "out", "--base", "adapter"), ("No *.safetensors weights",)),
+        (("adapter", "-o", "out", "--base", "adapter"), ("adapter holds an adapter, not a model",)),
         (("adapter", "-o", "out", "--set", "bse=x"), ("unknown key 'bse'", "Did you mean 'base'")),
     ],
 )
