@@ -123,6 +123,12 @@ def test_a_file_of_another_run_is_refused(books, requests, tmp_path):
     generate_predictions(books, requests, path)
     with pytest.raises(ConfigError, match="other prompts or of another model"):
         generate_predictions(books, requests[:-1], path)
+    own = books.model.generation_config.eos_token_id
+    books.model.generation_config.eos_token_id = [own, 7]
+    with pytest.raises(ConfigError, match="other prompts or of another model"):
+        generate_predictions(books, requests, path)
+    books.model.generation_config.eos_token_id = own
+    generate_predictions(books, requests, path)
     with torch.no_grad():
         books.model.get_input_embeddings().weight[0, 0] += 1
     with pytest.raises(ConfigError, match="other prompts or of another model"):
