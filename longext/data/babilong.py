@@ -1,8 +1,8 @@
 """BABILong's rows and prompts (arXiv 2406.10149): bAbI facts scattered in the text of books, and a question on them.
 
 Files are <length>/<task>.jsonl with input, question and target. Prompts are built as the authors build theirs, from
-an instruction, examples, the form of the answer, the text between <context> tags and the question; the words of
-instructions and examples are longext's own.
+an instruction, examples, the form of the answer, the text between <context> tags and the question, empty lines between
+them; the words of instructions and examples are longext's own.
 """
 
 from __future__ import annotations
@@ -204,10 +204,9 @@ def prompt_text(row: BABILongRow, prompt: str) -> str:
     """
     task = BABILONG_TASKS[row.task]
     has_instruction, has_examples = PROMPTS[prompt]
+    examples = [f"<example>\n{facts}\nAnswer: {answer}\n</example>" for facts, answer in task.examples]
     parts = [task.instruction] if has_instruction else []
-    if has_examples:
-        parts += [f"<example>\n{facts}\nAnswer: {answer}\n</example>" for facts, answer in task.examples]
-    if has_instruction:
-        parts.append(task.form)
-    text = f"<context>\n{row.text}\n</context>\n\nQuestion: {row.question.strip()}"
-    return "\n".join([*parts, text])
+    parts += ["\n".join(examples)] if has_examples else []
+    parts += [task.form] if has_instruction else []
+    text = f"<context>\n{row.text.strip()}\n</context>\n\nQuestion: {row.question.strip()}"
+    return "\n\n".join([*parts, text])

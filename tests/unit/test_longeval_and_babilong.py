@@ -134,11 +134,15 @@ def test_babilong_verdicts(task, answer, question, target, verdict):
 
 
 def test_babilong_prompts_have_the_parts_that_were_asked_for():
-    row = babilong.BABILongRow("i", "qa1", 0, "FACTS.", "Where is Mary? ", "garden")
+    row = babilong.BABILongRow("i", "qa1", 0, " FACTS.\n", "Where is Mary? ", "garden")
     plain, instruction, examples = (babilong.prompt_text(row, kind) for kind in ("plain", "instruction", "examples"))
     assert plain == "<context>\nFACTS.\n</context>\n\nQuestion: Where is Mary?"
     assert instruction.endswith(plain)
     assert examples.endswith(plain)
+    task = babilong.BABILONG_TASKS["qa1"]
+    assert instruction == f"{task.instruction}\n\n{task.form}\n\n{plain}"  # the authors' template
+    between = examples.removeprefix(f"{task.instruction}\n\n").removesuffix(f"\n\n{task.form}\n\n{plain}")
+    assert re.fullmatch(r"(<example>\n[^<]+\nAnswer: [^<]+\n</example>\n?)+", between)
     assert instruction.count("<example>") == 0
     assert examples.count("<example>") == 2
     for task in babilong.BABILONG_TASKS:
