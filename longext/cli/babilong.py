@@ -58,6 +58,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
     from longext.data.babilong import length_name, read_rows
+    from longext.data.json_lines import repeated_note
     from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
     from longext.evaluation.bars import place_bars, require_bars
     from longext.evaluation.retrieval import (
@@ -90,6 +91,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
         table = retrieval_table(title, cells, pooled, label=length_name, size="")
         shown = [*record["results"], *(record["by_length"] if len(config.tasks) > 1 else [])]
         figure = retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
+        asked = ((f"{row.task} at {length_name(row.length)}", (row.text, row.question)) for row in rows)
         extra = {"answers.jsonl": answer_lines(outcomes, {row.id: [row.target] for row in rows}, answers)}
         deliver(
             output,
@@ -99,7 +101,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
             [table],
             {"babilong": figure},
             as_json=as_json,
-            notes=window_notes(model, outcomes),
+            notes=[*repeated_note(asked), *window_notes(model, outcomes)],
             extra=extra,
         )
     require_bars(record)

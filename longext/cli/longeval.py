@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from longext.evaluation.bars import PLACES
 from longext.evaluation.retrieval_config import LongEvalConfig
 
 if TYPE_CHECKING:
+    from longext.data.longeval import LongEvalCase
     from longext.evaluation.retrieval import RetrievalCell
 
 _DEFAULT = LongEvalConfig(model="")
@@ -136,15 +138,19 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
-        notes = [*_notes(config, {case.task for case in cases}), *window_notes(model, outcomes)]
+        notes = [*_notes(config, cases), *window_notes(model, outcomes)]
         _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
     require_bars(record)
 
 
-def _notes(config: LongEvalConfig, there: set[str]) -> list[str]:
+def _notes(config: LongEvalConfig, cases: Sequence[LongEvalCase]) -> list[str]:
+    from longext.data.json_lines import repeated_note
+
+    there = {case.task for case in cases}
     left = [task for task in config.tasks if task not in there]
     source = f"{config.data} has none" if config.data else "their conversations come with --data"
-    return [f"{task.capitalize()} were not asked for: {source}." for task in left]
+    absent = [f"{task.capitalize()} were not asked for: {source}." for task in left]
+    return [*absent, *repeated_note((f"{case.size} {case.task}", case.prompt) for case in cases)]
 
 
 def _show(

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longext.data.json_lines import json_lines
+from longext.data.json_lines import json_lines, text_fields
 from longext.errors import ConfigError, DataError
 from longext.registry import Registry, did_you_mean
 
+_WHERE = (
+    "The Hub dataset RMT-team/babilong has a configuration for each length and a split for each task: "
+    "`load_dataset('RMT-team/babilong', '4k', split='qa1').to_json('4k/qa1.jsonl')` (from datasets) writes a file."
+)
 ROOMS = frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"})
 PEOPLE_AND_THINGS = frozenset({"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"})
 
@@ -164,7 +168,9 @@ def read_rows(folder: str, tasks: Sequence[str], lengths: Sequence[str], num_cas
     """
     root = Path(folder).expanduser()
     if not folder or not root.is_dir():
-        raise ConfigError(f"--data must be a folder with <length>/<task>.jsonl (4k/qa1.jsonl), got '{folder}'.")
+        raise ConfigError(
+            f"--data must be a folder with <length>/<task>.jsonl (4k/qa1.jsonl), got '{folder}'. {_WHERE}"
+        )
     there = sorted(
         (length, path) for path in root.iterdir() if path.is_dir() and (length := parse_length(path.name)) is not None
     )
@@ -173,7 +179,7 @@ def read_rows(folder: str, tasks: Sequence[str], lengths: Sequence[str], num_cas
         if name not in names:
             raise ConfigError(f"No length '{name}' in {root}. {did_you_mean(name, names) if names else 'It is empty.'}")
     if not there:
-        raise ConfigError(f"No folder named after a length (0k, 4k, 1M) in {root}.")
+        raise ConfigError(f"No folder named after a length (0k, 4k, 1M) in {root}. {_WHERE}")
     chosen = [(length, path) for length, path in there if not lengths or path.name in lengths]
     return [row for task in tasks for length, path in chosen for row in _read_file(path, task, length)[:num_cases]]
 
@@ -181,14 +187,11 @@ def read_rows(folder: str, tasks: Sequence[str], lengths: Sequence[str], num_cas
 def _read_file(folder: Path, task: str, length: int) -> list[BABILongRow]:
     path = folder / f"{task}.jsonl"
     if not path.is_file():
-        held = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
-        raise ConfigError(f"No {path}. Tasks there: {held}.")
+        held = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl") if file.is_file())) or "none"
+        raise ConfigError(f"No file {path}. Tasks there: {held}. {_WHERE}")
     rows = []
     for where, value in json_lines(path):
-        fields = value if isinstance(value, dict) else {}
-        parts = [part for key in ("input", "question", "target") if isinstance(part := fields.get(key), str)]
-        if len(parts) < 3:
-            raise DataError(f"{where} is no row of BABILong: it needs input, question and target as text.")
+        parts = text_fields(where, value, ("input", "question", "target"), "row of BABILong")
         number = where.rpartition(":")[2]
         rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
     if not rows:

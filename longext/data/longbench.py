@@ -45,7 +45,7 @@ def longbench_files(data: str, names: Sequence[str]) -> dict[str, Path | zipfile
     """Return the file of each of `names` (<task> or <task>_e) that `data` has: a folder, or `hub`.
 
     Raises:
-        DataError: no such folder, or the archive cannot be had from the Hub.
+        DataError: no such folder, a folder in place of a file, or the archive cannot be had from the Hub.
     """
     folder: Path | zipfile.Path
     if data == HUB:
@@ -55,6 +55,9 @@ def longbench_files(data: str, names: Sequence[str]) -> dict[str, Path | zipfile
         if not folder.is_dir():
             raise DataError(f"No folder '{data}' with LongBench's files. {_WHERE}")
     files = {name: folder / f"{name}.jsonl" for name in names}
+    for file in files.values():
+        if file.is_dir():
+            raise DataError(f"{file} is a folder; it must be a file of JSON lines.")
     return {name: file for name, file in files.items() if file.is_file()}
 
 
@@ -78,16 +81,20 @@ def read_json_lines(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, 
     """Yield (place as an error names it, object) for each line that is not empty.
 
     Raises:
-        DataError: a line that is no JSON object.
+        DataError: a line that is not UTF-8, or no JSON object.
     """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
-            if not line.strip():
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not valid JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: not a JSON object.")

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from longext.data.json_lines import json_lines
+from longext.data.json_lines import json_lines, text_fields
 from longext.data.words import NUM_NAMES, draw_different, draw_name
 from longext.errors import ConfigError, DataError
 
+_KIND = "case of LongEval"
+_WHERE = "LMSYS's are in longeval/evaluation of github.com/DachengLi1/LongChat; lines can be generated (no --data)."
 LINES, TOPICS = "lines", "topics"
 PUBLISHED_SIZES = {LINES: (200, 300, 400, 500, 600, 680), TOPICS: (5, 10, 15, 20, 25)}
 _MAX_NUMBER = 50_000  # the published cases hold numbers of one to five digits
@@ -61,18 +63,21 @@ def read_cases(folder: str, tasks: Sequence[str], sizes: Sequence[int], num_case
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"--data must be a folder with <n>_lines.jsonl or <n>_topics.jsonl, got '{folder}'.")
-    found: dict[tuple[str, int], Path] = {}
+        raise ConfigError(f"--data must be a folder with <n>_lines.jsonl or <n>_topics.jsonl, got '{folder}'. {_WHERE}")
+    found: dict[tuple[str, int], list[Path]] = {}
     for path in sorted(root.rglob("*.jsonl")):
         named = _NAMED.match(path.name)
-        if named and named.group(2) in tasks:
-            found[named.group(2), int(named.group(1))] = path
+        if named and named.group(2) in tasks and path.is_file():
+            found.setdefault((named.group(2), int(named.group(1))), []).append(path)
     there = ", ".join(f"{size}_{task}.jsonl" for task, size in sorted(found)) or "none"
     if not found or not set(sizes) <= {size for _, size in found}:
         wanted = f"of {', '.join(map(str, sizes))} " if sizes else ""
-        raise ConfigError(f"No cases {wanted}for --tasks {','.join(tasks)} in {root}; found there: {there}.")
+        raise ConfigError(f"No cases {wanted}for --tasks {','.join(tasks)} in {root}; found there: {there}. {_WHERE}")
     chosen = sorted(key for key in found if not sizes or key[1] in sizes)
-    return [case for task, size in chosen for case in _read_file(found[task, size], task, size)[:num_cases]]
+    for key in chosen:
+        if len(found[key]) > 1:
+            raise ConfigError(f"Two files of one name: {found[key][0]} and {found[key][1]}. Give --data one's folder.")
+    return [case for task, size in chosen for case in _read_file(found[task, size][0], task, size)[:num_cases]]
 
 
 def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
@@ -83,21 +88,20 @@ def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
 
 
 def _case(value: Any, where: str, task: str, size: int) -> LongEvalCase:
-    try:
-        if task == TOPICS:
-            return LongEvalCase(task, size, _text(value["prompt"]), _text(value["topics"][0]), "")
-        return LongEvalCase(
-            task, size, _text(value["prompt"]), str(int(value["expected_number"])), _text(value["random_idx"][0])
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        needs = "prompt and topics" if task == TOPICS else "prompt, expected_number and random_idx"
-        raise DataError(f"{where} is no case of LongEval: it needs {needs}.") from error
+    (prompt,) = text_fields(where, value, ("prompt",), _KIND)
+    if task == TOPICS:
+        return LongEvalCase(task, size, prompt, _first_text(where, value, "topics"), "")
+    number = value.get("expected_number")
+    if not str(number).isdecimal():
+        raise DataError(f"{where} is no {_KIND}: no whole number under 'expected_number'.")
+    return LongEvalCase(task, size, prompt, str(int(str(number))), _first_text(where, value, "random_idx"))
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
+def _first_text(where: str, value: dict[str, Any], name: str) -> str:
+    texts = value.get(name)
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
+        raise DataError(f"{where} is no {_KIND}: no list that begins with a text under '{name}'.")
+    return texts[0]
 
 
 def generate_lines(size: int, num_cases: int, seed: int) -> list[LongEvalCase]:

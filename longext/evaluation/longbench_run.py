@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.config import LongBenchConfig
+from longext.data.json_lines import repeated_note
 from longext.data.longbench import (
     HUB,
     LongBenchRow,
@@ -73,7 +74,8 @@ def load_tasks(config: LongBenchConfig) -> tuple[list[TaskRun], list[str]]:
         raise missing_file(stems[missing[0]], config.data)
     runs = [TaskRun(name, read_longbench(files[stem], config.limit)) for name, stem in stems.items() if stem in files]
     notes = [f"{config.data} has no file for {', '.join(missing)}: left out."] if missing else []
-    return runs, [*notes, *_jieba_note(config)]
+    asked = ((run.name, (row.question, row.context)) for run in runs for row in run.rows)
+    return runs, [*notes, *_jieba_note(config), *repeated_note(asked)]
 
 
 def _jieba_note(config: LongBenchConfig) -> list[str]:
@@ -230,11 +232,12 @@ def score_notes(scores: Sequence[TaskScore], config: LongBenchConfig) -> list[st
     """Return what a reader of the scores has to know: answers that are missing or empty, rows that are."""
     notes = []
     for what, count in (("no answer", "num_missing"), ("an empty answer", "num_empty"), ("no length", "num_unplaced")):
-        own = {score.task: getattr(score, count) for score in scores if getattr(score, count)}
-        listed = ", ".join(f"{number} of {name}" for name, number in own.items())
+        own = [score for score in scores if getattr(score, count)]
+        listed = ", ".join(f"{getattr(score, count)} of the {score.num_rows} of {score.task}" for score in own)
+        place = f" in {config.predictions}" if config.predictions and count != "num_unplaced" else ""
         fate = "in no bucket" if count == "num_unplaced" else "scored as they are: 0 in nearly every metric"
         fate = "scored 0" if count == "num_missing" else fate
-        notes += [f"Rows with {what}: {listed} ({fate})."] if own else []
+        notes += [f"Rows with {what}{place}: {listed} ({fate})."] if own else []
     fewer = [score.task for score in scores if score.num_rows < TASKS[score.task].num_rows]
     if fewer and not config.longbench_e:
         which = "every task here" if len(fewer) == len(scores) else ", ".join(fewer)

@@ -226,8 +226,8 @@ def test_given_answers_that_are_missing_or_empty_are_said_and_score_zero(run, tm
     args = ("eval", "longbench", "--predictions", folder)
     result = run(*args, "--data", data, "-o", "out")
     assert result.exit_code == 0, result.output
-    assert "no answer: 1 of hotpotqa (scored 0)" in result.stdout
-    assert "empty answer: 1 of hotpotqa" in result.stdout
+    assert f"no answer in {folder}: 1 of the 3 of hotpotqa (scored 0)" in result.stdout
+    assert f"an empty answer in {folder}: 1 of the 3 of hotpotqa" in result.stdout
     record = json.loads((tmp_path / "out/result.json").read_text())
     assert record["results"][0]["score"] == 33.33 and record["results"][0]["num_missing"] == 1
     without = run(*args, "--json", "-o", "without")
