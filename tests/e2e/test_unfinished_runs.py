@@ -1,0 +1,202 @@
+"""A run killed midway: the same command goes on, asks nothing twice, and ends in the same scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+from test_bad_input import fails, no_leftovers
+from test_commands import ok
+from test_harness import STORY, write_answers, write_choices, write_task
+from test_longbench_command import TASKS, write_data
+
+from longext.evaluation import harness_model, predictions
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+NEEDLE = ("needle", "books-5m", "--tasks", "single", "--lengths", "200,256", "--num-trials", 2, "--haystack", "noise")
+NEEDLE = (*NEEDLE, "--max-new-tokens", 8)
+SUITES = {
+    "needle": NEEDLE,
+    "longeval": ("longeval", "books-5m", "--sizes", "2,3", "--num-cases", 2, "--complete"),
+    "babilong": ("babilong", "books-5m", "--data", "facts", "--tasks", "qa1", "--max-new-tokens", 2),
+    "longbench": ("longbench", "books-5m", "--data", "bench", "--tasks", "samsum,trec", "--max-length", 60),
+    "choices": ("harness", "books-5m", "--include-path", "tasks", "--tasks", "choices"),
+    "mixed": ("harness", "books-5m", "--include-path", "tasks", "--tasks", "answers,rolling"),
+}
+WHERE = {"longbench": "out.running/generated", "choices": "out.predictions", "mixed": "out.predictions"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """What the suites read."""
+    (tmp_path / "facts/0k").mkdir(parents=True)
+    rows = [
+        {"input": f"{name} went to the garden.", "question": f"Where is {name}?", "target": "garden"} for name in "ABC"
+    ]
+    (tmp_path / "facts/0k/qa1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data(tmp_path / "bench", {name: TASKS[name] for name in ("samsum", "trec")})
+    write_choices(tmp_path / "tasks")
+    write_answers(tmp_path / "tasks", [{"question": text, "answer": "x"} for text in ("He", "She had", "It")])
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"}
+    texts = [{"question": STORY * n} for n in (1, 2)]
+    write_task(tmp_path / "tasks", "rolling", texts, **rolling, metric_list=[{"metric": "bits_per_byte"}])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every answer that is kept, as (file, id); `asked.last` many of them end the process, as a power cut would."""
+
+    class Asked(list):
+        last = None
+
+    found, real = Asked(), predictions.append_answers
+
+    def append(path, rows):
+        real(path, rows)
+        found.extend((path.name, row["id"]) for row in rows)
+        if found.last is not None and len(found) >= found.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for module in (predictions, harness_model):
+        monkeypatch.setattr(module, "append_answers", append)
+    return found
+
+
+def killed(run, asked, args, after):
+    """Run a command in a child process that is killed after so many answers."""
+    child = os.fork()
+    if child == 0:
+        try:
+            asked.last = after
+            run(*args)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def kept(tmp_path, name):
+    """The answers on disk as (file, id)."""
+    place = tmp_path / WHERE.get(name, "out.predictions.jsonl")
+    files = [place] if place.is_file() else sorted(place.glob("*.jsonl"))
+    return [(file.name, json.loads(line)["id"]) for file in files for line in file.read_text().splitlines()[1:]]
+
+
+def outcome(directory):
+    """What a run leaves that does not depend on the time it took."""
+    record = json.loads((directory / "result.json").read_text())
+    files = [file for file in sorted(directory.rglob("*.jsonl"))]
+    return record["results"], record["protocol"], [file.read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_same_command_goes_on(run, tmp_path, data, asked, name):
+    args = ("eval", *SUITES[name], "-o")
+    ok(run(*args, "whole"))
+    whole = list(asked)
+    assert len(whole) == len(set(whole)) >= 3
+    asked.clear()
+    killed(run, asked, (*args, "out"), len(whole) - 1)
+    before = kept(tmp_path, name)
+    assert len(before) == len(whole) - 1
+    assert not (tmp_path / "out").exists()
+    ok(run(*args, "out"))
+    assert len(asked) == 1  # the one that was open
+    assert sorted(str(own) for _, own in [*before, *asked]) == sorted(str(own) for _, own in whole)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    no_leftovers(tmp_path, "bench", "facts", "out", "tasks", "whole")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_an_interrupt_says_where_the_answers_are(run, tmp_path, data, monkeypatch, name):
+    real, count = predictions.append_answers, []
+
+    def append(path, rows):
+        real(path, rows)
+        count.append(path)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+
+    for module in (predictions, harness_model):
+        monkeypatch.setattr(module, "append_answers", append)
+    result = run("eval", *SUITES[name], "-o", "out")
+    assert result.exit_code == 130
+    where = WHERE.get(name, "out.predictions.jsonl")
+    assert f"The answers so far are in {where}: the same command goes on from them." in result.stderr
+
+
+def test_without_o_the_name_to_go_on_with_is_told(run, tmp_path, asked, monkeypatch):
+    real = predictions.append_answers
+
+    def append(path, rows):
+        real(path, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predictions, "append_answers", append)
+    told = run("eval", *NEEDLE).stderr
+    output = told.partition(" with -o ")[2].split()[0]
+    assert output.startswith("results/needle-books-5m-")
+    monkeypatch.setattr(predictions, "append_answers", real)
+    ok(run("eval", *NEEDLE, "-o", output))
+    no_leftovers(tmp_path / "results", output.removeprefix("results/"))
+
+
+CHANGES = {
+    "seed": ("--seed", 1),
+    "lengths": ("--lengths", "200,260"),
+    "max-new-tokens": ("--max-new-tokens", 9),
+    "num-trials": ("--num-trials", 1),
+    "dtype": ("--dtype", "bfloat16"),
+    "method": ("--method", "linear", "--factor", 2),
+    "memory": ("--memory", "window:128", "--segment", 64),
+    "haystack": ("--haystack", "book"),
+}
+
+
+def test_another_setting_uses_no_stale_answers_and_says_so(run, tmp_path, asked):
+    args = ("eval", *NEEDLE, "-o", "out")
+    killed(run, asked, args, 2)
+    file = tmp_path / "out.predictions.jsonl"
+    before = file.read_bytes()
+    for change in CHANGES.values():
+        message = fails(
+            run(*args, *change), 2, "out.predictions.jsonl", "other prompts or of another model", "remove it"
+        )
+        assert "are not used" in message
+    ok(run("extend", "books-5m", "--method", "yarn", "--factor", 2, "-o", "other"))
+    fails(run("eval", "needle", "other", *NEEDLE[2:], "-o", "out"), 2, "of another model")
+    assert file.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+    ok(run(*args))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("longeval", ("--seed", 1)),
+        ("babilong", ("--prompt", "plain")),
+        ("longbench", ("--max-length", 50)),
+        ("choices", ("--max-length", 200)),
+        ("mixed", ("--dtype", "bfloat16")),
+    ],
+)
+def test_no_suite_uses_stale_answers(run, tmp_path, data, asked, name, change):
+    args = ("eval", *SUITES[name], "-o", "out")
+    killed(run, asked, args, 2)
+    fails(run(*args, *change), 2, WHERE.get(name, "out.predictions"), "are not used", "remove it to start over")
+
+
+def test_another_command_leaves_an_unfinished_training_alone(run, tmp_path, data):
+    """A working directory of the same name that is not LongBench's is never taken up."""
+    from longext.config import FinetuneConfig
+    from longext.manifest import write_manifest
+
+    work = tmp_path / "out.running"
+    work.mkdir()
+    write_manifest(work, "finetune", FinetuneConfig(model="m"), state="running")
+    for suite in ("longbench", "choices"):
+        run("eval", *SUITES[suite], "-o", "out", "--limit", 1)
+        assert json.loads((work / "run.json").read_text())["config"]["model"] == "m"
+    fails(run("eval", *SUITES["longbench"], "-o", "new/../out2", "--resume"), 2, "Nothing to resume")
