@@ -152,3 +152,9 @@ def rows_hash(rows: Sequence[LongBenchRow]) -> str:
     for row in rows:
         digest.update(json.dumps([row.question, row.context, row.answers, row.length, row.all_classes]).encode())
     return digest.hexdigest()
+
+
+def references_hash(rows: Sequence[LongBenchRow]) -> str:
+    """Return a SHA-256 over what answers are scored against, in any order; published answers hold no more."""
+    scored = sorted(json.dumps([row.answers, row.length, row.all_classes]) for row in rows)
+    return hashlib.sha256("\n".join(scored).encode()).hexdigest()

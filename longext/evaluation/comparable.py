@@ -62,6 +62,8 @@ def fields_of(part: Part) -> dict[str, Any]:
     """Return every field of a part's record that is compared: those that must agree and those that are told."""
     record = part.record
     held = {key: record.get(key) or {} for key in ("protocol", "data", "versions", "model")}
+    if (record["model"] or {}).get("answers_from") and "references_sha256" in held["data"]:
+        held["data"] = {key: value for key, value in held["data"].items() if key != "sha256"}  # of rows without prompts
     held["model"] = {f"{key}": value for key, value in held["model"].items() if f"model.{key}" in _of_model(part.suite)}
     base = {"config_sha256": record["base"].get("config_sha256")} if isinstance(record.get("base"), Mapping) else {}
     return {name: value for name, value in leaves({**held, "base": base}) if _is_compared(name, value, part.suite)}

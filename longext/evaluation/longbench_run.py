@@ -21,6 +21,7 @@ from longext.data.longbench import (
     missing_file,
     read_json_lines,
     read_longbench,
+    references_hash,
     rows_hash,
 )
 from longext.errors import DataError
@@ -289,6 +290,7 @@ def longbench_record(
     data: Mapping[str, Any] = {
         "source": config.predictions or config.data,
         "sha256": {run.name: rows_hash(run.rows) for run in runs},
+        "references_sha256": {run.name: references_hash(run.rows) for run in runs},
     }
     return result_record(
         "longbench",

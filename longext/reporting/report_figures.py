@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ _TICK = 0.55  # inches between labels of lengths
 _BANDS = 4  # more intervals than these would hide each other: they are drawn as bars, a little apart
 _APART = 0.04  # octaves between them at most
 _SPREAD = 0.24  # octaves of all of them together
-_WIDEST, _THINNEST = 2.8, 1.6  # lines: what lies below shows beside what lies on it
+_OVER = (0, (3, 2))  # dashes of a line that lies on another, which shows between them
 _CHARACTERS = 14  # of a legend in an inch
 
 
@@ -134,15 +135,25 @@ def _draw_panel(
 ) -> None:
     labels = list(dict.fromkeys(cell.label for cell in cells))
     is_band = len(labels) <= _BANDS
-    step = 0.0 if is_band else min(_APART, _SPREAD / len(labels))
+    step = 0.0 if is_band or own.suite.name == "positions" else min(_APART, _SPREAD / len(labels))
+    drawn: list[dict[Any, float]] = []
     for i, label in enumerate(labels):
         held = sorted((cell for cell in cells if cell.label == label), key=lambda cell: columns.index(cell.column))
+        values = {cell.column: cell.score.value for cell in held}
+        hides = any(_meet(values, other) for other in drawn)
+        look = replace(looks[label], dashes=_OVER) if hides and not step else looks[label]
+        drawn.append(values)
         if own.suite.name == "positions":
-            _stairs(axes, held, looks[label])
-            continue
-        x = _places(columns, held, step * (i - (len(labels) - 1) / 2))
-        width = _WIDEST - (_WIDEST - _THINNEST) * (i + 1) / len(labels) if is_band else _THINNEST
-        _line(axes, x, held, looks[label], view, width, is_band=is_band)
+            _stairs(axes, held, look)
+        else:
+            x = _places(columns, held, step * (i - (len(labels) - 1) / 2))
+            _line(axes, x, held, look, view, is_band=is_band)
+
+
+def _meet(values: Mapping[Any, float], other: Mapping[Any, float]) -> bool:
+    """True where two lines are the same between two neighbouring columns."""
+    same = [column in other and math.isclose(value, other[column], rel_tol=1e-3) for column, value in values.items()]
+    return any(a and b for a, b in pairwise(same))
 
 
 def _places(columns: Sequence[Any], cells: Sequence[Cell], shift: float) -> list[float]:
@@ -152,12 +163,10 @@ def _places(columns: Sequence[Any], cells: Sequence[Cell], shift: float) -> list
     return [float(cell.column) * 2**shift for cell in cells]
 
 
-def _line(
-    axes: Any, x: Sequence[float], cells: Sequence[Cell], look: Look, view: View, width: float, *, is_band: bool
-) -> None:
+def _line(axes: Any, x: Sequence[float], cells: Sequence[Cell], look: Look, view: View, *, is_band: bool) -> None:
     scale = 100.0 if view.unit in _PERCENT else 1.0
     y = [scale * cell.score.value for cell in cells]
-    axes.plot(x, y, marker=look.marker, markersize=4.5, linewidth=width, color=look.colour, linestyle=look.dashes)
+    axes.plot(x, y, marker=look.marker, markersize=4.5, linewidth=1.9, color=look.colour, linestyle=look.dashes)
     between = [cell.score.interval() for cell in cells]
     if any(pair is None for pair in between):
         return
@@ -172,9 +181,7 @@ def _stairs(axes: Any, cells: Sequence[Cell], look: Look) -> None:
     rows = [cell.score.rows[-1] for cell in cells]
     edges = [rows[0]["start"], *(row["length"] for row in rows)]
     values = [cell.score.value for cell in cells]
-    # dynamic NTK equals NTK-aware at the full window: dashes let the line under it show
-    dashes = (0, (3, 1.5)) if cells[0].part.method.startswith("dynamic") else look.dashes
-    axes.stairs(values, edges, baseline=None, color=look.colour, linestyle=dashes, linewidth=1.9)
+    axes.stairs(values, edges, baseline=None, color=look.colour, linestyle=look.dashes, linewidth=1.9)
 
 
 def _finish(axes: Any, own: Group, view: View, columns: Sequence[Any], width: float) -> None:

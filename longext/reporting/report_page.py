@@ -62,11 +62,13 @@ def _results(report: Report) -> str:
 
 
 def _rows(report: Report) -> str:
+    """Return the table of results, its last column (commands) as code; long cells wrap."""
     table = results_table(report)
     head = "".join(f'<th class="left">{html.escape(name)}</th>' for name in table.columns)
-    rows = [
-        f'<tr><td class="left wrap">{html.escape(name)}</td><td class="left">{html.escape(kind)}</td>'
-        f'<td class="left wrap"><code>{html.escape(command)}</code></td></tr>'
-        for name, kind, command in table.rows
-    ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = ""
+    for row in table.rows:
+        *cells, command = (html.escape(text) for text in row)
+        body += "".join(f'<td class="left wrap">{cell}</td>' for cell in [*cells, f"<code>{command}</code>"]).join(
+            ("<tr>", "</tr>")
+        )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

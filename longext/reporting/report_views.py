@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longext.evaluation.comparable import Conflict
 from longext.evaluation.report import Cell, Group, Report, Shown
 from longext.evaluation.suites import Column, View
 from longext.reporting.efficiency_views import size
@@ -19,6 +20,7 @@ _GAP = 3  # between columns
 _FEW = 3  # labels that a note spells out
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONG = 40
+_TASK_HASH = re.compile(r"data\.(references_)?sha256\.")
 _SAID_BY_HASH = re.compile(r"data\.num_")
 _NOT_TOLD = re.compile(r"protocol\.(id|definition|seed)$|versions\..*|model\..*")
 
@@ -230,10 +232,7 @@ def set_notes(own: Group, report: Report) -> list[str]:
     """Return why a set is not in the table of the first one, and what differs within it all the same."""
     notes = [own.suite.unknown] if own.suite.unknown else []
     if own.conflicts:
-        is_other_data = any(c.field.startswith("data.sha256") for c in own.conflicts)
-        named = [c for c in own.conflicts if not (is_other_data and _SAID_BY_HASH.match(c.field))]
-        fields = "; ".join(f"{c.field} {value_text(c.there)} (here {value_text(c.here)})" for c in named)
-        notes.append(f"Not comparable with set 1, which has {fields}.")
+        notes.append(f"Not comparable with set 1, which has {'; '.join(_conflict_texts(own.conflicts))}.")
     silent: dict[tuple[str, ...], list[str]] = {}
     for caution in own.cautions:
         if caution.is_missing:
@@ -244,6 +243,20 @@ def set_notes(own: Group, report: Report) -> list[str]:
     for labels, names in silent.items():
         notes.append(f"{', '.join(names)}: not recorded by {_who(labels, own)}.")
     return notes
+
+
+def _conflict_texts(conflicts: Sequence[Conflict]) -> Iterator[str]:
+    """Yield "field value (here value)"; for the hashes of many tasks their number, and no counts beside a hash."""
+    is_other_data = any(own.field.startswith("data.sha256") for own in conflicts)
+    by_task = [own for own in conflicts if _TASK_HASH.match(own.field)]
+    for own in conflicts:
+        if is_other_data and _SAID_BY_HASH.match(own.field):
+            continue
+        if own not in by_task or len(by_task) <= _FEW:
+            yield f"{own.field} {value_text(own.there)} (here {value_text(own.here)})"
+    if len(by_task) > _FEW:
+        tasks = {own.field.split(".", 2)[2] for own in by_task}
+        yield f"other rows (data.sha256) of {len(tasks)} tasks"
 
 
 def _shortened(values: Sequence[tuple[str, Sequence[str]]], own: Group) -> list[str]:
@@ -304,6 +317,20 @@ def to_markdown(report: Report, pictures: Mapping[tuple[str, int], Sequence[str]
 
 
 def results_table(report: Report) -> Table:
-    """One row per result: where it lies, what it is, the command that made it."""
-    rows = [[own.name, str(own.record["kind"]), str(own.record.get("command") or "-")] for own in report.results]
-    return Table("What was read", ["result", "kind", "command"], rows, left=frozenset({1, 2}))
+    """One row per result: where it lies, what it is, its bars where any has some, the command that made it."""
+    bars = [_bars_text(own.record.get("bars") or []) for own in report.results]
+    has_bars = any(bars)
+    rows = [
+        [own.name, str(own.record["kind"]), *([text or "-"] if has_bars else []), str(own.record.get("command") or "-")]
+        for own, text in zip(report.results, bars, strict=True)
+    ]
+    columns = ["result", "kind", *(["bars"] if has_bars else []), "command"]
+    return Table("What was read", columns, rows, left=frozenset(range(len(columns))))
+
+
+def _bars_text(bars: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many bars (--fail-under and the like) a result reached, "" for none."""
+    missed = [str(bar.get("name")) for bar in bars if not bar.get("passed")]
+    if missed:
+        return f"missed: {', '.join(missed)}"
+    return f"{len(bars)} passed" if bars else ""

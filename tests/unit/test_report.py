@@ -259,6 +259,16 @@ def test_a_task_on_other_rows_is_a_conflict(tmp_path):
     assert [own.field for own in second.conflicts] == ["data.sha256.trec"]
 
 
+def test_published_answers_are_held_to_the_references_since_they_have_no_prompts(tmp_path):
+    own, given, other = (made.longbench(trec=score) for score in (1.0, 2.0, 3.0))
+    for record, rows, references in ((own, "h", "r"), (given, "i", "r"), (other, "j", "s")):
+        record["data"] |= {"sha256": {"trec": rows}, "references_sha256": {"trec": references}}
+    given["model"] = other["model"] = {"id": "published", "answers_from": "x/"}
+    first, second = report(tmp_path, a=own, b=given, c=other).groups
+    assert (first.labels, second.labels) == (["m", "published"], ["published"])
+    assert [own.field for own in second.conflicts] == ["data.references_sha256.trec"]
+
+
 def test_the_length_that_prompts_are_cut_to_is_told(tmp_path):
     other = changed(made.longbench(trec=50.0), "protocol", "max_length", 31500)
     (group,) = report(tmp_path, a=made.longbench(trec=63.5), b=other).groups
