@@ -116,9 +116,10 @@ class PasskeyConfig(RuntimeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LongBenchConfig(RuntimeConfig):
-    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol."""
+    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol, or lm-eval's."""
 
     tasks: tuple[str, ...] = ()
+    backend: str = "official"
     longbench_e: bool = False
     data: str = "hub"
     max_length: int | None = None

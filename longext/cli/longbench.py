@@ -1,4 +1,4 @@
-"""`longext eval longbench`: LongBench under its authors' protocol."""
+"""`longext eval longbench`: LongBench under its authors' protocol, or lm-eval's."""
 
 from __future__ import annotations
 
@@ -30,10 +30,17 @@ def longbench(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks, comma-separated (default: all).", show_default=False)
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="official, or lm-eval: its own prompts, cuts and metrics, another protocol.")
+    ] = _DEFAULT.backend,
     longbench_e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length.")] = False,
     data: Annotated[str, typer.Option(help="Folder with <task>.jsonl files, or hub.")] = _DEFAULT.data,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt; longer ones lose their middle (default: by the context).")
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt; longer ones lose their middle (default: by the context). lm-eval: of prompt and "
+            "answer; the beginning goes."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
     chat_template: opt.ChatTemplate = None,
@@ -76,10 +83,14 @@ def longbench(
     Published answers: longext eval longbench --predictions pred/longalpaca-7b-16k
     """
     given = opt.config_from(ctx, LongBenchConfig, recipe, settings, {"model": ""})
-    if given.predictions is not None:
+    if given.predictions is None:
+        given = opt.config_with_memory(ctx, LongBenchConfig, recipe, settings)
+    if given.backend == "lm-eval":
+        _run_lm_eval(given, as_json)
+    elif given.predictions is not None:
         _score(given, as_json)
     else:
-        _run(opt.config_with_memory(ctx, LongBenchConfig, recipe, settings), as_json)
+        _run(given, as_json)
 
 
 def _score(config: LongBenchConfig, as_json: bool) -> None:
@@ -182,6 +193,57 @@ def _answer_and_finish(
     show(record, tables, as_json=as_json, notes=notes)
     say(f"Results: {output} (result.json, table.md, longbench.png, {steps.PREDICTIONS}/)", aside=as_json)
     return record
+
+
+def _run_lm_eval(config: LongBenchConfig, as_json: bool) -> None:
+    """Run the tasks as lm-eval defines them."""
+    import time
+
+    from longext.cli.answering import kept_answers
+    from longext.cli.models import open_model
+    from longext.evaluation import longbench_harness as steps
+    from longext.evaluation.bars import require_bars
+    from longext.evaluation.harness import harness_notes, open_scorer, partial_folder, run_harness, sample_lines
+    from longext.evaluation.longbench import bar_verdicts, check_bars, check_longbench_config
+    from longext.evaluation.longbench_run import load_tasks, score_notes
+    from longext.reporting.console import progress
+    from longext.reporting.longbench_views import lm_eval_tables, longbench_bars
+    from longext.reporting.results import output_directory
+    from longext.staging import check_output
+
+    steps.check_lm_eval_config(config)
+    check_longbench_config(config)
+    output = output_directory(config.output, "longbench-lm-eval", config.model)
+    check_output(output, config.force)
+    runs, notes = load_tasks(config)
+    names = [run.name for run in runs]
+    check_bars(config, names)
+    settings = steps.harness_settings(config, names)
+    tasks = steps.load_lm_eval_tasks(runs, settings)
+    model: LanguageModel = open_model(config)
+    started, folder = time.perf_counter(), partial_folder(output)
+    with kept_answers(folder, output, config):
+        with progress("longbench, lm-eval", tasks.num_documents(None), "answers") as advance:
+            scorer = open_scorer(model, settings, advance, folder)
+            results = run_harness(scorer, tasks, settings)
+        scores = steps.lm_eval_scores(results, scorer, runs)
+        notes = [steps.lm_eval_note(), *notes, *harness_notes(scorer, [], settings), *score_notes(scores, config)]
+        record = steps.lm_eval_record(scorer, results, runs, scores, config, notes, time.perf_counter() - started)
+        record["bars"] = bar_verdicts(config, scores)
+        name = opt.titled(config)
+        figure = longbench_bars(record, title=f"{name}: {steps.PROTOCOL} (not comparable with {steps.OFFICIAL})")
+        deliver(
+            output,
+            _COMMAND,
+            config,
+            record,
+            lm_eval_tables(name, record),
+            {"longbench": figure},
+            as_json=as_json,
+            notes=notes,
+            extra={"samples.jsonl": sample_lines(results)},
+        )
+    require_bars(record)
 
 
 @contextlib.contextmanager

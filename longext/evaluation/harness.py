@@ -106,7 +106,7 @@ def load_harness_tasks(config: HarnessConfig) -> Tasks:
     """
     from lm_eval.tasks import TaskManager
 
-    with _quiet_harness():
+    with quiet_harness():
         own = str(Path(config.include_path).expanduser()) if config.include_path else None
         manager = TaskManager(include_path=own, include_defaults=False) if own else None
         if manager is None or not set(config.tasks) <= set(manager.all_tasks):
@@ -115,19 +115,31 @@ def load_harness_tasks(config: HarnessConfig) -> Tasks:
             for name in config.tasks:
                 if name not in manager.all_tasks:
                     raise ConfigError(_unknown_task(name, manager.all_tasks, local, config.include_path))
-        _seed_everything(config.seed)
-        tasks = Tasks(config.tasks, _load(manager, config))
-    for name, task in tasks.tasks.items():
-        _check_task(name, task)
-        _set_fewshot(task, config)
+    tasks = prepare_tasks(manager, config.tasks, config)
     check_names(_bars(config), _barred_names(tasks))
     return tasks
 
 
-def _load(manager: Any, config: HarnessConfig) -> dict[str, Any]:
+def prepare_tasks(manager: Any, specs: Sequence[Any], config: HarnessConfig) -> Tasks:
+    """Return the tasks that lm-eval's `manager` loads for `specs` (names or configs), ready to be run.
+
+    Raises:
+        ConfigError: one that longext does not run.
+        DataError, MissingExtraError: as `load_harness_tasks`.
+    """
+    with quiet_harness():
+        _seed_everything(config.seed)
+        tasks = Tasks(config.tasks, _load(manager, specs, config))
+    for name, task in tasks.tasks.items():
+        _check_task(name, task)
+        _set_fewshot(task, config)
+    return tasks
+
+
+def _load(manager: Any, specs: Sequence[Any], config: HarnessConfig) -> dict[str, Any]:
     names = ",".join(config.tasks)
     try:
-        loaded: dict[str, Any] = manager.load(list(config.tasks))
+        loaded: dict[str, Any] = manager.load(list(specs))
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"The data of {names} cannot be had: {first_line(error)}. Offline, load the task once where there is a "
@@ -187,7 +199,7 @@ def _seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Keep lm-eval's bars, prints and logs off the terminal, and its bootstrap in this process."""
     import datasets
     from tqdm import tqdm
@@ -251,7 +263,7 @@ def run_harness(scorer: Scorer, tasks: Tasks, config: HarnessConfig) -> dict[str
     from lm_eval import evaluate
 
     try:
-        with _quiet_harness():
+        with quiet_harness():
             results: dict[str, Any] = evaluate(
                 harness_model(scorer),
                 tasks.loaded,

@@ -41,6 +41,7 @@ class Scorer:
         needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
         truncated: documents that lost tokens.
         ignored: generation settings of tasks that have no effect here.
+        prompt_tokens: document -> tokens of its prompt as read, where answers are generated.
         without_system: the chat template refused system messages, and they were left out.
     """
 
@@ -52,6 +53,7 @@ class Scorer:
     needs_system: bool = False
     truncated: set[Owner] = field(default_factory=set)
     ignored: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: dict[Owner, int] = field(default_factory=dict)
     without_system: bool = False
     _done: set[Owner] = field(default_factory=set)
     _calls: Counter[str] = field(default_factory=Counter)
@@ -145,6 +147,7 @@ class Scorer:
             ids.append(json.dumps([text, settings], sort_keys=True, default=str))
             if ids[-1] not in requests:
                 requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
+            self.prompt_tokens[owner] = len(requests[ids[-1]].input_ids)
         path = self._file("generate_until")
         made = generate_predictions(self.model, list(requests.values()), path, self.on_progress, self.batch_tokens)
         texts = {prediction.id: prediction.text for prediction in made}

@@ -25,6 +25,7 @@ from longext.evaluation.protocol import LanguageModel
 from longext.registry import did_you_mean
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+BACKENDS = ("official", "lm-eval")
 _SAMSUM = "samsum"  # ends at a line feed, which may not come first
 
 
@@ -59,6 +60,8 @@ class TaskScore:
 
 def check_longbench_config(config: LongBenchConfig) -> None:
     """Raise ConfigError for an unknown task or value, MissingExtraError where a task named needs jieba."""
+    if config.backend not in BACKENDS:
+        raise ConfigError(f"Unknown --backend '{config.backend}'. {did_you_mean(config.backend, BACKENDS)}")
     for name in config.tasks:
         task = TASKS[name]
         if config.longbench_e and not task.is_in_e:

@@ -11,6 +11,7 @@ from longext.evaluation.scores import Score, numbers_of
 
 Column = int | float | str
 ANY = "*"
+_LM_EVAL = "longbench-lm-eval"
 _HARD_TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
 _MACHINE = frozenset({"model.device", "model.num_threads", "model.dtype", "model.attention"})
 
@@ -339,6 +340,25 @@ _SUITES = (
         ),
     ),
     Suite(
+        name=_LM_EVAL,
+        title="LongBench under lm-eval's protocol (not the authors')",
+        views=(
+            View(
+                title="LongBench averages of lm-eval's groups, not comparable with the authors'",
+                keys=("averages", ANY, ANY),
+                unit="points",
+                column=_key(2),
+            ),
+            View(
+                name="tasks",
+                title="LongBench by task under lm-eval's protocol, not comparable with the authors'",
+                keys=("results", "score"),
+                unit="points",
+                column=_field("task"),
+            ),
+        ),
+    ),
+    Suite(
         name="harness",
         title="lm-eval",
         views=(
@@ -399,12 +419,13 @@ _SUITES = (
 )
 SUITES = {suite.name: suite for suite in _SUITES}
 _TRAINING = ("finetune", "compress-train")
-KINDS = (*(name for name in SUITES if name not in ("positions", "longbench-e", "training")), "compare", *_TRAINING)
+_NO_KINDS = ("positions", "longbench-e", _LM_EVAL, "training")
+KINDS = (*(name for name in SUITES if name not in _NO_KINDS), "compare", *_TRAINING)
 
 
 def suite_of(record: Mapping[str, Any]) -> Suite:
     """Return the section that an evaluation's record belongs to."""
-    special = {"ppl/positional": "positions", "longbench-e-official": "longbench-e"}
+    special = {"ppl/positional": "positions", "longbench-e-official": "longbench-e", "longbench-lm-eval": _LM_EVAL}
     protocol, kind = str((record["protocol"] or {}).get("id")), str(record["kind"])
     return SUITES[special.get(protocol, kind)]
 

@@ -51,6 +51,39 @@ def longbench_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
     return [tasks, _averages_table(record["averages"], in_buckets)]
 
 
+def lm_eval_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
+    """One row per task under lm-eval's protocol, and the averages of its groups; the captions say what they are not."""
+    protocol = record["protocol"]
+    differs = f"{protocol['id']}: not comparable with {protocol['not_comparable_with']}"
+    columns = ["task", "category", "metric", "score", "stderr", "rows", "empty", "cut", "tokens"]
+    cells = [
+        [
+            *(row[key] for key in ("task", "category", "metric")),
+            *(score_text(row[key]) for key in ("score", "stderr")),
+            *(str(row[key]) for key in ("num_rows", "num_empty", "num_truncated")),
+            f"{row['num_prompt_tokens']:,.0f}",
+        ]
+        for row in record["results"]
+    ]
+    means = record["averages"]["all"]
+    return [
+        Table(
+            f"{title}: {differs}",
+            columns,
+            cells,
+            left=frozenset({1, 2}),
+            caption=f"100 times the scores of lm-eval {protocol['lm_eval']}, not comparable with the authors'; cut: "
+            "prompts that lost their beginning; tokens: mean length of a prompt as read",
+        ),
+        Table(
+            "Averages of lm-eval's groups, not comparable with the authors'",
+            list(means),
+            [[score_text(value) for value in means.values()]],
+            caption="means of tasks, all languages together; '-' where one of its tasks was not scored",
+        ),
+    ]
+
+
 def _averages_table(averages: Mapping[str, Any], in_buckets: bool) -> Table:
     named = (
         {f"{bucket} words": means["english"] for bucket, means in averages.items()} if in_buckets else dict(averages)

@@ -99,6 +99,13 @@ def shown(found, suite, view=""):
             "prefill-seconds",
             {("m: full", "", 512): (0.5, None), ("m: uio 8x", "", 512): (0.25, None)},
         ),
+        (
+            made.longbench_lm_eval(trec=50.0),
+            "longbench-lm-eval",
+            "",
+            {("m", "", "single"): (21.5, None)},
+        ),
+        (made.longbench_lm_eval(trec=50.0), "longbench-lm-eval", "tasks", {("m", "", "trec"): (50, None)}),
         (made.training(), "training", "perplexity", {("r", "", 512): (50, None), ("r", "", 1024): (51, None)}),
         (made.training("compress-train"), "training", "", {("r", "", "loss"): (3.5, None)}),
         (
@@ -144,7 +151,11 @@ def test_every_kind_that_a_report_takes_is_tested_here():
     records += (made.babilong, made.reconstruction, made.efficiency, made.harness, made.compare, made.training)
     known = {own()["kind"] for own in records} | {"needle", "longbench", "compress-train"}
     assert known == set(KINDS)
-    assert {"positions", "longbench-e", "training"} | known - {"compare", "finetune", "compress-train"} == set(SUITES)
+    assert {"positions", "longbench-e", "longbench-lm-eval", "training"} | known - {
+        "compare",
+        "finetune",
+        "compress-train",
+    } == set(SUITES)
 
 
 # --- the best ---------------------------------------------------------------------------------------------------------
