@@ -149,7 +149,9 @@ def _load(manager: Any, specs: Sequence[Any], config: HarnessConfig) -> dict[str
     except ImportError as error:
         raise MissingExtraError(f"{names} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # anything that a task file can say or run; --debug shows it
-        raise DataError(f"lm-eval cannot load {names}: {_told(error)}") from error
+        if isinstance(error, StopIteration):
+            raise DataError(f"lm-eval cannot load {names}: its data has no rows.") from error
+        raise DataError(f"lm-eval cannot load {names}: {_told(error)} (--debug shows where)") from error
     return loaded
 
 
@@ -163,6 +165,9 @@ def _unknown_task(name: str, known: Sequence[str], local: Sequence[str], folder:
     hint, _, _ = did_you_mean(name, known).rpartition("Available")
     shown = ", ".join(sorted(local)[:10]) or "no task that lm-eval can read"
     own = f"{folder} has {shown}. " if folder else ""
+    unread = next(Path(folder).expanduser().rglob(f"{name}.yaml"), None) if folder else None
+    if unread is not None:
+        own += f"{unread} is there, but is not valid YAML in UTF-8, or names another `task:`. "
     return f"Unknown task '{name}'. {hint}{own}All of lm-eval's: lm-eval ls tasks"
 
 

@@ -143,3 +143,30 @@ def test_wrong_bars_on_given_rows_are_told_before_a_model_is_opened(run, tmp_pat
     args = ("eval", "babilong", "none", *facts)
     fails(run(*args, "--fail-under", "4k=0.5"), 2, "4k is not measured. Measured: 0k, 1k.")
     fails(run(*args, "--fail-under", "qa2=0.5"), 2, "unknown task 'qa2'", "Did you mean 'qa1'")
+
+
+def test_longbench(run, tmp_path):
+    (tmp_path / "pred").mkdir()
+    rows = [{"pred": text, "answers": ["sea"], "all_classes": None, "length": 5} for text in ("sea", "hill")]
+    (tmp_path / "pred/hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("eval", "longbench", "--predictions", "pred")
+    ok(run(*args, "--fail-under", "hotpotqa=50", "-o", "a"))
+    missed(run(*args, "--fail-under", "hotpotqa=50.01", "-o", "b"), "hotpotqa")
+    assert result_of(tmp_path / "b")["bars"] == [
+        {"name": "hotpotqa", "rule": "at least", "limit": 50.01, "value": 50.0, "passed": False}
+    ]
+    fails(run(*args, "--fail-under", "lcc=1"), 2, "lcc is not scored here. Scored: hotpotqa.")
+    fails(run(*args, "--fail-under", "english=1"), 2, "the average needs every task")
+    no_leftovers(tmp_path, "a", "b", "pred")
+
+
+def test_harness_bars_follow_the_direction_of_the_metric(run, tmp_path):
+    from test_harness import STORY, harness, write_task
+
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"}
+    metrics = [{"metric": "bits_per_byte"}]
+    write_task(tmp_path / "tasks", "rolling", [{"question": STORY}], **rolling, metric_list=metrics)
+    missed(harness(run, "--tasks", "rolling", "--fail-under", "rolling=0.01", code=1), "rolling")
+    (bar,) = result_of(tmp_path / "out")["bars"]
+    assert (bar["rule"], bar["passed"]) == ("at most", False)
+    harness(run, "--tasks", "rolling", "--fail-under", "rolling:bits_per_byte=100", "--force")

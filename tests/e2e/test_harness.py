@@ -256,6 +256,9 @@ def few_tasks(monkeypatch):
         (("--tasks", "remote"), ("data of remote cannot be had", "nobody/nothing", "Offline", "--include-path")),
         (("--tasks", "lost"), ("data of lost cannot be had", "lost-rows.jsonl")),
         (("--tasks", "broken"), ("lm-eval cannot load broken", "'nowhere' is undefined")),
+        (("--tasks", "empty"), ("lm-eval cannot load empty", "no rows")),
+        (("--tasks", "garbled"), ("lm-eval cannot load garbled", "utf-8")),
+        (("--tasks", "torn"), ("Unknown task 'torn'", "torn.yaml is there, but is not valid YAML")),
         (("--tasks", "unsplit"), ("lm-eval cannot load unsplit", "must have valid or test docs")),
         (("--tasks", "halfway"), ("lm-eval cannot run halfway", "no attribute 'answer'", "--debug")),
         (("--tasks", "choices", "--fail-under", "choicse=1"), ("unknown task 'choicse'", "Did you mean 'choices'")),
@@ -276,6 +279,10 @@ def test_bad_input_is_one_line(run, tmp_path, few_tasks, args, texts):
     write_choices(folder, "lost", dataset_kwargs={"data_files": {"test": str(tmp_path / "lost-rows.jsonl")}})
     write_choices(folder, "broken", doc_to_text="{{nowhere}}")
     write_choices(folder, "unsplit", test_split=None, dataset_kwargs={"data_files": str(folder / "choices.jsonl")})
+    write_choices(folder, "empty", [])
+    write_choices(folder, "garbled")
+    (folder / "garbled.jsonl").write_bytes(b'{"question": "\xff"}')
+    (folder / "torn.yaml").write_text("task: torn\n  dataset_path: [")
     # a template that fails at the second row, when the first was read to load the task
     write_answers(folder, [{"question": "He", "answer": {"answer": "x"}}, {"question": "It", "answer": {}}], "halfway")
     text = (folder / "halfway.yaml").read_text()
