@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from longext.config import LongBenchConfig
-from longext.data.longbench import LongBenchRow, rows_hash
+from longext.data.longbench import LongBenchRow
 from longext.errors import ConfigError, MissingExtraError
 from longext.evaluation.harness import Score, Tasks, as_multiturn, harness_scores, prepare_tasks
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Scorer
 from longext.evaluation.longbench import LANGUAGES, TaskScore
-from longext.evaluation.longbench_run import TaskRun
+from longext.evaluation.longbench_run import TaskRun, data_facts
 from longext.evaluation.longbench_tasks import CATEGORIES, TASKS, prompt_hash
 from longext.evaluation.protocol import result_record
 
@@ -210,7 +210,7 @@ def lm_eval_record(
         "longbench",
         scorer.model.describe(),
         protocol,
-        {"source": config.data, "sha256": {run.name: rows_hash(run.rows) for run in runs}},
+        data_facts(config, runs),
         seconds=seconds,
         results=[_entry(score, results, scorer) for score in scores],
         averages=lm_eval_averages(scores),

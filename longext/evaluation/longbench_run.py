@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,15 @@ def model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBench
     return notes
 
 
+def data_facts(config: LongBenchConfig, runs: Sequence[TaskRun]) -> dict[str, Any]:
+    """Return what a record says of the rows: where they lay, and the hashes of each task's."""
+    return {
+        "source": config.predictions or config.data,
+        "sha256": {run.name: rows_hash(run.rows) for run in runs},
+        "references_sha256": {run.name: references_hash(run.rows) for run in runs},
+    }
+
+
 def longbench_record(
     model: LanguageModel | None,
     runs: Sequence[TaskRun],
@@ -287,16 +296,11 @@ def longbench_record(
             "prompts": {run.name: prompt_hash(read_prompt(run.name)) for run in runs},
             "prompts_from": f"lm-eval {importlib.metadata.version('lm-eval')}, white space as published",
         }
-    data: Mapping[str, Any] = {
-        "source": config.predictions or config.data,
-        "sha256": {run.name: rows_hash(run.rows) for run in runs},
-        "references_sha256": {run.name: references_hash(run.rows) for run in runs},
-    }
     return result_record(
         "longbench",
         model.describe() if model else {"id": config.model or None, "answers_from": config.predictions},
         protocol,
-        dict(data),
+        data_facts(config, runs),
         seconds=seconds,
         results=[score_entry(score) for score in scores],
         averages=all_averages(scores, config.longbench_e),
