@@ -66,7 +66,8 @@ def fields_of(part: Part) -> dict[str, Any]:
         held["data"] = {key: value for key, value in held["data"].items() if key != "sha256"}  # of rows without prompts
     held["model"] = {f"{key}": value for key, value in held["model"].items() if f"model.{key}" in _of_model(part.suite)}
     base = {"config_sha256": record["base"].get("config_sha256")} if isinstance(record.get("base"), Mapping) else {}
-    return {name: value for name, value in leaves({**held, "base": base}) if _is_compared(name, value, part.suite)}
+    held |= {"base": base, "measured": part.suite.measured(record)}
+    return {name: value for name, value in leaves(held) if _is_compared(name, value, part.suite)}
 
 
 def _of_model(suite: Suite) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evaluation.scores import Score, read_record, result_file, schema_trouble
-from longext.evaluation.suites import KINDS, Suite, split, suite_of, views_of
+from longext.evaluation.suites import KINDS, TRAINING, Suite, suite_of, views_of
 from longext.manifest import read_manifest
 
 _RESULT = "result.json"
@@ -121,7 +121,7 @@ def _trouble(result: Result) -> str | None:
         return foreign
     if kind not in KINDS:
         return f"is of kind '{kind}', which a report does not show. It shows {', '.join(KINDS)}."
-    missing = [] if kind in ("finetune", "compress-train") else [key for key in _HEADER if key not in record]
+    missing = [] if kind in TRAINING else [key for key in _HEADER if key not in record]
     if missing:
         return f"is no complete result: it has no `{missing[0]}`."
     try:
@@ -191,6 +191,59 @@ def _method(record: Mapping[str, Any], model: Mapping[str, Any], config: Mapping
         return ""
     name, _, settings = str(method).partition(":")
     return " ".join([name, *([f"{factor:g}x"] if factor else []), *([settings] if settings else [])])
+
+
+# --- records that hold several ----------------------------------------------------------------------------------------
+
+
+def split(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield records that belong to one section each: those that `compare` holds, of a training run what it measured."""
+    if record["kind"] == "compare":
+        for method in record["methods"]:
+            yield from _of_method(record, method)
+    elif record["kind"] in TRAINING:
+        yield _of_training(record)
+    else:
+        yield dict(record)
+
+
+def _of_method(record: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what `eval ppl` (sliding, positional) and `passkey` would have written of one method of a comparison."""
+    protocol = record["protocol"]
+    shared = {
+        "schema": record["schema"],
+        "command": record.get("command"),
+        "versions": record.get("versions"),
+        "model": {**record["model"], "rope_parameters": method["rope_parameters"]},
+        "method": method["name"],
+        "factor": record["factor"],
+        "trained_length": record["trained_length"],
+    }
+    seed = {"seed": protocol.get("seed")}
+    for key in ("perplexity", "positions"):
+        own = {**protocol[key], **({"stride": protocol["perplexity"]["stride"]}), **seed}
+        yield {**shared, "kind": "perplexity", "protocol": own, "data": record["data"], "results": method[key]}
+    if method["passkey"]:
+        own = {**protocol["passkey"], **seed}
+        cells = {"results": method["passkey"], "by_length": method["passkey_by_length"]}
+        yield {**shared, "kind": "passkey", "protocol": own, "data": None, **cells}
+
+
+def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the loss and the last measured perplexity of a run, with its data."""
+    run = record.get("finetune") or record.get("compress") or {}
+    measured = record.get("perplexity") or [{}]
+    return {
+        "schema": record["schema"],
+        "kind": "training",
+        "command": record.get("command"),
+        "versions": record.get("versions"),
+        "model": {},
+        "protocol": {"id": record["kind"]},
+        "data": run.get("data"),
+        "final_loss": record.get("final_loss"),
+        "perplexity": measured[-1].get("perplexity", {}),
+    }
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

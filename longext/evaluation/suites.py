@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,7 @@ class Suite:
 
     Attributes:
         must_agree: fields of `model` that must agree beside protocol and data for numbers to stand in one table.
+        measured: record -> what else must agree, that its numbers or its model say.
         unknown: why results of this suite cannot be told to be comparable, "" where their record says.
     """
 
@@ -127,6 +128,7 @@ class Suite:
     title: str
     views: tuple[View, ...]
     must_agree: frozenset[str] = frozenset()
+    measured: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda record: {}
     unknown: str = ""
 
 
@@ -149,6 +151,25 @@ def _pooled(title: str, spell: Callable[[Column], str] = thousands) -> View:
         pooled=True,
         in_picture=False,
     )
+
+
+def _longest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The longest context has its say in where segments are taken, at every length."""
+    return {"longest context": max(row["length"] for row in record["results"])}
+
+
+def _windows(record: Mapping[str, Any]) -> dict[str, Any]:
+    rows = record["results"]
+    return {"window": max(row["length"] for row in rows), "buckets": len(rows)}
+
+
+def _depths(record: Mapping[str, Any]) -> dict[str, Any]:
+    depths = {row.get("depth") for row in record["results"]} - {None}
+    return {"depths": sorted(depths)} if depths else {}
+
+
+def _segment(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"segment": (record["model"].get("compressor") or {}).get("segment")}
 
 
 def _efficiency(key: str, title: str, unit: str, lower: bool = True) -> View:
@@ -196,6 +217,7 @@ _SUITES = (
         name="positions",
         title="Loss by position",
         must_agree=_HARD_TOKENIZER,
+        measured=_windows,
         views=(
             View(
                 title="NLL by position in the window, nats per token",
@@ -211,6 +233,7 @@ _SUITES = (
         name="memory-perplexity",
         title="Perplexity with a memory",
         must_agree=_HARD_TOKENIZER,
+        measured=_longest,
         views=(
             View(
                 title="Perplexity of the next segment by context",
@@ -265,6 +288,7 @@ _SUITES = (
     Suite(
         name="passkey",
         title="Passkey",
+        measured=_depths,
         views=(
             View(
                 title="Passkey accuracy by prompt length",
@@ -277,6 +301,7 @@ _SUITES = (
     Suite(
         name="needle",
         title="Needles (RULER)",
+        measured=_depths,
         views=(
             _by_task("Needles found by prompt length", "by_task"),
             _pooled("Needles found by prompt length, all tasks together"),
@@ -374,6 +399,7 @@ _SUITES = (
     Suite(
         name="reconstruction",
         title="Reconstruction from memory",
+        measured=_segment,
         views=(
             _reconstruction("bleu", "BLEU-4 of what came back, by compression ratio", "fraction"),
             _reconstruction("accuracy", "Token accuracy, teacher-forced, by compression ratio", "percent"),
@@ -418,9 +444,9 @@ _SUITES = (
     ),
 )
 SUITES = {suite.name: suite for suite in _SUITES}
-_TRAINING = ("finetune", "compress-train")
+TRAINING = ("finetune", "compress-train")
 _NO_KINDS = ("positions", "longbench-e", _LM_EVAL, "training")
-KINDS = (*(name for name in SUITES if name not in _NO_KINDS), "compare", *_TRAINING)
+KINDS = (*(name for name in SUITES if name not in _NO_KINDS), "compare", *TRAINING)
 
 
 def suite_of(record: Mapping[str, Any]) -> Suite:
@@ -434,56 +460,3 @@ def views_of(suite: Suite, record: Mapping[str, Any]) -> dict[str, list[Score]]:
     """Return the scores of each view, by the view's name."""
     scores = [score for score in numbers_of(record) if not score.is_count]
     return {view.name: [score for score in scores if view.shows(score)] for view in suite.views}
-
-
-# --- records that hold several ----------------------------------------------------------------------------------------
-
-
-def split(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield records that belong to one section each: those that `compare` holds, of a training run what it measured."""
-    if record["kind"] == "compare":
-        for method in record["methods"]:
-            yield from _of_method(record, method)
-    elif record["kind"] in _TRAINING:
-        yield _of_training(record)
-    else:
-        yield dict(record)
-
-
-def _of_method(record: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what `eval ppl` (sliding, positional) and `passkey` would have written of one method of a comparison."""
-    protocol = record["protocol"]
-    shared = {
-        "schema": record["schema"],
-        "command": record.get("command"),
-        "versions": record.get("versions"),
-        "model": {**record["model"], "rope_parameters": method["rope_parameters"]},
-        "method": method["name"],
-        "factor": record["factor"],
-        "trained_length": record["trained_length"],
-    }
-    seed = {"seed": protocol.get("seed")}
-    for key in ("perplexity", "positions"):
-        own = {**protocol[key], **({"stride": protocol["perplexity"]["stride"]}), **seed}
-        yield {**shared, "kind": "perplexity", "protocol": own, "data": record["data"], "results": method[key]}
-    if method["passkey"]:
-        own = {**protocol["passkey"], **seed}
-        cells = {"results": method["passkey"], "by_length": method["passkey_by_length"]}
-        yield {**shared, "kind": "passkey", "protocol": own, "data": None, **cells}
-
-
-def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the loss and the last measured perplexity of a run, with its data."""
-    run = record.get("finetune") or record.get("compress") or {}
-    measured = record.get("perplexity") or [{}]
-    return {
-        "schema": record["schema"],
-        "kind": "training",
-        "command": record.get("command"),
-        "versions": record.get("versions"),
-        "model": {},
-        "protocol": {"id": record["kind"]},
-        "data": run.get("data"),
-        "final_loss": record.get("final_loss"),
-        "perplexity": measured[-1].get("perplexity", {}),
-    }

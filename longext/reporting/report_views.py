@@ -22,7 +22,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONG = 40
 _TASK_HASH = re.compile(r"data\.(references_)?sha256\.")
 _SAID_BY_HASH = re.compile(r"data\.num_")
-_NOT_TOLD = re.compile(r"protocol\.(id|definition|seed)$|versions\..*|model\..*")
+_NOT_TOLD = re.compile(r"protocol\.(id|definition|seed)$|versions\..*|model\..*|base\..*")
 
 _UNITS: dict[str, Callable[[float], str]] = {
     "perplexity": number,
@@ -201,12 +201,14 @@ def measured_note(own: Group) -> str:
     known = {name: value for name, value in agreed.items() if not _NOT_TOLD.match(name) and name.count(".") == 1}
     told = {
         part: [_setting(name, value) for name, value in known.items() if name.startswith(part) and _is_set(value)]
-        for part in ("protocol.", "data.")
+        for part in ("protocol.", "measured.", "data.")
     }
     data = own.parts[0].record.get("data") or {}
     source = data.get("source") or data.get("data")
     where = [f"data {source}"] if source else []
-    return "; ".join([str(agreed.get("protocol.id", "")), *told["protocol."], *where, *told["data."]])
+    return "; ".join(
+        [str(agreed.get("protocol.id", "")), *told["protocol."], *told["measured."], *where, *told["data."]]
+    )
 
 
 def _is_set(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import report_records as made
 from report_records import write
@@ -9,6 +11,8 @@ from report_records import write
 from longext.errors import DataError
 from longext.evaluation.report import csv_rows, make_report
 from longext.evaluation.suites import KINDS, SUITES
+
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 
 
 def report(tmp_path, **records):
@@ -295,6 +299,35 @@ def test_where_the_documents_of_a_task_lie_matters_not_but_their_hash_does(tmp_p
     assert [own.field for own in second.conflicts] == ["data.tasks.arc.sha256"]
 
 
+def other_depths(record):
+    for row in record["results"]:
+        row["depth"] = 0.25
+    return record
+
+
+def shorter(record):
+    record["results"] = [row for row in record["results"] if row["length"] < 512]
+    return record
+
+
+def other_segment(record):
+    return changed(record, "model", "compressor", {**record["model"]["compressor"], "segment": 64})
+
+
+@pytest.mark.parametrize(
+    ("record", "other", "field"),
+    [
+        (made.passkey(), other_depths(made.passkey()), "measured.depths"),
+        (made.memory_perplexity(), shorter(made.memory_perplexity()), "measured.longest context"),
+        (made.positions(), shorter(made.positions()), "measured.window"),
+        (made.reconstruction(), other_segment(made.reconstruction()), "measured.segment"),
+    ],
+)
+def test_what_only_the_numbers_or_the_model_say_must_agree_too(tmp_path, record, other, field):
+    _, second = report(tmp_path, a=record, b=other).groups
+    assert second.conflicts[0].field == field
+
+
 def test_short_texts_against_another_base_are_apart(tmp_path):
     other = changed(made.short(), "base", "config_sha256", "another")
     _, second = report(tmp_path, a=made.short(), b=other).groups
@@ -399,6 +432,11 @@ def test_nothing_found_is_an_error(tmp_path):
         make_report([str(tmp_path)])
     with pytest.raises(DataError, match="No result at"):
         make_report([str(tmp_path / "nowhere")])
+
+
+def test_every_result_in_the_documentation_can_be_shown():
+    found = make_report([str(DOCUMENTED)])
+    assert len(found.results) == len(list(DOCUMENTED.rglob("result.json")))
 
 
 # --- numbers in long form ---------------------------------------------------------------------------------------------
