@@ -101,7 +101,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
             [table],
             {"babilong": figure},
             as_json=as_json,
-            notes=[*repeated_note(asked), *window_notes(model, outcomes)],
+            notes=[*repeated_note(asked), *window_notes(model, outcomes, config)],
             extra=extra,
         )
     require_bars(record)

@@ -138,7 +138,7 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
-        notes = [*_notes(config, cases), *window_notes(model, outcomes)]
+        notes = [*_notes(config, cases), *window_notes(model, outcomes, config)]
         _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
     require_bars(record)
 

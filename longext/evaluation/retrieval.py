@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longext.evaluation.bars import PlaceBar, place_verdicts
+from longext.evaluation.longbench_run import context_length
 from longext.evaluation.predictions import Prediction, Request, generate_predictions
 from longext.evaluation.protocol import LanguageModel
 from longext.evaluation.statistics import bootstrap_mean, wilson_interval
@@ -159,11 +160,14 @@ def answers_to(
     return {prediction.id: prediction for prediction in found}
 
 
-def window_notes(model: LanguageModel, outcomes: Sequence[Outcome]) -> list[str]:
-    """Return a note where prompts are longer than the model has positions (and no memory reads them by segments)."""
-    facts = model.describe()
-    longest, window = max(outcome.num_tokens for outcome in outcomes), facts["max_position_embeddings"]
-    if "memory" in facts or longest <= window:
+def window_notes(model: LanguageModel, outcomes: Sequence[Outcome], config: Any) -> list[str]:
+    """Return a note where prompts are longer than the model has positions (and no memory reads them by segments).
+
+    Args:
+        config: what the suite was asked for; its method and factor extend the positions.
+    """
+    longest, window = max(outcome.num_tokens for outcome in outcomes), context_length(model, config)
+    if config.memory or longest <= window:
         return []
     over = sum(outcome.num_tokens > window for outcome in outcomes)
     return [f"{over} of {len(outcomes)} prompts are longer than the model's {window:,} positions, up to {longest:,}."]

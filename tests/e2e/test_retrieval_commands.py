@@ -84,6 +84,8 @@ def test_a_written_recipe_makes_the_result_again(run, tmp_path, facts):
 def test_prompts_longer_than_the_model_are_pointed_out(run, tmp_path):
     args = ("eval", "longeval", "books-5m", "--sizes", "3,40", "--num-cases", 1, "--complete")
     assert "1 of 2 prompts are longer than the model's 512 positions" in ok(run(*args))
+    extended = ok(run(*args, "--method", "dynamic", "--factor", 8, "--force"))
+    assert "positions" not in extended  # its config keeps the trained length
 
 
 def test_answers_of_another_run_are_not_taken_up(run, tmp_path, facts):
