@@ -26,12 +26,13 @@ _ASKED = re.compile(
 )
 # What follows from the model (the length that prompts are cut to), or gives other samples of the same thing.
 _MAY_DIFFER = re.compile(
-    r"protocol\.(max_length|chat_template|seed|lm_eval|window|bytes_per_position)$|model\..*|versions\.(?!python$).*"
+    r"protocol\.(max_length|truncation|chat_template|seed|lm_eval|window|bytes_per_position)$|model\..*|versions\.(?!python$).*"
 )
 _TOLD = frozenset({"model.tokenizer_sha256", "model.dtype", "model.device"})
 # One entry for each task: a result without it has other tasks, which the table shows.
 _BY_TASK = re.compile(r"(protocol\.(tasks|prompts|content)|data\.(sha256|tasks))\..*")
 _COUNTS = ("num_trials", "num_rows", "num_documents", "num_windows", "num_places", "num_segments")
+_RECORDED = ("protocol.", "data.")  # what each result should say
 _OF_A_RUN = ("protocol.id", "data.data_sha256")
 _ADDRESS = " at 0x"  # of a function in a config that was written as text: another one in each run
 
@@ -134,7 +135,7 @@ def cautions(parts: Sequence[Part], labels: Sequence[str], places: Iterable[Sequ
         values = _by_value(told)
         if len(values) > 1:
             found.append(Caution(name, values))
-        if silent and must_agree(name, parts[0].suite) and not _BY_TASK.match(name):
+        if silent and name.startswith(_RECORDED) and not parts[0].suite.unknown and not _BY_TASK.match(name):
             found.append(Caution(name, [(None, silent)], is_missing=True))
     return [*found, *_counts(places)]
 

@@ -317,20 +317,22 @@ def _category(cell: Cell, cells: Sequence[Cell]) -> str:
 def _draw_bars(axes: Any, view: View, cells: Sequence[Cell], labels: Sequence[str], looks: Mapping[str, Look]) -> None:
     categories = _categories(cells)
     height = 0.84 / len(labels)
+    most = 100.0 if view.unit == "points" else 1.0 if all(0 <= cell.score.value <= 1 for cell in cells) else None
     for cell in cells:
         place = categories.index(_category(cell, cells))
         y = place - 0.42 + height * (labels.index(cell.label) + 0.5)
         value, between = cell.score.value, cell.score.interval()
         axes.barh(y, value, height * 0.92, color=looks[cell.label].colour)
         if between:
-            axes.hlines(y, *between, color=INK, linewidth=1, alpha=0.7)
-        at = max(value, between[1]) if between else value
+            low, high = (min(bound, most or math.inf) for bound in between)
+            axes.hlines(y, low, high, color=INK, linewidth=1, alpha=0.7)
+        at = min(max(value, between[1] if between else value), most or math.inf)
         text = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "color": INK}
         axes.annotate(unit_text(view.unit, value), (at, y), fontsize=7.5 if len(labels) < 4 else 6, **text)
     axes.set_yticks(range(len(categories)), categories, fontsize=8.5)
     axes.set_ylim(len(categories) - 0.45, -0.55)
     axes.grid(False, axis="y")
-    if view.unit == "points":
-        axes.set_xlim(0, 105)
+    if most:
+        axes.set_xlim(0, 1.08 * most)
     else:
         axes.margins(x=0.12)

@@ -177,7 +177,7 @@ def _text(cell: Cell | None, view: View, intervals: bool) -> str:
     if between is None:
         return value
     low, high = (unit_text(view.unit, bound) for bound in between)
-    return f"{value} ({low} to {high})" if view.unit in _SIGNED else f"{value} ({low}-{high})"
+    return f"{value} ({low} to {high})" if view.unit in _SIGNED or between[0] < 0 else f"{value} ({low}-{high})"
 
 
 def _caption(own: Group, shown: Shown, has_best: bool, intervals: bool) -> str:

@@ -279,15 +279,18 @@ def test_published_answers_are_held_to_the_references_since_they_have_no_prompts
     for record, rows, references in ((own, "h", "r"), (given, "i", "r"), (other, "j", "s")):
         record["data"] |= {"sha256": {"trec": rows}, "references_sha256": {"trec": references}}
     given["model"] = other["model"] = {"id": "published", "answers_from": "x/"}
+    del given["protocol"]["max_length"]
     first, second = report(tmp_path, a=own, b=given, c=other).groups
+    assert [(own.field, own.is_missing) for own in first.cautions] == [("protocol.max_length", True)]
     assert (first.labels, second.labels) == (["m", "published"], ["published"])
     assert [own.field for own in second.conflicts] == ["data.references_sha256.trec"]
 
 
 def test_the_length_that_prompts_are_cut_to_is_told(tmp_path):
-    other = changed(made.longbench(trec=50.0), "protocol", "max_length", 31500)
-    (group,) = report(tmp_path, a=made.longbench(trec=63.5), b=other).groups
-    assert [own.field for own in group.cautions] == ["protocol.max_length"]
+    own = changed(made.longbench(trec=63.5), "protocol", "truncation", "the middle goes")
+    other = changed(changed(own, "protocol", "max_length", 31500), "protocol", "truncation", "none")
+    (group,) = report(tmp_path, a=own, b=other).groups
+    assert [own.field for own in group.cautions] == ["protocol.max_length", "protocol.truncation"]
 
 
 def test_where_the_documents_of_a_task_lie_matters_not_but_their_hash_does(tmp_path):
