@@ -54,4 +54,4 @@ def test_a_bar_that_is_missed_is_named(run):
     args = ("eval", "longbench", "--predictions", PREDICTIONS, "--tasks", "trec,hotpotqa", "-o", "out")
     result = run(*args, "--fail-under", "trec=63.5", "--fail-under", "hotpotqa=37.02")
     assert result.exit_code == 1
-    assert "hotpotqa scored 37.01 (at least 37.02)" in result.stderr and "trec" not in result.stderr
+    assert "hotpotqa is 37.01 (at least 37.02)" in result.stderr and "trec" not in result.stderr
