@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/longext compare -c compare/books-5m-4k -o results/demo --force
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

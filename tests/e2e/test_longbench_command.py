@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -161,20 +159,6 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
     records = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("cut", "whole")]
     assert records[0]["results"] == records[1]["results"]
     assert not list(tmp_path.glob("*.running"))
-
-
-def test_an_interrupt_says_how_to_go_on(tmp_path, many):
-    args = (*ARGS, "--data", many, "--tasks", "hotpotqa")
-    process = subprocess.Popen(
-        command(*args, "-o", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_answers(tmp_path / "out.running", process)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert (
-        "answers so far are in out.running/generated: the same command goes on" in errors and "Traceback" not in errors
-    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
