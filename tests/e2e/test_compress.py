@@ -147,7 +147,7 @@ def test_dry_run_trains_nothing(run, tmp_path):
 
 def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
     args = (*QUICK, "--ratio", "4,8", "--objectives", "lm,ae", "--gradient", "reservoir:1", "--save-every", 2)
-    args = ("compress-train", "books-5m", *args, "--num-steps", 40)
+    args = ("compress-train", "books-5m", *args, "--num-steps", 20)
     assert run(*args, "-o", "whole").exit_code == 0
     command = [sys.executable, "-m", "longext", *map(str, args), "-o", "cut"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
