@@ -71,7 +71,7 @@ def needle(
 ) -> None:
     """Hide one or several sentences in a haystack and ask for them: score by task and length, heat map, JSON.
 
-    Example: longext eval needle books-5m --method yarn --factor 8 --lengths 512,1024 --scoring exact
+    Example: longext eval needle MODEL --lengths 4096,16384 --haystack essays.txt
     """
     _run(opt.config_with_memory(ctx, NeedleConfig, recipe, settings), as_json)
 
