@@ -65,14 +65,11 @@ def fields_of(part: Part) -> dict[str, Any]:
     held = {key: record.get(key) or {} for key in ("protocol", "data", "versions", "model")}
     if (record["model"] or {}).get("answers_from") and "references_sha256" in held["data"]:
         held["data"] = {key: value for key, value in held["data"].items() if key != "sha256"}  # of rows without prompts
-    held["model"] = {f"{key}": value for key, value in held["model"].items() if f"model.{key}" in _of_model(part.suite)}
+    told = part.suite.must_agree | _TOLD
+    held["model"] = {key: value for key, value in held["model"].items() if f"model.{key}" in told}
     base = {"config_sha256": record["base"].get("config_sha256")} if isinstance(record.get("base"), Mapping) else {}
     held |= {"base": base, "measured": part.suite.measured(record)}
     return {name: value for name, value in leaves(held) if _is_compared(name, value, part.suite)}
-
-
-def _of_model(suite: Suite) -> frozenset[str]:
-    return suite.must_agree | _TOLD
 
 
 def _is_compared(name: str, value: Any, suite: Suite) -> bool:
@@ -113,9 +110,11 @@ def group(parts: Sequence[Part]) -> list[list[Part]]:
 def group_conflicts(parts: Sequence[Part], first: Sequence[Part]) -> list[Conflict]:
     """Return why `parts` are not in the table of `first`: each field once."""
     found: dict[str, Conflict] = {}
+    there = [fields_of(part) for part in first]
     for part in parts:
-        for other in first:
-            for own in conflicts(fields_of(part), fields_of(other), part.suite):
+        here = fields_of(part)
+        for other in there:
+            for own in conflicts(here, other, part.suite):
                 found.setdefault(own.field, own)
     return list(found.values())
 
