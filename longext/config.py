@@ -468,6 +468,7 @@ _AT_LEAST = {
     "lora_alpha": 1,
     "group_size": 2,
     "length": 1,
+    "target_length": 2,  # a row of one token has nothing to predict
     "num_tokens": 1,
     "num_samples": 1,
     "num_cases": 1,

@@ -55,7 +55,16 @@ def books() -> HFLanguageModel:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run the command line in an empty directory: run("extend", "books-5m", ...) -> result."""
+    from advice import unknown_advice
+
     from longext.cli import app
 
+    def invoke(*args):
+        typed = [str(arg) for arg in args]
+        result = CliRunner().invoke(app, typed)
+        if result.exit_code in (1, 2):
+            assert not unknown_advice(typed, result.stderr), result.stderr
+        return result
+
     monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+    return invoke

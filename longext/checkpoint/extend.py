@@ -231,7 +231,7 @@ def resolve_factor(config: ExtendConfig, original: int, from_file: float | None)
         if config.target_length < original:
             raise ConfigError(
                 f"--target-length must be at least the trained length {original}, got {config.target_length}. "
-                "If the model was trained on less than its config says, pass --original-length."
+                "If the model was trained on less than its config says, state `original_length`."
             )
         return config.target_length / original
     factor = config.factor if config.factor is not None else from_file

@@ -40,7 +40,7 @@ def compress_train(
     ratio: Annotated[
         str, typer.Option(help="Tokens per memory slot; several (4,8,16) are drawn per segment.")
     ] = opt.join(_DEFAULT.ratio),
-    data: Annotated[str, typer.Option(help="Text file, folder, .jsonl, .parquet, Hub dataset id.")] = _DEFAULT.data,
+    data: opt.TrainingData = _DEFAULT.data,
     text_field: opt.TextField = _DEFAULT.text_field,
     split: opt.Split = _DEFAULT.split,
     output: opt.Output = None,

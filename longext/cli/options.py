@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from longext.config import build_config, find_recipe
+from longext.errors import ConfigError
 from longext.evaluation.bars import PLACES
 
 ConfigT = TypeVar("ConfigT")
@@ -28,6 +30,10 @@ Attention = Annotated[str | None, typer.Option(help="transformers attention: sdp
 Seed = Annotated[int, typer.Option(help="Seed of prompts and bootstrap.")]
 Data = Annotated[
     str, typer.Option(help="Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story).")
+]
+TrainingData = Annotated[
+    str,
+    typer.Option(help="Required: text file, folder, .jsonl, .parquet, Hub dataset id, or sample.", show_default=False),
 ]
 TextField = Annotated[str, typer.Option(help="Column of the text in jsonl, parquet and Hub data.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
@@ -72,6 +78,7 @@ Json = Annotated[
     typer.Option("--json", help="Print the result as JSON on standard output, and no table; also spelled `--json -`."),
 ]
 
+_RECIPE_HEADER = re.compile(r"# longext ([a-z]+(?:[ -][a-z]+)*) -c ")
 _NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify"}
 
 
@@ -103,7 +110,25 @@ def config_from(
 ) -> ConfigT:
     """Return the command's config: defaults < recipe < --set < typed flags."""
     path = find_recipe(recipe) if recipe else None
+    if path is not None:
+        _check_command(path, ctx)
     return build_config(kind, path, settings or [], typed_flags(ctx), defaults)
+
+
+def _check_command(recipe: Path, ctx: typer.Context) -> None:
+    """Refuse a recipe whose first line says that it is for another command (keys alone do not tell: many are shared).
+
+    Shipped recipes and every output's recipe.yaml begin with `# longext COMMAND -c ...`.
+    """
+    with recipe.open(encoding="utf-8", errors="replace") as file:
+        first = _RECIPE_HEADER.match(file.readline(200))
+    # the outermost name is that of the program
+    command = " ".join(ctx.command_path.split()[1:])
+    if first and first[1] != command:
+        raise ConfigError(
+            f"{recipe} is a recipe of `longext {first[1]}`, not of `longext {command}`. Give one of this command's, or "
+            "change the recipe's first line."
+        )
 
 
 def config_with_memory(

@@ -349,6 +349,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
     """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
+    if factor is None:
+        raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
     request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision)
     return extended_config(plan_extension(request))
 
