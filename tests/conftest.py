@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import traceback
+from unittest import mock
 
 # Before any import of the Hub's libraries: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,6 +49,35 @@ def token_cache(tmp_path_factory):
 def seeded():
     """Every test starts from the same torch seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def reload_here(request, monkeypatch):
+    """`verify` loads a checkpoint in a fresh interpreter (4 s): here in this one, unless marked `isolated`."""
+    if "isolated" in request.keywords:
+        return
+    real_run = subprocess.run
+
+    def run(command, *args, **kwargs):
+        if not isinstance(command, list) or not str(command[-2:][0]).endswith("_reload.py"):
+            return real_run(command, *args, **kwargs)
+        return _reload_here(Path(command[-1]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def _reload_here(request: Path) -> subprocess.CompletedProcess:
+    from longext.checkpoint import _reload
+
+    with mock.patch.object(sys, "argv", ["_reload.py", str(request)]):
+        try:
+            _reload.main()
+        except BaseException:
+            return subprocess.CompletedProcess([], 1, "", traceback.format_exc())
+    answer_path = Path(json.loads(request.read_text())["answer_path"])
+    answer = {**json.loads(answer_path.read_text()), "longext_imported": False}
+    answer_path.write_text(json.dumps(answer))
+    return subprocess.CompletedProcess([], 0, "", "")
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
         raise ConfigError(
             f"{config.model} was trained with {origin.method} RoPE (factor {origin.factor:g} of "
             f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
-            f"Use --method {origin.method} with a larger factor, or --replace to start from the bare base theta."
+            f"Use `{origin.method}` with a larger factor, or start from the bare base theta: longext extend --replace."
         )
     spec = _new_spec(config, origin if composes else _bare(origin))
     if composes and spec.factor < origin.factor:

@@ -79,6 +79,7 @@ Json = Annotated[
 ]
 
 _RECIPE_HEADER = re.compile(r"# longext ([a-z]+(?:[ -][a-z]+)*) -c ")
+_TAKES_RECIPES_OF = {"inspect": "extend"}  # inspect shows what an extension would do
 _NOT_CONFIG = {"recipe", "settings", "as_json", "dry_run", "verify"}
 
 
@@ -124,7 +125,7 @@ def _check_command(recipe: Path, ctx: typer.Context) -> None:
         first = _RECIPE_HEADER.match(file.readline(200))
     # the outermost name is that of the program
     command = " ".join(ctx.command_path.split()[1:])
-    if first and first[1] != command:
+    if first and first[1] not in (command, _TAKES_RECIPES_OF.get(command)):
         raise ConfigError(
             f"{recipe} is a recipe of `longext {first[1]}`, not of `longext {command}`. Give one of this command's, or "
             "change the recipe's first line."

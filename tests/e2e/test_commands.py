@@ -35,6 +35,7 @@ def test_extend_prints_old_and_new_and_verify_agrees(run, tmp_path):
     assert record["base"] == "books-5m"
 
 
+@pytest.mark.isolated
 def test_extend_verify_in_one_go(run):
     assert "is what it says" in ok(
         run("extend", "books-5m", "--method", "linear", "--factor", 2, "-o", "o", "--verify")
