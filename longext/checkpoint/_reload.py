@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 def _rotary_modules(config: Any) -> Iterator[tuple[str, Any]]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             yield name, type(module)(config=module.config)
@@ -49,12 +50,16 @@ def _config(directory: Path, layout: str, keys: dict[str, list[str]]) -> Any:
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     for key in keys.get(layout, []):
         text.pop(key, None)
-    return AutoConfig.for_model(**config)
+    with tempfile.TemporaryDirectory() as scratch:  # transformers decodes what JSON has no number for as it reads
+        (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return AutoConfig.from_pretrained(scratch, trust_remote_code=False)
 
 
 def _logits(directory: str, path: str, request: dict[str, Any]) -> dict[str, list[str]]:
     """Save the logits of the probe tokens to `path`; return the loading problems (missing, unexpected keys)."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=request["dtype"], output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=request["dtype"], output_loading_info=True, trust_remote_code=False
+    )
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value and key.endswith("_keys")}
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from longext.checkpoint.source import HUB_ID, Shard, read_config, read_json, read_shard, resolve_model
 from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError
+from longext.models.load import build_model, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -188,15 +189,10 @@ class _Layout:
 def _expected_layout(directory: Path, base: Path, trust_remote_code: bool) -> _Layout:
     import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise CheckpointError(f"transformers cannot build {base}: {_line(error)}") from error
+        model = build_model(load_config(base, trust_remote_code), trust_remote_code=trust_remote_code)
         ends = _ends(model)
         try:
             wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)

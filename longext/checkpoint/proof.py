@@ -15,6 +15,7 @@ import numpy as np
 from longext.checkpoint.source import read_config, read_shards
 from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError, LongextError, VerificationError
+from longext.models.load import load_causal_lm, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +177,7 @@ class _Forward:
         """Load base + adapter, compute, merge with peft, round as written, compute again."""
         from peft import PeftModel
 
-        model, _ = self._load(base, config)
+        model = self._load(base, config)
         entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
         wrapped = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").eval()
         exact = self._logits(wrapped)
@@ -189,28 +190,18 @@ class _Forward:
 
     def of_merged(self, directory: Path) -> torch.Tensor:
         """Logits of the merged checkpoint, loaded as anybody would."""
-        model, info = self._load(directory, directory)
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            for name in sorted(map(str, info[key])):
-                raise VerificationError(f"the merged checkpoint does not load cleanly, {key}: {name}.")
-        return self._logits(model)
-
-    def _load(self, directory: Path, config: Path) -> tuple[Any, Any]:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         try:
-            built = AutoConfig.from_pretrained(config, trust_remote_code=self.trust_remote_code)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=built,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=self.trust_remote_code,
-            )
-        except (ValueError, KeyError, ImportError, AttributeError) as error:
-            raise CheckpointError(f"transformers cannot load {directory}: {' '.join(str(error).split())}") from error
-        return model.eval(), info
+            return self._logits(self._load(directory, directory))
+        except CheckpointError as error:
+            raise VerificationError(f"the merged checkpoint does not load cleanly: {error}") from error
+
+    def _load(self, directory: Path, config: Path) -> Any:
+        import torch
+
+        built = load_config(config, self.trust_remote_code)
+        return load_causal_lm(
+            directory, config=built, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        ).eval()
 
     def _logits(self, model: Any) -> torch.Tensor:
         import torch

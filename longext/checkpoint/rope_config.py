@@ -14,6 +14,7 @@ from typing import Any
 from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_of
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
+from longext.models.load import load_config
 from longext.rope.methods import RopeParameters, RopeSpec
 from longext.rope.reading import read_parameters
 
@@ -66,7 +67,7 @@ class ModelRope:
         return "all layers"
 
 
-def read_model_rope(directory: Path, trust_remote_code: bool = False) -> ModelRope:
+def read_model_rope(directory: Path, trust_remote_code: bool | None = None) -> ModelRope:
     """Read the RoPE of the model in `directory` from its config.json alone.
 
     Keys that the file leaves to transformers' defaults are looked up there (that imports transformers).
@@ -77,7 +78,7 @@ def read_model_rope(directory: Path, trust_remote_code: bool = False) -> ModelRo
     return model_rope(read_config(directory), directory, trust_remote_code)
 
 
-def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool = False) -> ModelRope:
+def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool | None = None) -> ModelRope:
     """Read the RoPE of a parsed config.json; `directory` is where its defaults and its name come from."""
     section = "text_config" if isinstance(config.get("text_config"), dict) else None
     text: dict[str, Any] = dict(config[section]) if section else dict(config)
@@ -127,13 +128,8 @@ def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
     return not is_complete or (family.omits_partial and not partial)
 
 
-def _with_defaults(directory: Path, section: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {error}") from error
+def _with_defaults(directory: Path, section: str | None, trust_remote_code: bool | None) -> dict[str, Any]:
+    config = load_config(directory, trust_remote_code)
     text = getattr(config, section) if section else config
     values: dict[str, Any] = text.to_dict()
     values["rope_parameters"] = copy.deepcopy(text.rope_parameters)

@@ -123,7 +123,7 @@ def _find_base(base: str | None, extension: dict[str, Any] | None) -> tuple[str 
     if not extension:
         return None, None
     recorded = Path(extension["base_path"])
-    return extension["base_model"], recorded if recorded.is_dir() else None
+    return extension["base_model"], recorded if (recorded / "config.json").is_file() else None
 
 
 def _promised_spec(rope: ModelRope, extension: dict[str, Any] | None) -> RopeSpec:
@@ -215,7 +215,11 @@ def _reload(
     request_path = scratch / "request.json"
     request_path.write_text(json.dumps(request), encoding="utf-8")
     run = subprocess.run(
-        [sys.executable, "-I", str(_RELOAD), str(request_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-I", str(_RELOAD), str(request_path)],
+        stdin=subprocess.DEVNULL,  # transformers may ask whether to run remote code: nobody is to answer
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if run.returncode != 0:
         lines = [line for line in run.stderr.strip().splitlines() if line.strip()]

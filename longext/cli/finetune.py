@@ -143,7 +143,7 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
 
 def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
     """Tokenise before several processes start: what is wrong with the data is said once, by this one."""
-    from longext.evaluation.model import load_tokenizer
+    from longext.models.load import load_tokenizer
     from longext.reporting.console import tokenising
     from longext.training.longlora import open_training_rows
 

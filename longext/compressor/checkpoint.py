@@ -16,15 +16,9 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.config import RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.evaluation.model import (
-    MAPPED,
-    HFLanguageModel,
-    first_line,
-    load_tokenizer,
-    quiet_transformers,
-    resolve_device,
-    resolve_dtype,
-)
+from longext.evaluation.model import HFLanguageModel
+from longext.models.checks import check_tokens
+from longext.models.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
 
 DESCRIPTION = "compressor.json"
 WEIGHTS = "compressor.safetensors"
@@ -121,23 +115,18 @@ def load_backbone(
     """Return (backbone, tokenizer) of the base model, ready for memories.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: it cannot be loaded, or its tokenizer is another model's.
         ConfigError: memories cannot be put into it.
     """
-    from transformers import AutoModelForCausalLM
-
     if device == MAPPED:
         raise ConfigError("Memories need the model on one device: use --device auto, cpu, cuda, cuda:N or mps.")
-    quiet_transformers()
     where = resolve_device(device)
-    tokenizer = load_tokenizer(base.directory, False)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.directory, dtype=resolve_dtype(dtype, where), attn_implementation=attention or _attention(base)
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {base.directory}: {first_line(error)}") from error
-    return Backbone(model.to(where), loss_chunk), tokenizer
+    tokenizer = load_tokenizer(base.directory)
+    model = load_causal_lm(
+        base.directory, dtype=resolve_dtype(dtype, where), device=where, attention=attention or _attention(base)
+    )
+    check_tokens(tokenizer, model, base.directory)
+    return Backbone(model, loss_chunk), tokenizer
 
 
 def _attention(base: BaseModel) -> str | None:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
+from longext.models.checks import not_numbers
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -115,8 +116,15 @@ class CachedDecoder:
 
     @torch.no_grad()
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, V] of what follows `tokens`, those of the last position alone."""
-        return self.backbone.logits(self.feed(tokens)[:, -1])
+        """Return the logits [B, V] of what follows `tokens`, those of the last position alone.
+
+        Raises:
+            LongextError: they are not numbers.
+        """
+        logits = self.backbone.logits(self.feed(tokens)[:, -1])
+        if bool(logits.isnan().any()):
+            raise not_numbers(f"after {self.length:,} positions")
+        return logits
 
 
 @torch.no_grad()

@@ -30,12 +30,12 @@ from longext.errors import ConfigError
 from longext.evaluation.head import head_is_plain
 from longext.evaluation.model import (
     LENGTH_DEPENDENT,
-    MAPPED,
     HFLanguageModel,
     load_language_model,
     score_hidden,
 )
 from longext.evaluation.protocol import TokenScores
+from longext.models.load import MAPPED
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128

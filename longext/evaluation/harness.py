@@ -31,9 +31,9 @@ from longext.evaluation.chat import uses_template
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Progress, Scorer, harness_model
 from longext.evaluation.longbench_run import context_length
-from longext.evaluation.model import first_line
 from longext.evaluation.perplexity import check_method
 from longext.evaluation.protocol import LanguageModel, result_record
+from longext.models.load import first_line
 from longext.registry import did_you_mean
 
 _RANDOM_SEED = 0  # lm-eval's seed of Python's `random`, which some tasks draw their documents with

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,22 @@ from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
 from longext.config import ExtendConfig, RuntimeConfig
-from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
 from longext.evaluation.protocol import TokenScores
+from longext.models.checks import check_finite, check_ids, check_scores, check_tokens, embedding_rows, not_numbers
+from longext.models.load import (
+    MAPPED,
+    build_model_config,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that follow the length of the sequence
-MAPPED = "map"  # --device map: layers spread over all devices by accelerate
 
 
 class HFLanguageModel:
@@ -57,6 +63,7 @@ class HFLanguageModel:
         self.directory = directory
         self.adapter = adapter
         self._head_is_plain: bool | None = None
+        self._rows = embedding_rows(model)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +86,13 @@ class HFLanguageModel:
         return (token,) if token is not None and probe[:1] == [token] else ()
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return token ids; BOS in front where the tokenizer adds one itself and `add_bos`."""
+        """Return token ids; BOS in front where the tokenizer adds one itself and `add_bos`.
+
+        Raises:
+            DataError: the text spells a token that the model has no row for.
+        """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        check_ids(ids, self._rows, self.tokenizer, "The text")
         return [*self.bos, *ids] if add_bos else ids
 
     def decode(self, input_ids: Sequence[int]) -> str:
@@ -96,6 +108,9 @@ class HFLanguageModel:
         """Score tokens first .. T-1 of int64 [B, T]; logits exist for those positions only, a slice at a time.
 
         Equals log_softmax of the full float32 logits at those positions.
+
+        Raises:
+            LongextError: a score is not a finite number.
         """
         assert first >= 1, "the first token of a window has nothing to be predicted from"
         self.reset_rope()
@@ -105,9 +120,11 @@ class HFLanguageModel:
             self._head_is_plain = head_is_plain(self.model)
         if self._head_is_plain:
             hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
-            return score_hidden(self.model, hidden, targets)
+            return score_hidden(self.model, hidden, targets, first)
         keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
-        return _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+        scores = _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+        check_scores(scores.nll, first)
+        return scores
 
     # --- generation ---------------------------------------------------------------------------------------------
 
@@ -126,15 +143,17 @@ class HFLanguageModel:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.pad_token(),
+                logits_processor=[watch := NanWatch()],
             )
+        watch.check()
         new: list[int] = output[0, ids.shape[1] :].tolist()
         return new
 
     def pad_token(self) -> int | None:
-        """Return the token that fills prompts: the tokenizer's, else its EOS."""
+        """Return the token that fills prompts: the tokenizer's, else (or if the model has no row for it) its EOS."""
         pad: int | None = self.tokenizer.pad_token_id
         eos: int | None = self.tokenizer.eos_token_id
-        return eos if pad is None else pad
+        return eos if pad is None or pad >= self._rows else pad
 
     # --- RoPE ---------------------------------------------------------------------------------------------------
 
@@ -210,8 +229,15 @@ class HFLanguageModel:
         }
 
 
-def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """Score int64 [B, n] given the last hidden states [B, n, D] before each, a few MB of float32 logits at a time."""
+def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first: int = 1) -> TokenScores:
+    """Score int64 [B, n] given the last hidden states [B, n, D] before each, a few MB of float32 logits at a time.
+
+    Args:
+        first: place of the first target in its window, for messages.
+
+    Raises:
+        LongextError: a score is not a finite number.
+    """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     head = model.get_output_embeddings()
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
@@ -221,9 +247,9 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> Tok
         for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
     ]
     shape = targets.shape
-    return TokenScores(
-        torch.cat([part.nll for part in parts]).view(shape), torch.cat([part.is_top1 for part in parts]).view(shape)
-    )
+    nll = torch.cat([part.nll for part in parts]).view(shape)
+    check_scores(nll, first)
+    return TokenScores(nll, torch.cat([part.is_top1 for part in parts]).view(shape))
 
 
 def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
@@ -237,6 +263,26 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
     nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
     return TokenScores(nll, is_top1)
+
+
+class NanWatch:
+    """A logits processor that changes nothing and remembers logits that are not numbers (generation would go on)."""
+
+    def __init__(self) -> None:
+        self._found: torch.Tensor | None = None
+        self._length = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Look at logits [B, V]; nothing waits for the device."""
+        found = scores.isnan().any()
+        self._found = found if self._found is None else self._found | found
+        self._length = input_ids.shape[1]
+        return scores
+
+    def check(self) -> None:
+        """Raise LongextError where there were such logits."""
+        if self._found is not None and bool(self._found):
+            raise not_numbers(f"after {self._length:,} tokens")
 
 
 @contextlib.contextmanager
@@ -277,14 +323,6 @@ def hold_rope(model: nn.Module, length: int) -> None:
         module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 
 
-def build_model_config(config: dict[str, Any]) -> Any:
-    """Return the transformers config object of a parsed config.json."""
-    from transformers import AutoConfig
-
-    # the constructor may edit the nested dicts it is given
-    return AutoConfig.for_model(**json.loads(json.dumps(config)))
-
-
 def load_language_model(
     config: RuntimeConfig, method: str | None = None, factor: float | None = None
 ) -> HFLanguageModel:
@@ -301,50 +339,34 @@ def load_language_model(
         CheckpointError: the model cannot be read.
         ConfigError: unknown device, dtype or method, or a method for an adapter.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = resolve_model(config.model, config.revision)
     method = None if method == "none" else method
     merge = plan_adapter(config, method) if is_adapter(directory) else None
     weights = merge.base if merge else directory
-    read_shards(weights)
+    read_shards(weights)  # before minutes of loading
     read_model_rope(weights, config.trust_remote_code)
     raw = extension_config(config, method, factor) if method else read_config(weights)
     raw = merged_config(merge) if merge else raw
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
-    quiet_transformers()
     if merge and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         directory = weights
     tokenizer = load_tokenizer(directory, config.trust_remote_code)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            weights,
-            config=build_model_config(raw) if method or merge else None,
-            dtype=resolve_dtype(config.dtype, device),
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            device_map="auto" if is_mapped else None,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {weights}: {first_line(error)}") from error
+    model = load_causal_lm(
+        weights,
+        config=build_model_config(raw) if method or merge else None,
+        dtype=resolve_dtype(config.dtype, device),
+        device=device,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        device_map="auto" if is_mapped else None,
+    )
+    check_tokens(tokenizer, model, directory)
     if merge:
         put_in(model, merge)
-    placed = model if is_mapped else model.to(device)
+        check_finite(model, directory)
     facts = adapter_facts(merge) if merge else None
-    return HFLanguageModel(config.model, placed.eval(), tokenizer, raw, directory, facts)
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    """Return the tokenizer in `directory` (CheckpointError where transformers cannot load one)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{directory} has no tokenizer that transformers can load ({first_line(error)})."
-        ) from error
+    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts)
 
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
@@ -353,41 +375,6 @@ def extension_config(config: RuntimeConfig, method: str, factor: float | None) -
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
     request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision)
     return extended_config(plan_extension(request))
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" takes a CUDA device, else Apple's, else the CPU."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N, mps or map, got '{name}'.") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N, mps or map, got '{name}'.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s) here.")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> Any:
-    """Return the dtype called `name`; "auto" is float32 on a CPU and the checkpoint's own elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got '{name}'.")
-    return getattr(torch, name)
-
-
-def quiet_transformers() -> None:
-    """Silence transformers' notes and loading bars: longext prints its own."""
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _device_name(device: torch.device) -> str:
@@ -403,8 +390,3 @@ def _tokenizer_hash(directory: Path) -> str | None:
         if (directory / name).is_file():
             return hashlib.sha256((directory / name).read_bytes()).hexdigest()
     return None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -14,7 +14,7 @@ import torch
 from longext.errors import DataError
 from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers
 from longext.evaluation.batching import default_batch_tokens
-from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel, plain_generation
+from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel, NanWatch, plain_generation
 from longext.evaluation.protocol import LanguageModel
 
 
@@ -166,7 +166,9 @@ def _greedy_batch(model: HFLanguageModel, batch: Sequence[Request]) -> list[list
             pad_token_id=pad,
             eos_token_id=ends or None,
             stopping_criteria=is_ended,
+            logits_processor=[watch := NanWatch()],
         )
+    watch.check()
     # rows that end early are filled up
     return [_until(row, ends, first.min_new_tokens) for row in output[:, longest:].tolist()]
 

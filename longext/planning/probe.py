@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from longext.errors import ConfigError
+from longext.models.load import build_model, load_config
 from longext.planning.flops import training_flops
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
@@ -159,15 +160,13 @@ def _peak_of(step: Any, model: Any, setup: TrainingSetup, shape: ModelShape, dep
 
 def _build(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> Any:
     """Return the model with `depth` layers and random weights, trained as `setup.method` says."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(directory).get_text_config()
+    config = load_config(directory).get_text_config()
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
     dtype = torch.float32 if setup.is_full or setup.compute_bytes == 4 else torch.bfloat16
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        model = build_model(config, dtype=dtype).train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed between transformers 5.17 and 5.23; peft has the old
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

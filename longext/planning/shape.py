@@ -14,6 +14,7 @@ from typing import Any
 
 from longext.checkpoint.source import read_config, read_shards
 from longext.errors import CheckpointError
+from longext.models.load import load_config
 from longext.registry import did_you_mean
 
 
@@ -188,12 +189,7 @@ def _refuse_experts(text: Mapping[str, Any], model_type: str, directory: Path) -
 
 
 def _with_defaults(directory: Path, section: str | None) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {error}") from error
+    config = load_config(directory)
     values: dict[str, Any] = (getattr(config, section) if section else config).to_dict()
     return values
 

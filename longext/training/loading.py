@@ -16,15 +16,10 @@ from longext.checkpoint.extend import extended_config, plan_extension, provenanc
 from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model, sample_weights
 from longext.config import ExtendConfig, FinetuneConfig, RopeConfig, RuntimeConfig
-from longext.errors import CheckpointError, ConfigError
-from longext.evaluation.model import (
-    build_model_config,
-    first_line,
-    load_tokenizer,
-    quiet_transformers,
-    resolve_device,
-)
+from longext.errors import ConfigError
 from longext.manifest import read_manifest
+from longext.models.checks import check_tokens
+from longext.models.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.rope.methods import ROPE_METHODS
 from longext.training.tuning import TUNINGS, quantisation
 
@@ -112,27 +107,22 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     Frozen weights are in `config.dtype` ("auto": float32 on a CPU, bfloat16 on a GPU).
 
     Raises:
-        CheckpointError: transformers cannot load the model or its tokenizer.
+        CheckpointError: the model or its tokenizer cannot be loaded, or do not fit each other.
     """
-    from transformers import AutoModelForCausalLM
-
     register_attention()
-    quiet_transformers()
     device = training_device(config)
     quantised = quantisation(config.quantize)
     tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            extension.source,
-            config=build_model_config(extension.config),
-            dtype=training_dtype(config, device),
-            attn_implementation=implementation_of(config),
-            trust_remote_code=config.trust_remote_code,
-            quantization_config=quantised,
-            device_map={"": device} if quantised is not None else None,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {extension.source}: {first_line(error)}") from error
+    model = load_causal_lm(
+        extension.source,
+        config=build_model_config(extension.config),
+        dtype=training_dtype(config, device),
+        attention=implementation_of(config),
+        trust_remote_code=config.trust_remote_code,
+        quantization=quantised,
+        device_map={"": device} if quantised is not None else None,
+    )
+    check_tokens(tokenizer, model, extension.source)
     model.config.use_cache = False
     if config.context_parallel == 1:
         check_model(model)
