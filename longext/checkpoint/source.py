@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.errors import CheckpointError
@@ -19,6 +20,9 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _LEGACY = ("*.bin", "*.pth", "*.pt")
 _HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
 _NUM_SAMPLES = 64
+_HASHED_WHOLE = 2**30  # bytes; about a second
+_SAMPLES_PER_TENSOR, _SAMPLE = 8, 4096
+_BLOCK = 2**20
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
 
 
@@ -147,8 +151,38 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, size, 8 + length, tensors)
 
 
+def fingerprint_weights(directory: Path) -> str:
+    """Return what tells one set of weights from another: "whole:HASH", or "sampled:HASH" of more than 1 GiB.
+
+    Whole is SHA-256 over every file. Sampled is SHA-256 over the headers (names, shapes, dtypes) and eight blocks of
+    4 kB spread over each tensor: training, merging and rounding change all of a tensor. Times and paths stay out, since
+    the same weights are to be known again on another machine.
+    """
+    shards = read_shards(directory)
+    is_small = sum(shard.size for shard in shards) <= _HASHED_WHOLE
+    digest = hashlib.sha256()
+    for shard in shards:
+        with shard.path.open("rb") as file:
+            for block in iter(lambda: file.read(_BLOCK), b"") if is_small else _sampled_blocks(shard, file):
+                digest.update(block)
+    return f"{'whole' if is_small else 'sampled'}:{digest.hexdigest()[:16]}"
+
+
+def _sampled_blocks(shard: Shard, file: BinaryIO) -> Iterator[bytes]:
+    yield json.dumps(sorted(shard.tensors.items())).encode()
+    for _, _, start, end in shard.tensors.values():
+        for i in range(_SAMPLES_PER_TENSOR):
+            file.seek(shard.data_start + start + max(0, end - start - _SAMPLE) * i // (_SAMPLES_PER_TENSOR - 1))
+            yield file.read(min(_SAMPLE, end - start))
+
+
+def same_weights(directory: Path, recorded: str) -> bool:
+    """True if the weights in `directory` have the recorded fingerprint; longext 0.1 recorded `sample_weights`."""
+    return recorded == (fingerprint_weights(directory) if ":" in recorded else sample_weights(directory))
+
+
 def sample_weights(directory: Path) -> str:
-    """Return a hash that tells one set of weights from another without reading them all.
+    """Return the fingerprint that longext 0.1 recorded: a change between its samples passes unnoticed.
 
     SHA-256 over each shard's tensors (names, shapes, dtypes) and 64 samples of 4 kB spread over its data.
     """

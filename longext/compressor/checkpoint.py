@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longext.checkpoint.rope_config import model_rope
-from longext.checkpoint.source import read_config, resolve_model, sample_weights
+from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model, same_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.config import RuntimeConfig
@@ -33,13 +33,18 @@ class BaseModel:
         name: as the user named it; a directory is made absolute.
         revision: of a Hub id.
         directory: where it lies here.
-        weights: a hash that tells its weights and RoPE from others.
+        weights: what tells its weights and RoPE from others: the fingerprint of both, joined by a hyphen.
     """
 
     name: str
     revision: str | None
     directory: Path
     weights: str
+
+    def is_that_of(self, recorded: str) -> bool:
+        """True if this is the model whose `weights` were recorded (by longext 0.1 too)."""
+        fingerprint, _, rope = recorded.rpartition("-")
+        return rope == self.weights.rpartition("-")[2] and same_weights(self.directory, fingerprint)
 
 
 def find_base(name: str, revision: str | None = None) -> BaseModel:
@@ -48,7 +53,7 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     path = Path(name).expanduser()
     rope = model_rope(read_config(directory), directory)
     turned = json.dumps([rope.parameters, rope.max_position_embeddings], sort_keys=True)
-    weights = f"{sample_weights(directory)}-{hashlib.sha256(turned.encode()).hexdigest()[:8]}"
+    weights = f"{fingerprint_weights(directory)}-{hashlib.sha256(turned.encode()).hexdigest()[:8]}"
     return BaseModel(str(path.resolve()) if path.is_dir() else name, revision, directory, weights)
 
 
@@ -173,7 +178,7 @@ def load_compressor(
     folder = Path(directory).expanduser()
     description = read_description(folder)
     found = find_base(base or description["base_model"], None if base else description["base_revision"])
-    if found.weights != description["base_weights"]:
+    if not found.is_that_of(description["base_weights"]):
         raise CheckpointError(
             f"{folder} was trained on other weights, or another RoPE, than {found.directory} has (a compressor fits "
             f"only the model it was trained on: {description['base_model']}). Give that model."

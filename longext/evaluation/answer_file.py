@@ -11,23 +11,21 @@ from typing import Any
 
 from longext.errors import ConfigError, DataError
 from longext.evaluation.protocol import LanguageModel
+from longext.models.checks import weights_checksum
 
 PREDICTIONS_SCHEMA = "longext.predictions/1"
 _UNTOLD = ("num_threads",)  # what may differ between two runs whose answers belong together
-_SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
 def fingerprint_of(model: LanguageModel, questions: Iterable[str]) -> str:
-    """Return a SHA-256 over the questions and what the model says of itself, its ending tokens, some of its weights."""
+    """Return a SHA-256 over the questions and what the model says of itself, its ending tokens and all its weights."""
     facts = {key: value for key, value in model.describe().items() if key not in _UNTOLD}
     plain = getattr(model, "plain", model)  # a reader's model
     if hasattr(plain, "model"):
         facts["eos_token_id"] = plain.model.generation_config.eos_token_id
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, parameter in plain.model.named_parameters() if hasattr(plain, "model") else ():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
+    if hasattr(plain, "model"):
+        digest.update(weights_checksum(plain.model).encode())
     for question in questions:
         digest.update(question.encode() + b"\n")
     return digest.hexdigest()

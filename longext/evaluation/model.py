@@ -360,6 +360,7 @@ def load_language_model(
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         device_map="auto" if is_mapped else None,
+        filled_later=() if merge is None or merge.stays_tied else (merge.adapter.head,),
     )
     check_tokens(tokenizer, model, directory)
     if merge:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,7 @@ def load_causal_lm(
     trust_remote_code: bool | None = None,
     device_map: Any = None,
     quantization: Any = None,
+    filled_later: Collection[str] = (),
 ) -> Any:
     """Return the causal LM in `directory` with every weight from its files, all of them finite.
 
@@ -126,6 +127,7 @@ def load_causal_lm(
         trust_remote_code: run code of the checkpoint's own; None for a command that never does.
         device_map: as transformers takes it.
         quantization: transformers' quantisation config.
+        filled_later: weights that the files may lack, since the caller brings them (the output matrix of an adapter).
 
     Raises:
         CheckpointError: it cannot be loaded; weights are missing, left over, of another shape, integers or not finite.
@@ -148,6 +150,7 @@ def load_causal_lm(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # transformers' own refusal does not say which; check_complete does
         )
+    info["missing_keys"] = set(info["missing_keys"]) - set(filled_later)
     check_complete(model, info, directory, config)
     _check_weights(model, directory, shards)
     return model if device is None or device_map is not None else model.to(device)
@@ -278,6 +281,7 @@ class _Report(logging.Handler):
         self.text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message without its colours."""
         self.text += re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
 
 

@@ -14,7 +14,7 @@ import torch
 from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
 from longext.checkpoint.extend import extended_config, plan_extension, provenance
 from longext.checkpoint.rope_config import model_rope, write_rope
-from longext.checkpoint.source import read_config, resolve_model, sample_weights
+from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model
 from longext.config import ExtendConfig, FinetuneConfig, RopeConfig, RuntimeConfig
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
@@ -62,7 +62,7 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
         return _as_it_is(config, source)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
     plan = plan_extension(request)
-    record = {**provenance(plan), "trained": True, "base_weights": sample_weights(source)}
+    record = {**provenance(plan), "trained": True, "base_weights": fingerprint_weights(source)}
     original = plan.spec.original_max_position_embeddings
     return Extension(source, extended_config(plan), record, plan.new_length, original)
 
@@ -94,7 +94,7 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "base_model": config.model,
         "base_path": str(source.resolve()),
         "rope_parameters": rope.parameters,
-        "base_weights": sample_weights(source),
+        "base_weights": fingerprint_weights(source),
         "trained": True,
     }
     both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
