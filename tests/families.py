@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 LENGTH = 64  # max_position_embeddings of every tiny model
 # what `longext plan` needs of Llama-2-7B's config.json
@@ -111,6 +113,12 @@ def save_tiny_model(config: PretrainedConfig, directory: Path, seed: int = 0) ->
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
+
+
+def save_tiny_tokenizer(directory: Path, size: int = 60) -> None:
+    """Save a tokenizer of `size` words, which fits every tiny model."""
+    words = WordLevel({"<unk>": 0, **{f"w{i}": i for i in range(1, size)}}, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>").save_pretrained(directory)
 
 
 def tiny_model(name: str, seed: int = 0, attention: str = "eager") -> Any:

@@ -56,13 +56,20 @@ def _config(directory: Path, layout: str, keys: dict[str, list[str]]) -> Any:
 
 
 def _logits(directory: str, path: str, request: dict[str, Any]) -> dict[str, list[str]]:
-    """Save the logits of the probe tokens to `path`; return the loading problems (missing, unexpected keys)."""
+    """Save the logits of the probe tokens to `path`; return the problems: weights that do not fit, broken logits."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=request["dtype"], output_loading_info=True, trust_remote_code=False
+        directory,
+        dtype=request["dtype"],
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are among the problems, by name
+        trust_remote_code=False,
     )
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value and key.endswith("_keys")}
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()
+    broken = int((~logits.isfinite()).sum())
+    if broken:
+        problems["logits that are not finite"] = [f"{broken} of {logits.numel()}"]
     torch.save(logits, path)
     return problems
 

@@ -147,7 +147,7 @@ def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
     from longext.reporting.console import tokenising
     from longext.training.longlora import open_training_rows
 
-    tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
+    tokenizer = load_tokenizer(extension.source, config.trust_remote_code or None)
     open_training_rows(config, extension, tokenizer, tokenising(config.data))
 
 

@@ -219,9 +219,9 @@ def weights_checksum(model: Any) -> str:
 
 def embedding_rows(model: Any) -> int:
     """Return how many token ids a model has an input vector and, if it has an output matrix, a logit for."""
-    entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = int(getattr(entry, "num_embeddings", 0) or entry.weight.shape[0])
-    return rows if exit_ is None else min(rows, int(getattr(exit_, "out_features", rows)))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    counts = [int(end.weight.shape[0]) for end in ends if end is not None]
+    return min(count for count in counts if count) if any(counts) else int(ends[0].num_embeddings)  # ZeRO-3: on others
 
 
 def check_tokens(tokenizer: Any, model: Any, directory: Path) -> None:

@@ -55,11 +55,18 @@ def build_model_config(config: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: transformers has no such class, or it refuses a value.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not isinstance(config.get("model_type"), str):
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
         raise CheckpointError("config.json has no `model_type`. Restore the model's own config.json.")
-    with explained(f"transformers cannot read the config.json of this {config['model_type']} model"):
+    if model_type not in CONFIG_MAPPING and "auto_map" in config:
+        raise CheckpointError(
+            f"A model of type '{model_type}' is not part of transformers, and needs code of its own (config.json: "
+            "auto_map), which can neither be trained nor given another RoPE here. Give a model of a class of "
+            "transformers."
+        )
+    with explained(f"transformers cannot read the config.json of this {model_type} model"):
         # the constructor may edit the nested dicts it is given
         return AutoConfig.for_model(**decode_floats(json.loads(json.dumps(config))))
 
@@ -88,10 +95,15 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     from transformers import AutoTokenizer
 
     quiet_transformers()
-    with explained(f"{directory} has no tokenizer that transformers can load", trust_remote_code):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
-        # without its files some classes come up with nothing but their special tokens, and make no token of any text
-        plain = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    try:
+        with explained(f"{directory} has no tokenizer that transformers can load", trust_remote_code):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
+            # without its files some classes come up with only their special tokens, and make no token of any text
+            plain = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    except CheckpointError:
+        if (directory / "config.json").is_file():
+            load_config(directory, trust_remote_code)  # it is read for the tokenizer too, and may be what is wrong
+        raise
     if not plain:
         raise CheckpointError(
             f"{directory} has no tokenizer: its vocabulary is empty but for special tokens. Copy the model's own "
@@ -296,11 +308,10 @@ def _conversion_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"^(\S+)\s*\| CONVERSION \|\s*(.*?)\n\n", f"{report.text}\n\n", re.M | re.S)
+        found = re.search(r"^(\S+)\s*\| CONVERSION \|.*?([^\n]*)\nError", report.text, re.M | re.S)
         if found is None:
             raise
-        cause = " ".join(found[2].split())[:_LONGEST]
-        raise CheckpointError(f"the stored weights do not make '{found[1]}': {cause}") from error
+        raise RuntimeError(f"the stored weights do not make up '{found[1]}': {found[2][:_LONGEST]}") from error
     finally:
         logger.removeHandler(report)
         logger.setLevel(level)

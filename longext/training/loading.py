@@ -69,7 +69,7 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
 
 def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
     raw = read_config(source)
-    rope = model_rope(raw, source, config.trust_remote_code)
+    rope = model_rope(raw, source, config.trust_remote_code or None)
     length = config.target_length or rope.max_position_embeddings
     if length > rope.max_position_embeddings and rope.parameters["rope_type"] != "dynamic":
         raise ConfigError(
@@ -112,13 +112,13 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     register_attention()
     device = training_device(config)
     quantised = quantisation(config.quantize)
-    tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
+    tokenizer = load_tokenizer(extension.source, config.trust_remote_code or None)
     model = load_causal_lm(
         extension.source,
         config=build_model_config(extension.config),
         dtype=training_dtype(config, device),
         attention=implementation_of(config),
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code or None,
         quantization=quantised,
         device_map={"": device} if quantised is not None else None,
     )
