@@ -43,6 +43,8 @@ class BaseModel:
 
     def is_that_of(self, recorded: str) -> bool:
         """True if this is the model whose `weights` were recorded (by longext 0.1 too)."""
+        if recorded == self.weights:
+            return True
         fingerprint, _, rope = recorded.rpartition("-")
         return rope == self.weights.rpartition("-")[2] and same_weights(self.directory, fingerprint)
 

@@ -20,12 +20,13 @@ from longext.models.load import build_model_config, decode_floats, load_causal_l
 _MLP = {"intermediate_size": 48}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
 _EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_FOUR_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 _GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 2}
 MORE = {
     "bamba": lambda: _config("Bamba", **_MLP, **_MAMBA, num_key_value_heads=1, attn_layer_indices=[1]),
     "deepseek_v3": lambda: _config("DeepseekV3", **_MLP, **_MLA, **_EXPERTS, **_GROUPS),
-    "qwen3_moe": lambda: _config("Qwen3Moe", **_MLP, num_key_value_heads=1, num_experts=4, moe_intermediate_size=16),
+    "qwen3_moe": lambda: _config("Qwen3Moe", **_MLP, num_key_value_heads=1, **_FOUR_EXPERTS),
     "tied": lambda: _config("Llama", **_MLP, tie_word_embeddings=True),
 }
 ALL = {**CONFIGS, **MORE}
