@@ -55,8 +55,11 @@ def _config(directory: Path, layout: str, keys: dict[str, list[str]]) -> Any:
         return AutoConfig.from_pretrained(scratch, trust_remote_code=False)
 
 
-def _logits(directory: str, path: str, request: dict[str, Any]) -> dict[str, list[str]]:
-    """Save the logits of the probe tokens to `path`; return the problems: weights that do not fit, broken logits."""
+def _logits(directory: str, path: str, request: dict[str, Any]) -> tuple[dict[str, list[str]], bool]:
+    """Save the logits of the probe tokens to `path`.
+
+    Return (problems: weights that do not fit, broken logits; whether it is the text model of a multimodal checkpoint).
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=request["dtype"],
@@ -71,7 +74,8 @@ def _logits(directory: str, path: str, request: dict[str, Any]) -> dict[str, lis
     if broken:
         problems["logits that are not finite"] = [f"{broken} of {logits.numel()}"]
     torch.save(logits, path)
-    return problems
+    is_whole = "text_config" not in json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return problems, not is_whole and model.config.get_text_config() is model.config
 
 
 def main() -> None:
@@ -85,7 +89,7 @@ def main() -> None:
         answer["frequencies"][layout] = {str(length): _frequencies(config, length) for length in request["lengths"]}
     if request.get("input_ids"):
         problems = [_logits(directory, path, request) for path, directory in request["logits"].items()]
-        answer["loading_problems"] = problems[0]  # the checkpoint itself; its base comes second
+        answer["loading_problems"], answer["is_part"] = problems[0]  # the checkpoint itself; its base comes second
     answer["longext_imported"] = any(name.split(".")[0] == "longext" for name in sys.modules)
     Path(request["answer_path"]).write_text(json.dumps(answer), encoding="utf-8")
 

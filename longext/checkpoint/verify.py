@@ -20,6 +20,7 @@ from longext.checkpoint.source import Shard, read_config, read_shards, resolve_m
 from longext.checkpoint.writing import file_hash, read_tensor, stored_blocks
 from longext.errors import LongextError
 from longext.manifest import read_manifest
+from longext.models.checks import left_over
 from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.rope.reading import read_parameters, spec_from_json
 
@@ -100,7 +101,8 @@ def verify_checkpoint(
         answer = _reload(directory, base_directory, rope, spec, Path(scratch), ids, _dtype_for(shards))
         checks += _check_frequencies(answer, rope, spec)
         if logits:
-            checks.append(_check_loading(answer))
+            config = read_config(directory)
+            checks.append(_check_loading(answer, config[rope.section] if rope.section else config))
         if logits and base_directory is not None:
             is_plain = read_model_rope(base_directory).spec.method == "none"
             checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=is_trained or merge is not None))
@@ -277,8 +279,10 @@ def _local_spec(rope: ModelRope, kind: str) -> RopeSpec:
     return read_parameters(rope.local_parameters[kind], rope.spec.rotary_dim, rope.max_position_embeddings)
 
 
-def _check_loading(answer: dict[str, Any]) -> Check:
-    problems = answer["loading_problems"]
+def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:
+    found = answer["loading_problems"]
+    left = left_over(found.pop("unexpected_keys", ()), text, answer["is_part"])
+    problems = {**found, "unexpected_keys": left} if left else found
     if problems:
         kind, keys = next(iter(problems.items()))
         return Check("loads", "fail", f"{kind.replace('_', ' ')}: {keys[0]} ({len(keys)} in all)")

@@ -17,7 +17,7 @@ from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.config import RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import HFLanguageModel
-from longext.models.checks import check_tokens
+from longext.models.checks import check_finite, check_tokens
 from longext.models.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
 
 DESCRIPTION = "compressor.json"
@@ -195,7 +195,7 @@ def load_state(compressor: Compressor, directory: Path) -> None:
     """Read the weights in `directory` into `compressor`.
 
     Raises:
-        CheckpointError: they are missing or of other shapes.
+        CheckpointError: they are missing, of other shapes or not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -205,4 +205,5 @@ def load_state(compressor: Compressor, directory: Path) -> None:
         compressor.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} does not fit this compressor: {first_line(error)}") from error
+    check_finite(compressor, directory)
     compressor.to(torch.promote_types(compressor.backbone.dtype, torch.float32)).to(compressor.backbone.device)

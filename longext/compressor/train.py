@@ -39,7 +39,7 @@ from longext.data.packing import collate_rows
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
-from longext.models.checks import check_token_cache
+from longext.models.checks import check_ids, check_token_cache, embedding_rows
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import enable_checkpointing, training_device
@@ -190,7 +190,10 @@ def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] 
         backbone.enable_checkpointing(compressor.adapters, config.offload, enable_checkpointing)
     rows = open_documents(config, compressor, tokenizer, length, on_tokens)
     check_token_cache(rows.cache, backbone.model, tokenizer, str(config.data))
-    return CompressRun(config, base, compressor, rows, device, load_evaluation(config, spec, rows.length, tokenizer))
+    evaluation = load_evaluation(config, spec, rows.length, tokenizer)
+    for text in evaluation.texts if evaluation else ():
+        check_ids(text, embedding_rows(backbone.model), tokenizer, str(config.eval_data))
+    return CompressRun(config, base, compressor, rows, device, evaluation)
 
 
 def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.device) -> str:

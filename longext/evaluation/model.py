@@ -17,6 +17,7 @@ from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
 from longext.config import ExtendConfig, RuntimeConfig
+from longext.errors import ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
 from longext.evaluation.protocol import TokenScores

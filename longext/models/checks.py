@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 2**24  # numbers checked at a time
+_MARGIN = 64  # how far a config.json may be above its files: quantised weights are packed, layers may share theirs
 _SUMMED = 2**18  # numbers in a sum: a CPU widens them first
 
 # Names that a wrapper leaves in a state dict, and what it is called.
@@ -44,6 +46,37 @@ _NEVER_IN_TEXT = re.compile(
 )
 
 
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def check_sizes(config: Any, shards: Collection[Shard], directory: Path) -> None:
+    """Raise CheckpointError if config.json describes a far larger model than the files hold.
+
+    transformers would build it, and give what is missing random numbers, before anybody could say so.
+    """
+    text = config.get_text_config()
+    held = sum(math.prod(shape) for shard in shards for _, shape, *_ in shard.tensors.values())
+    count = sum(len(shard.tensors) for shard in shards)
+    hidden = _number(text, "hidden_size")
+    limits = {
+        "num_hidden_layers": _MARGIN * count,  # each stores a tensor of its own
+        "vocab_size": _MARGIN * held / max(1, hidden),
+        "intermediate_size": _MARGIN * held / max(1, hidden),
+        **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _MARGIN * held),
+    }
+    for key, most in limits.items():
+        if _number(text, key) > most:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: `{key}` {_number(text, key):,} does not belong to these files, which "
+                f"hold {count:,} tensors of {held:,} numbers in all. Restore the config.json that was saved with them."
+            )
+
+
+def _number(text: Any, key: str) -> int:
+    value = getattr(text, key, None)
+    return value if isinstance(value, int) else 0
+
+
 # --- complete ---------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +88,8 @@ def check_complete(model: Any, info: dict[str, Any], directory: Path, config: An
         config: the config the model was asked for by; that of a multimodal model may give its text model alone.
     """
     missing = sorted(map(str, info["missing_keys"]))
-    unexpected = [key for key in sorted(map(str, info["unexpected_keys"])) if not _is_unused(key, model, config)]
+    is_part = config.get_text_config() is not config and model.config.get_text_config() is model.config
+    unexpected = left_over(info["unexpected_keys"], config.get_text_config().to_dict(), is_part)
     mismatched = sorted(info["mismatched_keys"], key=str)
     if missing:
         raise CheckpointError(
@@ -80,17 +114,22 @@ def _shape(size: Any) -> str:
     return "x".join(map(str, size)) or "a single number"
 
 
-def _is_unused(key: str, model: Any, config: Any) -> bool:
-    """True for a stored tensor that is rightly left out."""
-    if _UNUSED.search(key):
-        return True
-    is_text_of_more = config.get_text_config() is not config and model.config.get_text_config() is model.config
-    if is_text_of_more and not _LANGUAGE.search(key):
-        return True
-    text, layer = config.get_text_config(), _layer(key)
-    depth = getattr(text, "num_hidden_layers", None)
-    extra = getattr(text, "num_nextn_predict_layers", None) or 0  # more layers that predict several tokens
-    return layer is not None and depth is not None and depth <= layer < depth + extra
+def left_over(keys: Iterable[str], text: Mapping[str, Any], is_part: bool) -> list[str]:
+    """Return the stored tensors, of those that a model has no place for, that it should have a place for.
+
+    Args:
+        text: the (text) config as a dict.
+        is_part: the model is the text model of a multimodal checkpoint.
+    """
+    depth = text.get("num_hidden_layers")
+    extra = text.get("num_nextn_predict_layers") or 0  # more layers that predict several tokens
+
+    def is_unused(key: str) -> bool:
+        layer = _layer(key)
+        is_extra = layer is not None and depth is not None and depth <= layer < depth + extra
+        return bool(_UNUSED.search(key)) or is_extra or (is_part and not _LANGUAGE.search(key))
+
+    return [key for key in sorted(map(str, keys)) if not is_unused(key)]
 
 
 def _layer(key: str) -> int | None:
@@ -256,7 +295,9 @@ def _tell_named_ids(model: Any, rows: int, directory: Path) -> None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             named = getattr(settings, key, None)
             for place in named if isinstance(named, (list, tuple)) else [named]:
-                if isinstance(place, int) and place >= rows:
+                if not isinstance(place, int | None):
+                    raise CheckpointError(f"{directory} names {key} {place!r}: token ids are whole numbers.")
+                if place is not None and place >= rows:
                     warnings.warn(
                         f"{directory} names {key} {place}, and the model has {rows:,} tokens: it is never met.",
                         LongextWarning,

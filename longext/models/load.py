@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import Shard, read_config, read_shards
 from longext.errors import CheckpointError, ConfigError, LongextError
-from longext.models.checks import check_complete, check_finite, check_float_weights, check_stored
+from longext.models.checks import check_complete, check_finite, check_float_weights, check_sizes, check_stored
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,8 @@ def load_causal_lm(
     shards = read_shards(directory)
     if config is None:
         config = load_config(directory, trust_remote_code)
+    check_sizes(config, shards, directory)
+    _refuse_kernels(config, attention, bool(trust_remote_code))
     with explained(f"transformers cannot load {directory}", trust_remote_code), _conversion_errors():
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -164,8 +166,20 @@ def load_causal_lm(
         )
     info["missing_keys"] = set(info["missing_keys"]) - set(filled_later)
     check_complete(model, info, directory, config)
+    if device is not None and device_map is None:
+        model = model.to(device)
     _check_weights(model, directory, shards)
-    return model if device is None or device_map is not None else model.to(device)
+    return model
+
+
+def _refuse_kernels(config: Any, attention: str | None, trusted: bool) -> None:
+    """Refuse a config.json that names attention code on the Hub: transformers would fetch and run it."""
+    asked = getattr(config.get_text_config(), "_attn_implementation", None)
+    if attention is None and not trusted and isinstance(asked, str) and "/" in asked:
+        raise CheckpointError(
+            f"config.json asks for attention code from the Hub (attn_implementation '{asked}'), which is not run "
+            "unasked. Remove that key."
+        )
 
 
 def _check_weights(model: Any, directory: Path, shards: list[Shard]) -> None:

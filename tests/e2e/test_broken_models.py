@@ -9,12 +9,13 @@ import pytest
 import torch
 from adapters import make_adapter
 from broken_models import BROKEN, MARKER, add_chat_tokens, add_remote_code, edit_config, edit_weights, make_micro
+from safetensors.torch import load_file, save_file
 from test_bad_input import fails
 
 from longext.checkpoint.source import fingerprint_weights, sample_weights
 from longext.compressor.checkpoint import find_base
 from longext.config import RuntimeConfig
-from longext.errors import DataError, LongextError
+from longext.errors import DataError, LongextError, LongextWarning
 from longext.evaluation.model import load_language_model
 from longext.evaluation.predictions import Request, generate_predictions
 
@@ -86,6 +87,9 @@ def test_verify_names_what_is_broken(run, model, kind, text):
         ({"model_type": "lama"}, "lama"),
         ({"hidden_act": "no-such"}, "no-such"),
         ({"head_dim": 7}, ""),
+        ({"num_hidden_layers": 10**9}, "`num_hidden_layers` 1,000,000,000 does not belong to these files"),
+        ({"vocab_size": 10**12}, "`vocab_size` 1,000,000,000,000 does not belong to these files"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
 def test_a_config_that_transformers_refuses_is_one_line(run, model, changes, text):
@@ -146,6 +150,19 @@ def test_a_tokenizer_without_a_vocabulary(run, model):
     fails(run(*PPL), 2, "no tokenizer", "vocabulary is empty")
 
 
+def test_training_evaluation_data_that_spells_a_token_without_a_row(run, model, tmp_path):
+    add_chat_tokens(model, "<image>")
+    (tmp_path / "text.txt").write_text("<image>" + "once upon a time " * 2000)
+    fails(run(*COMPRESS, "--eval-data", "text.txt"), 2, "text.txt", "'<image>' (8192)")
+
+
+def test_ending_tokens_that_do_not_exist_are_said(model):
+    edit_config(model, eos_token_id=[1, 9000])
+    (model / "generation_config.json").unlink()
+    with pytest.warns(LongextWarning, match="eos_token_id 9000"):
+        load_language_model(RuntimeConfig(model=str(model), device="cpu"))
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +185,15 @@ def test_logits_that_are_not_numbers_end_the_run(model, score):
 def test_weights_that_float16_cannot_hold(run, model):
     edit_weights(model, lambda s: {k: v * 1e6 if "norm" in k else v for k, v in s.items()})
     fails(run(*PPL, "--dtype", "float16"), 2, "float16", "65,504", "--dtype bfloat16")
+
+
+def test_a_compressor_of_nan_is_refused(run, model, tmp_path):
+    assert run(*COMPRESS).exit_code == 0
+    state = load_file(tmp_path / "out" / "compressor.safetensors")
+    name = next(name for name in state if state[name].numel() > 1)
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, tmp_path / "out" / "compressor.safetensors")
+    fails(run("eval", "ppl", "--memory", "out@8", *PPL[3:]), 2, f"'{name}' holds 1 of")
 
 
 # --- remote code ------------------------------------------------------------------------------------------------------
@@ -195,7 +221,7 @@ def test_no_command_runs_the_code_of_a_checkpoint(run, model, tmp_path, monkeypa
     assert not [*tmp_path.rglob(MARKER)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mystery"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("mystery", marks=pytest.mark.isolated)])
 def test_verify_runs_no_code_of_checkpoint_or_recorded_base(run, model, tmp_path, model_type):
     assert run(*HARMLESS["extend"]).exit_code == 0
     add_remote_code(model, model_type)

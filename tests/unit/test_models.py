@@ -154,6 +154,13 @@ def test_a_config_without_a_type_is_not_guessed_from_its_path(tmp_path):
         load_config(tmp_path / "llama-like")
 
 
+def test_attention_code_of_the_hub_is_not_fetched(tmp_path):
+    make_micro(tmp_path)
+    edit_config(tmp_path, attn_implementation="someone/fast-attention")
+    with pytest.raises(CheckpointError, match="'someone/fast-attention'.*not run unasked"):
+        load_causal_lm(tmp_path)
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
