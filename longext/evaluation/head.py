@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from longext.errors import LongextWarning
+from longext.models.checks import embedding_rows
 
 
 def decoder_of(model: Any) -> Any:
@@ -35,7 +36,7 @@ def head_is_plain(model: Any) -> bool:
 
     Warns where not: the caller then has to let the model make all its logits at once.
     """
-    ids = torch.arange(8, device=model.device)[None]
+    ids = (torch.arange(8, device=model.device) % embedding_rows(model))[None]
     try:
         hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         ours = scale_logits(model, model.get_output_embeddings()(hidden)).float()

@@ -121,12 +121,12 @@ def left_over(keys: Iterable[str], text: Mapping[str, Any], is_part: bool) -> li
         text: the (text) config as a dict.
         is_part: the model is the text model of a multimodal checkpoint.
     """
-    depth = text.get("num_hidden_layers")
-    extra = text.get("num_nextn_predict_layers") or 0  # more layers that predict several tokens
+    depth, extra = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
+    # layers behind the last that predict several tokens at once (DeepSeek-V3, GLM-4.5)
+    more = range(depth, depth + extra) if isinstance(depth, int) and isinstance(extra, int) else range(0)
 
     def is_unused(key: str) -> bool:
-        layer = _layer(key)
-        is_extra = layer is not None and depth is not None and depth <= layer < depth + extra
+        is_extra = _layer(key) in more
         return bool(_UNUSED.search(key)) or is_extra or (is_part and not _LANGUAGE.search(key))
 
     return [key for key in sorted(map(str, keys)) if not is_unused(key)]
