@@ -98,6 +98,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     try:
         with explained(f"{directory} has no tokenizer that transformers can load", trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
+            tokenizer("a")  # settings of the wrong type are met when a text is
             # without its files some classes come up with only their special tokens, and make no token of any text
             plain = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
     except CheckpointError:
@@ -150,6 +151,8 @@ def load_causal_lm(
     shards = read_shards(directory)
     if config is None:
         config = load_config(directory, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{directory} is an encoder-decoder model. Give a causal language model.")
     check_sizes(config, shards, directory)
     _refuse_kernels(config, attention, bool(trust_remote_code))
     with explained(f"transformers cannot load {directory}", trust_remote_code), _conversion_errors():

@@ -90,6 +90,7 @@ def test_verify_names_what_is_broken(run, model, kind, text):
         ({"num_hidden_layers": 10**9}, "`num_hidden_layers` 1,000,000,000 does not belong to these files"),
         ({"vocab_size": 10**12}, "`vocab_size` 1,000,000,000,000 does not belong to these files"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
     ],
 )
 def test_a_config_that_transformers_refuses_is_one_line(run, model, changes, text):
@@ -161,6 +162,12 @@ def test_ending_tokens_that_do_not_exist_are_said(model):
     (model / "generation_config.json").unlink()
     with pytest.warns(LongextWarning, match="eos_token_id 9000"):
         load_language_model(RuntimeConfig(model=str(model), device="cpu"))
+
+
+def test_a_tokenizer_with_settings_of_the_wrong_type(run, model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": "long"}))
+    fails(run(*PPL), 2, "no tokenizer that transformers can load", "'int' and 'str'")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
