@@ -295,8 +295,8 @@ def _tell_named_ids(model: Any, rows: int, directory: Path) -> None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             named = getattr(settings, key, None)
             for place in named if isinstance(named, (list, tuple)) else [named]:
-                if not isinstance(place, int | None):
-                    raise CheckpointError(f"{directory} names {key} {place!r}: token ids are whole numbers.")
+                if not isinstance(place, int | None) or (place or 0) >= 2**31:
+                    raise CheckpointError(f"{directory} names {key} {str(place)[:40]!r}, which is no token id.")
                 if place is not None and place >= rows:
                     warnings.warn(
                         f"{directory} names {key} {place}, and the model has {rows:,} tokens: it is never met.",

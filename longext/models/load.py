@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 MAPPED = "map"  # --device map: layers spread over all devices by accelerate
+_COUNT = re.compile(r"(^|_)(n_)?(layers?|labels)$")
+_MOST = 100_000
 _LONGEST = 300  # characters of a library's message that are shown
 _NAMED = (OSError, ValueError, RuntimeError, ImportError)  # their messages say what is wrong without their kind
 _SPECIAL_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
@@ -40,9 +42,7 @@ def load_config(directory: Path, trust_remote_code: bool | None = None) -> Any:
     Raises:
         CheckpointError: transformers cannot read it, or it needs code of its own.
     """
-    if not isinstance(read_config(directory).get("model_type"), str):
-        # transformers would guess the class from the directory's name
-        raise CheckpointError(f"{directory / 'config.json'} has no `model_type`. Restore the model's own config.json.")
+    _check_config(read_config(directory), str(directory / "config.json"))
     from transformers import AutoConfig
 
     with explained(f"transformers cannot read {directory / 'config.json'}", trust_remote_code):
@@ -57,9 +57,8 @@ def build_model_config(config: dict[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError("config.json has no `model_type`. Restore the model's own config.json.")
+    _check_config(config, "config.json")
+    model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING and "auto_map" in config:
         raise CheckpointError(
             f"A model of type '{model_type}' is not part of transformers, and needs code of its own (config.json: "
@@ -69,6 +68,21 @@ def build_model_config(config: dict[str, Any]) -> Any:
     with explained(f"transformers cannot read the config.json of this {model_type} model"):
         # the constructor may edit the nested dicts it is given
         return AutoConfig.for_model(**decode_floats(json.loads(json.dumps(config))))
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    if not isinstance(config.get("model_type"), str):
+        # transformers would guess the class from the directory's name
+        raise CheckpointError(f"{where} has no `model_type`. Restore the model's own config.json.")
+    _check_counts(config, where)
+
+
+def _check_counts(config: dict[str, Any], where: str) -> None:
+    """Refuse numbers of layers or labels that would fill the memory: config classes list something for each."""
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in section.items():
+            if _COUNT.search(key) and isinstance(value, int) and value > _MOST:
+                raise CheckpointError(f"{where}: `{key}` must be at most {_MOST:,}. Restore the model's own.")
 
 
 def decode_floats(value: Any) -> Any:
@@ -95,6 +109,9 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    has_config = (directory / "config.json").is_file()  # transformers reads it for the tokenizer too
+    if has_config:
+        _check_counts(read_config(directory), str(directory / "config.json"))
     try:
         with explained(f"{directory} has no tokenizer that transformers can load", trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
@@ -102,8 +119,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
             # without its files some classes come up with only their special tokens, and make no token of any text
             plain = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
     except CheckpointError:
-        if (directory / "config.json").is_file():
-            load_config(directory, trust_remote_code)  # it is read for the tokenizer too, and may be what is wrong
+        if has_config:
+            load_config(directory, trust_remote_code)  # it may be what is wrong
         raise
     if not plain:
         raise CheckpointError(
@@ -153,6 +170,7 @@ def load_causal_lm(
         config = load_config(directory, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{directory} is an encoder-decoder model. Give a causal language model.")
+    config.return_dict = True  # some ask for tuples; outputs are read by name here
     check_sizes(config, shards, directory)
     _refuse_kernels(config, attention, bool(trust_remote_code))
     with explained(f"transformers cannot load {directory}", trust_remote_code), _conversion_errors():

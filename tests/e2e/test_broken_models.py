@@ -87,9 +87,12 @@ def test_verify_names_what_is_broken(run, model, kind, text):
         ({"model_type": "lama"}, "lama"),
         ({"hidden_act": "no-such"}, "no-such"),
         ({"head_dim": 7}, ""),
-        ({"num_hidden_layers": 10**9}, "`num_hidden_layers` 1,000,000,000 does not belong to these files"),
+        ({"num_hidden_layers": 10**5}, "`num_hidden_layers` 100,000 does not belong to these files"),
+        ({"num_hidden_layers": 10**9}, "`num_hidden_layers` must be at most 100,000"),
+        ({"num_labels": 10**400}, "`num_labels` must be at most 100,000"),
         ({"vocab_size": 10**12}, "`vocab_size` 1,000,000,000,000 does not belong to these files"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": 10**30}, "eos_token_id"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
     ],
 )
