@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext import untrusted
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.ranges import check_model_config
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
 
 INDEX_NAME = "model.safetensors.index.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_RESTORE = "Restore it from the original model."
 _LEGACY = ("*.bin", "*.pth", "*.pt")
 _HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
 _NUM_SAMPLES = 64
-_MAX_HEADER = 100 * 2**20  # safetensors' own limit
 
 
 def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -36,6 +37,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
         return BUNDLED_MODELS[model]
     path = Path(model).expanduser()
     if path.is_dir():
+        untrusted.check_directory(path)
         return path
     if path.exists():
         raise CheckpointError(f"{model} is a file. Give the directory that holds config.json, or a Hub id.")
@@ -72,25 +74,30 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
+    A literal Infinity, which transformers 4 wrote, is there as transformers 5 spells it: {"__float__": "Infinity"}.
+
     Raises:
         CheckpointError: missing, unreadable or not an object; names the file and line.
     """
+    options: dict[str, Any] = {"want": dict, "constant": untrusted.tagged_infinity}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = untrusted.read_json(path, CheckpointError, advice=_RESTORE, **options)
     except FileNotFoundError as error:
         raise CheckpointError(f"No {path.name} in {path.parent}: not {what}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from the original model.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the model's config.json as a dict (CheckpointError where there is none)."""
+    """Return the model's config.json as a dict.
+
+    Raises:
+        CheckpointError: there is none, or a value in it that no model can have.
+    """
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it into its base model first.")
-    return read_json(directory / "config.json", "a Hugging Face model directory")
+    config = read_json(directory / "config.json", "a Hugging Face model directory")
+    check_model_config(config, directory / "config.json")
+    return config
 
 
 def is_adapter(directory: Path) -> bool:
@@ -114,37 +121,13 @@ def read_shard(path: Path) -> Shard:
     """Read the header of a safetensors file, never its data, and check that the file is whole.
 
     Raises:
-        CheckpointError: the header is unreadable or the file is shorter than the header says.
+        CheckpointError: there is no such file, or its header and its data do not agree.
     """
-    advice = "Download it again."
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            raw = file.read(8)
-            if len(raw) < 8:
-                raise CheckpointError(f"{path} is truncated: {len(raw)} bytes, no safetensors header. {advice}")
-            (length,) = struct.unpack("<Q", raw)
-            if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path} has no readable safetensors header (it claims {length} bytes of {size}). {advice}"
-                )
-            header = json.loads(file.read(length))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({error}). {advice}") from error
+        header = untrusted.read_header(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"Weight file {path} is named in the index but missing. {advice}") from error
-    try:
-        tensors = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry[3] for entry in tensors.values()), default=0)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({error!r}). {advice}") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header describes {8 + length + end}. {advice}")
-    return Shard(path, size, 8 + length, tensors)
+        raise CheckpointError(f"Weight file {path} is named in the index but missing. Download it again.") from error
+    return Shard(path, header.size, header.data_start, header.tensors)
 
 
 def sample_weights(directory: Path) -> str:
