@@ -340,9 +340,8 @@ def build_config(
         key, separator, text = setting.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got '{setting}'.")
-        values.update(
-            _checked(kind, {key.strip(): parse_yaml(text, f"--set {key.strip()}")}, f"--set {shown(setting)}")
-        )
+        given = {key.strip(): parse_yaml(text, f"--set {key.strip()}")}
+        values.update(_checked(kind, given, f"--set {shown(setting)}"))
     values.update(_checked(kind, dict(typed), "the command line"))
     _check_ranges(values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
@@ -358,7 +357,7 @@ def find_recipe(name: str) -> Path:
         ConfigError: no such file; names the nearest shipped recipe.
     """
     path = Path(name)
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     shipped = shipped_recipes()
     key = name.removesuffix(".yaml").removeprefix("recipes/")

@@ -14,10 +14,20 @@ from typing import Any
 
 import longext
 from longext.config import to_recipe
+from longext.errors import CheckpointError
+from longext.untrusted import fields, read_json
 
 MANIFEST_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
 SCHEMA = "longext.run/1"
+_ADVICE = "Restore the file, or remove it: the model is then read without its history."
+_PARTS = ("config", "extension", "merge", "finetune")
+_EXTENSION = {
+    **dict.fromkeys(("rope_parameters", "old_rope_parameters", "origin", "spec"), (dict, None)),
+    **dict.fromkeys(("base_model", "base_revision", "base_path", "base_weights", "relation", "formula"), (str, None)),
+    **dict.fromkeys(("old_length", "new_length"), (int, None)),
+    "trained": (bool, None),
+}
 _REPORTED = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -49,15 +59,27 @@ def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> 
         **extra,
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    # names that are not UTF-8 hold surrogates, which become JSON's own escapes
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     recipe = f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}"
-    (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+    (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8", errors="backslashreplace")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the run.json in `directory`, or an empty dict where there is none that can be read."""
+    """Return the run.json in `directory`, or an empty dict where there is none that longext wrote.
+
+    Raises:
+        CheckpointError: it has longext's schema, and a value in it is of another type than longext writes.
+    """
+    path = directory / MANIFEST_NAME
     try:
-        value = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_json(path, CheckpointError, keep_surrogates=True, constant=float)
+    except (OSError, CheckpointError):
         return {}
-    return value if isinstance(value, dict) and value.get("schema") == SCHEMA else {}
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        return {}
+    fields(value, str(path), dict.fromkeys(_PARTS, (dict, None)), CheckpointError, _ADVICE)
+    if value.get("extension"):
+        fields(value["extension"], f"{path}: extension", _EXTENSION, CheckpointError, _ADVICE)
+    found: dict[str, Any] = value
+    return found

@@ -1,4 +1,4 @@
-"""The one door for text that somebody else wrote: files, JSON, JSON lines, YAML, safetensors headers, patterns.
+"""The one door for text that somebody else wrote: files, JSON, JSON lines, YAML, patterns.
 
 Whatever is read here has a size, a depth and types that are known afterwards, or ends in one line that names the file
 (and the line, in formats made of lines), what was found and what to do. Imports nothing heavy.
@@ -7,17 +7,18 @@ Whatever is read here has a size, a depth and types that are known afterwards, o
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import json
 import os
 import re
 import stat
-import struct
 import subprocess
 import sys
+import types
+import typing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -28,7 +29,6 @@ RECIPE_LIMIT = 2**20
 MAX_DEPTH = 64  # of nested lists and objects
 _YAML_DEPTH = 16
 _MAX_DIGITS = 40  # of a whole number: 128 bits and a sign
-_MAX_HEADER = 100 * 2**20  # safetensors' own limit
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _FLOAT_TAG = "__float__"  # how transformers spells numbers that JSON has not: {"__float__": "Infinity"}
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     Openable = Path | zipfile.Path
 
 Kind = type[LongextError]
+BuiltT = TypeVar("BuiltT")
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------
@@ -152,12 +153,12 @@ def read_text(path: Openable, kind: Kind = DataError, limit: int | None = None) 
 
 
 def decode(content: bytes, where: str, kind: Kind = DataError) -> str:
-    """Return UTF-8 text (LongextError of `kind`, with line and byte, where it is none)."""
+    """Return UTF-8 text (LongextError of `kind`, with the byte and of several lines the line, where it is none)."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        place = f", line {line}" if b"\n" in content else ""
+        place = f", line {line}" if b"\n" in content[:-1] else ""
         raise kind(f"{where}{place} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
@@ -338,19 +339,20 @@ def fields(
     if not isinstance(value, dict):
         raise kind(f"{where} must be an object, found {type_name(value)}. {advice}".rstrip())
     found = {}
-    for name, types in wanted.items():
-        allowed = types if isinstance(types, tuple) else (types,)
+    for name, own in wanted.items():
+        allowed = own if isinstance(own, tuple) else (own,)
         if name not in value and None not in allowed:
             raise kind(f"{where} has no `{name}`. {advice}".rstrip())
         item = value.get(name)
-        if not any(_is_a(item, own) for own in allowed):
-            spelled = " or ".join(_SPELLED[own] for own in allowed)
+        if not any(is_a(item, one) for one in allowed):
+            spelled = " or ".join(_SPELLED[one] for one in allowed)
             raise kind(f"{where}: `{name}` must be {spelled}, found {shown(item)}. {advice}".rstrip())
         found[name] = item
     return found
 
 
-def _is_a(value: Any, wanted: type | None) -> bool:
+def is_a(value: Any, wanted: type | None) -> bool:
+    """Return True for a value of the JSON type `wanted` (None: null); a whole number is a number, a bool is none."""
     if wanted is None:
         return value is None
     if isinstance(value, bool):
@@ -366,6 +368,45 @@ def shown(value: Any) -> str:
         return "null"
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def build(cls: type[BuiltT], value: Any, where: str, kind: Kind = DataError, advice: str = "") -> BuiltT:
+    """Return the dataclass that JSON made `value` from (lists become tuples again), its types checked.
+
+    Fields with a default may be missing.
+
+    Raises:
+        LongextError: of `kind`: no object, an unknown or missing key, a value of another type.
+    """
+    hints, own = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
+    unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else []
+    if unknown:
+        raise kind(f"{where} has the unknown key `{unknown[0]}`. {advice}".rstrip())
+    missing = [field.name for field in own if field.default is dataclasses.MISSING]
+    given = {name: value[name] for name in hints if name in value} if isinstance(value, dict) else value
+    present = {*missing, *(given if isinstance(given, dict) else ())}
+    found = fields(given, where, {name: _json_types(hints[name]) for name in hints if name in present}, kind, advice)
+    for name, item in found.items():
+        if isinstance(item, (list, tuple)):
+            (inner,) = {own for own in _tuple_items(hints[name])}
+            if not all(is_a(own, inner) for own in item):
+                raise kind(f"{where}: `{name}` must be a list of {inner.__name__} values. {advice}".rstrip())
+            found[name] = tuple(item)
+    return cls(**found)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _json_types(hint: Any) -> tuple[type | None, ...]:
+    """Return the types that JSON may have for a field's type."""
+    names = {type(None): None}
+    return tuple(list if typing.get_origin(own) is tuple else names.get(own, own) for own in _options(hint))
+
+
+def _tuple_items(hint: Any) -> list[Any]:
+    return [typing.get_args(own)[0] for own in _options(hint) if typing.get_origin(own) is tuple]
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -450,105 +491,6 @@ def read_yaml(path: Path, kind: Kind = ConfigError) -> Any:
         FileNotFoundError, LongextError: as `read_text` and `parse_yaml`.
     """
     return parse_yaml(read_text(path, kind, RECIPE_LIMIT), str(path), kind)
-
-
-# --- safetensors ------------------------------------------------------------------------------------------------------
-
-# Bits of an element.
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-FLOATS = frozenset(name for name in _BITS if name.startswith(("F", "BF")))
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file: tensors as (dtype, shape, start, end), byte offsets from `data_start`."""
-
-    size: int
-    data_start: int
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path, kind: Kind = CheckpointError, advice: str = "Download it again.") -> Header:
-    """Read the header of a safetensors file, never its data, and check that the two agree.
-
-    Tensors must fill the data without holes or overlaps, each as many bytes as its shape and dtype take: what
-    safetensors itself asks for when it opens the file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        LongextError: of `kind`; names the tensor.
-    """
-    with open_file(path, kind) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = file.read(8)
-        if len(raw) < 8:
-            raise kind(f"{path} is truncated: {size} bytes, no safetensors header. {advice}")
-        (length,) = struct.unpack("<Q", raw)
-        if length > min(_MAX_HEADER, size - 8):
-            raise kind(f"{path} has no readable safetensors header (it claims {length} bytes of {size}). {advice}")
-        content = file.read(length)
-    broken = f"{path} has a broken safetensors header"
-    try:
-        header = parse_json(decode(content, "it", _Broken), "it", _Broken, want=dict)
-        metadata = _metadata(header.pop("__metadata__", {}))
-        tensors = {name: _entry(name, entry) for name, entry in header.items()}
-        end = _check_order(tensors)
-    except _Broken as error:
-        raise kind(f"{broken} ({error}). {advice}") from error
-    if 8 + length + end != size:
-        trouble = "truncated" if 8 + length + end > size else "longer than it should be"
-        raise kind(f"{path} is {trouble}: {size} bytes, its header describes {8 + length + end}. {advice}")
-    return Header(size, 8 + length, tensors, metadata)
-
-
-class _Broken(LongextError):
-    """A header that is none; `read_header` adds the file."""
-
-
-def _metadata(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise _Broken("__metadata__ must map text to text")
-    return value
-
-
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    own = fields(entry, f"tensor '{name}'", {"dtype": str, "shape": list, "data_offsets": list}, _Broken)
-    dtype, shape, offsets = own["dtype"], own["shape"], own["data_offsets"]
-    if dtype not in _BITS:
-        raise _Broken(f"tensor '{name}' has the unknown dtype {shown(dtype)}")
-    if not all(_is_a(size, int) and 0 <= size < 2**63 for size in shape):
-        raise _Broken(f"tensor '{name}' has the shape {str(shape)[:60]}, not whole numbers >= 0")
-    if len(offsets) != 2 or not all(_is_a(offset, int) and 0 <= offset < 2**63 for offset in offsets):
-        raise _Broken(f"tensor '{name}' has the data_offsets {str(offsets)[:60]}, not two whole numbers >= 0")
-    elements = 1
-    for size in shape:
-        elements *= size
-    start, end = offsets
-    if (end - start) * 8 != elements * _BITS[dtype]:
-        takes = -(-elements * _BITS[dtype] // 8)
-        raise _Broken(
-            f"tensor '{name}' takes {takes} bytes as {dtype} {str(shape)[:60]}, its offsets span {end - start}"
-        )
-    return dtype, tuple(shape), start, end
-
-
-def _check_order(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> int:
-    """Return where the data ends, after checking that each tensor starts where the one before it ends."""
-    at, before = 0, ""
-    for name, (_, _, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if start != at:
-            what = "overlaps" if start < at else "leaves a hole behind"
-            raise _Broken(f"tensor '{name}' {what} {f'tensor {before!r}' if before else 'the start of the data'}")
-        at, before = end, name
-    return at
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from string import Template
 from typing import Any
 
 from longext.checkpoint.source import HUB_ID
+from longext.errors import CheckpointError
 from longext.manifest import command_line, versions
 from longext.rope.methods import ROPE_METHODS
+from longext.untrusted import METADATA_LIMIT, read_text
 
 _LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
@@ -81,8 +83,8 @@ this one.
 def license_of(source: Path) -> list[str]:
     """Return the license lines of the base model's card, so that the new card keeps them."""
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(source / "README.md", CheckpointError, METADATA_LIMIT)
+    except (OSError, CheckpointError):
         return []
     front = text.split("---", 2)[1] if text.startswith("---") else ""
     return [match.group(0) for match in _LICENSE_LINE.finditer(front)]

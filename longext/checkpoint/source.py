@@ -11,6 +11,7 @@ from typing import Any
 
 from longext import untrusted
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.header import read_header
 from longext.checkpoint.ranges import check_model_config
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
@@ -124,7 +125,7 @@ def read_shard(path: Path) -> Shard:
         CheckpointError: there is no such file, or its header and its data do not agree.
     """
     try:
-        header = untrusted.read_header(path)
+        header = read_header(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"Weight file {path} is named in the index but missing. Download it again.") from error
     return Shard(path, header.size, header.data_start, header.tensors)

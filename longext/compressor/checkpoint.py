@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.header import read_header
 from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import read_config, resolve_model, sample_weights
 from longext.compressor.backbone import Backbone
@@ -25,10 +26,12 @@ from longext.evaluation.model import (
     resolve_device,
     resolve_dtype,
 )
+from longext.untrusted import fields, read_json
 
 DESCRIPTION = "compressor.json"
 WEIGHTS = "compressor.safetensors"
 SCHEMA = "longext.compressor/1"
+_FIELDS = {"spec": dict, "base_model": str, "base_revision": (str, None), "base_weights": str, "window": int}
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,17 @@ def read_description(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is not of this schema.
     """
+    advice = "Give the -o directory of `longext compress-train`."
+    path = directory / DESCRIPTION
     try:
-        value = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        assert value["schema"] == SCHEMA
-        CompressorSpec.from_json(value["spec"])
-        assert set(value) >= {"base_model", "base_revision", "base_weights", "window"}
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{directory} is no trained compressor: it has no readable {DESCRIPTION}. Give the -o directory of "
-            "`longext compress-train`."
-        ) from error
-    found: dict[str, Any] = value
-    return found
+        value: dict[str, Any] = read_json(path, CheckpointError, want=dict, advice=advice, keep_surrogates=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no trained compressor: it has no {DESCRIPTION}. {advice}") from error
+    if value.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is no trained compressor: its `schema` is not {SCHEMA}. {advice}")
+    fields(value, str(path), _FIELDS, CheckpointError, advice)
+    CompressorSpec.from_json(value["spec"], f"{path}: spec")
+    return value
 
 
 def load_backbone(
@@ -205,6 +207,7 @@ def load_state(compressor: Compressor, directory: Path) -> None:
     from safetensors.torch import load_file
 
     try:
+        read_header(directory / WEIGHTS, advice="Train the compressor again, or restore the file.")
         state = load_file(directory / WEIGHTS)
         compressor.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evaluation.protocol import RESULT_SCHEMA
+from longext.untrusted import is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
 _HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
@@ -85,10 +86,7 @@ def read_record(file: Path) -> dict[str, Any]:
     Raises:
         DataError: it is not JSON; the message has the line.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file} is not JSON, so no result of longext: {error}") from error
+    record = read_json(file, constant=float, advice="Give the -o directory of an evaluation.")
     return record if isinstance(record, dict) else {}
 
 
@@ -138,7 +136,7 @@ def _numbers(
     elif isinstance(value, (list, tuple)):
         for row_name, item in _named_rows(value):
             yield from _numbers(item, f"{name}[{row_name}]", keys, (*rows, item), item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and _may_be_score(keys[-1]):
+    elif is_a(value, float) and math.isfinite(value) and _may_be_score(keys[-1]):
         yield Score(name, keys, value, rows, beside)
 
 

@@ -74,7 +74,7 @@ def parse_gpus(text: str) -> tuple[int, Device]:
         raise ConfigError(f"--gpus takes a number and a name, for example 8xA100-80GB, got '{text}'.")
     count = int((match[1] or "1")[:12])
     if not 1 <= count <= _MOST:
-        raise ConfigError(f"--gpus takes 1 to {_MOST:,} GPUs, got '{shown(text)}'.")
+        raise ConfigError(f"--gpus needs at least one GPU and at most {_MOST:,}, got {shown(text)}.")
     wanted = match[2].lower()
     fitting = [name for name in DEVICES if name.lower() == wanted] or [
         name for name in DEVICES if name.lower().rsplit("-", 1)[0] == wanted
