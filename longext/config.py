@@ -179,6 +179,7 @@ class TrainingConfig(RuntimeConfig):
     keep_checkpoints: int = 2
     resume: bool = False
     report_to: str = "none"
+    control_tokens: str = "keep"
     num_processes: int = 1
     sequence_parallel: int = 1
     context_parallel: int = 1

@@ -15,7 +15,7 @@ from typing import Any
 import longext
 from longext.config import to_recipe
 from longext.errors import CheckpointError
-from longext.untrusted import fields, read_json
+from longext.untrusted import fields, read_json, spelled
 
 MANIFEST_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """Return the command as the user typed it, its first word shortened to `longext`."""
-    return shlex.join(["longext", *sys.argv[1:]])
+    return spelled(shlex.join(["longext", *sys.argv[1:]]))
 
 
 def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> None:
@@ -58,11 +58,10 @@ def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> 
         "config": dataclasses.asdict(config),
         **extra,
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    # names that are not UTF-8 hold surrogates, which become JSON's own escapes
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    text = spelled(json.dumps(manifest, indent=2, ensure_ascii=False))
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
     recipe = f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}"
-    (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8", errors="backslashreplace")
+    (directory / RECIPE_NAME).write_text(spelled(recipe), encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -162,6 +162,11 @@ def decode(content: bytes, where: str, kind: Kind = DataError) -> str:
         raise kind(f"{where}{place} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
+def spelled(text: str) -> str:
+    """Return text with names that are not UTF-8 as it can be written: stray bytes as escapes, which JSON reads too."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 

@@ -401,6 +401,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
     path.unlink(missing_ok=True)
     try:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except (TypeError, ValueError) as error:
         raise LongextError(f"Cannot write {path.name}: {error}") from error

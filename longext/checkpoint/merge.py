@@ -38,7 +38,7 @@ from longext.checkpoint.extend import (
 )
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model, sample_weights
+from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, has_weights, read_json, read_shards, resolve_model
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
@@ -238,7 +238,7 @@ def find_base(config: MergeConfig, adapter: Path, settings: dict[str, Any]) -> t
 def _check_base_weights(adapter: Path, name: str, base: Path) -> None:
     """Raise CheckpointError where longext noted which weights the adapter was trained on, and these are others."""
     trained_on = (read_manifest(adapter).get("extension") or {}).get("base_weights")
-    if trained_on is not None and trained_on != sample_weights(base):
+    if trained_on is not None and not has_weights(base, trained_on):
         raise CheckpointError(
             f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes. Give "
             "the model it was trained on with --base."

@@ -11,7 +11,7 @@ from typing import Any
 
 from longext import untrusted
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.header import read_header
+from longext.checkpoint.header import FLOATS, read_header
 from longext.checkpoint.ranges import check_model_config
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
@@ -21,7 +21,9 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _RESTORE = "Restore it from the original model."
 _LEGACY = ("*.bin", "*.pth", "*.pt")
 _HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
-_NUM_SAMPLES = 64
+_CHEAP = 256 * 2**20  # bytes of weights that are hashed whole: a second
+_NUM_PLACES, _BLOCK = 16, 4096
+_SAMPLE_VERSION = "2-"
 
 
 def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -132,18 +134,70 @@ def read_shard(path: Path) -> Shard:
 
 
 def sample_weights(directory: Path) -> str:
-    """Return a hash that tells one set of weights from another without reading them all.
+    """Return a hash that tells one set of weights from another.
 
-    SHA-256 over each shard's tensors (names, shapes, dtypes) and 64 samples of 4 kB spread over its data.
+    SHA-256 over each shard's tensors (names, shapes, dtypes) and their data: all of it in a model of up to 256 MB. In
+    a larger one, small tensors (norms, biases) are read whole and every other at 16 places of 4 kB, so a single changed
+    number may go unnoticed there, and any training does not.
     """
+    shards = read_shards(directory)
+    reads_all = sum(shard.size for shard in shards) <= _CHEAP
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(json.dumps(sorted(shard.tensors.items())).encode())
+        with untrusted.open_file(shard.path, CheckpointError) as file:
+            for _, _, start, end in shard.tensors.values():
+                for first, last in [(start, end)] if reads_all else _places(start, end):
+                    file.seek(shard.data_start + first)
+                    while first < last and (block := file.read(min(1 << 20, last - first))):
+                        digest.update(block)
+                        first += len(block)
+    return _SAMPLE_VERSION + digest.hexdigest()[:16]
+
+
+def _places(start: int, end: int) -> list[tuple[int, int]]:
+    """Return the byte ranges of a tensor that are sampled."""
+    if end - start <= _NUM_PLACES * _BLOCK:
+        return [(start, end)]
+    first = [start + (end - start - _BLOCK) * i // (_NUM_PLACES - 1) for i in range(_NUM_PLACES)]
+    return [(place, place + _BLOCK) for place in first]
+
+
+def has_weights(directory: Path, recorded: str) -> bool:
+    """Return whether `recorded` is the hash of the weights in `directory`: of `sample_weights`, or of longext 0.1."""
+    own = sample_weights(directory) if recorded.startswith(_SAMPLE_VERSION) else _sample_first(directory)
+    return recorded == own
+
+
+def _sample_first(directory: Path) -> str:
+    """Return the hash that longext 0.1 noted: 64 samples of 4 kB spread over each shard."""
     digest = hashlib.sha256()
     for shard in read_shards(directory):
         digest.update(json.dumps(sorted(shard.tensors.items())).encode())
-        with shard.path.open("rb") as file:
-            for i in range(_NUM_SAMPLES):
-                file.seek(shard.data_start + (shard.size - shard.data_start) * i // _NUM_SAMPLES)
-                digest.update(file.read(4096))
+        with untrusted.open_file(shard.path, CheckpointError) as file:
+            for i in range(64):
+                file.seek(shard.data_start + (shard.size - shard.data_start) * i // 64)
+                digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
+
+
+def _check_floats(directory: Path, shards: list[Shard]) -> None:
+    """Refuse whole numbers where weights must be: rounded to them, a model answers with nonsense.
+
+    A quantised model says so in its config; what it holds is for transformers to read.
+    """
+    if (directory / "config.json").is_file():
+        config = read_json(directory / "config.json", "a Hugging Face model directory")
+        text = config.get("text_config")
+        if config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")):
+            return
+    for shard in shards:
+        for name, (dtype, *_) in shard.tensors.items():
+            if name.endswith(".weight") and dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{shard.path}: '{name}' is stored as {dtype}, and config.json names no quantization_config: "
+                    "weights must be floating-point numbers. Give the original model."
+                )
 
 
 def read_shards(directory: Path) -> list[Shard]:
@@ -151,15 +205,30 @@ def read_shards(directory: Path) -> list[Shard]:
 
     Raises:
         CheckpointError: no safetensors weights (legacy .bin ones are named with the way out), a shard missing or
-            truncated, or a tensor that the index promises and no shard has.
+            truncated, a tensor that the index promises and no shard has, no tensor at all, one that two shards hold,
+            or whole numbers as weights.
     """
+    shards = _find_shards(directory)
+    names = [name for shard in shards for name in shard.tensors]
+    if not names:
+        raise CheckpointError(f"{shards[0].path} holds no tensor. Download it again.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"Two weight files in {directory} hold '{twice}'. Download the model again.")
+    _check_floats(directory, shards)
+    return shards
+
+
+def _find_shards(directory: Path) -> list[Shard]:
     index_path = directory / INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path, "a weight index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path} has no weight_map. Download the model again.")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index_path}: weight_map must map names to files. Download the model again.")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if not name or Path(name).name != name]
         if outside:
             raise CheckpointError(f"{index_path} names '{outside[0]}': weight files must lie beside their index.")
         shards = [read_shard(directory / name) for name in names]

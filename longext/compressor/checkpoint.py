@@ -12,7 +12,7 @@ import torch
 
 from longext.checkpoint.header import read_header
 from longext.checkpoint.rope_config import model_rope
-from longext.checkpoint.source import read_config, resolve_model, sample_weights
+from longext.checkpoint.source import has_weights, read_config, resolve_model, sample_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.config import RuntimeConfig
@@ -49,6 +49,11 @@ class BaseModel:
     revision: str | None
     directory: Path
     weights: str
+
+    def is_noted(self, weights: str) -> bool:
+        """Return whether `weights`, which a file noted, is this model; longext 0.1 hashed less of it."""
+        sample, _, rope = weights.rpartition("-")
+        return weights == self.weights or (rope == self.weights[-8:] and has_weights(self.directory, sample))
 
 
 def find_base(name: str, revision: str | None = None) -> BaseModel:
@@ -186,7 +191,7 @@ def load_compressor(
     folder = Path(directory).expanduser()
     description = read_description(folder)
     found = find_base(base or description["base_model"], None if base else description["base_revision"])
-    if found.weights != description["base_weights"]:
+    if not found.is_noted(description["base_weights"]):
         raise CheckpointError(
             f"{folder} was trained on other weights, or another RoPE, than {found.directory} has (a compressor fits "
             f"only the model it was trained on: {description['base_model']}). Give that model."

@@ -258,7 +258,7 @@ class Session:
             CheckpointError: not a memory file, or one that another compressor or another base model wrote.
         """
         memory, tokens, description = read_memory(Path(path))
-        if description["base_weights"] != loaded.base.weights:
+        if not loaded.base.is_noted(description["base_weights"]):
             raise CheckpointError(
                 f"{path} was written on another base model than {loaded.base.name}; it cannot be read."
             )

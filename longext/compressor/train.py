@@ -202,7 +202,7 @@ def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.devic
 def _start_from(compressor: Compressor, directory: Path, base: BaseModel) -> None:
     """Take over the weights of an earlier compressor of the same shape on the same model."""
     description = read_description(directory)
-    if description["base_weights"] != base.weights:
+    if not base.is_noted(description["base_weights"]):
         raise ConfigError(f"--init {directory} belongs to {description['base_model']}, another model than this run's.")
     found = CompressorSpec.from_json(description["spec"])
     if not same_shape(found, compressor.spec):
