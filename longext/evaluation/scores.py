@@ -10,10 +10,12 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evaluation.protocol import RESULT_SCHEMA
-from longext.untrusted import is_a, read_json
+from longext.untrusted import fields, is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
 _HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
+_PARTS = ("model", "protocol", "data", "versions")
+_ADVICE = "Give the -o directory of an evaluation."
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")
 _NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
 _INTERVALS = ("_low", "_high")
@@ -84,10 +86,15 @@ def read_record(file: Path) -> dict[str, Any]:
     """Return what a JSON file holds: a record of longext, or of another program.
 
     Raises:
-        DataError: it is not JSON; the message has the line.
+        DataError: it is not JSON, with the line; or a record of longext with parts of another type.
     """
-    record = read_json(file, constant=float, advice="Give the -o directory of an evaluation.")
-    return record if isinstance(record, dict) else {}
+    record = read_json(file, constant=float, advice=_ADVICE)
+    if not isinstance(record, dict):
+        return {}
+    if str(record.get("schema")).startswith(_FAMILY):
+        fields(record, str(file), {**dict.fromkeys(_PARTS, (dict, None)), "kind": (str, None)}, advice=_ADVICE)
+    found: dict[str, Any] = record
+    return found
 
 
 def schema_trouble(record: Mapping[str, Any]) -> str | None:
