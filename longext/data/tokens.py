@@ -87,10 +87,14 @@ def _seam(
 
 
 def control_tokens(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of tokens that mean something to a model beside a text: BOS, EOS, markers of turns."""
+    """Return the ids of tokens that mean something to a model beside a text: BOS, EOS, markers of turns.
+
+    The unknown token is none: it stands for characters.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = (number for number, token in added.items() if token.special)
-    return frozenset(marked) | frozenset(tokenizer.all_special_ids)
+    marked = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return frozenset(marked - {own for own in (tokenizer.unk_token_id,) if own not in ends})
 
 
 def count_controls(ids: Iterable[int], controls: frozenset[int]) -> int:
