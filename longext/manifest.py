@@ -23,11 +23,13 @@ SCHEMA = "longext.run/1"
 _ADVICE = "Restore the file, or remove it: the model is then read without its history."
 _PARTS = ("config", "extension", "merge", "finetune")
 _EXTENSION = {
-    **dict.fromkeys(("rope_parameters", "old_rope_parameters", "origin", "spec"), (dict, None)),
-    **dict.fromkeys(("base_model", "base_revision", "base_path", "base_weights", "relation", "formula"), (str, None)),
+    **dict.fromkeys(("rope_parameters", "origin", "spec"), dict),
+    **dict.fromkeys(("base_model", "base_path"), str),
+    **dict.fromkeys(("base_revision", "base_weights", "relation", "formula"), (str, None)),
     **dict.fromkeys(("old_length", "new_length"), (int, None)),
-    "trained": (bool, None),
+    **{"old_rope_parameters": (dict, None), "trained": (bool, None)},
 }
+_MERGE = {"files": dict, "touched": list, "proof": (dict, None)}
 _REPORTED = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -80,5 +82,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     fields(value, str(path), dict.fromkeys(_PARTS, (dict, None)), CheckpointError, _ADVICE)
     if value.get("extension"):
         fields(value["extension"], f"{path}: extension", _EXTENSION, CheckpointError, _ADVICE)
+    if value.get("merge"):
+        fields(value["merge"], f"{path}: merge", _MERGE, CheckpointError, _ADVICE)
     found: dict[str, Any] = value
     return found

@@ -32,6 +32,7 @@ _SIZES = {  # key -> largest value; the least is 1
     "n_layer": 10_000,
     "n_positions": MAX_LENGTH,
 }
+_BY_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # some families have a list of them
 _BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "local_rope_theta", "global_rope_theta")
 _LARGEST_BASE = 1e30
 _SHARES = ("partial_rotary_factor", "rotary_pct")
@@ -75,8 +76,14 @@ def _check_level(level: Mapping[str, Any], where: str) -> None:
     for key in ("architectures", "layer_types"):
         if not all(isinstance(item, str) for item in level.get(key) or ()):
             raise _refusal(where, key, level[key], "a list of text")
+    one_for_all = level.get("model_type") in _DERIVE_HEAD_DIM
     for key, most in _SIZES.items():
+        if isinstance(level.get(key), list) and (one_for_all or key not in _BY_LAYER):
+            raise _refusal(where, key, level[key], f"a whole number from 1 to {most}")
         _check_size(level.get(key), key, most, where)
+    for key in _BASES:
+        if isinstance(level.get(key), list) and one_for_all:
+            raise _refusal(where, key, level[key], "a number above 0")
     _check_numbers(level, where)
     for name, rope in _ropes(level):
         _check_rope(rope, level, f"{where}: {name}")
@@ -84,7 +91,7 @@ def _check_level(level: Mapping[str, Any], where: str) -> None:
 
 
 def _check_size(value: Any, key: str, most: int, where: str) -> None:
-    for own in value if isinstance(value, list) else [value]:  # some families have one for each layer
+    for own in value if isinstance(value, list) else [value]:
         if own is not None and (isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= most):
             raise _refusal(where, key, own, f"a whole number from 1 to {most}")
 

@@ -112,9 +112,8 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is no trained compressor: it has no {DESCRIPTION}. {advice}") from error
     if value.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no trained compressor: its `schema` is not {SCHEMA}. {advice}")
-    fields(value, str(path), _FIELDS, CheckpointError, advice)
-    CompressorSpec.from_json(value["spec"], f"{path}: spec")
-    return value
+    CompressorSpec.from_json(value.get("spec"), f"{path}: spec")
+    return {**value, **fields(value, str(path), _FIELDS, CheckpointError, advice)}
 
 
 def load_backbone(

@@ -43,13 +43,13 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **opti
 
 
 def _plain(tokenizer: Any, text: str, options: dict[str, Any]) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
     return ids
 
 
 def _with_offsets(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
     encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True, **options)
-    return encoded.input_ids, encoded.offset_mapping
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def _cut(offsets: Sequence[tuple[int, int]]) -> int:

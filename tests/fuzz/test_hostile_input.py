@@ -93,7 +93,7 @@ def _invoke(*args: str) -> Any:
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
 Make = Callable[[random.Random, Path], Arguments]
-_PPL = ("eval", "ppl", "base", "--lengths", "32", "--stride", "16", "--data")
+_PPL = ("eval", "ppl", "base", "--lengths", "32", "--stride", "16", "--max-tokens", "64", "--data")
 
 
 def _json_file(name: str, *commands: Arguments) -> Make:

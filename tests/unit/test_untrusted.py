@@ -238,7 +238,8 @@ def test_values_that_no_model_can_have_are_refused_by_name(tmp_path, change, key
 @pytest.mark.parametrize(
     "change",
     [
-        *({}, {"head_dim": None}, {"rope_theta": 10_000}, {"rope_scaling": None}, {"intermediate_size": [8, 16]}),
+        *({}, {"head_dim": None}, {"rope_theta": 10_000}, {"rope_scaling": None}),
+        {"model_type": "gemma3n_text", "intermediate_size": [8, 16]},
         {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}},
         {"time_step_limit": [0.0, {"__float__": "Infinity"}]},
     ],
