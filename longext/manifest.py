@@ -23,11 +23,11 @@ SCHEMA = "longext.run/1"
 _ADVICE = "Restore the file, or remove it: the model is then read without its history."
 _PARTS = ("config", "extension", "merge", "finetune")
 _EXTENSION = {
-    **dict.fromkeys(("rope_parameters", "origin", "spec"), dict),
+    "rope_parameters": dict,
     **dict.fromkeys(("base_model", "base_path"), str),
     **dict.fromkeys(("base_revision", "base_weights", "relation", "formula"), (str, None)),
     **dict.fromkeys(("old_length", "new_length"), (int, None)),
-    **{"old_rope_parameters": (dict, None), "trained": (bool, None)},
+    **{"origin": (dict, None), "spec": (dict, None), "old_rope_parameters": (dict, None), "trained": (bool, None)},
 }
 _MERGE = {"files": dict, "touched": list, "proof": (dict, None)}
 _REPORTED = ("torch", "transformers", "tokenizers", "numpy")

@@ -105,7 +105,7 @@ def _require_regular(path: Path, mode: int, kind: Kind) -> None:
 
 def _file_kind(mode: int) -> str:
     kinds: dict[str, Callable[[int], bool]] = {
-        "a directory": stat.S_ISDIR,
+        "a folder": stat.S_ISDIR,
         "a FIFO": stat.S_ISFIFO,
         "a socket": stat.S_ISSOCK,
     }

@@ -175,7 +175,7 @@ def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
 def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
     """The extension record in run.json, unless somebody changed the config since."""
     extension: dict[str, Any] | None = read_manifest(source).get("extension")
-    if not extension or extension["rope_parameters"] != rope.parameters:
+    if not extension or not {"spec", "origin"} <= set(extension) or extension["rope_parameters"] != rope.parameters:
         return None
     return extension
 

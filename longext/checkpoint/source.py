@@ -196,7 +196,7 @@ def _check_floats(directory: Path, shards: list[Shard]) -> None:
             if name.endswith(".weight") and dtype not in FLOATS:
                 raise CheckpointError(
                     f"{shard.path}: '{name}' is stored as {dtype}, and config.json names no quantization_config: "
-                    "weights must be floating-point numbers. Give the original model."
+                    "weights must be floating-point numbers. Give the original, unquantised model."
                 )
 
 

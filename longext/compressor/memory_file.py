@@ -19,7 +19,7 @@ from longext.untrusted import fields, parse_json
 SCHEMA = "longext.memory/1"
 TOKENS = ("sink", "before", "tail")  # lists of token ids that a session needs as text
 _KEY = "longext"
-_ADVICE = "Write it again with `longext generate --save-memory`."
+_ADVICE = "It is damaged, or not a memory that longext wrote (`longext generate --save-memory`)."
 _FIELDS = {
     **{"schema": str, "spec": dict, "ratio": int, "base_weights": str, "compressor": str},
     **{"num_segments": int, "num_tokens": int},
@@ -58,7 +58,7 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     except FileNotFoundError as error:
         raise CheckpointError(f"No memory file {path}.") from error
     if _KEY not in header.metadata:
-        raise CheckpointError(f"{path} is not a memory that longext wrote. {_ADVICE}")
+        raise CheckpointError(f"{path} has no description of longext. {_ADVICE}")
     where = f"{path}: {_KEY}"
     description = parse_json(header.metadata[_KEY], where, CheckpointError, want=dict, advice=_ADVICE)
     found = fields(description, where, _FIELDS, CheckpointError, _ADVICE)

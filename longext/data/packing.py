@@ -39,6 +39,8 @@ _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
+_REBUILD = "Delete the directory to build it again."
+
 Row = dict[str, torch.Tensor]
 
 
@@ -104,7 +106,7 @@ def open_token_cache(directory: Path) -> TokenCache:
         DataError: there is none, or it is damaged.
     """
     try:
-        meta = read_json(directory / "meta.json", want=dict, keep_surrogates=True)
+        meta = read_json(directory / "meta.json", want=dict, keep_surrogates=True, advice=_REBUILD)
         cache = TokenCache(directory, meta)
         counts = (cache.num_tokens, cache.num_documents, int(cache.bounds[-1]))
         whole = meta["schema"] == SCHEMA and counts == (meta["num_tokens"], meta["num_documents"], meta["num_tokens"])

@@ -22,7 +22,7 @@ from longext.data.packing import (
     open_token_cache,
 )
 from longext.data.sft import ExampleEncoder
-from longext.data.tokens import control_tokens, count_controls, encode_text
+from longext.data.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
 from longext.untrusted import note
@@ -157,7 +157,7 @@ def _encoded(
     batch: list[tuple[str, str]], tokenizer: Any, max_tokens: int | None, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, list[int]]]:
     """Yield (name, tokens) of each text of a batch; a text that is a batch of its own may be of any length."""
-    if len(batch) == 1:
+    if len(batch) == 1 and len(batch[0][1]) > LONG:
         name, text = batch.pop()
         yield name, encode_text(tokenizer, text, max_tokens, **options)
         return

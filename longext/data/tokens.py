@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 _WINDOW = 1 << 17  # characters tokenised at a time; an encoding takes about 200 bytes a token while it is made
+LONG = 2 * _WINDOW  # characters of a text that is cut into windows
 _OVERLAP = 1 << 13  # characters that two windows share
 _AGREED = 16  # tokens on either side of a seam that both windows must have alike
 

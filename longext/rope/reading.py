@@ -48,7 +48,7 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
         ) from missing
 
 
-def spec_from_json(values: dict[str, Any]) -> RopeSpec:
+def spec_from_json(values: Any) -> RopeSpec:
     """Return the RopeSpec that `dataclasses.asdict` and JSON made `values` from (lists become tuples again).
 
     Raises:

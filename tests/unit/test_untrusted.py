@@ -81,7 +81,7 @@ def test_lines_keep_their_numbers_and_a_mark_in_front_is_no_text(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_only_files_are_opened(tmp_path, make):
     make(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="a.txt is a (FIFO|directory), not a file"):
+    with pytest.raises(DataError, match="a.txt is a (FIFO|folder), not a file"):
         read_text(tmp_path / "a.txt")
 
 
