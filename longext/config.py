@@ -6,6 +6,7 @@ Precedence: defaults < recipe (`-c FILE`) < `--set key=value` < flags actually t
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import yaml
 
 from longext.errors import ConfigError
 from longext.registry import did_you_mean
+from longext.untrusted import parse_yaml, read_yaml, shown, type_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,7 @@ class TrainingConfig(RuntimeConfig):
     keep_checkpoints: int = 2
     resume: bool = False
     report_to: str = "none"
+    control_tokens: str = "keep"
     num_processes: int = 1
     sequence_parallel: int = 1
     context_parallel: int = 1
@@ -338,9 +341,10 @@ def build_config(
         key, separator, text = setting.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got '{setting}'.")
-        values.update(_checked(kind, {key.strip(): _parse_yaml(text, setting)}, f"--set {setting}"))
+        given = {key.strip(): parse_yaml(text, f"--set {key.strip()}")}
+        values.update(_checked(kind, given, f"--set {shown(setting)}"))
     values.update(_checked(kind, dict(typed), "the command line"))
-    _check_minimums(values)
+    _check_ranges(values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
     if missing:
         raise ConfigError(f"Missing: {', '.join(missing)}. Give it as an argument or flag, or in the recipe (-c FILE).")
@@ -354,7 +358,7 @@ def find_recipe(name: str) -> Path:
         ConfigError: no such file; names the nearest shipped recipe.
     """
     path = Path(name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     shipped = shipped_recipes()
     key = name.removesuffix(".yaml").removeprefix("recipes/")
@@ -376,13 +380,11 @@ def shipped_recipes() -> dict[str, Path]:
 def load_recipe(path: Path) -> dict[str, Any]:
     """Return the mapping in a recipe file (ConfigError where it is missing, broken or not a mapping)."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = read_yaml(path)
     except FileNotFoundError as error:
         raise ConfigError(f"No recipe file {path}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold key: value lines, found {type(value).__name__}.")
+        raise ConfigError(f"{path} must hold key: value lines, found {type_name(value)}.")
     return value
 
 
@@ -402,13 +404,6 @@ def to_recipe(config: Any) -> str:
 
 def _required(kind: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-
-
-def _parse_yaml(text: str, setting: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {setting}: the value is not valid YAML.") from error
 
 
 def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -431,13 +426,17 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if target is bool or isinstance(value, bool):
         if target is bool and isinstance(value, bool):
             return value
-        raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
+        raise ConfigError(f"{where} must be {_spell(target)}, got {shown(value)}.")
     try:
         number = target(value) if target is not int or float(value) == int(float(value)) else None
     except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None:
-        raise ConfigError(f"{where} must be {_spell(target)}, got {value!r}.")
+    if number is None or target is str and isinstance(value, (list, dict)):
+        raise ConfigError(f"{where} must be {_spell(target)}, got {shown(value)}.")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ConfigError(f"{where} must be a finite number, got {number}.")
+    if target is str and "\0" in number:
+        raise ConfigError(f"{where} must not have a NUL character in it.")
     return number
 
 
@@ -487,10 +486,34 @@ _AT_LEAST = {
 }
 
 
-def _check_minimums(values: Mapping[str, Any]) -> None:
-    for key, least in _AT_LEAST.items():
-        if values.get(key) is not None and values[key] < least:
-            raise ConfigError(f"`{key}` must be >= {least}, got {values[key]}.")
+_LENGTH = 2**31  # tokens: what a config's max_position_embeddings may be
+_MANY = 10**6  # counts of things that are done one after the other
+# The largest value; other whole numbers end at `_LARGEST`.
+_AT_MOST = {
+    "seed": 2**63 - 1,
+    "factor": 1e6,
+    "rope_theta": 1e30,
+    "utilisation": 1.0,
+    **dict.fromkeys(
+        ("target_length", "original_length", "lengths", "length", "window", "max_length", "document_length"), _LENGTH
+    ),
+    **dict.fromkeys(("num_trials", "num_bootstrap", "num_buckets", "num_places", "num_repeats", "num_cases"), _MANY),
+    **dict.fromkeys(("num_needles", "num_digits", "batch_size", "num_samples", "keep_checkpoints"), _MANY),
+    **dict.fromkeys(("num_processes", "sequence_parallel", "context_parallel", "lora_r"), 2**16),
+}
+_LARGEST = 2**53
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        for own in value if isinstance(value, tuple) else (value,):
+            if isinstance(own, bool) or not isinstance(own, (int, float)):
+                continue
+            least, most = _AT_LEAST.get(key), _AT_MOST.get(key, _LARGEST if isinstance(own, int) else math.inf)
+            if least is not None and own < least:
+                raise ConfigError(f"`{key}` must be >= {least}, got {own}.")
+            if own > most or own < -_LARGEST:
+                raise ConfigError(f"`{key}` must be <= {most:.17g}, got {shown(own)}.")
 
 
 def _spell(target: Any) -> str:

@@ -14,10 +14,22 @@ from typing import Any
 
 import longext
 from longext.config import to_recipe
+from longext.errors import CheckpointError
+from longext.untrusted import fields, read_json, spelled
 
 MANIFEST_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
 SCHEMA = "longext.run/1"
+_ADVICE = "Restore the file, or remove it: the model is then read without its history."
+_PARTS = ("config", "extension", "merge", "finetune")
+_EXTENSION = {
+    "rope_parameters": dict,
+    **dict.fromkeys(("base_model", "base_path"), str),
+    **dict.fromkeys(("base_revision", "base_weights", "relation", "formula"), (str, None)),
+    **dict.fromkeys(("old_length", "new_length"), (int, None)),
+    **{"origin": (dict, None), "spec": (dict, None), "old_rope_parameters": (dict, None), "trained": (bool, None)},
+}
+_MERGE = {"files": dict, "touched": list, "proof": (dict, None)}
 _REPORTED = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -34,7 +46,7 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """Return the command as the user typed it, its first word shortened to `longext`."""
-    return shlex.join(["longext", *sys.argv[1:]])
+    return spelled(shlex.join(["longext", *sys.argv[1:]]))
 
 
 def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> None:
@@ -48,16 +60,29 @@ def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> 
         "config": dataclasses.asdict(config),
         **extra,
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    text = spelled(json.dumps(manifest, indent=2, ensure_ascii=False))
     (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
     recipe = f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}"
-    (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+    (directory / RECIPE_NAME).write_text(spelled(recipe), encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the run.json in `directory`, or an empty dict where there is none that can be read."""
+    """Return the run.json in `directory`, or an empty dict where there is none that longext wrote.
+
+    Raises:
+        CheckpointError: it has longext's schema, and a value in it is of another type than longext writes.
+    """
+    path = directory / MANIFEST_NAME
     try:
-        value = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_json(path, CheckpointError, keep_surrogates=True, constant=float)
+    except (OSError, CheckpointError):
         return {}
-    return value if isinstance(value, dict) and value.get("schema") == SCHEMA else {}
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        return {}
+    fields(value, str(path), dict.fromkeys(_PARTS, (dict, None)), CheckpointError, _ADVICE)
+    if value.get("extension"):
+        fields(value["extension"], f"{path}: extension", _EXTENSION, CheckpointError, _ADVICE)
+    if value.get("merge"):
+        fields(value["merge"], f"{path}: merge", _MERGE, CheckpointError, _ADVICE)
+    found: dict[str, Any] = value
+    return found

@@ -17,6 +17,7 @@ from longext.checkpoint.source import HUB_ID, Shard, read_config, read_json, rea
 from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError
 from longext.models.load import build_model, load_config
+from longext.untrusted import check_patterns, fields, is_a
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,17 @@ _MUST_BE_OFF = (
 )
 # Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_FIELDS = {
+    **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "bias", "task_type"), (str, None)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), (str, list, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, None)),
+    **{"r": (int, None), "lora_alpha": (float, None), "lora_dropout": (float, None), "use_rslora": (bool, None)},
+    **{
+        "layers_to_transform": (int, list, None),
+        "fan_in_fan_out": (bool, None),
+        "init_lora_weights": (bool, str, None),
+    },
+}
 _SUPPORTED = "longext merges plain LoRA (patterns and rsLoRA included) with modules_to_save"
 
 
@@ -124,6 +136,16 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         CheckpointError: broken, or an adapter of a kind that is not plain LoRA; names the setting.
     """
     config = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
+    fields(config, str(directory / ADAPTER_CONFIG), _FIELDS, CheckpointError, "Restore the file it was saved with.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        numbers = config.get(key) or {}
+        if not all(is_a(value, float) and 0 < value < 2**31 for value in numbers.values()):
+            raise CheckpointError(f"{directory / ADAPTER_CONFIG}: `{key}` must map patterns to numbers above 0.")
+    for key, least in (("r", 1), ("lora_alpha", 0)):
+        if config.get(key) is not None and not least <= config[key] < 2**31:
+            raise CheckpointError(
+                f"{directory / ADAPTER_CONFIG}: `{key}` must be {least} or more, found {config[key]}."
+            )
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{directory} is a {kind} adapter: {_SUPPORTED}. Merge it with PEFT itself.")
@@ -194,6 +216,7 @@ def _expected_layout(directory: Path, base: Path, trust_remote_code: bool) -> _L
         warnings.simplefilter("ignore")
         model = build_model(load_config(base, trust_remote_code), trust_remote_code=trust_remote_code)
         ends = _ends(model)
+        _check_patterns(directory, [name for name, _ in model.named_modules()])
         try:
             wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -205,6 +228,20 @@ def _expected_layout(directory: Path, base: Path, trust_remote_code: bool) -> _L
         if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
     }
     return _Layout(shapes={key: tuple(value.shape) for key, value in state.items()}, scalings=scalings, **ends)
+
+
+def _check_patterns(directory: Path, names: list[str]) -> None:
+    """Refuse expressions in the adapter's config that are none, or on which peft would hang."""
+    config = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
+    found = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        found += [(key, rf"(.*\.)?({pattern})$") for pattern in config.get(key) or {}]
+    layers = config.get("layers_pattern") or []
+    found += [
+        ("layers_pattern", rf".*\.[^.]*{pattern}\.(\d+)\.")
+        for pattern in ([layers] if isinstance(layers, str) else layers)
+    ]
+    check_patterns(found, names, str(directory / ADAPTER_CONFIG))
 
 
 def _ends(model: Any) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from string import Template
 from typing import Any
 
 from longext.checkpoint.source import HUB_ID
+from longext.errors import CheckpointError
 from longext.manifest import command_line, versions
 from longext.rope.methods import ROPE_METHODS
+from longext.untrusted import METADATA_LIMIT, read_text, spelled
 
 _LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
@@ -81,8 +83,8 @@ this one.
 def license_of(source: Path) -> list[str]:
     """Return the license lines of the base model's card, so that the new card keeps them."""
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(source / "README.md", CheckpointError, METADATA_LIMIT)
+    except (OSError, CheckpointError):
         return []
     front = text.split("---", 2)[1] if text.startswith("---") else ""
     return [match.group(0) for match in _LICENSE_LINE.finditer(front)]
@@ -128,7 +130,7 @@ def model_card(
         front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
     trap = f"\n> {_TRAPS[spec['method']]}\n" if spec["method"] in _TRAPS else ""
     served = spec["original_max_position_embeddings"] if method.keeps_length else length
-    return _CARD.substitute(
+    text = _CARD.substitute(
         front="\n".join(front),
         name=Path(base).name,
         summary=_untrained_summary(base) if merge is None else _merged_summary(base, merge),
@@ -147,6 +149,7 @@ def model_card(
         command=command_line(),
         version=versions()["longext"],
     )
+    return spelled(text)
 
 
 def _untrained_summary(base: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.card import license_of, model_card
+from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, read_model_rope, write_rope
 from longext.checkpoint.source import INDEX_NAME, Shard, read_config, read_json, read_shards, resolve_model
 from longext.config import ExtendConfig
@@ -28,6 +29,7 @@ from longext.rope.methods import (
 )
 from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
+from longext.untrusted import fields, is_a
 
 # Small files that travel with a checkpoint, beside config.json (rewritten) and the weights (linked).
 _SIDE_PATTERNS = (
@@ -173,7 +175,7 @@ def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
 def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
     """The extension record in run.json, unless somebody changed the config since."""
     extension: dict[str, Any] | None = read_manifest(source).get("extension")
-    if not extension or "spec" not in extension or extension["rope_parameters"] != rope.parameters:
+    if not extension or not {"spec", "origin"} <= set(extension) or extension["rope_parameters"] != rope.parameters:
         return None
     return extension
 
@@ -239,6 +241,8 @@ def resolve_factor(config: ExtendConfig, original: int, from_file: float | None)
         return 1.0
     if factor is None:
         raise ConfigError(f"Give --factor (for example 8) or --target-length (for example {8 * original}).")
+    if factor > MAX_FACTOR:
+        raise ConfigError(f"--factor must be at most {MAX_FACTOR:g}, got {factor:g}.")
     if not factor >= 1:
         raise ConfigError(f"--factor must be >= 1 (target length / trained length {original}), got {factor:g}.")
     return float(factor)
@@ -259,11 +263,13 @@ def read_factors(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--factors {path}: needs the key long_factor, may have {', '.join(sorted(known))}; got {sorted(values)}."
         )
+    fields(values, f"--factors {path}", dict.fromkeys(("factor", "attention_factor"), (float, None)), ConfigError)
     for name in ("long_factor", "short_factor"):
         numbers = values.get(name, [1.0])
-        if not isinstance(numbers, list) or not all(isinstance(x, (int, float)) and x > 0 for x in numbers):
+        if not isinstance(numbers, list) or not all(is_a(x, float) and x > 0 for x in numbers):
             raise ConfigError(f"--factors {path}: `{name}` must be a list of numbers above 0.")
-    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in values.items()}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in given.items()}
 
 
 def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
@@ -401,6 +407,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
     path.unlink(missing_ok=True)
     try:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except (TypeError, ValueError) as error:
         raise LongextError(f"Cannot write {path.name}: {error}") from error

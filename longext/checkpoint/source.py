@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from longext import untrusted
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.header import FLOATS, read_header
+from longext.checkpoint.ranges import check_model_config
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
 
 INDEX_NAME = "model.safetensors.index.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_RESTORE = "Restore it from the original model."
 _LEGACY = ("*.bin", "*.pth", "*.pt")
 _HUB_IGNORED = [*_LEGACY, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.ot"]
 _NUM_SAMPLES = 64
 _HASHED_WHOLE = 2**30  # bytes; about a second
 _SAMPLES_PER_TENSOR, _SAMPLE = 8, 4096
 _BLOCK = 2**20
-_MAX_HEADER = 100 * 2**20  # safetensors' own limit
 
 
 def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -40,6 +42,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
         return BUNDLED_MODELS[model]
     path = Path(model).expanduser()
     if path.is_dir():
+        untrusted.check_directory(path)
         return path
     if path.exists():
         raise CheckpointError(f"{model} is a file. Give the directory that holds config.json, or a Hub id.")
@@ -76,25 +79,30 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
+    A literal Infinity, which transformers 4 wrote, is there as transformers 5 spells it: {"__float__": "Infinity"}.
+
     Raises:
         CheckpointError: missing, unreadable or not an object; names the file and line.
     """
+    options: dict[str, Any] = {"want": dict, "constant": untrusted.tagged_infinity}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = untrusted.read_json(path, CheckpointError, advice=_RESTORE, **options)
     except FileNotFoundError as error:
         raise CheckpointError(f"No {path.name} in {path.parent}: not {what}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from the original model.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the model's config.json as a dict (CheckpointError where there is none)."""
+    """Return the model's config.json as a dict.
+
+    Raises:
+        CheckpointError: there is none, or a value in it that no model can have.
+    """
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it into its base model first.")
-    return read_json(directory / "config.json", "a Hugging Face model directory")
+    config = read_json(directory / "config.json", "a Hugging Face model directory")
+    check_model_config(config, directory / "config.json")
+    return config
 
 
 def is_adapter(directory: Path) -> bool:
@@ -118,37 +126,13 @@ def read_shard(path: Path) -> Shard:
     """Read the header of a safetensors file, never its data, and check that the file is whole.
 
     Raises:
-        CheckpointError: the header is unreadable or the file is shorter than the header says.
+        CheckpointError: there is no such file, or its header and its data do not agree.
     """
-    advice = "Download it again."
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            raw = file.read(8)
-            if len(raw) < 8:
-                raise CheckpointError(f"{path} is truncated: {len(raw)} bytes, no safetensors header. {advice}")
-            (length,) = struct.unpack("<Q", raw)
-            if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path} has no readable safetensors header (it claims {length} bytes of {size}). {advice}"
-                )
-            header = json.loads(file.read(length))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({error}). {advice}") from error
+        header = read_header(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"Weight file {path} is named in the index but missing. {advice}") from error
-    try:
-        tensors = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry[3] for entry in tensors.values()), default=0)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({error!r}). {advice}") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header describes {8 + length + end}. {advice}")
-    return Shard(path, size, 8 + length, tensors)
+        raise CheckpointError(f"Weight file {path} is named in the index but missing. Download it again.") from error
+    return Shard(path, header.size, header.data_start, header.tensors)
 
 
 def fingerprint_weights(directory: Path) -> str:
@@ -192,8 +176,27 @@ def sample_weights(directory: Path) -> str:
         with shard.path.open("rb") as file:
             for i in range(_NUM_SAMPLES):
                 file.seek(shard.data_start + (shard.size - shard.data_start) * i // _NUM_SAMPLES)
-                digest.update(file.read(4096))
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def _check_floats(directory: Path, shards: list[Shard]) -> None:
+    """Refuse whole numbers where weights must be: rounded to them, a model answers with nonsense.
+
+    A quantised model says so in its config; what it holds is for transformers to read.
+    """
+    if (directory / "config.json").is_file():
+        config = read_json(directory / "config.json", "a Hugging Face model directory")
+        text = config.get("text_config")
+        if config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")):
+            return
+    for shard in shards:
+        for name, (dtype, *_) in shard.tensors.items():
+            if name.endswith(".weight") and dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{shard.path}: '{name}' is stored as {dtype}, and config.json names no quantization_config: "
+                    "weights must be floating-point numbers. Give the original, unquantised model."
+                )
 
 
 def read_shards(directory: Path) -> list[Shard]:
@@ -201,15 +204,30 @@ def read_shards(directory: Path) -> list[Shard]:
 
     Raises:
         CheckpointError: no safetensors weights (legacy .bin ones are named with the way out), a shard missing or
-            truncated, or a tensor that the index promises and no shard has.
+            truncated, a tensor that the index promises and no shard has, no tensor at all, one that two shards hold,
+            or whole numbers as weights.
     """
+    shards = _find_shards(directory)
+    names = [name for shard in shards for name in shard.tensors]
+    if not names:
+        raise CheckpointError(f"{shards[0].path} holds no tensor. Download it again.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"Two weight files in {directory} hold '{twice}'. Download the model again.")
+    _check_floats(directory, shards)
+    return shards
+
+
+def _find_shards(directory: Path) -> list[Shard]:
     index_path = directory / INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path, "a weight index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path} has no weight_map. Download the model again.")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index_path}: weight_map must map names to files. Download the model again.")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if not name or Path(name).name != name]
         if outside:
             raise CheckpointError(f"{index_path} names '{outside[0]}': weight files must lie beside their index.")
         shards = [read_shard(directory / name) for name in names]

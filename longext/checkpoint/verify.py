@@ -132,7 +132,7 @@ def _promised_spec(rope: ModelRope, extension: dict[str, Any] | None) -> RopeSpe
     """The RoPE that was promised: run.json's where there is one, else what the config itself says."""
     if not extension:
         return rope.spec
-    return spec_from_json(extension["spec"])
+    return spec_from_json(extension.get("spec"))
 
 
 def _check_config(rope: ModelRope, extension: dict[str, Any] | None) -> Check:

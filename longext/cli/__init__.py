@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
@@ -10,6 +11,7 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.errors import reported_errors
 from longext.cli.options import without_dash
+from longext.untrusted import take_notes
 
 _ORDER = (
     "extend",
@@ -40,8 +42,14 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command under `reported_errors`."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that are not UTF-8
+        take_notes()
         with reported_errors(bool(ctx.params.get("debug")), lambda: ctx.invoked_subcommand):
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            for note in take_notes():
+                print(f"longext: note: {note}", file=sys.stderr)
+            return found
 
 
 app = typer.Typer(

@@ -16,9 +16,10 @@ from torch import nn
 from longext.compressor.adapters import Adapters
 from longext.compressor.backbone import Backbone
 from longext.compressor.memory import Memory
-from longext.errors import ConfigError
+from longext.errors import CheckpointError, ConfigError
 from longext.registry import Registry
 from longext.training.losses import IGNORED
+from longext.untrusted import build
 
 _ENCODED_AT_ONCE = {"cpu": 2_048}  # tokens of one encoder pass: more only take memory there
 _ENCODED_AT_ONCE_ACCELERATOR = 16_384
@@ -53,9 +54,17 @@ class CompressorSpec:
         return {**asdict(self), "ratios": list(self.ratios)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> CompressorSpec:
-        """Return the spec that `to_json` wrote."""
-        return cls(**{**values, "ratios": tuple(values["ratios"])})
+    def from_json(cls, values: Any, where: str = "The compressor's spec") -> CompressorSpec:
+        """Return the spec that `to_json` wrote; `where` is its place as an error names it.
+
+        Raises:
+            CheckpointError: an unknown or missing key, a value of another type, or a count that cannot be.
+        """
+        spec: CompressorSpec = build(cls, values, where, CheckpointError, "Restore the file.")
+        counts = (spec.segment, spec.rank, *spec.ratios, spec.sink + 1, spec.overlap + 1)
+        if not spec.ratios or not all(1 <= count <= 2**31 for count in counts):
+            raise CheckpointError(f"{where} has counts that no compressor has ({counts}). Restore the file.")
+        return spec
 
     @property
     def first_reader(self) -> int:

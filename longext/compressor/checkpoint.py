@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.header import read_header
 from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model, same_weights
 from longext.compressor.backbone import Backbone
@@ -23,6 +24,7 @@ from longext.models.load import MAPPED, first_line, load_causal_lm, load_tokeniz
 DESCRIPTION = "compressor.json"
 WEIGHTS = "compressor.safetensors"
 SCHEMA = "longext.compressor/1"
+_FIELDS = {"spec": dict, "base_model": str, "base_revision": (str, None), "base_weights": str, "window": int}
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,16 @@ def read_description(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is not of this schema.
     """
+    advice = "Give the -o directory of `longext compress-train`."
+    path = directory / DESCRIPTION
     try:
-        value = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        assert value["schema"] == SCHEMA
-        CompressorSpec.from_json(value["spec"])
-        assert set(value) >= {"base_model", "base_revision", "base_weights", "window"}
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{directory} is no trained compressor: it has no readable {DESCRIPTION}. Give the -o directory of "
-            "`longext compress-train`."
-        ) from error
-    found: dict[str, Any] = value
-    return found
+        value: dict[str, Any] = read_json(path, CheckpointError, want=dict, advice=advice, keep_surrogates=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no trained compressor: it has no {DESCRIPTION}. {advice}") from error
+    if value.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is no trained compressor: its `schema` is not {SCHEMA}. {advice}")
+    CompressorSpec.from_json(value.get("spec"), f"{path}: spec")
+    return {**value, **fields(value, str(path), _FIELDS, CheckpointError, advice)}
 
 
 def load_backbone(
@@ -201,6 +201,7 @@ def load_state(compressor: Compressor, directory: Path) -> None:
     from safetensors.torch import load_file
 
     try:
+        read_header(directory / WEIGHTS, advice="Train the compressor again, or restore the file.")
         state = load_file(directory / WEIGHTS)
         compressor.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from longext.config import GenerateConfig
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
 from longext.evaluation.model import HFLanguageModel, load_language_model
+from longext.untrusted import read_text
 
 OnText = Callable[[str], object]
 
@@ -142,13 +143,9 @@ def read_context(name: str | None) -> str:
         return ""
     path = SAMPLE_DOCUMENT if name == SAMPLE else Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError as error:
         raise DataError(f"No text file '{name}' for --context ('{SAMPLE}' is the bundled story).") from error
-    except IsADirectoryError as error:
-        raise DataError(f"--context takes a text file, and {name} is a folder.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def open_writer(config: GenerateConfig) -> Writer:

@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.header import FLOATS, read_header
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
 from longext.errors import CheckpointError
+from longext.untrusted import fields, parse_json
 
 SCHEMA = "longext.memory/1"
+TOKENS = ("sink", "before", "tail")  # lists of token ids that a session needs as text
 _KEY = "longext"
+_ADVICE = "It is damaged, or not a memory that longext wrote (`longext generate --save-memory`)."
+_FIELDS = {
+    **{"schema": str, "spec": dict, "ratio": int, "base_weights": str, "compressor": str},
+    **{"num_segments": int, "num_tokens": int},
+}
 
 
 def write_memory(path: Path, memory: Memory, tokens: dict[str, list[int]], description: dict[str, Any]) -> None:
@@ -43,24 +51,52 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     Raises:
         CheckpointError: no such file, or not a memory of this schema.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {})[_KEY])
-            names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-        assert description["schema"] == SCHEMA
+        header = read_header(path, advice=_ADVICE)
     except FileNotFoundError as error:
         raise CheckpointError(f"No memory file {path}.") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path} is not a memory that longext wrote (`longext generate --save-memory`), or it is damaged."
-        ) from error
-    count = sum(name.startswith("memory.") for name in names)
+    if _KEY not in header.metadata:
+        raise CheckpointError(f"{path} has no description of longext. {_ADVICE}")
+    where = f"{path}: {_KEY}"
+    description = parse_json(header.metadata[_KEY], where, CheckpointError, want=dict, advice=_ADVICE)
+    found = fields(description, where, _FIELDS, CheckpointError, _ADVICE)
+    if found["schema"] != SCHEMA or found["num_segments"] < 0 or found["num_tokens"] < 0:
+        raise CheckpointError(f"{where} does not say {SCHEMA}, or counts below 0. {_ADVICE}")
+    count = sum(name.startswith("memory.") for name in header.tensors)
+    expected = {**{f"memory.{i}": FLOATS for i in range(count)}, **dict.fromkeys(TOKENS, {"I64"})}
+    for name, dtypes in expected.items():
+        dtype, shape = header.tensors.get(name, ("nothing", ()))[:2]
+        if dtype not in dtypes or (name in TOKENS and len(shape) != 1):
+            raise CheckpointError(f"{path}: '{name}' must be {', '.join(sorted(dtypes))}, found {dtype}. {_ADVICE}")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in expected}
     memory = tuple(tensors[f"memory.{i}"] for i in range(count))
-    tokens = {name: tensors[name].tolist() for name in names if not name.startswith("memory.")}
-    return memory, tokens, description
+    return memory, {name: tensors[name].tolist() for name in TOKENS}, description
+
+
+def check_memory(path: Path, memory: Memory, compressor: Compressor, num_segments: int) -> None:
+    """Refuse a memory that `compressor` cannot have written: of other shapes, with no slots, or not finite.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    backbone = compressor.backbone
+    number = 1 if compressor.is_soft else 2 * len(backbone.layers)
+    if len(memory) != (number if num_segments or memory else 0):
+        raise CheckpointError(
+            f"{path} holds {len(memory)} memory tensors, and {num_segments} compressed segments take {number}. "
+            f"{_ADVICE}"
+        )
+    hidden = (backbone.embedding.weight.shape[1],)
+    for i, tensor in enumerate(memory):
+        is_alike = tensor.dim() == (3 if compressor.is_soft else 4) and tensor.shape[-2] == memory[0].shape[-2] > 0
+        fits = tensor.shape[-1:] == hidden if compressor.is_soft else tensor.shape[-1] == memory[i % 2].shape[-1]
+        if not (is_alike and fits and tensor.shape[0] == 1):
+            raise CheckpointError(f"{path}: 'memory.{i}' has the shape {list(tensor.shape)}, not a memory's. {_ADVICE}")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: 'memory.{i}' has NaN or infinite values. {_ADVICE}")
 
 
 def hash_weights(compressor: Compressor) -> str:

@@ -17,7 +17,7 @@ from longext.compressor.base import REPEAT, Compressor, CompressorSpec, Segment
 from longext.compressor.checkpoint import LoadedCompressor
 from longext.compressor.decoding import CachedDecoder, memory_decoder, stop_tokens
 from longext.compressor.memory import Memory, join, num_bytes, num_slots
-from longext.compressor.memory_file import hash_weights, read_memory, write_memory
+from longext.compressor.memory_file import TOKENS, check_memory, hash_weights, read_memory, write_memory
 from longext.compressor.ratios import find_ratio, num_memories
 from longext.compressor.rotation import check_rotation, rerotate
 from longext.compressor.sampling import Sampler
@@ -247,7 +247,7 @@ class Session:
             "num_segments": state.num_segments,
             "num_tokens": state.num_tokens,
         }
-        tokens = {name: list(getattr(state, name)) for name in ("sink", "before", "tail")}
+        tokens = {name: list(getattr(state, name)) for name in TOKENS}
         write_memory(Path(path), state.memory, tokens, description)
 
     @classmethod
@@ -271,9 +271,10 @@ class Session:
             )
         session = cls.of(loaded, ratio=description["ratio"], overflow=overflow)
         backbone = loaded.compressor.backbone
+        check_memory(Path(path), memory, loaded.compressor, description["num_segments"])
         session._state = _State(
             memory=tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory),
-            **{name: tuple(ids) for name, ids in tokens.items()},
+            **{name: tuple(session._checked(ids)) for name, ids in tokens.items()},
             num_segments=description["num_segments"],
             num_tokens=description["num_tokens"],
         )

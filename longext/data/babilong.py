@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longext.data.json_lines import json_lines, text_fields
+from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.registry import Registry, did_you_mean
+from longext.untrusted import json_lines
 
 _WHERE = (
     "The Hub dataset RMT-team/babilong has a configuration for each length and a split for each task: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.checkpoint.source import HUB_ID
 from longext.config import DataConfig
 from longext.errors import DataError, MissingExtraError
+from longext.untrusted import json_lines, open_file, read_json, read_text, spelled, type_name
 
 SAMPLE = "sample"
 _SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
@@ -83,7 +83,7 @@ def source_identity(config: DataConfig) -> dict[str, Any]:
     """
     files = _source_files(config)
     if files is not None:
-        return {"files": [[file.name, _file_hash(file)] for file in files]}
+        return {"files": [[spelled(file.name), _file_hash(file)] for file in files]}
     return {"hub": config.data, "split": config.split, "commit": _hub_commit(config.data)}
 
 
@@ -110,9 +110,9 @@ def _source_files(config: DataConfig) -> list[Path] | None:
     path = Path(config.data).expanduser()
     if config.data and path.is_dir():
         return _folder_files(path, config)
-    if path.is_file():
+    if path.exists() or path.is_symlink():
         _reader_of(path)
-        return [path]
+        return [_readable(path)]
     if HUB_ID.match(config.data):
         return None
     raise DataError(
@@ -127,9 +127,20 @@ def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Row]]:
     return reader
 
 
+def _readable(path: Path) -> Path:
+    """Return `path` if it can be opened and is a file (DataError where not): a hole in the data is no detail."""
+    try:
+        open_file(path).close()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is a link to a file that is not there. Remove it, or fetch the file.") from error
+    return path
+
+
 def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
-    files = [file for file in files if file.stem.upper() != "README"]
+    """Return the data files in a folder; hidden files and folders (.git, .ipynb_checkpoints) hold none."""
+    found = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _READERS and not file.is_dir())
+    shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    files = [_readable(file) for file in shown if file.stem.upper() != "README"]
     if not files:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
@@ -140,7 +151,7 @@ def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
 
 def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -162,31 +173,18 @@ def _split_of(path: Path) -> str | None:
 
 
 def _read_text(path: Path, config: DataConfig) -> Iterator[Row]:
-    try:
-        yield Row(path.name, str(path), {config.text_field: path.read_text(encoding="utf-8")})
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    yield Row(spelled(path.name), str(path), {config.text_field: read_text(path)})
 
 
 def _read_jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            yield Row(f"{path.name}:{number}", f"{path}, line {number}", row)
+    for where, row in json_lines(path, form="{}, line {}", constant=float):
+        yield Row(f"{spelled(path.name)}:{where.rpartition(' ')[2]}", where, row)
 
 
 def _read_json(path: Path, _: DataConfig) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    rows = read_json(path, limit=None, constant=float)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield Row(f"{path.name}:{number}", f"{path}, entry {number}", row)
+        yield Row(f"{spelled(path.name)}:{number}", f"{path}, entry {number}", row)
 
 
 def _read_parquet(path: Path, _: DataConfig) -> Iterator[Row]:
@@ -199,19 +197,20 @@ def _read_parquet(path: Path, _: DataConfig) -> Iterator[Row]:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield Row(f"{path.name}:{number}", f"{path}, row {number}", row)
-    except pyarrow.ArrowInvalid as error:
+            yield Row(f"{spelled(path.name)}:{number}", f"{path}, row {number}", row)
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}).") from error
 
 
 def _row_document(row: Row, config: DataConfig) -> Document:
     value = row.value
     if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
-        keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+        keys = ", ".join(sorted(value))[:200] if isinstance(value, dict) else type_name(value)
         raise DataError(
             f"{row.where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
         )
-    return Document(str(value.get("id") or row.id), value[config.text_field])
+    name = value.get("id")
+    return Document(str(name)[:200] if isinstance(name, (str, int)) and name else row.id, value[config.text_field])
 
 
 def _read_hub(config: DataConfig) -> Iterator[Row]:

@@ -1,48 +1,12 @@
-"""Lines of a text file, each with what an error calls it."""
+"""What the rows of several suites have in common: texts under names, and notes on rows that repeat."""
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from longext.errors import DataError
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("file:number", line) of every line that is not blank.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not UTF-8.
-    """
-    try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    for number, line in enumerate(content.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-        if text.strip():
-            yield where, text
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:number", value) of every line of JSON.
-
-    Raises:
-        DataError: as `numbered_lines`; or a line is not JSON.
-    """
-    for where, line in numbered_lines(path):
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not valid JSON: {error}.") from error
 
 
 def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list[str]:
@@ -55,7 +19,9 @@ def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list
         raise DataError(f"{where} is no {what}: it is no JSON object.")
     for name in names:
         if not isinstance(value.get(name), str):
-            raise DataError(f"{where} is no {what}: no text under '{name}' (found: {', '.join(sorted(value))}).")
+            raise DataError(
+                f"{where} is no {what}: no text under '{name}' (found: {', '.join(sorted(value))[:200] or 'nothing'})."
+            )
     return [value[name] for name in names]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.errors import DataError
+from longext.untrusted import json_lines
 
 HUB = "hub"
 HUB_ID = "THUDM/LongBench"
@@ -83,22 +84,7 @@ def read_json_lines(file: Path | zipfile.Path) -> Iterator[tuple[str, dict[str, 
     Raises:
         DataError: a line that is not UTF-8, or no JSON object.
     """
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: not a JSON object.")
-            yield where, row
+    yield from json_lines(file, form="{}, line {}", want=dict)
 
 
 def read_longbench(file: Path | zipfile.Path, limit: int | None = None) -> list[LongBenchRow]:

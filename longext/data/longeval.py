@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from longext.data.json_lines import json_lines, text_fields
+from longext.data.json_lines import text_fields
 from longext.data.words import NUM_NAMES, draw_different, draw_name
 from longext.errors import ConfigError, DataError
+from longext.untrusted import json_lines
 
 _KIND = "case of LongEval"
 _WHERE = "LMSYS's are in longeval/evaluation of github.com/DachengLi1/LongChat; lines can be generated (no --data)."

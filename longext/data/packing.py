@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
+from longext.untrusted import read_json
 
 SCHEMA = "longext.tokens/1"
 IGNORED = -100  # transformers' label of a token that is not trained on
@@ -37,6 +38,8 @@ _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+_REBUILD = "Delete the directory to build it again."
 
 Row = dict[str, torch.Tensor]
 
@@ -103,7 +106,7 @@ def open_token_cache(directory: Path) -> TokenCache:
         DataError: there is none, or it is damaged.
     """
     try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(directory / "meta.json", want=dict, keep_surrogates=True, advice=_REBUILD)
         cache = TokenCache(directory, meta)
         counts = (cache.num_tokens, cache.num_documents, int(cache.bounds[-1]))
         whole = meta["schema"] == SCHEMA and counts == (meta["num_tokens"], meta["num_documents"], meta["num_tokens"])

@@ -22,11 +22,14 @@ from longext.data.packing import (
     open_token_cache,
 )
 from longext.data.sft import ExampleEncoder
+from longext.data.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
+from longext.untrusted import note
 
 TASKS = ("pretrain", "sft")
-_VERSION = 1  # raise it whenever the same data gives other tokens, so that old caches are not taken for new ones
+KEEP, TEXT = "keep", "text"  # what control tokens that a document spells out are read as
+_VERSION = 2  # raise it whenever the same data gives other tokens, so that old caches are not taken for new ones
 
 
 def open_rows(
@@ -76,19 +79,43 @@ def cached_tokens(
         ConfigError: unknown task or prompt.
         DataError: no such data, or nothing in it to train on.
     """
+    if config.control_tokens not in (KEEP, TEXT):
+        raise ConfigError(f"`control_tokens` must be {KEEP} or {TEXT}, got '{config.control_tokens}'.")
+    if config.control_tokens == TEXT and config.task == "sft":
+        raise ConfigError("`control_tokens` text is for --task pretrain: a chat's template is made of control tokens.")
     if config.task not in TASKS:
         raise ConfigError(f"Unknown task '{config.task}'. {did_you_mean(config.task, TASKS)}")
     encoder = ExampleEncoder(tokenizer, length, config) if config.task == "sft" else None
     key = _cache_key(config, tokenizer, encoder)
     found = _find_cache(key)
-    if found is not None:
-        return found
+    if found is None:
+        found = _built(config, tokenizer, encoder, key, on_progress)
+    number = found.meta.get("num_control_tokens", 0)
+    if number:
+        note(
+            f"{config.data} spells out {number:,} control tokens (as <s> or <|im_end|>); the model reads them as such. "
+            "With --set control_tokens=text they are text."
+        )
+    return found
+
+
+def _built(
+    config: FinetuneConfig,
+    tokenizer: Any,
+    encoder: ExampleEncoder | None,
+    key: Mapping[str, Any],
+    on_progress: Callable[[int], None] | None,
+) -> TokenCache:
     directory = cache_root() / _digest(key)[:32]
     if encoder is not None:
         texts, meta = encoder.encode(iterate_rows(config)), encoder.meta
     else:
-        source = _DocumentSource(config)
-        texts, meta = encode_documents(source, tokenizer, max_tokens=config.max_tokens), source.meta
+        source = _DocumentSource(config, control_tokens(tokenizer))
+        options = {"split_special_tokens": True} if config.control_tokens == TEXT else {}
+        texts = encode_documents(
+            source, tokenizer, max_tokens=config.max_tokens, on_text=source.count_controls, options=options
+        )
+        meta = source.meta
     return build_token_cache(
         texts, directory, meta=lambda: {**meta(), "key": key}, on_progress=on_progress, source=config.data
     )
@@ -100,6 +127,8 @@ def encode_documents(
     *,
     max_tokens: int | None = None,
     batch_characters: int = 1 << 20,
+    on_text: Callable[[list[int]], None] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[TokenizedText]:
     """Yield each (name, text) as BOS + its tokens + EOS, those of the two that the tokenizer has; no other special.
 
@@ -108,14 +137,32 @@ def encode_documents(
     Args:
         max_tokens: cut each document to its first `max_tokens` tokens, BOS included.
         batch_characters: about how much text is tokenised at a time.
+        on_text: called with the tokens of each text itself.
+        options: of the tokenizer's calls.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = [] if bos is None or bos == eos else [bos]
     end = [] if eos is None else [eos]
     for batch in _batches(((name, text) for name, text in documents if text.strip()), batch_characters):
-        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (name, _), ids in zip(batch, encoded, strict=True):
-            yield TokenizedText(id=name, input_ids=[*start, *ids, *end][:max_tokens])
+        for name, ids in _encoded(batch, tokenizer, max_tokens, options or {}):
+            if on_text is not None:
+                on_text(ids)
+            ids[:0] = start
+            ids += end
+            del ids[max_tokens if max_tokens is not None else len(ids) :]
+            yield TokenizedText(id=name, input_ids=ids)
+
+
+def _encoded(
+    batch: list[tuple[str, str]], tokenizer: Any, max_tokens: int | None, options: Mapping[str, Any]
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield (name, tokens) of each text of a batch; a text that is a batch of its own may be of any length."""
+    if len(batch) == 1 and len(batch[0][1]) > LONG:
+        name, text = batch.pop()
+        yield name, encode_text(tokenizer, text, max_tokens, **options)
+        return
+    encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False, **options)["input_ids"]
+    yield from ((name, ids) for (name, _), ids in zip(batch, encoded, strict=True))
 
 
 def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
@@ -152,8 +199,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 class _DocumentSource:
     """The documents of a config as (name, text), counted and hashed while they pass."""
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: FinetuneConfig, controls: frozenset[int]) -> None:
         self._config = config
+        self._controls = controls
+        self._num_controls = 0
         self._digest = hashlib.sha256()
         self._num_empty = 0
 
@@ -167,12 +216,21 @@ class _DocumentSource:
 
     def meta(self) -> dict[str, Any]:
         """Return what has been counted; `data_sha256` equals `data_hash` of the same documents."""
-        return {"num_empty_documents": self._num_empty, "data_sha256": self._digest.hexdigest()}
+        return {
+            "num_empty_documents": self._num_empty,
+            "num_control_tokens": self._num_controls,
+            "data_sha256": self._digest.hexdigest(),
+        }
+
+    def count_controls(self, ids: list[int]) -> None:
+        """Count the control tokens that a text spells out."""
+        self._num_controls += count_controls(ids, self._controls)
 
 
 def _cache_key(config: FinetuneConfig, tokenizer: Any, encoder: ExampleEncoder | None) -> dict[str, Any]:
     """Return all that the tokens depend on."""
     settings: dict[str, Any] = {"max_documents": config.max_documents, "max_tokens": config.max_tokens}
+    settings |= {"control_tokens": TEXT} if config.control_tokens == TEXT else {}
     settings |= {"text_field": config.text_field} if encoder is None else encoder.settings
     return {
         "version": _VERSION,

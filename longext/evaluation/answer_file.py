@@ -12,6 +12,7 @@ from typing import Any
 from longext.errors import ConfigError, DataError
 from longext.evaluation.protocol import LanguageModel
 from longext.models.checks import weights_checksum
+from longext.untrusted import decode, parse_json, read_bytes
 
 PREDICTIONS_SCHEMA = "longext.predictions/1"
 _UNTOLD = ("num_threads",)  # what may differ between two runs whose answers belong together
@@ -40,7 +41,7 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
         ConfigError: its answers have another fingerprint.
         DataError: it is no file of answers, or a line is not JSON.
     """
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_bytes(path, limit=None) if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     header, *lines = whole.splitlines() or [b""]
     known = _parse(header, path, 1) if whole else {}
@@ -65,11 +66,9 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number} is not valid JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
+    where = f"{path}:{number}"
+    found: dict[str, Any] = parse_json(decode(line, where), where, want=dict, constant=float)
+    return found
 
 
 def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -83,13 +82,13 @@ def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _files(path: Path) -> list[Path]:
     """Return the files of answers at `path`, a file or a folder."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
-    headers = {file: file.read_bytes().partition(b"\n")[0] for file in files}
+    headers = {file: read_bytes(file, limit=None).partition(b"\n")[0] for file in files}
     return [file for file, header in headers.items() if not header or PREDICTIONS_SCHEMA.encode() in header]
 
 
 def holds_answers(path: Path) -> bool:
     """Return True where a file of answers, or one in a folder, has more than its header."""
-    return any(len(file.read_bytes().splitlines()) > 1 for file in _files(path))
+    return any(len(read_bytes(file, limit=None).splitlines()) > 1 for file in _files(path))
 
 
 def remove_answers(path: Path) -> None:

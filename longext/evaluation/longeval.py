@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longext.data.json_lines import numbered_lines
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
 from longext.evaluation.chat import chat_tokens, uses_template
@@ -23,6 +22,7 @@ from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
 from longext.evaluation.retrieval_config import LongEvalConfig
 from longext.registry import did_you_mean
+from longext.untrusted import numbered_lines
 
 NEW_TOKENS = {LINES: 100, TOPICS: 50}
 _COMPLETION_TOKENS = 15

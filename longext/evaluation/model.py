@@ -17,6 +17,7 @@ from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
 from longext.config import ExtendConfig, RuntimeConfig
+from longext.data.tokens import encode_text
 from longext.errors import ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
@@ -92,9 +93,11 @@ class HFLanguageModel:
         Raises:
             DataError: the text spells a token that the model has no row for.
         """
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = encode_text(self.tokenizer, text)
         check_ids(ids, self._rows, self.tokenizer, "The text")
-        return [*self.bos, *ids] if add_bos else ids
+        if add_bos:
+            ids[:0] = self.bos
+        return ids
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""

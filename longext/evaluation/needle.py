@@ -36,6 +36,7 @@ from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
 from longext.evaluation.retrieval_config import NeedleConfig
 from longext.registry import Registry
+from longext.untrusted import read_text
 
 BOOK = "book"
 PASS_BAR = 0.856  # Llama-2-7B-chat at 4K over RULER's 13 tasks: the length up to which a model reaches it is effective
@@ -151,12 +152,9 @@ def _sentences(haystack: str, value_type: str, tokens: PromptTokens) -> Sentence
     if haystack == NEEDLES:
         return needle_sentences(tokens.encode, value_type)
     path = SAMPLE_DOCUMENT if haystack == BOOK else Path(haystack).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"--haystack must be noise, needles, book (the bundled story) or a text file: '{haystack}'.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--haystack {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"--haystack {path} is empty.")
     return text_sentences(tokens.encode, text)

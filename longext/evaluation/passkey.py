@@ -21,6 +21,7 @@ from longext.evaluation.perplexity import Progress, check_lengths, check_method
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import wilson_interval
 from longext.registry import Registry
+from longext.untrusted import read_text
 
 _YARN_NEW_TOKENS = 10
 
@@ -167,12 +168,9 @@ def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
             ids = model.encode(" ".join([FILLER] * repeats), add_bos=False)
         return ids
     path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"--filler must be landmark, book (the bundled story) or a text file, got '{config.filler}'.")
-    try:
-        ids = model.encode(path.read_text(encoding="utf-8"), add_bos=False)
-    except UnicodeDecodeError as error:
-        raise DataError(f"--filler {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    ids = model.encode(read_text(path), add_bos=False)
     if len(ids) < longest:
         raise DataError(f"--filler {config.filler} has {len(ids)} tokens, the longest prompt needs {longest}.")
     return ids

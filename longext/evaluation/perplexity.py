@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
+from longext.data.tokens import control_tokens, count_controls
 from longext.errors import ConfigError, DataError
 from longext.evaluation.bars import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
 from longext.registry import Registry
+from longext.untrusted import note
 
 _MIN_DOCUMENTS_TO_RESAMPLE = 8
 Progress = Callable[[int], None]
@@ -168,6 +170,19 @@ class PerplexityAtLength:
     per_document: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument], config: PerplexityConfig) -> None:
+    """Say how many control tokens the texts spell out; a model scores and reads them as what they mean."""
+    plain = getattr(model, "plain", model)
+    if not hasattr(plain, "tokenizer"):
+        return
+    controls, begun = control_tokens(plain.tokenizer), len(model.bos)
+    number = sum(count_controls(own.input_ids[begun:], controls) for own in documents)
+    if number:
+        note(
+            f"{config.data} spells out {number:,} control tokens (as <s> or <|im_end|>); the model reads them as such."
+        )
+
+
 def tokenize_documents(
     model: LanguageModel, documents: Sequence[Document], config: PerplexityConfig
 ) -> tuple[list[TokenizedDocument], int]:
@@ -187,6 +202,7 @@ def tokenize_documents(
         TokenizedDocument(d.id, tuple(model.encode(d.text, add_bos=protocol.adds_bos)[: config.max_tokens]))
         for d in documents
     ]
+    _note_controls(model, tokenized, config)
     if protocol.concatenates:
         stream = tuple(token for document in tokenized for token in document.input_ids)
         tokenized = [TokenizedDocument("+".join(d.id for d in tokenized), stream)]

@@ -65,16 +65,16 @@ def find_results(names: Sequence[str]) -> tuple[list[Result], list[str]]:
     Raises:
         DataError: a name leads to no result, to one that no section shows, or to a file that is not JSON.
     """
-    found: dict[Path, Result] = {}
+    found: dict[str, Result] = {}
     left_out = []
     for name in names:
         for file, asked_for in _files(name):
-            if file.resolve() in found:
+            if os.path.realpath(file) in found:
                 continue
             result = _read(file)
             trouble = _trouble(result)
             if trouble is None:
-                found[file.resolve()] = result
+                found[os.path.realpath(file)] = result
             elif asked_for:
                 raise DataError(f"{file} {trouble}")
             elif result.record.get("kind") != _REPORT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evaluation.protocol import RESULT_SCHEMA
+from longext.untrusted import fields, is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
 _HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
+_PARTS = ("model", "protocol", "data", "versions")
+_ADVICE = "Give the -o directory of an evaluation."
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")
 _NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
 _INTERVALS = ("_low", "_high")
@@ -83,13 +86,15 @@ def read_record(file: Path) -> dict[str, Any]:
     """Return what a JSON file holds: a record of longext, or of another program.
 
     Raises:
-        DataError: it is not JSON; the message has the line.
+        DataError: it is not JSON, with the line; or a record of longext with parts of another type.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file} is not JSON, so no result of longext: {error}") from error
-    return record if isinstance(record, dict) else {}
+    record = read_json(file, constant=float, advice=_ADVICE)
+    if not isinstance(record, dict):
+        return {}
+    if str(record.get("schema")).startswith(_FAMILY):
+        fields(record, str(file), {**dict.fromkeys(_PARTS, (dict, None)), "kind": (str, None)}, advice=_ADVICE)
+    found: dict[str, Any] = record
+    return found
 
 
 def schema_trouble(record: Mapping[str, Any]) -> str | None:
@@ -138,7 +143,7 @@ def _numbers(
     elif isinstance(value, (list, tuple)):
         for row_name, item in _named_rows(value):
             yield from _numbers(item, f"{name}[{row_name}]", keys, (*rows, item), item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and _may_be_score(keys[-1]):
+    elif is_a(value, float) and math.isfinite(value) and _may_be_score(keys[-1]):
         yield Score(name, keys, value, rows, beside)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from longext.errors import ConfigError
 from longext.registry import Registry
+from longext.untrusted import shown
 
 GIB = 2**30
-_COUNTED = re.compile(r"^\s*(?:(\d+)\s*[xX*]\s*)?(\S+)\s*$")
+_COUNTED = re.compile(r"^\s*(?:(\d+)\s*[xX*]\s*)?(\S+)\s*$", re.ASCII)
+_MOST = 10**6  # GPUs in one machine room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,9 @@ def parse_gpus(text: str) -> tuple[int, Device]:
     match = _COUNTED.match(text)
     if match is None:
         raise ConfigError(f"--gpus takes a number and a name, for example 8xA100-80GB, got '{text}'.")
-    count = int(match[1] or 1)
-    if count < 1:
-        raise ConfigError(f"--gpus needs at least one GPU, got '{text}'.")
+    count = int((match[1] or "1")[:12])
+    if not 1 <= count <= _MOST:
+        raise ConfigError(f"--gpus needs at least one GPU and at most {_MOST:,}, got {shown(text)}.")
     wanted = match[2].lower()
     fitting = [name for name in DEVICES if name.lower() == wanted] or [
         name for name in DEVICES if name.lower().rsplit("-", 1)[0] == wanted

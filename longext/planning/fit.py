@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -211,7 +212,7 @@ def _savings(config: PlanConfig, shape: ModelShape, asked: TrainingSetup) -> lis
     ]
     if asked.num_gpus > 1:
         rungs += [("+ DeepSpeed ZeRO-2", {"sharding": "zero2"}), ("+ FSDP2", {"sharding": "fsdp"})]
-        ranks = max(n for n in range(1, asked.num_gpus + 1) if asked.num_gpus % n == 0 and shape.num_heads % n == 0)
+        ranks = math.gcd(asked.num_gpus, shape.num_heads)
         if ranks > 1:
             rungs.append((f"+ --sequence-parallel {ranks}", {"sequence_parallel": ranks}))
     rungs.append(("+ --offload", {"offload": True}))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longext.manifest import write_manifest
 from longext.reporting.tables import Table
 from longext.staging import staged_directory
+from longext.untrusted import spelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def output_directory(given: str | None, kind: str, model: str | None) -> Path:
 
 def dump_json(value: Any) -> str:
     """Return strict JSON (NaN and infinities as null), indented."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return spelled(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

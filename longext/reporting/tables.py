@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longext.untrusted import spelled
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -40,7 +42,7 @@ class Table:
         lines = [f"**{self.title}**", "", _pipe(self.columns), _pipe(marks)]
         for r, row in enumerate(self.rows):
             lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row)]))
-        return "\n".join([*lines, *(["", self.caption] if self.caption else []), ""])
+        return spelled("\n".join([*lines, *(["", self.caption] if self.caption else []), ""]))
 
     def to_rich(self, mark: str = "") -> RichTable:
         """Return the table for a rich console, best cells bold green; `mark` goes behind them too."""

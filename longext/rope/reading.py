@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeParameters, RopeSpec
+from longext.rope.methods import ROPE_METHODS, RopeParameters, RopeSpec
+from longext.untrusted import build
 
 # Names that other projects wrote and transformers 5 does not know (it raises KeyError at model build).
 _FOREIGN = {
@@ -47,10 +48,17 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
         ) from missing
 
 
-def spec_from_json(values: dict[str, Any]) -> RopeSpec:
-    """Return the RopeSpec that `dataclasses.asdict` and JSON made `values` from (lists become tuples again)."""
-    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return RopeSpec(**fields)
+def spec_from_json(values: Any) -> RopeSpec:
+    """Return the RopeSpec that `dataclasses.asdict` and JSON made `values` from (lists become tuples again).
+
+    Raises:
+        CheckpointError: an unknown or missing key, a value of another type, or an unknown method.
+    """
+    where = "The RoPE in run.json"
+    spec = build(RopeSpec, values, where, CheckpointError, "Restore the file, or remove it.")
+    if spec.method not in ROPE_METHODS or spec.rotary_dim < 2 or spec.original_max_position_embeddings < 1:
+        raise CheckpointError(f"{where} is none: method '{spec.method}', {spec.rotary_dim} rotary dimensions.")
+    return spec
 
 
 def _linear(parameters: RopeParameters, max_length: int) -> dict[str, Any]:

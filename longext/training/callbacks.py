@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from longext.errors import TrainingError
+from longext.errors import DataError, TrainingError
+from longext.untrusted import fields, json_lines
 
 METRICS_NAME = "metrics.jsonl"
 Report = Callable[[int, str], None]  # (tokens since the last call, a note such as "loss 2.31")
@@ -135,12 +137,11 @@ def keep_metrics_until(path: Path, step: int) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file; a last line that was cut off in writing is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(DataError):
+        for where, line in json_lines(path, constant=float, want=dict):
+            fields(line, where, {"step": int})
+            lines.append(line)
     return lines
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.errors import ConfigError
+from longext.untrusted import read_json
 
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
@@ -50,7 +51,7 @@ def drop_incomplete(directory: Path) -> None:
 
 def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> None:
     """Raise ConfigError, naming the first difference, where `checkpoint` belongs to another run."""
-    then = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    then = read_json(checkpoint / MARKER, ConfigError, want=dict, advice="Remove this checkpoint.")
     now = json.loads(json.dumps(fingerprint, default=str))
     for key in [*then, *(key for key in now if key not in then)]:
         if then.get(key) != now.get(key):

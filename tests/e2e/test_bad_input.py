@@ -46,7 +46,7 @@ EXTEND = ("--method", "yarn", "--factor", 8, "-o", "out")
             ("Unknown method 'yarnn'", "Did you mean 'yarn'"),
         ),
         (("books-5m", "--method", "yarn", "--factor", 0.5, "-o", "out"), ("--factor must be >= 1", "0.5")),
-        (("books-5m", "--method", "yarn", "--factor", "nan", "-o", "out"), ("--factor must be >= 1",)),
+        (("books-5m", "--method", "yarn", "--factor", "nan", "-o", "out"), ("`factor` must be a finite number", "nan")),
         (
             ("books-5m", "--method", "yarn", "--target-length", 256, "-o", "out"),
             ("at least the trained length 512", "256"),

@@ -204,7 +204,7 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
         (("--document-length", 128, "--overlap", 64), ("too short for a memory to be read", "at least 130")),
         (("--sink", 64), ("--sink 64 must be below --segment 64",)),
         (("--sequence-parallel", 2), ("this run has 1", "--num-processes 2")),
-        (("--learning-rate", "inf"), ("--learning-rate must be above 0",)),
+        (("--learning-rate", "inf"), ("`learning_rate` must be a finite number",)),
         (("--set", "max_grad_norm=0"), ("`max_grad_norm` must be above 0",)),
         (("--set", "trust_remote_code=true"), ("not for compressors",)),
         (("--set", "attention=nonsense"), ("nonsense",)),

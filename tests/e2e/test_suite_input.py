@@ -45,8 +45,8 @@ def suite(request):
         ("{broken", ("not valid JSON",)),
         ('{"a": 1', ("not valid JSON",)),
         (b'{"input": "\xff"}', ("not UTF-8 text",)),
-        ("[1, 2]", ("no", "JSON object")),
-        ("null", ("no", "JSON object")),
+        ("[1, 2]", ("JSON object",)),
+        ("null", ("JSON object",)),
     ],
 )
 def test_a_broken_line_names_file_and_line(run, tmp_path, suite, line, texts):
@@ -217,6 +217,6 @@ def test_predictions_that_are_fewer_or_empty_say_how_many_and_where(run, tmp_pat
     record = json.loads((tmp_path / "out/result.json").read_text())
     assert record["results"][0]["score"] == 33.33
     (tmp_path / "pred/hotpotqa.jsonl").write_bytes(b'{"pred": "\xe9"}\n')
-    fails(run(*args), 2, "pred/hotpotqa.jsonl, line 1: not UTF-8 text")
+    fails(run(*args), 2, "pred/hotpotqa.jsonl, line 1 is not UTF-8 text")
     fails(run(*args[:2], "--predictions", "pred/hotpotqa.jsonl"), 2, "is no folder")
     fails(run("eval", "longeval", "--predictions", "pred"), 2, "--predictions must be a file")

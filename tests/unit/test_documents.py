@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
+
 from longext.config import DataConfig
 from longext.data.documents import data_hash, load_documents
+from longext.errors import DataError
 
 
 def ids(folder, **keys):
@@ -38,3 +43,34 @@ def test_max_documents_and_the_hash_follow_the_texts(tmp_path):
     whole = load_documents(DataConfig(data=str(tmp_path)))
     assert data_hash(whole) == data_hash(whole)
     assert data_hash(whole) != data_hash(whole[:1])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_a_text_is_its_bytes_without_the_mark_in_front(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\r\n")
+    (document,) = load_documents(DataConfig(data=str(tmp_path / name)))
+    assert document.text == "one\r\ntwo\rthree\n\r\n"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_mark_in_front_of_json_is_no_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"text": "one\\r\\ntwo"}\r\n')
+    assert [own.text for own in load_documents(DataConfig(data=str(tmp_path / name)))] == ["one\r\ntwo"]
+
+
+def test_hidden_folders_and_files_hold_no_text(tmp_path):
+    for name in (".git/a.txt", ".ipynb_checkpoints/b.md", "c/.d.txt", "c/e.txt"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+    assert [own.text for own in load_documents(DataConfig(data=str(tmp_path / "data")))] == ["c/e.txt"]
+    (tmp_path / "data/f.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"f.txt is a link to a file that is not there"):
+        load_documents(DataConfig(data=str(tmp_path / "data")))
+
+
+def test_a_name_that_is_not_utf8_is_spelled_in_escapes(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.txt")
+    path.write_text("text")
+    (document,) = load_documents(DataConfig(data=str(path)))
+    assert document.id == "\\udcff.txt"
+    assert len(data_hash([document])) == 64

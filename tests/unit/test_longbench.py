@@ -251,8 +251,8 @@ GOOD = {"input": "q", "context": "c", "answers": ["a"], "length": 3, "all_classe
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"hotpotqa.jsonl, line 2: not valid JSON"),
-        ("[]", r"line 2: not a JSON object"),
+        ("{", r"hotpotqa.jsonl, line 2 is not valid JSON"),
+        ("[]", r"line 2 must hold a JSON object, found a list"),
         (json.dumps({**GOOD, "context": None}), r"line 2: no text under 'context'"),
         (json.dumps({**GOOD, "answers": "a"}), r"line 2: 'answers' must be a list"),
         (json.dumps({**GOOD, "answers": []}), r"line 2: 'answers' must be a list"),
@@ -282,7 +282,7 @@ def test_the_hub_holds_an_archive(tmp_path, monkeypatch):
     files = longbench_files("hub", ["hotpotqa", "qasper"])
     assert list(files) == ["hotpotqa"]
     assert read_longbench(files["hotpotqa"], limit=1)[0].id == "x"
-    with pytest.raises(DataError, match=r"data/hotpotqa.jsonl, line 2: not valid JSON"):
+    with pytest.raises(DataError, match=r"data/hotpotqa.jsonl, line 2 is not valid JSON"):
         read_longbench(files["hotpotqa"])
     with pytest.raises(DataError, match="No folder 'nowhere'.*data.zip of the Hub dataset"):
         longbench_files("nowhere", [])

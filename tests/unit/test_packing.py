@@ -121,7 +121,7 @@ def test_documents_are_iterated_lazily(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\nbroken\n')
     documents = iterate_documents(DataConfig(data=str(tmp_path / "a.jsonl")))
     assert next(documents).text == "one"
-    with pytest.raises(DataError, match="a.jsonl, line 2: not valid JSON"):
+    with pytest.raises(DataError, match="a.jsonl, line 2 is not valid JSON"):
         next(documents)
 
 

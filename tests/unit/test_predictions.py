@@ -139,8 +139,8 @@ def test_a_file_of_another_run_is_refused(books, requests, tmp_path):
     ("line", "message"),
     [
         ("{not json", r"answers.jsonl:3 is not valid JSON"),
-        ('{"id": "r1"}', r"answers.jsonl:3 is no prediction"),
-        ("[1]", r"answers.jsonl:3 is no prediction"),
+        ('{"id": "r1"}', r"answers.jsonl:3 must hold a JSON object"),
+        ("[1]", r"answers.jsonl:3 must hold a JSON object"),
     ],
 )
 def test_a_broken_line_is_named(books, requests, tmp_path, line, message):

@@ -426,7 +426,7 @@ def test_broken_files_end_in_a_line_that_names_file_and_line(tmp_path):
     (tmp_path / "x/bad").mkdir()
     file = tmp_path / "x/bad/result.json"
     file.write_text('{\n "schema": "longext.result/1",\n "kind": \n}')
-    with pytest.raises(DataError, match=r"bad/result.json is not JSON.*line 4"):
+    with pytest.raises(DataError, match=r"bad/result.json is not valid JSON.*line 4"):
         make_report([str(tmp_path / "x")])
 
 

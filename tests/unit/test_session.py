@@ -325,5 +325,5 @@ def test_a_foreign_memory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="No memory file"):
         Session.load(tmp_path / "none.safetensors", loaded)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="no readable safetensors header.*damaged"):
         Session.load(path, loaded)

@@ -109,7 +109,7 @@ def test_errors_name_file_and_line(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     write(path, {"instruction": "Q", "output": "A"})
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(DataError, match="a.jsonl, line 2: not valid JSON"):
+    with pytest.raises(DataError, match="a.jsonl, line 2 is not valid JSON"):
         open_rows(config(data=str(path)), tokenizer, length=64, num_rows=1)
     write(path, {"instruction": "Q", "output": "A"}, {"text": "A"})
     with pytest.raises(DataError, match="a.jsonl, line 2: no supervised example"):
