@@ -10,9 +10,10 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.running import check_directories, close_run, kept_once_started, open_run
+from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
 from longext.config import CompressConfig
 from longext.errors import ConfigError
+from longext.staging import release_outputs
 
 if TYPE_CHECKING:
     from longext.compressor.train import CompressResult, CompressRun
@@ -101,6 +102,7 @@ def compress_train(
     work = check_directories(config, target, find_base(config.model, config.revision).directory)
     if config.num_processes > 1 and not is_launched():
         _prepare(config)
+        release_outputs()  # to the main one of the processes
         raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
     _train(config, target, work, as_json)
 
@@ -138,12 +140,12 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
     start_distributed(training_device(config))
-    locks: list[Any] = []  # held until the run is over
+    prolonged = finished_run(config, output) if config.resume else None
     display: list[Any] = []
 
     def start(run: CompressRun) -> None:
         if is_main_process():
-            locks.append(open_run(config, work, "compress-train"))
+            open_run(config, work, output, "compress-train")
             record = compress_record(run, 0.0)
             if not as_json:
                 print_table(plan_table(record, config.num_steps))
@@ -158,7 +160,7 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
     with kept_once_started(work):
         try:
             on_tokens = tokenising(config.data) if is_main_process() else None
-            result = train_compressor(config, work, advance if is_main_process() else None, start, on_tokens)
+            result = train_compressor(config, work, advance if is_main_process() else None, start, on_tokens, prolonged)
         finally:
             if display:
                 display[0].__exit__(None, None, None)
@@ -173,9 +175,9 @@ def _finish(config: CompressConfig, output: Path, result: CompressResult, as_jso
     from longext.reporting.compressor_views import write_compressor_output
     from longext.reporting.console import say
 
-    tables, record = write_compressor_output(config, result)
-    close_run(result.directory, output, config.force)
-    show(record, tables, as_json=as_json)
+    written, record = write_compressor_output(config, result)
+    close_run(result.directory, output)
+    show(record, written.tables[1:], as_json=as_json, notes=written.notes)
     if not as_json:
         say(
             f"Wrote {output} (compressor.safetensors, loss.png, metrics.jsonl, run.json). Next: longext eval ppl "

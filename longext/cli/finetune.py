@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,9 +24,10 @@ from longext.cli.options import (
     TrainingData,
     config_from,
 )
-from longext.cli.running import check_directories, close_run, kept_once_started, open_run
+from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError
+from longext.staging import release_outputs
 
 if TYPE_CHECKING:
     from longext.training.loading import Extension
@@ -124,6 +125,7 @@ def finetune(
         return
     if config.num_processes > 1 and not is_launched():
         _prepare_data(config, extension)
+        release_outputs()  # to the main one of the processes
         raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
     _train(config, target, work, extension, as_json)
 
@@ -159,18 +161,18 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
     start_distributed(training_device(config))
-    locks: list[Any] = []  # held until the run is over
+    prolonged = finished_run(config, output) if config.resume else None
 
     def start(run: Run) -> None:
         if is_main_process():
-            locks.append(open_run(config, work, "finetune"))
+            open_run(config, work, output, "finetune")
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
 
     with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
         on_tokens = tokenising(config.data) if is_main_process() else None
-        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens)
+        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens, prolonged)
     if is_main_process():
         _finish(config, output, result, as_json)
     wait_for_all()
@@ -182,9 +184,9 @@ def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_jso
     from longext.reporting.console import say
     from longext.reporting.training_output import write_training_output
 
-    tables, record = write_training_output(config, result)
-    close_run(result.directory, output, config.force)
-    show(record, tables, as_json=as_json)
+    written, record = write_training_output(config, result)
+    close_run(result.directory, output)
+    show(record, written.tables[1:], as_json=as_json, notes=written.notes)
     if as_json:
         return
     is_adapter = (output / "adapter_config.json").is_file()

@@ -241,6 +241,7 @@ def train_compressor(
     on_progress: Report | None = None,
     on_start: Callable[[CompressRun], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    prolonged: Path | None = None,
 ) -> CompressResult:
     """Train, and write the compressor into `directory`.
 
@@ -249,6 +250,7 @@ def train_compressor(
         on_progress: told about tokens done and the last loss.
         on_start: told about the run before its first step.
         on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.
@@ -260,7 +262,7 @@ def train_compressor(
     prints = compress_fingerprint(
         config, run.compressor.spec, model_config, run.base.weights, run.rows.report, num_processes()
     )
-    resume_from = find_checkpoint(directory / CHECKPOINTS, prints) if config.resume else None
+    resume_from = find_checkpoint(directory / CHECKPOINTS, prints, prolonged) if config.resume else None
     metrics = Metrics(
         directory / METRICS_NAME if is_main_process() else None, global_batch(config) * run.rows.length, on_progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is a $
 
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
@@ -33,7 +35,7 @@ INK, GRID = "#222222", "#e3e3e3"
 
 def colours_for(names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each method spelled `name` or `name:key=value`; variants take spare colours."""
-    spare = iter(_SPARE * 4)
+    spare = itertools.cycle(_SPARE)
     return {name: METHOD_COLOURS.get(name) or next(spare) for name in names}
 
 

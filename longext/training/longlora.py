@@ -129,6 +129,7 @@ def finetune_checkpoint(
     on_progress: Report | None = None,
     on_start: Callable[[Run], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    prolonged: Path | None = None,
 ) -> FinetuneResult:
     """Train, and write the adapter (or, with `--tuning full`, the checkpoint) into `directory`.
 
@@ -137,6 +138,7 @@ def finetune_checkpoint(
         on_progress: told about tokens done and the last loss.
         on_start: told about the run before its first step.
         on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.
@@ -145,7 +147,7 @@ def finetune_checkpoint(
     check_finetune_config(config)
     run = prepare(config, directory, on_tokens)
     fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
-    resume_from = find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
+    resume_from = find_checkpoint(directory / CHECKPOINTS, fingerprint, prolonged) if config.resume else None
     metrics = Metrics(
         directory / METRICS_NAME if is_main_process() else None, run.global_batch * run.row_length, on_progress
     )
@@ -298,16 +300,19 @@ def default_lengths(extension: Extension) -> tuple[int, ...]:
     )
 
 
-def find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
-    """Return the last complete checkpoint of this very run, or None where the run stopped before its first."""
+def find_checkpoint(directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None) -> Path | None:
+    """Return the last complete checkpoint of this very run, else `prolonged`; None where there is none yet.
+
+    What a kill left incomplete is deleted once it is known that the run goes on.
+    """
+    found = complete_checkpoints(directory)[-1:] or ([prolonged] if prolonged else [])
+    if found:
+        check_fingerprint(found[0], fingerprint)
+    wait_for_all()
     if is_main_process():
         drop_incomplete(directory)
     wait_for_all()
-    found = complete_checkpoints(directory)
-    if not found:
-        return None
-    check_fingerprint(found[-1], fingerprint)
-    return found[-1]
+    return found[0] if found else None
 
 
 def raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:

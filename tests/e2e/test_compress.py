@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from test_bad_input import fails, no_leftovers
+from test_bad_input import another_process, fails, no_leftovers
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.checkpoint import load_compressor
@@ -171,14 +171,12 @@ def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
 
 def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_path):
     """The second is refused, and must not clear away what it takes for an empty directory."""
-    from longext.training.processes import hold_directory
-
-    (tmp_path / "out.running").mkdir()
+    unfinished = tmp_path / "out.running" / "checkpoints" / "checkpoint-1"
+    unfinished.mkdir(parents=True)
     (tmp_path / "out.running" / "run.json").write_text("{}")
-    lock = hold_directory(tmp_path / "out.running")
-    fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "Another process is at work")
-    lock.close()
-    assert (tmp_path / "out.running" / "run.json").is_file()
+    with another_process(tmp_path / "out"):
+        fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "out is in use", "process")
+    assert unfinished.is_dir() and (tmp_path / "out.running" / "run.json").is_file()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from test_bad_input import fails, no_leftovers
+from test_bad_input import another_process, fails, no_leftovers
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
@@ -297,20 +297,18 @@ def test_resume_refuses_another_run(run, tmp_path):
 
 def test_unfinished_runs_are_not_overwritten(run, tmp_path):
     unfinished(run, tmp_path)
-    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "--force")
+    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "another -o")
     fails(run("finetune", "books-5m", *LONG, "-o", "other", "--resume"), 2, "Nothing to resume")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--force").exit_code == 0
     fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "already exists", "--force")
 
 
 def test_two_runs_do_not_share_a_directory(run, tmp_path):
-    from longext.training.processes import hold_directory
-
     unfinished(run, tmp_path)
-    with hold_directory(tmp_path / "out.running"):
-        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "Another process is at work")
+    with another_process(tmp_path / "out"):
+        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "out is in use", "process")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume").exit_code == 0
-    assert not (tmp_path / "out" / ".lock").exists()
+    no_leftovers(tmp_path, "out")
 
 
 def test_checkpoints_are_kept_as_asked(run, tmp_path):

@@ -13,6 +13,7 @@ PACKAGE = Path(longext.__file__).parent
 RANK = {
     "errors": 0,
     "registry": 1,
+    "signals": 1,
     "untrusted": 1,
     "config": 1,
     "staging": 2,
