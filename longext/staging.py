@@ -91,7 +91,7 @@ def check_apart(output: Path, read: Path) -> None:
     """Raise ConfigError where replacing `output` would delete what the command reads."""
     target, source = resolve_output(output), resolve_output(read)
     if target == source or target in source.parents:
-        raise ConfigError(f"The output {output} is or holds {read}, which is read. Choose another -o directory.")
+        raise ConfigError(f"The output {output} is or holds {read}, which this command reads. Choose another -o directory.")
 
 
 def _check_place(output: Path, target: Path) -> None:

@@ -15,8 +15,8 @@ from longext.staging import check_output, hold_name, hold_output, is_ours, repla
 
 def working_directory(output: Path) -> Path:
     """Return where the run works whose result will be `output`."""
-    target = resolve_output(output)
-    return target.with_name(f"{target.name}.running")
+    place = resolve_output(output) if output.is_symlink() or not output.name else output
+    return place.with_name(f"{place.name}.running")
 
 
 def check_directories(config: Any, output: Path, source: Path) -> Path:
@@ -38,11 +38,9 @@ def check_directories(config: Any, output: Path, source: Path) -> Path:
     if config.resume:
         _check_resume(config, output, work, source)
         return work
-    if holds_progress(work):
-        if not (config.force and is_ours(work)):
-            raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or choose another -o.")
-    elif work.exists() and any(work.iterdir()) and not is_ours(work):
-        raise ConfigError(f"{work}, where the run would work, is not longext's. Choose another -o.")
+    is_free = not work.exists() or not any(work.iterdir()) or _is_unstarted(work, config)
+    if not is_free and not (config.force and is_ours(work)):
+        raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or choose another -o.")
     check_output(output, config.force, protected=source)
     hold_output(output, config.force)
     return work
@@ -90,6 +88,11 @@ def holds_progress(work: Path) -> bool:
         return True
     others = {path.name for path in work.iterdir()} - {MANIFEST_NAME, RECIPE_NAME, METRICS_NAME, CHECKPOINTS}
     return bool(others) or bool(complete_checkpoints(work / CHECKPOINTS))
+
+
+def _is_unstarted(work: Path, config: Any) -> bool:
+    """True for what a kill before the first step leaves of a run of the same command."""
+    return set(read_manifest(work).get("config", ())) == set(vars(config)) and not holds_progress(work)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
-from longext.signals import heeded
 from longext.training.checkpoints import keep_last, mark_complete
 from longext.training.losses import shift
 
@@ -153,9 +152,9 @@ class AttentionEngine(Engine):
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """SIGTERM (a scheduler's warning), SIGHUP and Ctrl-C: finish the step, save a checkpoint, stop.
+    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop.
 
-    What the process was started to ignore (nohup) stays ignored. A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once.
     All processes agree after each step, since the signal need not reach them in the same one.
     """
 
@@ -164,7 +163,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in heeded():
+        for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -9,14 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from longext.errors import LAUNCHED_BY_US
-from longext.signals import heeded
+from longext.errors import LAUNCHED_BY_US, ConfigError
+
+
+class DirectoryInUse(ConfigError):
+    """Another process trains in a run's working directory."""
 
 
 def num_processes() -> int:
@@ -55,6 +59,27 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def hold_directory(directory: Path) -> Any:
+    """Lock a run's working directory for as long as the returned file is open (on systems that have flock).
+
+    Raises:
+        DirectoryInUse: another process trains there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (directory / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise DirectoryInUse(
+            f"Another process is at work in {directory}. Wait for it or stop it, then use --resume."
+        ) from None
+    return file
+
+
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `longext ARGUMENTS` in `processes` processes on this machine through torchrun; return the exit code.
 
@@ -74,7 +99,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             for process in workers or [child]:
                 process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    for number in heeded():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, forward)
     code = child.wait()
     return 128 + received[0] if received else code
