@@ -39,6 +39,7 @@ def handling(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPS
         for number, old in before.items():
             signal.signal(number, old)
 
+
 _received: list[int] = []
 
 

@@ -91,7 +91,7 @@ def check_apart(output: Path, read: Path) -> None:
     """Raise ConfigError where replacing `output` would delete what the command reads."""
     target, source = resolve_output(output), resolve_output(read)
     if target == source or target in source.parents:
-        raise ConfigError(f"The output {output} is or holds {read}, which this command reads. Choose another -o directory.")
+        raise ConfigError(f"The output {output} is or holds {read}, which this command reads. Choose another -o.")
 
 
 def _check_place(output: Path, target: Path) -> None:
@@ -203,10 +203,7 @@ def release_outputs(*outputs: Path) -> None:
     """Let go of the locks on `outputs`, or of all that this process holds."""
     for target in [resolve_output(output) for output in outputs] or list(_held):
         held = _held.pop(target)
-        if held.file is not None:
-            with contextlib.suppress(OSError):  # before it is let go: whoever gets it looks whether it is there
-                _lock_name(target).unlink()
-            held.file.close()
+        _unlock(target, held.file)
         _remove_empty(held.made)
 
 
@@ -252,6 +249,13 @@ def _lock(target: Path, output: Path) -> IO[str] | None:
         file.close()  # its owner removed it as we opened it
 
 
+def _unlock(target: Path, file: IO[str] | None) -> None:
+    if file is not None:
+        with contextlib.suppress(OSError):  # before it is let go: whoever gets it looks whether it is there
+            _lock_name(target).unlink()
+        file.close()
+
+
 def _in_use(output: Path, owner: str) -> str:
     who = owner if re.fullmatch(r"process \d+ on \S+", owner) else "another process"
     return f"The output {output} is in use: {who} is at work on it. Wait for it, stop it, or choose another -o."
@@ -281,8 +285,10 @@ def _tidy(target: Path) -> None:
             continue
         if match[1] == "old" and not os.path.lexists(target):
             path.rename(target)  # killed between the two renames of a replacement
-        else:
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _last_change(path: Path) -> float:
@@ -327,6 +333,27 @@ def _keep(staging: Path, target: Path) -> Path:
     kept = target.with_name(f"{target.name}.kept-{secrets.token_hex(4)}")
     staging.rename(kept)
     return kept
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of a file, which takes its name on success and is removed on any failure.
+
+    Raises:
+        OutputInUse: another process writes it.
+    """
+    target = resolve_output(path)
+    lock = _lock(target, path)
+    unfinished = target.with_name(f".{target.name}.partial-{_machine()}-{secrets.token_hex(4)}")
+    try:
+        if lock is not None:
+            _tidy(target)
+        yield unfinished
+        raise_if_received()
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        _unlock(target, lock)
 
 
 def replace_directory(finished: Path, output: Path) -> None:

@@ -28,6 +28,7 @@ from longext.checkpoint.card import license_of, model_card
 from longext.checkpoint.extend import (
     ExtensionPlan,
     extended_config,
+    left_out,
     place_file,
     provenance,
     raise_length,
@@ -36,6 +37,7 @@ from longext.checkpoint.extend import (
     write_json,
     written_rope,
 )
+from longext.checkpoint.links import belongs_to, left_out_note
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model, sample_weights
@@ -194,6 +196,7 @@ def read_merge(config: MergeConfig) -> Merge:
             f"The adapter {directory} changes nothing: every LoRA B is zero and every saved tensor is the base's. "
             "It was never trained, or saved by ZeRO-3 without gathering its shards; gather them and save it again."
         )
+    notes += [*left_out(base), *left_out_note(_tokenizer_files(directory), directory)]
     stays_tied = adapter.is_tied and _stays_tied(adapter, stored)
     if adapter.is_tied and not stays_tied:
         notes.append("The adapter trained embedding and output matrix apart: both are written, no longer tied.")
@@ -395,12 +398,16 @@ def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
-    own = (file for pattern in _TOKENIZER_FILES for file in merge.adapter.directory.glob(pattern) if file.is_file())
+    own = [file for file in _tokenizer_files(merge.adapter.directory) if belongs_to(file, merge.adapter.directory)]
     for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))
     raise_length(staging / "tokenizer_config.json", "model_max_length", merge.extension.new_length)
     raise_length(staging / "generation_config.json", "max_length", merge.extension.new_length)
+
+
+def _tokenizer_files(adapter: Path) -> list[Path]:
+    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 def merged_config(merge: Merge) -> dict[str, Any]:

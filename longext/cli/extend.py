@@ -69,7 +69,7 @@ def extend(
     settings: Settings = None,
 ) -> None:
     """Plan, show old -> new, write, say what to do next."""
-    from longext.checkpoint.extend import extend_checkpoint, plan_extension
+    from longext.checkpoint.extend import extend_checkpoint, left_out, plan_extension
     from longext.reporting.console import print_table, say
     from longext.reporting.views import extension_table
 
@@ -80,6 +80,8 @@ def extend(
         return
     plan = extend_checkpoint(config)
     print_table(extension_table(plan))
+    for note in left_out(plan.source):
+        say(note)
     say(f"Wrote {config.output}. Check it: longext verify {config.output}")
     if verify:
         from longext.cli.verify import run_verification
