@@ -18,7 +18,7 @@ from longext.checkpoint.rope_config import ModelRope, read_model_rope, write_rop
 from longext.checkpoint.source import INDEX_NAME, Shard, read_config, read_json, read_shards, resolve_model
 from longext.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
-from longext.manifest import read_manifest, write_manifest
+from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.methods import (
     ROPE_METHODS,
     RopeParameters,
@@ -317,7 +317,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         raise_length(staging / "generation_config.json", "max_length", plan.new_length)
         record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
         card = model_card(record, plan.rope.describe_layers(), license_of(plan.source))
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        write_text(staging / "README.md", card)
         write_manifest(staging, "extend", plan.config, extension=record)
 
 
@@ -409,6 +409,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
     path.unlink(missing_ok=True)
     try:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     except (TypeError, ValueError) as error:
         raise LongextError(f"Cannot write {path.name}: {error}") from error

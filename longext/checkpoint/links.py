@@ -29,7 +29,7 @@ def left_out_note(files: Iterable[Path], directory: Path) -> list[str]:
 
 
 def mark_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return by name what tells cheaply whether a file was written to: size, time (ns), a hash of 64 samples of 4 kB."""
+    """Return by name what tells cheaply if a file was written to: size, time (ns), a hash of 64 samples of 4 kB."""
     return {path.name: _mark(path) for path in paths}
 
 

@@ -44,7 +44,7 @@ from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.manifest import read_manifest, write_manifest
+from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 
@@ -337,7 +337,7 @@ def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) 
         result = MergeResult(merge=merge, counts=_counts(merge), proof=proof, files=files)
         layers = merge.extension.rope.describe_layers()
         card = model_card(merge.record, layers, license_of(merge.base), merge=result.summary)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        write_text(staging / "README.md", card)
         write_manifest(staging, "merge", merge.config, extension=merge.record, merge=result.summary)
     return result
 

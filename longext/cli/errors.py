@@ -124,7 +124,8 @@ def error_number(error: BaseException) -> int | None:
     if told and type(error).__name__ in ("SafetensorError", "PanicException", "Exception"):
         return int(told[1])
     # torch.save says neither the file nor the reason when a write fails
-    return errno.ENOSPC if "PytorchStreamWriter failed writing" in str(error) else None
+    failed = re.search(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos", str(error))
+    return errno.ENOSPC if failed else None
 
 
 def _explain_bug(error: BaseException) -> tuple[str, int]:
