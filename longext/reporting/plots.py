@@ -67,6 +67,9 @@ def log_perplexity(axes: Any) -> None:
     """Log scale with round ticks; never narrower than a factor of two, so that small changes look small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if not 0 < low < high:  # nothing that can be drawn, as of a model whose logits are NaN
+        low, high = 1.0, 10.0
+        axes.set_ylim(low, high)
     if high / low < 2:
         middle = math.sqrt(low * high)
         low, high = middle / math.sqrt(2), middle * math.sqrt(2)
@@ -95,6 +98,8 @@ def _mark_trained(axes: Any, trained: int) -> None:
 
 
 def _legend(axes: Any) -> None:
+    figure, count = axes.get_figure(), len(axes.get_legend_handles_labels()[1])
+    figure.set_figheight(max(figure.get_figheight(), 0.6 + 0.2 * count))  # tall enough for every variant's name
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 

@@ -20,6 +20,7 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
+from longext.signals import handling
 from longext.training.checkpoints import keep_last, mark_complete
 from longext.training.losses import shift
 
@@ -152,24 +153,22 @@ class AttentionEngine(Engine):
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop.
+    """SIGTERM (a scheduler's warning), SIGHUP and Ctrl-C: finish the step, save a checkpoint, stop.
 
-    A second Ctrl-C stops at once.
+    A signal that is ignored (nohup) stays ignored. A second Ctrl-C stops at once.
     All processes agree after each step, since the signal need not reach them in the same one.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._handling = handling(self._note)
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._handling.__exit__(*error)
 
     def _note(self, number: int, _: Any) -> None:
         if self.received == number == signal.SIGINT:

@@ -262,16 +262,17 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in b)
 
 
-def test_sigterm_saves_and_exits(run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_exits(run, tmp_path, number):
     args = ("finetune", "books-5m", *LONG[:4], "--num-steps", 500, *LONG[6:-1], 1, *WARM)
     process = subprocess.Popen(
         command(*args, "-o", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_checkpoint(tmp_path / "out.running", process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert "stopped by SIGTERM after step" in errors
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {number.name} after step" in errors
     assert "--resume" in errors
     last = complete_checkpoints(tmp_path / "out.running" / "checkpoints")[-1]
     state = json.loads((last / "trainer_state.json").read_text())
@@ -285,14 +286,28 @@ def unfinished(run, tmp_path, *extra):
     (tmp_path / "out").rename(tmp_path / "out.running")
 
 
-def test_resume_refuses_another_run(run, tmp_path):
+def tree(directory):
+    return {path.relative_to(directory): path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_refused_resume_changes_nothing(run, tmp_path):
+    """Refused for other settings, and while another process is at work; then the run goes on."""
     unfinished(run, tmp_path)
+    checkpoints = tmp_path / "out.running/checkpoints"
+    (checkpoints / "checkpoint-99").mkdir()  # as one that is being written
+    before = tree(tmp_path / "out.running")
+    args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume")
+    with another_process(tmp_path / "out"):
+        fails(run(*args), 2, "out is in use", "process")
     for change, text in (
         (("--learning-rate", 0.1), "learning_rate 0.001, this run has 0.1"),
         (("--seed", 3), "seed 0, this run has 3"),
         (("--tuning", "lora"), "tuning lora+embed+norm, this run has lora"),
     ):
-        fails(run("finetune", "books-5m", *LONG, *WARM, *change, "-o", "out", "--resume"), 2, text, "another -o")
+        fails(run(*args, *change), 2, text, "another -o")
+    assert tree(tmp_path / "out.running") == before
+    assert run(*args).exit_code == 0
+    no_leftovers(tmp_path, "out")
 
 
 def test_unfinished_runs_are_not_overwritten(run, tmp_path):
@@ -303,12 +318,24 @@ def test_unfinished_runs_are_not_overwritten(run, tmp_path):
     fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "already exists", "--force")
 
 
-def test_two_runs_do_not_share_a_directory(run, tmp_path):
-    unfinished(run, tmp_path)
-    with another_process(tmp_path / "out"):
-        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "out is in use", "process")
-    assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume").exit_code == 0
-    no_leftovers(tmp_path, "out")
+def test_a_finished_run_is_prolonged_as_if_it_had_never_ended(run, tmp_path):
+    args = ("finetune", "books-5m", *LONG, *WARM, "--num-steps", 2)
+    longer = (*args, "--num-steps", 4)
+    assert run(*longer, "-o", "whole").exit_code == 0
+    assert run(*args, "-o", "out").exit_code == 0
+    before = tree(tmp_path / "out")
+    for extra in ((), ("--force",)):
+        message = fails(run(*args, "-o", "out", "--resume", *extra), 2, "finished run of 2 steps", "more --num-steps")
+        assert "force" not in message and "Leave" not in message
+    fails(run(*longer, "--seed", 3, "-o", "out", "--resume"), 2, "seed 0, this run has 3")
+    fails(run(*longer, "--set", "schedule=cosine", "-o", "out", "--resume"), 2, "this run has")
+    assert tree(tmp_path / "out") == before
+    no_leftovers(tmp_path, "out", "whole")
+    assert run(*longer, "-o", "out", "--resume").exit_code == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    a, b = trained(tmp_path / "out"), trained(tmp_path / "whole")
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    no_leftovers(tmp_path, "out", "whole")
 
 
 def test_checkpoints_are_kept_as_asked(run, tmp_path):
