@@ -363,7 +363,10 @@ def replace_directory(finished: Path, output: Path) -> None:
         OutputTaken: something appeared there meanwhile.
     """
     target = resolve_output(output)
-    _replace(finished, target, _held[target])
+    try:
+        _replace(finished, target, _held[target])
+    except OutputTaken as error:
+        raise OutputTaken(f"{error} What was to be there is in {finished}.") from error
 
 
 def _replace(staging: Path, target: Path, held: _Held) -> None:

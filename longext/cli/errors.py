@@ -60,8 +60,13 @@ def reported_errors(show_traceback: bool, command: Callable[[], str | None] = la
         if isinstance(error, TrainingStopped) and LAUNCHED_BY_US in os.environ:
             code = 0  # the launcher turns the signal into the exit code
         if not isinstance(error, TrainingStopped) or os.environ.get("RANK", "0") == "0":
-            print(f"longext: {message}", file=sys.stderr)
+            print(f"longext: {_visible(message)}", file=sys.stderr)
         raise typer.Exit(code) from None
+
+
+def _visible(message: str) -> str:
+    """Return a message without the control characters that a name in it may hold."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", message)
 
 
 def _is_explained(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,12 +73,15 @@ def extend(
     from longext.checkpoint.extend import extend_checkpoint, left_out, plan_extension
     from longext.reporting.console import print_table, say
     from longext.reporting.views import extension_table
+    from longext.staging import hold_output
 
     config = config_from(ctx, ExtendConfig, recipe, settings)
     if dry_run:
         print_table(extension_table(plan_extension(config)))
         say("Dry run: nothing was written.")
         return
+    if config.output is not None:
+        hold_output(Path(config.output), config.force)
     plan = extend_checkpoint(config)
     print_table(extension_table(plan))
     for note in left_out(plan.source):

@@ -256,10 +256,11 @@ def _kept_once_answered(work: Path, output: Path, config: LongBenchConfig) -> It
     from longext.cli.answering import tell_how_to_go_on
     from longext.errors import ConfigError
     from longext.evaluation.longbench_run import GENERATED
+    from longext.staging import OutputTaken
 
     try:
         yield
-    except ConfigError:  # other settings than those it was begun with
+    except (ConfigError, OutputTaken):  # other settings than those it was begun with; a name that was taken
         raise
     except BaseException:
         if work.is_dir() and not tell_how_to_go_on(work / GENERATED, output, config):

@@ -25,10 +25,12 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     Raises:
         ConfigError: nothing can be written there, something would be lost, or another process is at work there.
     """
+    from longext.checkpoint.bundled import BUNDLED_MODELS
+    from longext.data.documents import SAMPLE
     from longext.staging import check_apart, hold_output
 
-    named = [getattr(config, name, None) for name in _READ]
-    paths = [Path(str(name).partition("@")[0]).expanduser() for name in named if name]
+    named = [str(getattr(config, name, None) or "").partition("@")[0] for name in _READ]
+    paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
     for path in (*(path for path in paths if path.exists()), *read):
         check_apart(output, path)
     hold_output(output, config.force)

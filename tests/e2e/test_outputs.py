@@ -27,6 +27,7 @@ SHORT = ("--lengths", 64, "--stride", 32, "--max-tokens", 64, "--num-bootstrap",
 PPL = ("eval", "ppl", "books-5m", *SHORT, "-o", "out")
 COMMANDS = {
     "extend": ("extend", "books-5m", *EXTEND),
+    "merge": ("merge", "nowhere", "-o", "out"),
     "ppl": PPL,
     "passkey": ("passkey", "books-5m", "--lengths", 128, "--num-trials", 1, "--depths", 0, "-o", "out"),
     "plan": ("plan", "books-5m", "--length", 1024, "-o", "out"),
@@ -380,34 +381,61 @@ def test_verify_sees_a_write_through_a_hard_link(run, base, tmp_path, same_time)
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
-def kill_at_random(tmp_path, commands, count, seed, complete, longest):
-    """Start commands and end each with a signal at a random moment; nothing half-written may have its final name."""
+COMPLETE = {
+    "extend": {"config.json", "model.safetensors", "run.json", "README.md"},
+    "merge": {"config.json", "model.safetensors", "run.json", "README.md"},
+    "ppl": {"result.json", "table.md", "ppl.png", "run.json"},
+    "compare": {"result.json", "table.md", "report.html", "results.csv", "run.json"},
+}
+
+
+def kill_at_random(tmp_path, commands, seconds, count, seed):
+    """Start commands and end each by a signal at a random moment; under its final name an output is complete or old."""
     chance = random.Random(seed)
     numbers = [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGINT]
-    codes = []
     for i in range(count):
         name = list(commands)[i % len(commands)]
-        words = [str(word) for word in commands[name]]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "longext", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        time.sleep(chance.uniform(0.05, longest[name]))
         number = numbers[i // len(commands) % len(numbers)]
+        words = [sys.executable, "-m", "longext", *map(str, commands[name])]
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        moment = chance.uniform(0.1, 1.0) * seconds[name]
+        time.sleep(moment)
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode in (0, -signal.SIGKILL, -number, 128 + number), (name, number, errors)
-        assert b"Exception ignored" not in errors and (process.returncode < 0 or b"Traceback" not in errors), errors
-        codes.append(process.returncode)
+        errors = process.communicate(timeout=120)[1].decode()
         output = tmp_path / words[words.index("-o") + 1]
-        assert not output.exists() or complete(name, output), (name, sorted(output.iterdir()))
-    return codes
+        found = names(output) if output.exists() else []
+        print(f"{name:8} {number.name:8} after {moment:5.2f} s: code {process.returncode:4}, {len(found)} files")
+        assert process.returncode in (0, -number, 128 + number), (name, number, errors)
+        assert "Exception ignored" not in errors and (process.returncode < 0 or "Traceback" not in errors), errors
+        assert not found or COMPLETE[name] <= set(found), (name, found)
 
 
 def test_killed_commands_leave_nothing_half_written(run, tmp_path):
-    def complete(_, output):
-        return {"config.json", "model.safetensors", "run.json"} <= set(names(output))
-
     commands = {"extend": (*COMMANDS["extend"], "--copy", "--force")}
-    kill_at_random(tmp_path, commands, 6, 0, complete, {"extend": 0.7})
+    kill_at_random(tmp_path, commands, {"extend": 0.7}, 6, seed=0)
     ok(run(*commands["extend"]))
     no_leftovers(tmp_path, "out")
+
+
+@pytest.mark.slow
+def test_twenty_kills_over_four_commands(run, tmp_path):
+    from adapters import add_rope, make_adapter
+
+    add_rope(make_adapter(Path(staging.__file__).parent / "assets/books-5m", tmp_path / "adapter"), "books-5m")
+    ppl = ("eval", "ppl", "books-5m", "--lengths", "256,512", "--stride", 128, "--num-bootstrap", 20)
+    methods = ("compare", "books-5m", "--methods", "none,ntk", "--lengths", "256,512", "--stride", 128, "--no-passkey")
+    commands = {
+        "extend": ("extend", "books-5m", "--method", "yarn", "--factor", 8, "--copy", "--force", "-o", "extend"),
+        "merge": ("merge", "adapter", "--force", "-o", "merge"),
+        "ppl": (*ppl, "--max-tokens", 2048, "--force", "-o", "ppl"),
+        "compare": (*methods, "--max-tokens", 2048, "--num-bootstrap", 20, "--force", "-o", "compare"),
+    }
+    seconds = {}
+    for name, words in commands.items():
+        started = time.monotonic()
+        longext(tmp_path, *map(str, words)).check_returncode()
+        seconds[name] = time.monotonic() - started
+    kill_at_random(tmp_path, commands, seconds, 20, seed=1)
+    for words in commands.values():
+        ok(run(*words))
+    no_leftovers(tmp_path, "adapter", *commands)
