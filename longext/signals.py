@@ -65,6 +65,10 @@ def ending_signals() -> Iterator[None]:
         with handling(_interrupt):
             yield
     finally:
+        if _received:
+            # A KeyboardInterrupt that leaves exec("...") (of a library) makes Python end by SIGINT under -m, whatever
+            # the exit code, unless another exec ends well: SIGTERM would look like Ctrl-C.
+            exec("")
         _received.clear()
 
 

@@ -105,8 +105,6 @@ def verify_checkpoint(
         if logits and base_directory is not None:
             is_plain = read_model_rope(base_directory).spec.method == "none"
             checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=is_trained or merge is not None))
-    if extension and "files" in extension:
-        checks.append(_check_in_place(shards, extension["files"]))
     if merge and hashes:
         checks.append(_check_merge(shards, merge))
     if base_directory is None:
@@ -117,6 +115,8 @@ def verify_checkpoint(
     elif hashes:
         touched = set(merge["touched"]) if merge else set()
         checks.append(_check_weights(shards, read_shards(base_directory), touched, on_progress))
+    if extension and "files" in extension:
+        checks.append(_check_in_place(shards, extension["files"]))
     return Verification(model, base_name, tuple(checks))
 
 

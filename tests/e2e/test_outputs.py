@@ -215,6 +215,17 @@ def test_signals_end_a_command_cleanly(run, tmp_path, monkeypatch, number, swall
     assert signal.getsignal(number) is before
 
 
+def test_the_exit_code_is_the_signals_own(tmp_path):
+    """Python under -m ends by SIGINT where a KeyboardInterrupt has left exec("..."), as many libraries use it."""
+    (tmp_path / "ends.py").write_text(
+        "import os, signal, sys\nfrom longext.signals import ending_signals\n"
+        "with ending_signals():\n"
+        "    try:\n        exec('os.kill(os.getpid(), signal.SIGTERM)')\n    except KeyboardInterrupt:\n        pass\n"
+        "sys.exit(143)\n"
+    )
+    assert subprocess.run([sys.executable, "-m", "ends"], cwd=tmp_path, check=False).returncode == 143
+
+
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(run, tmp_path, monkeypatch):
     appear(monkeypatch, WRITE, lambda: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
