@@ -61,6 +61,8 @@ def _check_resume(config: Any, output: Path, work: Path, source: Path) -> None:
                 "Choose another -o."
             )
         raise ConfigError(f"Nothing to resume: there is no {work}. Leave --resume out to start the run.")
+    if not is_ours(work):
+        raise ConfigError(f"{work}, which would be resumed, was not written by longext. Choose another -o.")
     check_output(output, config.force, protected=source)
 
 

@@ -315,7 +315,7 @@ def test_a_full_disk_under_a_native_writer_is_the_disk(tmp_path):
 
 def longext(tmp_path, *args, **keys):
     command = [sys.executable, "-m", "longext", *args]
-    return subprocess.run(command, cwd=tmp_path, capture_output="stdout" not in keys, timeout=60, check=False, **keys)
+    return subprocess.run(command, cwd=tmp_path, capture_output="stdout" not in keys, timeout=600, check=False, **keys)
 
 
 def test_a_closed_standard_output_is_no_traceback(tmp_path):
@@ -412,7 +412,7 @@ def kill_at_random(tmp_path, commands, seconds, count, seed):
         moment = chance.uniform(0.1, 1.0) * seconds[name]
         time.sleep(moment)
         process.send_signal(number)
-        errors = process.communicate(timeout=120)[1].decode()
+        errors = process.communicate(timeout=600)[1].decode()
         output = tmp_path / words[words.index("-o") + 1]
         found = names(output) if output.exists() else []
         print(f"{name:8} {number.name:8} after {moment:5.2f} s: code {process.returncode:4}, {len(found)} files")
