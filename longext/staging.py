@@ -186,11 +186,13 @@ def hold_name(output: Path) -> bool:
         return False
     _check_place(output, target)
     made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(target, output)
-    except BaseException:
+    except BaseException as error:
         _remove_empty(made)
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP):
+            raise ConfigError(f"Cannot write {output}: {error.strerror}. Choose another -o.") from error
         raise
     _held[target] = _Held(file, made)
     if file is not None:

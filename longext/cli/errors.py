@@ -21,6 +21,11 @@ import longext
 from longext.errors import LAUNCHED_BY_US, LongextError, TrainingStopped
 from longext.signals import received
 
+_FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "no space left on the disk (quota)",
+    errno.EFBIG: "no space left for so large a file (ulimit -f, or the file system's limit)",
+}
 _LONGEST = 300  # characters of an unforeseen message
 _OUT_OF_MEMORY = (
     "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
@@ -105,20 +110,13 @@ def _explain_os(error: BaseException) -> tuple[str, int] | None:
     number = error_number(error)
     names = [error.filename2, error.filename] if isinstance(error, OSError) else []
     where = next((f" ({name})" for name in names if name is not None), "")
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{_strerror(number)}{where}: the disk is full or files may not be so large; nothing unfinished was left "
-            "under an output name. Free some space, or choose another -o.",
-            1,
-        )
+    if number in _FULL:
+        what = f"{_FULL[number]}{where}; nothing unfinished was left under an output name"
+        return f"{what}. Free some space, or choose another -o.", 1
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "Choose another -o, or change the permissions."
         return f"no permission to read or write{where}: {os.strerror(number)}. {advice}", 1
     return (f"{os.strerror(number)}{where}.", 1) if number else None
-
-
-def _strerror(number: int) -> str:
-    return "no space left on the disk" if number == errno.ENOSPC else os.strerror(number).lower()
 
 
 def error_number(error: BaseException) -> int | None:
