@@ -177,7 +177,7 @@ def _finish(config: CompressConfig, output: Path, result: CompressResult, as_jso
 
     written, record = write_compressor_output(config, result)
     close_run(result.directory, output)
-    show(record, written.tables[1:], as_json=as_json, notes=written.notes)
+    show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
     if not as_json:
         say(
             f"Wrote {output} (compressor.safetensors, loss.png, metrics.jsonl, run.json). Next: longext eval ppl "

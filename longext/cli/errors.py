@@ -58,8 +58,7 @@ def reported_errors(show_traceback: bool, command: Callable[[], str | None] = la
     except BaseException as error:
         if show_traceback or not _is_explained(error):
             raise
-        if isinstance(error, BrokenPipeError):
-            _leave_standard_output()
+        if isinstance(error, BrokenPipeError) and _is_output_gone():
             raise typer.Exit(1) from None
         message, code = _explain(error, command() or "")
         if isinstance(error, TrainingStopped) and LAUNCHED_BY_US in os.environ:
@@ -173,6 +172,15 @@ def flush_output() -> None:
     except OSError:
         _leave_standard_output()
         raise
+
+
+def _is_output_gone() -> bool:
+    """True if it is standard output that nobody reads any more (`| head`): then nobody is there to be told."""
+    try:
+        flush_output()
+    except OSError:
+        return True
+    return False
 
 
 def _leave_standard_output() -> None:

@@ -186,7 +186,7 @@ def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_jso
 
     written, record = write_training_output(config, result)
     close_run(result.directory, output)
-    show(record, written.tables[1:], as_json=as_json, notes=written.notes)
+    show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
     if as_json:
         return
     is_adapter = (output / "adapter_config.json").is_file()

@@ -193,7 +193,7 @@ def _answer_and_finish(
     )
     shutil.rmtree(work / steps.GENERATED)
     close_run(work, output)
-    show(record, written.tables, as_json=as_json, notes=[*notes, *written.notes])
+    show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)}, {steps.PREDICTIONS}/)", aside=as_json)
     return record
 

@@ -57,12 +57,23 @@ def deliver(
     from longext.reporting.results import write_results
 
     written = write_results(output, command, config, record, tables, figures, extra)
-    show(record, written.tables, as_json=as_json, notes=[*notes, *written.notes])
+    show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 
-def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, notes: Sequence[str] = ()) -> None:
-    """Print tables and notes; or the record as JSON, alone on standard output, and notes on standard error."""
+def show(
+    record: Mapping[str, Any],
+    tables: Sequence[Table],
+    *,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> None:
+    """Print tables and notes; or the record as JSON, alone on standard output, and notes on standard error.
+
+    Args:
+        warnings: further notes, on standard error either way.
+    """
     from longext.reporting.console import print_table, say, stdout
     from longext.reporting.results import dump_json
 
@@ -73,3 +84,5 @@ def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, n
             print_table(table)
     for note in notes:
         say(note, aside=as_json)
+    for warning in warnings:
+        say(warning, aside=True)

@@ -111,15 +111,16 @@ def write_result_files(
         write_text(directory / name, text)
     write_manifest(directory, command, config, **facts)
     written = Written(["result.json", *texts])
-    written.tables = list(written.attempt("table.md", tables) or ())
+    written.tables = list(written.attempt("tables", tables) or ())
 
     def save(name: str, make: Callable[[], object]) -> None:
         written.attempt(name, make)
         if (directory / name).is_file():
             written.names.append(name)
 
-    markdown = "\n".join(table.to_markdown() for table in written.tables)
-    save("table.md", lambda: write_text(directory / "table.md", markdown))
+    if written.tables:
+        tables_file = directory / "table.md"
+        save("table.md", lambda: write_text(tables_file, "\n".join(table.to_markdown() for table in written.tables)))
     for name, figure in (written.attempt("pictures", figures) or {}).items():
         save(f"{name}.png", partial(_save_png, figure, directory / f"{name}.png"))
     for name, made in (extra or {}).items():

@@ -251,8 +251,10 @@ def test_a_picture_that_fails_is_a_line(run, tmp_path, monkeypatch, broken):
 
     module = "views" if broken == "perplexity_table" else "plots"
     monkeypatch.setattr(f"longext.reporting.{module}.{broken}", explode)
-    text = ok(run(*PPL))
-    assert "not made: " in text and "(ValueError: no such font)" in text
+    result = run(*PPL)
+    ok(result)
+    assert len(result.stderr.splitlines()) == 1
+    assert "not made: " in result.stderr and "(ValueError: no such font)" in result.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["results"]
     pictures = ["ppl.png"] if broken == "perplexity_table" else []
     assert (tmp_path / "out/run.json").is_file() and ("ppl.png" in names("out")) == bool(pictures)
