@@ -15,6 +15,7 @@ RANK = {
     "registry": 1,
     "signals": 1,
     "untrusted": 1,
+    "checksums": 1,
     "config": 1,
     "staging": 2,
     "manifest": 2,
