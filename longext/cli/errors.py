@@ -18,8 +18,9 @@ from pathlib import Path
 import typer
 
 import longext
-from longext.errors import LAUNCHED_BY_US, LongextError, TrainingStopped
+from longext.errors import LongextError, TrainingStopped
 from longext.signals import received
+from longext.training.launcher import is_launched, may_report
 
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
@@ -40,6 +41,11 @@ _OUT_OF_MEMORY_WITH_MEMORIES = (
     "(one segment's graph at a time), keep activation checkpointing on, or add --set offload=true (CUDA) or "
     "--sequence-parallel. Go on from the last checkpoint, if there is one, with --resume."
 )
+_LOST_PROCESS = (
+    "another process of this run ended, or did not answer within collective_timeout seconds (--set). Look at what it "
+    "printed; go on from the last checkpoint, if there is one, with --resume."
+)
+_LOST = ("closed by peer", "reset by peer", "Timed out waiting", "Socket Timeout", "Broken pipe")  # gloo's words
 _OUT_OF_MEMORY_OF = {"finetune": _OUT_OF_MEMORY_IN_TRAINING, "compress-train": _OUT_OF_MEMORY_WITH_MEMORIES}
 
 
@@ -61,10 +67,9 @@ def reported_errors(show_traceback: bool, command: Callable[[], str | None] = la
         if isinstance(error, BrokenPipeError) and _is_output_gone():
             raise typer.Exit(1) from None
         message, code = _explain(error, command() or "")
-        if isinstance(error, TrainingStopped) and LAUNCHED_BY_US in os.environ:
-            code = 0  # the launcher turns the signal into the exit code
-        if not isinstance(error, TrainingStopped) or os.environ.get("RANK", "0") == "0":
-            print(f"longext: {_visible(message)}", file=sys.stderr)
+        message = _visible(message)
+        if may_report(message, code, getattr(error, "everywhere", False)):
+            print(f"longext: {message}", file=sys.stderr)
         raise typer.Exit(code) from None
 
 
@@ -90,6 +95,8 @@ def _explain(error: BaseException, command: str) -> tuple[str, int]:
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
+    if is_launched() and _is_lost_process(error):
+        return _LOST_PROCESS, 1
     return _explain_os(error) or _explain_bug(error)
 
 
@@ -98,6 +105,12 @@ def _is_interrupt(error: BaseException | None) -> bool:
     while isinstance(error, ImportError):
         error = error.__cause__ or error.__context__
     return isinstance(error, KeyboardInterrupt)
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    """True where torch.distributed could not reach another process: NCCL and the store have classes, gloo has words."""
+    is_named = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST))
 
 
 def _is_torch_memory(error: BaseException) -> bool:

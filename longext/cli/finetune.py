@@ -113,20 +113,22 @@ def finetune(
     if config.output is None and not dry_run:
         raise ConfigError("Give an output directory with -o.")
     from longext.training.loading import plan_training_rope
+    from longext.training.longlora import check_rows
     from longext.training.processes import is_launched, launch
     from longext.training.settings import check_finetune_config
 
     check_finetune_config(config)
     extension = plan_training_rope(config)
+    check_rows(config, extension)
     target = Path(str(config.output))
     work = target if config.output is None else check_directories(config, target, extension.source)
     if dry_run:
         _dry_run(config, as_json)
         return
     if config.num_processes > 1 and not is_launched():
-        _prepare_data(config, extension)
+        _prepare(config, extension, work, finished_run(config, target) if config.resume else None)
         release_outputs()  # to the main one of the processes
-        raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
+        raise typer.Exit(launch(config.num_processes, sys.argv[1:], grace=config.stop_grace))
     _train(config, target, work, extension, as_json)
 
 
@@ -143,29 +145,34 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
 
 
-def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
-    """Tokenise before several processes start: what is wrong with the data is said once, by this one."""
+def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged: Path | None) -> None:
+    """Tokenise before several processes start: what is wrong with data or checkpoints is said once, by this one."""
     from longext.evaluation.model import load_tokenizer
     from longext.reporting.console import tokenising
-    from longext.training.longlora import open_training_rows
+    from longext.training.longlora import CHECKPOINTS, check_resume, open_training_rows
+    from longext.training.settings import fingerprint_of
 
     tokenizer = load_tokenizer(extension.source, config.trust_remote_code)
-    open_training_rows(config, extension, tokenizer, tokenising(config.data))
+    rows = open_training_rows(config, extension, tokenizer, tokenising(config.data))
+    fingerprint = fingerprint_of(config, extension, rows.report, config.num_processes)
+    check_resume(config, work / CHECKPOINTS, fingerprint, prolonged)
 
 
 def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
-    from longext.reporting.console import print_table, progress, tokenising
+    from longext.reporting.console import print_table, progress, say, tokenising
     from longext.reporting.training_views import run_table
     from longext.training.loading import training_device
     from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
-    start_distributed(training_device(config))
+    start_distributed(training_device(config), config.collective_timeout)
     prolonged = finished_run(config, output) if config.resume else None
 
     def start(run: Run) -> None:
         if is_main_process():
             open_run(config, work, output, "finetune")
+            for note in run.notes:
+                say(note, aside=True)
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
