@@ -383,9 +383,10 @@ def _changes(checkpoint: Path, fingerprint: dict[str, Any]) -> list[str]:
     before, now = read_marker(checkpoint)["fingerprint"]["last_step"], fingerprint["last_step"]
     if before == now:
         return []
+    warmup = fingerprint["warmup_used"]
     return [
         f"The run was begun for {before} steps and goes on from {checkpoint.name} to step {now}. Its warm-up stays "
-        f"{fingerprint['warmup_used']} steps; the learning rate is constant after it."
+        f"{warmup} step{'' if warmup == 1 else 's'}; the learning rate is constant after it."
     ]
 
 
