@@ -183,6 +183,8 @@ class TrainingConfig(RuntimeConfig):
     num_processes: int = 1
     sequence_parallel: int = 1
     context_parallel: int = 1
+    collective_timeout: int = 1800
+    stop_grace: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,6 +464,8 @@ _AT_LEAST = {
     "num_processes": 1,
     "sequence_parallel": 1,
     "context_parallel": 1,
+    "collective_timeout": 1,
+    "stop_grace": 0,
     "window": 2,
     "lora_r": 1,
     "lora_alpha": 1,

@@ -2,6 +2,7 @@
 
 LongextError            a run failed (exit code 1)
   ConfigError           a flag, recipe or method parameter is wrong (exit code 2)
+    DisagreementError   the processes of a run found different things (exit code 2)
   CheckpointError       the model given cannot be used (exit code 2)
   DataError             the documents given cannot be used (exit code 2)
   MissingExtraError     an optional package is needed (exit code 2)
@@ -14,20 +15,30 @@ Every message is one line: what was given, what is allowed, what to do.
 
 from __future__ import annotations
 
-# Set for the workers of `--num-processes`: a signal that stopped them becomes the launcher's exit code, not theirs.
+# Set for the workers of `--num-processes`: the process id of the launcher, which prints what they have to say.
 LAUNCHED_BY_US = "LONGEXT_LAUNCHED"
 
 
 class LongextError(Exception):
-    """A run failed for a reason the user can read; the command exits with `exit_code`."""
+    """A run failed for a reason the user can read; the command exits with `exit_code`.
+
+    `everywhere` is True for what all processes of a run raise at once: the main one prints it.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class ConfigError(LongextError):
     """A flag, recipe key or method parameter is out of range or unknown."""
 
     exit_code = 2
+
+
+class DisagreementError(ConfigError):
+    """The processes of a run found different data, settings or checkpoints; each of them raises it."""
+
+    everywhere = True
 
 
 class CheckpointError(LongextError):
@@ -58,6 +69,8 @@ class TrainingError(LongextError):
 
 class TrainingStopped(TrainingError):
     """A signal ended a training run after a checkpoint was saved; the exit code is the shell's for that signal."""
+
+    everywhere = True
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -60,10 +60,14 @@ def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> 
         "config": dataclasses.asdict(config),
         **extra,
     }
-    text = spelled(json.dumps(manifest, indent=2, ensure_ascii=False))
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-    recipe = f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}"
-    (directory / RECIPE_NAME).write_text(spelled(recipe), encoding="utf-8")
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    write_text(directory / MANIFEST_NAME, text + "\n")
+    write_text(directory / RECIPE_NAME, f"# longext {command} -c {RECIPE_NAME}\n{to_recipe(config)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8; the bytes of a file name that is none stay readable (in JSON as the escapes they are)."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in (item.config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
         if "network" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs the Hub"))
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.card import license_of, model_card
+from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, read_model_rope, write_rope
 from longext.checkpoint.source import INDEX_NAME, Shard, read_config, read_json, read_shards, resolve_model
 from longext.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
-from longext.manifest import read_manifest, write_manifest
+from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.methods import (
     ROPE_METHODS,
     RopeParameters,
@@ -320,9 +321,9 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         write_json(staging / "config.json", extended_config(plan))
         raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
         raise_length(staging / "generation_config.json", "max_length", plan.new_length)
-        record = provenance(plan)
+        record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
         card = model_card(record, plan.rope.describe_layers(), license_of(plan.source))
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        write_text(staging / "README.md", card)
         write_manifest(staging, "extend", plan.config, extension=record)
 
 
@@ -387,10 +388,17 @@ def _clone(source: Path, target: Path) -> bool:
 
 def side_files(source: Path) -> tuple[Path, ...]:
     """Return the small files that travel with the checkpoint in `source`: tokenizer, generation config, license."""
+    return tuple(file for file in _side_files(source) if belongs_to(file, source))
+
+
+def _side_files(source: Path) -> list[Path]:
     files = {file for pattern in _SIDE_PATTERNS for file in source.glob(pattern) if file.is_file()}
-    return tuple(
-        sorted(file for file in files if file.name not in _NOT_COPIED and not file.name.endswith(_LEGACY_INDEX))
-    )
+    return sorted(file for file in files if file.name not in _NOT_COPIED and not file.name.endswith(_LEGACY_INDEX))
+
+
+def left_out(source: Path) -> list[str]:
+    """Return a line on the small files in `source` that do not travel, as they are links out of it."""
+    return left_out_note(_side_files(source), source)
 
 
 def raise_length(path: Path, key: str, length: int) -> None:
@@ -408,6 +416,6 @@ def write_json(path: Path, value: Any) -> None:
     path.unlink(missing_ok=True)
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     except (TypeError, ValueError) as error:
         raise LongextError(f"Cannot write {path.name}: {error}") from error

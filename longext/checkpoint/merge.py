@@ -28,6 +28,7 @@ from longext.checkpoint.card import license_of, model_card
 from longext.checkpoint.extend import (
     ExtensionPlan,
     extended_config,
+    left_out,
     place_file,
     provenance,
     raise_length,
@@ -36,13 +37,14 @@ from longext.checkpoint.extend import (
     write_json,
     written_rope,
 )
+from longext.checkpoint.links import belongs_to, left_out_note
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model, same_weights
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.manifest import read_manifest, write_manifest
+from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 
@@ -194,6 +196,7 @@ def read_merge(config: MergeConfig) -> Merge:
             f"The adapter {directory} changes nothing: every LoRA B is zero and every saved tensor is the base's. "
             "It was never trained, or saved by ZeRO-3 without gathering its shards; gather them and save it again."
         )
+    notes += [*left_out(base), *left_out_note(_tokenizer_files(directory), directory)]
     stays_tied = adapter.is_tied and _stays_tied(adapter, stored)
     if adapter.is_tied and not stays_tied:
         notes.append("The adapter trained embedding and output matrix apart: both are written, no longer tied.")
@@ -334,7 +337,7 @@ def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) 
         result = MergeResult(merge=merge, counts=_counts(merge), proof=proof, files=files)
         layers = merge.extension.rope.describe_layers()
         card = model_card(merge.record, layers, license_of(merge.base), merge=result.summary)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        write_text(staging / "README.md", card)
         write_manifest(staging, "merge", merge.config, extension=merge.record, merge=result.summary)
     return result
 
@@ -395,12 +398,16 @@ def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
-    own = (file for pattern in _TOKENIZER_FILES for file in merge.adapter.directory.glob(pattern) if file.is_file())
+    own = [file for file in _tokenizer_files(merge.adapter.directory) if belongs_to(file, merge.adapter.directory)]
     for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))
     raise_length(staging / "tokenizer_config.json", "model_max_length", merge.extension.new_length)
     raise_length(staging / "generation_config.json", "max_length", merge.extension.new_length)
+
+
+def _tokenizer_files(adapter: Path) -> list[Path]:
+    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 def merged_config(merge: Merge) -> dict[str, Any]:

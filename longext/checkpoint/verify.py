@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from longext.checkpoint.links import find_change
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
 from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
 from longext.checkpoint.writing import file_hash, read_tensor, stored_blocks
@@ -116,6 +117,8 @@ def verify_checkpoint(
     elif hashes:
         touched = set(merge["touched"]) if merge else set()
         checks.append(_check_weights(shards, read_shards(base_directory), touched, on_progress))
+    if extension and "files" in extension:
+        checks.append(_check_in_place(shards, extension["files"]))
     return Verification(model, base_name, tuple(checks))
 
 
@@ -320,6 +323,14 @@ def _check_merge(shards: list[Shard], merge: dict[str, Any]) -> Check:
     proof = merge["proof"]
     proven = f"proven then to {proof['max_difference']:.2g}" if proof else "not proven then (--no-check)"
     return Check("merged weights", "pass", f"{len(shards)} file(s) as `merge` wrote them, by SHA-256; {proven}")
+
+
+def _check_in_place(shards: list[Shard], marks: dict[str, Any]) -> Check:
+    """Look whether a program wrote into the weight files, which hard links share with the base."""
+    change = find_change([shard.path for shard in shards], marks)
+    if change is not None:
+        return Check("weight files", "fail", change)
+    return Check("weight files", "pass", f"{len(shards)} not written to since `extend` (size, time, 64 samples each)")
 
 
 def _check_trained(ours: list[Shard], theirs: list[Shard]) -> Check:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longext.errors import LongextError
+from longext.errors import ConfigError, LongextError
 
 
 @contextlib.contextmanager
@@ -20,6 +20,8 @@ def kept_answers(path: Path | None, output: Path, config: Any) -> Iterator[None]
     """
     from longext.evaluation.answer_file import remove_answers
 
+    if path is not None and (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path}, where the answers are kept, is no file or directory. Choose another -o.")
     try:
         yield
     except LongextError:  # its message says what to do

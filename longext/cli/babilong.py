@@ -8,7 +8,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.retrieval_config import BABILongConfig
 
 _DEFAULT = BABILongConfig(model="")
@@ -72,11 +72,10 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
     from longext.reporting.retrieval_views import retrieval_heat_map, retrieval_table
-    from longext.staging import check_output
 
     check_babilong_config(config)
     output = output_directory(config.output, "babilong", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     rows = read_rows(config.data, config.tasks, config.lengths, config.num_cases)
     bars = place_bars(config.fail_under, [(row.task, length_name(row.length)) for row in rows])
     model = open_model(config)
@@ -87,10 +86,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
         record = babilong_record(model, config, rows, outcomes, seconds)
         record["bars"] = outcome_verdicts(bars, outcomes, length_name)
         title = f"BABILong: {opt.titled(config)}"
-        cells, pooled = cells_of(outcomes), pooled_cells(outcomes)
-        table = retrieval_table(title, cells, pooled, label=length_name, size="")
         shown = [*record["results"], *(record["by_length"] if len(config.tasks) > 1 else [])]
-        figure = retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
         asked = ((f"{row.task} at {length_name(row.length)}", (row.text, row.question)) for row in rows)
         extra = {"answers.jsonl": answer_lines(outcomes, {row.id: [row.target] for row in rows}, answers)}
         deliver(
@@ -98,8 +94,10 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
             "eval babilong",
             config,
             record,
-            [table],
-            {"babilong": figure},
+            lambda: [retrieval_table(title, cells_of(outcomes), pooled_cells(outcomes), label=length_name, size="")],
+            lambda: {
+                "babilong": retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
+            },
             as_json=as_json,
             notes=[*repeated_note(asked), *window_notes(model, outcomes, config)],
             extra=extra,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 from typing import Annotated
 
 import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import CompareConfig
 
 _DEFAULT = CompareConfig(model="")
@@ -65,16 +63,25 @@ def _run(config: CompareConfig, as_json: bool) -> None:
     from longext.reporting.console import progress, say
     from longext.reporting.html import comparison_figures, comparison_page
     from longext.reporting.results import output_directory
+    from longext.reporting.tables import csv_text
     from longext.reporting.views import comparison_tables
-    from longext.staging import check_output
 
     output = output_directory(config.output, "compare", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     comparison = compare_methods(config, progress, functools.partial(say, aside=as_json))
-    figures, tables = comparison_figures(comparison), comparison_tables(comparison)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(csv_rows(comparison))
-    extra = {"report.html": comparison_page(comparison, tables, figures), "results.csv": text.getvalue()}
-    notes = [f"Report: {output / 'report.html'}"]
-    record = comparison.record
-    deliver(output, "compare", config, record, tables, figures, as_json=as_json, notes=notes, extra=extra)
+    tables = functools.partial(comparison_tables, comparison)
+    figures = functools.cache(lambda: comparison_figures(comparison))
+    deliver(
+        output,
+        "compare",
+        config,
+        comparison.record,
+        tables,
+        figures,
+        as_json=as_json,
+        notes=[f"Report: {output / 'report.html'}"],
+        extra={
+            "results.csv": csv_text(csv_rows(comparison)),
+            "report.html": lambda: comparison_page(comparison, tables(), figures()),
+        },
+    )

@@ -10,9 +10,10 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.running import check_directories, close_run, kept_once_started, open_run
+from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
 from longext.config import CompressConfig
 from longext.errors import ConfigError
+from longext.staging import release_outputs
 
 if TYPE_CHECKING:
     from longext.compressor.train import CompressResult, CompressRun
@@ -100,21 +101,25 @@ def compress_train(
     target = Path(str(config.output))
     work = check_directories(config, target, find_base(config.model, config.revision).directory)
     if config.num_processes > 1 and not is_launched():
-        _prepare(config)
-        raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
+        _prepare(config, work, finished_run(config, target) if config.resume else None)
+        release_outputs()  # to the main one of the processes
+        raise typer.Exit(launch(config.num_processes, sys.argv[1:], grace=config.stop_grace))
     _train(config, target, work, as_json)
 
 
-def _prepare(config: CompressConfig) -> None:
-    """Check model and data before several processes start: what is wrong is said once, by this one."""
+def _prepare(config: CompressConfig, work: Path, prolonged: Path | None) -> None:
+    """Check model, data and checkpoints before several processes start: what is wrong is said once, by this one."""
     import gc
 
     import torch
 
     from longext.compressor.train import prepare_compressor
     from longext.reporting.console import tokenising
+    from longext.training.longlora import CHECKPOINTS, check_resume
 
-    prepare_compressor(config, tokenising(config.data))
+    run = prepare_compressor(config, tokenising(config.data))
+    check_resume(config, work / CHECKPOINTS, run.fingerprint, prolonged)
+    del run
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the workers need it
@@ -133,17 +138,19 @@ def _show_plan(config: CompressConfig, as_json: bool) -> None:
 def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> None:
     from longext.compressor.train import compress_record, train_compressor
     from longext.reporting.compressor_views import plan_table
-    from longext.reporting.console import print_table, progress, tokenising
+    from longext.reporting.console import print_table, progress, say, tokenising
     from longext.training.loading import training_device
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
-    start_distributed(training_device(config))
-    locks: list[Any] = []  # held until the run is over
+    start_distributed(training_device(config), config.collective_timeout)
+    prolonged = finished_run(config, output) if config.resume else None
     display: list[Any] = []
 
     def start(run: CompressRun) -> None:
         if is_main_process():
-            locks.append(open_run(config, work, "compress-train"))
+            open_run(config, work, output, "compress-train")
+            for note in run.notes:
+                say(note, aside=True)
             record = compress_record(run, 0.0)
             if not as_json:
                 print_table(plan_table(record, config.num_steps))
@@ -158,7 +165,7 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
     with kept_once_started(work):
         try:
             on_tokens = tokenising(config.data) if is_main_process() else None
-            result = train_compressor(config, work, advance if is_main_process() else None, start, on_tokens)
+            result = train_compressor(config, work, advance if is_main_process() else None, start, on_tokens, prolonged)
         finally:
             if display:
                 display[0].__exit__(None, None, None)
@@ -173,9 +180,9 @@ def _finish(config: CompressConfig, output: Path, result: CompressResult, as_jso
     from longext.reporting.compressor_views import write_compressor_output
     from longext.reporting.console import say
 
-    tables, record = write_compressor_output(config, result)
-    close_run(result.directory, output, config.force)
-    show(record, tables, as_json=as_json)
+    written, record = write_compressor_output(config, result)
+    close_run(result.directory, output)
+    show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
     if not as_json:
         say(
             f"Wrote {output} (compressor.safetensors, loss.png, metrics.jsonl, run.json). Next: longext eval ppl "

@@ -9,7 +9,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.checks_config import EffectiveConfig
 
 _DEFAULT = EffectiveConfig(model="", max_length=0)
@@ -71,11 +71,10 @@ def _run(config: EffectiveConfig, as_json: bool) -> None:
     from longext.reporting.check_views import effective_figure, effective_table
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_effective_config(config)
     output = output_directory(config.output, "effective", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     model = open_model(config)
     check_effective_config(config, model)
 
@@ -86,16 +85,16 @@ def _run(config: EffectiveConfig, as_json: bool) -> None:
     tried = search_lengths(measure, minimum=config.min_length, maximum=config.max_length, bar=config.bar)
     record = effective_record(model, config, tried)
     name = opt.titled(config)
-    table = effective_table(name, config.test, config.bar, tried)
     title = f"{name}: {config.test} accuracy by length"
-    figure = effective_figure(tried, bar=config.bar, trained=model.trained_length, title=title)
     deliver(
         output,
         "eval effective",
         config,
         record,
-        [table],
-        {"effective": figure},
+        lambda: [effective_table(name, config.test, config.bar, tried)],
+        lambda: {
+            "effective": effective_figure(tried, bar=config.bar, trained=model.trained_length, title=title),
+        },
         as_json=as_json,
         notes=record["notes"],
     )

@@ -9,7 +9,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import EfficiencyConfig
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.efficiency_views import efficiency_by_length, efficiency_table
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     spec, ratios = None, tuple[int, ...]()
     if is_compressor(config.model):
@@ -76,7 +75,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         ratios = check_ratios(config.ratio or spec.ratios, spec, description["window"])
     check_efficiency_config(config, spec)
     output = output_directory(config.output, "efficiency", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     backbone, compressor, described = _load(config)
     ways = ways_of(backbone, compressor, ratios, config.window or backbone.window)
     known = [*backbone.model.parameters(), *(compressor.parameters() if compressor is not None else ())]
@@ -84,9 +83,17 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         points = evaluate_efficiency(backbone, ways, config, known, advance)
     notes = window_notes(backbone, ways, config.lengths)
     record = efficiency_record(described, backbone, config, points, notes)
-    figure = efficiency_by_length(record["results"], title=f"{config.model} on {described['device']}")
-    table = efficiency_table(config.model, record, points)
-    deliver(output, "eval efficiency", config, record, [table], {"efficiency": figure}, as_json=as_json, notes=notes)
+    title = f"{config.model} on {described['device']}"
+    deliver(
+        output,
+        "eval efficiency",
+        config,
+        record,
+        lambda: [efficiency_table(config.model, record, points)],
+        lambda: {"efficiency": efficiency_by_length(record["results"], title=title)},
+        as_json=as_json,
+        notes=notes,
+    )
 
 
 def _load(config: EfficiencyConfig) -> tuple[Backbone, Compressor | None, dict[str, Any]]:

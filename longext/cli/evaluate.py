@@ -9,7 +9,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import PerplexityConfig
 
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True, rich_markup_mode=None)
@@ -92,12 +92,11 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.reporting.plots import nll_by_position, perplexity_by_length
     from longext.reporting.results import output_directory
     from longext.reporting.views import perplexity_table
-    from longext.staging import check_output
 
     check_perplexity_config(config)
     bars = perplexity_bars(config)
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     documents = load_documents(config)
     model = open_model(config)
     tokenized, num_short = tokenize_documents(model, documents, config)
@@ -106,15 +105,18 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     record = perplexity_record(model, documents, tokenized, num_short, config, results)
     record["bars"] = perplexity_verdicts(bars, {row.length: row.ppl for row in results})
     name = opt.titled(config)
-    table = perplexity_table(name, config.protocol, results)
     draw = nll_by_position if config.protocol == "positional" else perplexity_by_length
-    figure = draw(
-        {name: record["results"]},
-        trained=model.trained_length,
-        title=f"{name}: {record['protocol']['id']} on {config.data}",
+    title = f"{name}: {record['protocol']['id']} on {config.data}"
+    deliver(
+        output,
+        "eval ppl",
+        config,
+        record,
+        lambda: [perplexity_table(name, config.protocol, results)],
+        lambda: {"ppl": draw({name: record["results"]}, trained=model.trained_length, title=title)},
+        as_json=as_json,
+        notes=[f"{num_short} document(s) shorter than the largest length were left out."] if num_short else [],
     )
-    notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
-    deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)
     require_bars(record, FAIL_OVER)
 
 
@@ -135,13 +137,12 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.memory_views import memory_perplexity_figure, memory_perplexity_tables
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     config = dataclasses.replace(config, lengths=config.lengths or default_lengths(config.segment))
     spec = check_memory_config(config)
     bars = perplexity_bars(config)
     output = output_directory(config.output, f"ppl-{config.protocol}", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     documents = load_documents(config)
     reader = load_reader(config, spec, segment=config.segment, method=config.method, factor=config.factor)
     tokenized, num_short = tokenize_for_memory(reader, documents, config)
@@ -158,10 +159,16 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
     record = memory_record(reader, documents, tokenized, num_short, config, results)
     record["bars"] = perplexity_verdicts(bars, {row.length: row.ppl for row in results if row.method == MEMORY})
     name = opt.titled(config)
-    tables = memory_perplexity_tables(name, results)
-    figure = memory_perplexity_figure(record["results"], title=f"{name}: next segment of {config.segment} tokens")
-    notes = (
-        [f"{num_short} document(s) shorter than the largest context and a segment were left out."] if num_short else []
+    title = f"{name}: next segment of {config.segment} tokens"
+    left = f"{num_short} document(s) shorter than the largest context and a segment were left out."
+    deliver(
+        output,
+        "eval ppl",
+        config,
+        record,
+        lambda: memory_perplexity_tables(name, results),
+        lambda: {"ppl": memory_perplexity_figure(record["results"], title=title)},
+        as_json=as_json,
+        notes=[left] if num_short else [],
     )
-    deliver(output, "eval ppl", config, record, tables, {"ppl": figure}, as_json=as_json, notes=notes)
     require_bars(record, FAIL_OVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -69,17 +70,22 @@ def extend(
     settings: Settings = None,
 ) -> None:
     """Plan, show old -> new, write, say what to do next."""
-    from longext.checkpoint.extend import extend_checkpoint, plan_extension
+    from longext.checkpoint.extend import extend_checkpoint, left_out, plan_extension
     from longext.reporting.console import print_table, say
     from longext.reporting.views import extension_table
+    from longext.staging import hold_output
 
     config = config_from(ctx, ExtendConfig, recipe, settings)
     if dry_run:
         print_table(extension_table(plan_extension(config)))
         say("Dry run: nothing was written.")
         return
+    if config.output is not None:
+        hold_output(Path(config.output), config.force)
     plan = extend_checkpoint(config)
     print_table(extension_table(plan))
+    for note in left_out(plan.source):
+        say(note)
     say(f"Wrote {config.output}. Check it: longext verify {config.output}")
     if verify:
         from longext.cli.verify import run_verification

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,9 +24,10 @@ from longext.cli.options import (
     TrainingData,
     config_from,
 )
-from longext.cli.running import check_directories, close_run, kept_once_started, open_run
+from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError
+from longext.staging import release_outputs
 
 if TYPE_CHECKING:
     from longext.training.loading import Extension
@@ -112,19 +113,22 @@ def finetune(
     if config.output is None and not dry_run:
         raise ConfigError("Give an output directory with -o.")
     from longext.training.loading import plan_training_rope
+    from longext.training.longlora import check_rows
     from longext.training.processes import is_launched, launch
     from longext.training.settings import check_finetune_config
 
     check_finetune_config(config)
     extension = plan_training_rope(config)
+    check_rows(config, extension)
     target = Path(str(config.output))
     work = target if config.output is None else check_directories(config, target, extension.source)
     if dry_run:
         _dry_run(config, as_json)
         return
     if config.num_processes > 1 and not is_launched():
-        _prepare_data(config, extension)
-        raise typer.Exit(launch(config.num_processes, sys.argv[1:]))
+        _prepare(config, extension, work, finished_run(config, target) if config.resume else None)
+        release_outputs()  # to the main one of the processes
+        raise typer.Exit(launch(config.num_processes, sys.argv[1:], grace=config.stop_grace))
     _train(config, target, work, extension, as_json)
 
 
@@ -141,36 +145,41 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
 
 
-def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
-    """Tokenise before several processes start: what is wrong with the data is said once, by this one."""
+def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged: Path | None) -> None:
+    """Tokenise before several processes start: what is wrong with data or checkpoints is said once, by this one."""
     from longext.models.load import load_tokenizer
     from longext.reporting.console import tokenising
-    from longext.training.longlora import open_training_rows
+    from longext.training.longlora import CHECKPOINTS, check_resume, open_training_rows
+    from longext.training.settings import fingerprint_of
 
     tokenizer = load_tokenizer(extension.source, config.trust_remote_code or None)
-    open_training_rows(config, extension, tokenizer, tokenising(config.data))
+    rows = open_training_rows(config, extension, tokenizer, tokenising(config.data))
+    fingerprint = fingerprint_of(config, extension, rows.report, config.num_processes)
+    check_resume(config, work / CHECKPOINTS, fingerprint, prolonged)
 
 
 def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
-    from longext.reporting.console import print_table, progress, tokenising
+    from longext.reporting.console import print_table, progress, say, tokenising
     from longext.reporting.training_views import run_table
     from longext.training.loading import training_device
     from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
-    start_distributed(training_device(config))
-    locks: list[Any] = []  # held until the run is over
+    start_distributed(training_device(config), config.collective_timeout)
+    prolonged = finished_run(config, output) if config.resume else None
 
     def start(run: Run) -> None:
         if is_main_process():
-            locks.append(open_run(config, work, "finetune"))
+            open_run(config, work, output, "finetune")
+            for note in run.notes:
+                say(note, aside=True)
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
         wait_for_all()
 
     with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
         on_tokens = tokenising(config.data) if is_main_process() else None
-        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens)
+        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens, prolonged)
     if is_main_process():
         _finish(config, output, result, as_json)
     wait_for_all()
@@ -182,9 +191,9 @@ def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_jso
     from longext.reporting.console import say
     from longext.reporting.training_output import write_training_output
 
-    tables, record = write_training_output(config, result)
-    close_run(result.directory, output, config.force)
-    show(record, tables, as_json=as_json)
+    written, record = write_training_output(config, result)
+    close_run(result.directory, output)
+    show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
     if as_json:
         return
     is_adapter = (output / "adapter_config.json").is_file()

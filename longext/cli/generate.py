@@ -71,7 +71,7 @@ def _run(config: GenerateConfig, as_json: bool) -> None:
         stdout().out(dump_json(_record(config, generated, seconds)), highlight=False)
         return
     typer.echo()
-    stderr().print(describe(generated), markup=False)
+    stderr().print(describe(generated))
 
 
 def _show(text: str) -> None:

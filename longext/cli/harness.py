@@ -8,7 +8,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.harness_config import HarnessConfig
 
 _DEFAULT = HarnessConfig(model="")
@@ -91,13 +91,12 @@ def _run(config: HarnessConfig, as_json: bool) -> None:
     from longext.reporting.console import progress, stderr
     from longext.reporting.harness_views import harness_table
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     steps.check_harness_config(config)
     output = output_directory(config.output, "harness", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     if config.include_path is None:
-        stderr().print("Searching lm-eval's tasks (seconds) ...", markup=False)
+        stderr().print("Searching lm-eval's tasks (seconds) ...")
     tasks = steps.load_harness_tasks(config)
     model = open_model(config)
     started = time.perf_counter()
@@ -111,6 +110,15 @@ def _run(config: HarnessConfig, as_json: bool) -> None:
         record = steps.harness_record(scorer, results, scores, config, notes, time.perf_counter() - started)
         record["bars"] = steps.harness_verdicts(scores, config)
         extra = {"samples.jsonl": steps.sample_lines(results)}
-        table = harness_table(opt.titled(config), record)
-        deliver(output, _COMMAND, config, record, [table], {}, as_json=as_json, notes=notes, extra=extra)
+        deliver(
+            output,
+            _COMMAND,
+            config,
+            record,
+            lambda: [harness_table(opt.titled(config), record)],
+            dict,
+            as_json=as_json,
+            notes=notes,
+            extra=extra,
+        )
     require_bars(record)

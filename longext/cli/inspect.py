@@ -9,7 +9,7 @@ import typer
 
 from longext.cli import app
 from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import ExtendConfig
 from longext.errors import ConfigError
 
@@ -63,12 +63,21 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: boo
     rows = dimension_rows(rope.spec, spec, target)
     never = [row.index for row in rows if not row.completes_a_turn]
     title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
-    table = dimension_table(rows, trained, target if has_method else None, title)
     record = _record(config, rope, spec, rows, never)
     output = output_directory(config.output, "inspect", config.model)
-    figure = rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method)
-    notes = _notes(rope, len(rows), never)
-    deliver(output, "inspect", config, record, [table], {"rope": figure}, as_json=as_json, notes=notes)
+    open_output(output, config)
+    deliver(
+        output,
+        "inspect",
+        config,
+        record,
+        lambda: [dimension_table(rows, trained, target if has_method else None, title)],
+        lambda: {
+            "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
+        },
+        as_json=as_json,
+        notes=_notes(rope, len(rows), never),
+    )
 
 
 def _notes(rope: ModelRope, num_pairs: int, never: list[int]) -> list[str]:

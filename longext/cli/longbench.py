@@ -12,7 +12,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver, show
+from longext.cli.output import deliver, open_output, show
 from longext.config import LongBenchConfig
 
 if TYPE_CHECKING:
@@ -102,12 +102,11 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
     from longext.evaluation.longbench_run import longbench_record, read_answers, score_notes, score_runs
     from longext.reporting.longbench_views import longbench_bars, longbench_tables
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_longbench_config(config)
     name = config.model or Path(str(config.predictions)).name
     output = output_directory(config.output, "longbench", name)
-    check_output(output, config.force)
+    open_output(output, config)
     started = time.perf_counter()
     runs, notes = read_answers(config)
     check_bars(config, [run.name for run in runs])
@@ -115,14 +114,13 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
     notes += score_notes(scores, config)
     record = longbench_record(None, runs, scores, config, notes, time.perf_counter() - started)
     record["bars"] = bar_verdicts(config, scores)
-    figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
     deliver(
         output,
         _COMMAND,
         config,
         record,
-        longbench_tables(name, record),
-        {"longbench": figure},
+        lambda: longbench_tables(name, record),
+        lambda: {"longbench": longbench_bars(record, title=f"{name}: {record['protocol']['id']}")},
         as_json=as_json,
         notes=notes,
     )
@@ -132,7 +130,7 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
 def _run(config: LongBenchConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.models import open_model
-    from longext.cli.running import check_directories, open_run
+    from longext.cli.running import check_directories, open_run, working_directory
     from longext.evaluation.bars import require_bars
     from longext.evaluation.longbench import check_bars, check_longbench_config
     from longext.evaluation.longbench_run import load_tasks, prepare_requests
@@ -141,7 +139,7 @@ def _run(config: LongBenchConfig, as_json: bool) -> None:
 
     check_longbench_config(config)
     output = output_directory(config.output, "longbench", config.model)
-    work = output.with_name(f"{output.name}.running")
+    work = working_directory(output)
     # a run is taken up as a training is, but unasked: its answers say themselves what they belong to
     is_begun = "longbench_e" in read_manifest(work).get("config", {})
     run: Any = dataclasses.replace(config, resume=config.resume or is_begun)
@@ -150,8 +148,8 @@ def _run(config: LongBenchConfig, as_json: bool) -> None:
     check_bars(config, [own.name for own in runs])
     model: LanguageModel = open_model(config)
     prepare_requests(model, runs, config)
-    lock = open_run(run, work, _COMMAND)
-    with lock or contextlib.nullcontext(), _kept_once_answered(work, output, config):
+    open_run(run, work, output, _COMMAND)
+    with _kept_once_answered(work, output, config):
         record = _answer_and_finish(model, runs, config, work, output, notes, as_json)
     require_bars(record)
 
@@ -184,14 +182,19 @@ def _answer_and_finish(
     record = steps.longbench_record(model, runs, scores, config, notes, time.perf_counter() - started)
     record["bars"] = bar_verdicts(config, scores)
     name = opt.titled(config)
-    tables = longbench_tables(name, record)
-    figure = longbench_bars(record, title=f"{name}: {record['protocol']['id']}")
     steps.write_predictions(runs, work / steps.PREDICTIONS)
-    write_result_files(work, _COMMAND, config, record, tables, {"longbench": figure})
+    written = write_result_files(
+        work,
+        _COMMAND,
+        config,
+        record,
+        lambda: longbench_tables(name, record),
+        lambda: {"longbench": longbench_bars(record, title=f"{name}: {record['protocol']['id']}")},
+    )
     shutil.rmtree(work / steps.GENERATED)
-    close_run(work, output, config.force)
-    show(record, tables, as_json=as_json, notes=notes)
-    say(f"Results: {output} (result.json, table.md, longbench.png, {steps.PREDICTIONS}/)", aside=as_json)
+    close_run(work, output)
+    show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
+    say(f"Results: {output} ({', '.join(written.names)}, {steps.PREDICTIONS}/)", aside=as_json)
     return record
 
 
@@ -209,12 +212,11 @@ def _run_lm_eval(config: LongBenchConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.longbench_views import lm_eval_tables, longbench_bars
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     steps.check_lm_eval_config(config)
     check_longbench_config(config)
     output = output_directory(config.output, "longbench-lm-eval", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     runs, notes = load_tasks(config)
     names = [run.name for run in runs]
     check_bars(config, names)
@@ -231,14 +233,14 @@ def _run_lm_eval(config: LongBenchConfig, as_json: bool) -> None:
         record = steps.lm_eval_record(scorer, results, runs, scores, config, notes, time.perf_counter() - started)
         record["bars"] = bar_verdicts(config, scores)
         name = opt.titled(config)
-        figure = longbench_bars(record, title=f"{name}: {steps.PROTOCOL} (not comparable with {steps.OFFICIAL})")
+        title = f"{name}: {steps.PROTOCOL} (not comparable with {steps.OFFICIAL})"
         deliver(
             output,
             _COMMAND,
             config,
             record,
-            lm_eval_tables(name, record),
-            {"longbench": figure},
+            lambda: lm_eval_tables(name, record),
+            lambda: {"longbench": longbench_bars(record, title=title)},
             as_json=as_json,
             notes=notes,
             extra={"samples.jsonl": sample_lines(results)},
@@ -254,10 +256,11 @@ def _kept_once_answered(work: Path, output: Path, config: LongBenchConfig) -> It
     from longext.cli.answering import tell_how_to_go_on
     from longext.errors import ConfigError
     from longext.evaluation.longbench_run import GENERATED
+    from longext.staging import OutputTaken
 
     try:
         yield
-    except ConfigError:  # other settings than those it was begun with
+    except (ConfigError, OutputTaken):  # other settings than those it was begun with; a name that was taken
         raise
     except BaseException:
         if work.is_dir() and not tell_how_to_go_on(work / GENERATED, output, config):

@@ -10,7 +10,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.bars import PLACES
 from longext.evaluation.retrieval_config import LongEvalConfig
 
@@ -84,13 +84,12 @@ def _score(config: LongEvalConfig, as_json: bool) -> None:
     from longext.evaluation.longeval import check_longeval_config, longeval_record, score_published
     from longext.evaluation.retrieval import cells_of, outcome_verdicts
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_longeval_config(config)
     path = Path(str(config.predictions)).expanduser()
     name = config.model or path.stem
     output = output_directory(config.output, "longeval", name)
-    check_output(output, config.force)
+    open_output(output, config)
     found = score_published(path)
     cells = cells_of(found.outcomes)
     bars = place_bars(config.fail_under, [(cell.task, str(cell.length)) for cell in cells], form=_FORM)
@@ -122,11 +121,10 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     )
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_longeval_config(config)
     output = output_directory(config.output, "longeval", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     cases = load_cases(config)
     bars = place_bars(config.fail_under, [(case.task, str(case.size)) for case in cases], form=_FORM)
     model = open_model(config)
@@ -166,14 +164,13 @@ def _show(
     from longext.reporting.retrieval_views import accuracy_by_size, prompt_table
 
     title = f"LongEval: {name}"
-    figure = accuracy_by_size(record["results"], title=title)
     deliver(
         output,
         _COMMAND,
         config,
         record,
-        [prompt_table(title, cells)],
-        {"longeval": figure},
+        lambda: [prompt_table(title, cells)],
+        lambda: {"longeval": accuracy_by_size(record["results"], title=title)},
         as_json=as_json,
         notes=notes,
         extra=extra,

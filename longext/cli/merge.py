@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longext.cli import app
 from longext.cli.options import Force, Json, Output, Recipe, Settings, TrustRemoteCode, config_from
+from longext.cli.output import open_output
 from longext.config import MergeConfig
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def merge(
     from longext.reporting.results import dump_json
 
     config = config_from(ctx, MergeConfig, recipe, settings)
+    if config.output is not None:
+        open_output(Path(config.output), config)
     plan = plan_merge(config)
     with progress(f"merge {config.adapter}", plan.weight_bytes, "bytes") as advance:
         result = write_merge(plan, advance)

@@ -10,7 +10,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.retrieval_config import NeedleConfig
 
 if TYPE_CHECKING:
@@ -84,13 +84,12 @@ def _run(config: NeedleConfig, as_json: bool) -> None:
     from longext.evaluation.retrieval import answer_lines, outcome_verdicts, partial_predictions
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_needle_config(config)
     places = [(task, str(length)) for task in config.tasks for length in sorted(config.lengths)]
     bars = place_bars(config.fail_under, places)
     output = output_directory(config.output, "needle", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     model = open_model(config)
     questions = make_questions(model, config)
     partial = partial_predictions(output) if config.scoring == "match" else None
@@ -119,11 +118,18 @@ def _show(
 
     title = f"Needles in a haystack: {opt.titled(config)} ({config.scoring})"
     caption = f"RULER counts a length as reached at {100 * PASS_BAR:.1f}% over all of its 13 tasks"
-    table = retrieval_table(title, cells_of(outcomes, by_depth=False), pooled_cells(outcomes), caption=caption)
     rows = [*record["by_task"], *(record["by_length"] if len(config.tasks) > 1 else [])]
-    figure = (
-        needle_depth_maps(record["results"], title=f"{title}, %")
-        if config.depths
-        else retrieval_heat_map(rows, title=f"{title}, %")
+    deliver(
+        output,
+        "eval needle",
+        config,
+        record,
+        lambda: [retrieval_table(title, cells_of(outcomes, by_depth=False), pooled_cells(outcomes), caption=caption)],
+        lambda: {
+            "needle": needle_depth_maps(record["results"], title=f"{title}, %")
+            if config.depths
+            else retrieval_heat_map(rows, title=f"{title}, %")
+        },
+        as_json=as_json,
+        extra=extra,
     )
-    deliver(output, "eval needle", config, record, [table], {"needle": figure}, as_json=as_json, extra=extra)

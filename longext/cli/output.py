@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,35 +12,68 @@ if TYPE_CHECKING:
     from longext.reporting.tables import Table
 
 
+_READ = ("model", "base", "adapter", "data", "eval_data", "memory", "predictions", "include_path", "init")
+
+
+def open_output(output: Path, config: Any, *read: Path) -> None:
+    """Check the output of a command before its work, and hold it until the command ends.
+
+    Args:
+        config: `force` says whether an old output may be replaced; what its other fields name is not overwritten.
+        read: further files and directories that the command reads.
+
+    Raises:
+        ConfigError: nothing can be written there, something would be lost, or another process is at work there.
+    """
+    from longext.checkpoint.bundled import BUNDLED_MODELS
+    from longext.data.documents import SAMPLE
+    from longext.staging import check_apart, hold_output
+
+    named = [str(getattr(config, name, None) or "").partition("@")[0] for name in _READ]
+    paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
+    for path in (*(path for path in paths if path.exists()), *read):
+        check_apart(output, path)
+    hold_output(output, config.force)
+
+
 def deliver(
     output: Path,
     command: str,
     config: Any,
     record: Mapping[str, Any],
-    tables: Sequence[Table],
-    figures: Mapping[str, Figure],
+    tables: Callable[[], Sequence[Table]],
+    figures: Callable[[], Mapping[str, Figure]],
     *,
     as_json: bool,
     notes: Sequence[str] = (),
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | Callable[[], str]] | None = None,
 ) -> None:
     """Write the result directory, then print tables, notes and its path; see `show`.
 
     Args:
-        figures: name -> figure, saved as <name>.png.
-        extra: further text files by name.
+        tables, figures, extra: as for `write_result_files`.
     """
     from longext.reporting.console import say
     from longext.reporting.results import write_results
 
-    write_results(output, command, config, record, tables, figures, extra)
-    show(record, tables, as_json=as_json, notes=notes)
-    names = ["result.json", "table.md", *(extra or {}), *(f"{name}.png" for name in figures)]
-    say(f"Results: {output} ({', '.join(names)})", aside=as_json)
+    written = write_results(output, command, config, record, tables, figures, extra)
+    show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
+    say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 
-def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, notes: Sequence[str] = ()) -> None:
-    """Print tables and notes; or the record as JSON, alone on standard output, and notes on standard error."""
+def show(
+    record: Mapping[str, Any],
+    tables: Sequence[Table],
+    *,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> None:
+    """Print tables and notes; or the record as JSON, alone on standard output, and notes on standard error.
+
+    Args:
+        warnings: further notes, on standard error either way.
+    """
     from longext.reporting.console import print_table, say, stdout
     from longext.reporting.results import dump_json
 
@@ -51,3 +84,5 @@ def show(record: Mapping[str, Any], tables: Sequence[Table], *, as_json: bool, n
             print_table(table)
     for note in notes:
         say(note, aside=as_json)
+    for warning in warnings:
+        say(warning, aside=True)

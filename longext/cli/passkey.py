@@ -8,7 +8,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import PasskeyConfig
 
 _DEFAULT = PasskeyConfig(model="")
@@ -74,19 +74,25 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
     from longext.reporting.plots import passkey_heat_maps
     from longext.reporting.results import output_directory
     from longext.reporting.views import passkey_table
-    from longext.staging import check_output
 
     check_passkey_config(config)
     bars = place_bars(config.fail_under, [("", str(length)) for length in sorted(config.lengths)], form=_FORM)
     output = output_directory(config.output, f"passkey-{config.protocol}", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     model = open_model(config)
     with progress(f"passkey {config.protocol}", num_prompts(config), "prompts") as advance:
         cells, seconds = timed_passkey(model, config, advance)
     record = passkey_record(model, config, cells, seconds)
     record["bars"] = passkey_verdicts(bars, cells)
     name = opt.titled(config)
-    table = passkey_table(name, config.protocol, cells, accuracy_by_length(cells))
-    figure = passkey_heat_maps({name: record["results"]}, title=f"{name}: passkey/{config.protocol}, %")
-    deliver(output, "passkey", config, record, [table], {"passkey": figure}, as_json=as_json)
+    title = f"{name}: passkey/{config.protocol}, %"
+    deliver(
+        output,
+        "passkey",
+        config,
+        record,
+        lambda: [passkey_table(name, config.protocol, cells, accuracy_by_length(cells))],
+        lambda: {"passkey": passkey_heat_maps({name: record["results"]}, title=title)},
+        as_json=as_json,
+    )
     require_bars(record)

@@ -9,6 +9,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
+from longext.cli.output import deliver, open_output, show
 from longext.config import PlanConfig
 
 if TYPE_CHECKING:
@@ -68,10 +69,9 @@ def plan(
 def _run(config: PlanConfig, as_json: bool) -> None:
     from longext.planning.fit import plan_record, plan_training
     from longext.reporting.plan_views import plan_tables, probe_table, record_with_probe
-    from longext.staging import check_output
 
     if config.output:
-        check_output(Path(config.output), config.force)
+        open_output(Path(config.output), config)
     result = plan_training(config)
     probe = _probe(result) if config.probe else None
     tables = [*plan_tables(result), *([probe_table(probe)] if probe else [])]
@@ -88,13 +88,19 @@ def _probe(result: TrainingPlan) -> Probe:
 
 def _show(config: PlanConfig, result: TrainingPlan, record: dict[str, Any], tables: list[Any], as_json: bool) -> None:
     """Print the plan; write it too where a directory was named."""
-    from longext.cli.output import deliver, show
-
     notes = [f"note: {note}" for note in result.notes()]
     if config.output:
         from longext.reporting.plan_views import memory_by_length
 
-        figures = {"memory": memory_by_length(result)}
-        deliver(Path(config.output), "plan", config, record, tables, figures, as_json=as_json, notes=notes)
+        deliver(
+            Path(config.output),
+            "plan",
+            config,
+            record,
+            lambda: tables,
+            lambda: {"memory": memory_by_length(result)},
+            as_json=as_json,
+            notes=notes,
+        )
         return
     show(record, tables, as_json=as_json, notes=notes)

@@ -9,7 +9,7 @@ import typer
 
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.config import ReconstructionConfig
 
 _DEFAULT = ReconstructionConfig(model="")
@@ -65,13 +65,12 @@ def _run(config: ReconstructionConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.reconstruction_views import reconstruction_by_ratio, reconstruction_tables
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     description = read_description(Path(config.model).expanduser())
     spec = CompressorSpec.from_json(description["spec"])
     ratios = check_reconstruction_config(config, spec, description["window"])
     output = output_directory(config.output, "reconstruction", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     documents = load_documents(config)
     loaded = load_compressor(
         config.model, base=config.base, device=config.device, dtype=config.dtype, attention=config.attention
@@ -91,8 +90,8 @@ def _run(config: ReconstructionConfig, as_json: bool) -> None:
         "eval reconstruction",
         config,
         record,
-        reconstruction_tables(title, results),
-        {"reconstruction": reconstruction_by_ratio(record["results"], title=f"Reconstruction by {title}")},
+        lambda: reconstruction_tables(title, results),
+        lambda: {"reconstruction": reconstruction_by_ratio(record["results"], title=f"Reconstruction by {title}")},
         as_json=as_json,
         notes=notes,
     )

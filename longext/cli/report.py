@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import functools
+from typing import Annotated
 
 import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.report_config import ReportConfig
-
-if TYPE_CHECKING:
-    from longext.evaluation.report import Report
 
 
 @app.command("report")
@@ -50,40 +45,31 @@ def _run(config: ReportConfig, as_json: bool) -> None:
     from longext.reporting.report_page import report_page
     from longext.reporting.report_views import report_notes, report_tables, to_markdown
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
+    from longext.reporting.tables import csv_text
+    from longext.staging import check_apart
 
     output = output_directory(config.output, "report", None)
-    check_output(output, config.force)
+    open_output(output, config)
     found = make_report(config.results)
-    _check_apart(output, found)
-    pictures = report_figures(found)
-    names = {key: [f"{name}.png" for name in figures] for key, figures in pictures.items()}
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(csv_rows(found))
-    extra = {
-        "report.html": report_page(found, pictures),
-        "report.md": to_markdown(found, names),
-        "results.csv": text.getvalue(),
-    }
+    for own in found.results:
+        check_apart(output, own.file)
+    pictures = functools.cache(lambda: report_figures(found))
+
+    def in_markdown() -> str:
+        return to_markdown(found, {key: [f"{name}.png" for name in own] for key, own in pictures().items()})
+
     deliver(
         output,
         "report",
         config,
         report_record(found),
-        report_tables(found),
-        {name: figure for figures in pictures.values() for name, figure in figures.items()},
+        lambda: report_tables(found),
+        lambda: {name: figure for figures in pictures().values() for name, figure in figures.items()},
         as_json=as_json,
         notes=report_notes(found),
-        extra=extra,
+        extra={
+            "results.csv": csv_text(csv_rows(found)),
+            "report.html": lambda: report_page(found, pictures()),
+            "report.md": in_markdown,
+        },
     )
-
-
-def _check_apart(output: Path, found: Report) -> None:
-    """Raise ConfigError where --force would replace a result that the report reads."""
-    from longext.errors import ConfigError
-
-    held = next((own.file for own in found.results if output.resolve() in own.file.resolve().parents), None)
-    if held is not None:
-        raise ConfigError(
-            f"The output {output} holds {held}, which the report is made of. Choose another -o directory."
-        )

@@ -1,72 +1,131 @@
-"""The working directory of a training command: made, taken up again, and given its final name."""
+"""The working directory of a long command: locked first, made or taken up again, and given its final name."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longext.config import TrainingConfig
 from longext.errors import ConfigError
+from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest, write_manifest
+from longext.staging import check_output, hold_name, hold_output, is_ours, replace_directory, resolve_output
 
 
-def check_directories(config: TrainingConfig, output: Path, source: Path) -> Path:
-    """Return the working directory of the run after checking that it and the output may be written."""
-    from longext.staging import check_output, is_ours
+def working_directory(output: Path) -> Path:
+    """Return where the run works whose result will be `output`."""
+    place = resolve_output(output) if output.is_symlink() or not output.name else output
+    return place.with_name(f"{place.name}.running")
 
+
+def check_directories(config: Any, output: Path, source: Path) -> Path:
+    """Lock the output of a run, check that it and the working directory may be written, and return the latter.
+
+    Nothing is changed. The lock is held until the command ends; of several processes the main one has it.
+
+    Raises:
+        ConfigError: something would be lost, there is nothing to resume, or another process is at work there.
+    """
+    from longext.training.processes import is_main_process
+
+    work = working_directory(output)
+    if not is_main_process():
+        return work
+    hold_name(output)
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise ConfigError(f"{work}, where the run would work, is no directory. Choose another -o.")
+    if config.resume:
+        _check_resume(config, output, work, source)
+        return work
+    is_free = not work.exists() or not any(work.iterdir()) or _is_unstarted(work, config)
+    if not is_free and not (config.force and is_ours(work)):
+        raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or choose another -o.")
     check_output(output, config.force, protected=source)
-    work = output.with_name(f"{output.name}.running")
-    exists = work.is_dir() and any(work.iterdir())
-    if config.resume and not exists:
-        raise ConfigError(f"Nothing to resume: there is no {work}. Leave --resume out to start the run.")
-    if exists and not config.resume and not (config.force and is_ours(work)):
-        raise ConfigError(f"{work} holds an unfinished run: add --resume to go on with it, or --force to start over.")
+    hold_output(output, config.force)
     return work
+
+
+def _check_resume(config: Any, output: Path, work: Path, source: Path) -> None:
+    finished = finished_run(config, output)
+    if finished is not None and not (holds_progress(work) and not read_manifest(work).get("prolongs")):
+        step = int(finished.name.rpartition("-")[2])
+        if config.num_steps <= step:
+            raise ConfigError(f"{output} is a finished run of {step} steps. To prolong it give more --num-steps.")
+        check_output(output, True, protected=source)
+        return
+    if not work.is_dir() or not any(work.iterdir()):
+        if output.exists() and any(output.iterdir()):
+            raise ConfigError(
+                f"Nothing to resume: there is no {work}, and {output} is no finished run with checkpoints to prolong. "
+                "Choose another -o."
+            )
+        raise ConfigError(f"Nothing to resume: there is no {work}. Leave --resume out to start the run.")
+    if not is_ours(work):
+        raise ConfigError(f"{work}, which would be resumed, was not written by longext. Choose another -o.")
+    check_output(output, config.force, protected=source)
+
+
+def finished_run(config: Any, output: Path) -> Path | None:
+    """Return the last checkpoint of the finished training at `output` that `config` may prolong, None where none is."""
+    from longext.training.checkpoints import complete_checkpoints
+    from longext.training.longlora import CHECKPOINTS
+
+    if not hasattr(config, "num_steps") or read_manifest(output).get("state") != "finished":
+        return None
+    found = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
+    return found[-1] if found else None
+
+
+def holds_progress(work: Path) -> bool:
+    """Return True where a working directory holds more than a run writes before its first step."""
+    from longext.training.callbacks import METRICS_NAME, read_metrics
+    from longext.training.checkpoints import complete_checkpoints
+    from longext.training.longlora import CHECKPOINTS
+
+    if not work.is_dir():
+        return False
+    metrics = work / METRICS_NAME
+    if metrics.is_file() and any("loss" in line for line in read_metrics(metrics)):
+        return True
+    others = {path.name for path in work.iterdir()} - {MANIFEST_NAME, RECIPE_NAME, METRICS_NAME, CHECKPOINTS}
+    return bool(others) or bool(complete_checkpoints(work / CHECKPOINTS))
+
+
+def _is_unstarted(work: Path, config: Any) -> bool:
+    """True for what a kill before the first step leaves of a run of the same command."""
+    return set(read_manifest(work).get("config", ())) == set(vars(config)) and not holds_progress(work)
 
 
 @contextlib.contextmanager
 def kept_once_started(work: Path) -> Iterator[None]:
-    """Remove the working directory of a run that failed before its first step: there is nothing in it."""
-    import shutil
+    """Remove the working directory that a run made and failed in before its first step: there is nothing in it."""
+    from longext.training.processes import is_main_process
 
-    from longext.training.callbacks import METRICS_NAME, read_metrics
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-    from longext.training.processes import DirectoryInUse, is_main_process
-
+    before = work.stat().st_ino if work.is_dir() else None
     try:
         yield
-    except DirectoryInUse:
-        raise  # it is another run's
     except BaseException:
-        metrics = work / METRICS_NAME
-        started = metrics.is_file() and any("loss" in line for line in read_metrics(metrics))
-        if is_main_process() and not started and not complete_checkpoints(work / CHECKPOINTS):
+        if is_main_process() and work.is_dir() and work.stat().st_ino != before and not holds_progress(work):
             shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def open_run(config: TrainingConfig, work: Path, command: str) -> Any:
-    """Make the working directory, or take up the one that is there; return what holds its lock."""
-    import shutil
+def open_run(config: Any, work: Path, output: Path, command: str) -> None:
+    """Make the working directory, or take up the one that is there; a run that is prolonged brings its metrics."""
+    from longext.training.callbacks import METRICS_NAME
 
-    from longext.manifest import write_manifest
-    from longext.training.processes import hold_directory
-
-    lock = hold_directory(work) if work.is_dir() else None
-    if work.is_dir() and not config.resume:
+    if config.resume and holds_progress(work):
+        return
+    if work.is_dir():
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        write_manifest(work, command, config, state="running")
-        lock = hold_directory(work)
-    return lock
+    work.mkdir(parents=True)
+    prolonged = finished_run(config, output) if config.resume else None
+    if prolonged is not None and (resolve_output(output) / METRICS_NAME).is_file():
+        shutil.copyfile(resolve_output(output) / METRICS_NAME, work / METRICS_NAME)
+    write_manifest(work, command, config, state="running", prolongs=prolonged is not None)
 
 
-def close_run(work: Path, output: Path, force: bool) -> None:
+def close_run(work: Path, output: Path) -> None:
     """Give a finished run's directory its final name."""
-    from longext.staging import replace_directory
-
-    (work / ".lock").unlink(missing_ok=True)
-    replace_directory(work, output, force)
+    replace_directory(work, output)

@@ -10,7 +10,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
-from longext.cli.output import deliver
+from longext.cli.output import deliver, open_output
 from longext.evaluation.checks_config import ShortConfig
 
 if TYPE_CHECKING:
@@ -84,11 +84,10 @@ def _run(config: ShortConfig, as_json: bool) -> None:
     )
     from longext.reporting.check_views import short_notes, short_table
     from longext.reporting.results import output_directory
-    from longext.staging import check_output
 
     check_short_config(config)
     output = output_directory(config.output, "short", config.model)
-    check_output(output, config.force)
+    open_output(output, config)
     resolve_model(config.model, config.revision)  # a wrong name is told before the base is run
     documents = load_documents(config)
     reference = _reference(config)
@@ -106,8 +105,16 @@ def _run(config: ShortConfig, as_json: bool) -> None:
     rows = _score(model, cuts, config, "the model")
     results = compare_short(rows, base_rows, cuts, config)
     record = short_record(model.describe(), base_facts, documents, config, results)
-    table = short_table(opt.titled(config), reference.model, results)
-    deliver(output, "eval short", config, record, [table], {}, as_json=as_json, notes=short_notes(record))
+    deliver(
+        output,
+        "eval short",
+        config,
+        record,
+        lambda: [short_table(opt.titled(config), reference.model, results)],
+        dict,
+        as_json=as_json,
+        notes=short_notes(record),
+    )
     if not record["passed"]:
         raise LongextError(record["verdict"])
 

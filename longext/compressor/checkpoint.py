@@ -20,6 +20,7 @@ from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.model import HFLanguageModel
 from longext.models.checks import check_finite, check_tokens
 from longext.models.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
+from longext.untrusted import fields, read_json
 
 DESCRIPTION = "compressor.json"
 WEIGHTS = "compressor.safetensors"

@@ -127,7 +127,8 @@ def check_generate_config(config: GenerateConfig) -> None:
 def _check_saving(config: GenerateConfig, path: Path) -> None:
     if config.context is None:
         raise ConfigError("--save-memory keeps what --context is read into: give --context.")
-    if path.is_dir() or not path.parent.is_dir():
+    is_other = (path.exists() or path.is_symlink()) and not path.is_file()  # a directory, a device, a dead link
+    if is_other or not path.parent.is_dir():
         raise ConfigError(f"--save-memory {path} must be a file in a directory that exists.")
     if path.exists() and not config.force:
         raise ConfigError(f"{path} exists already: choose another --save-memory, or add --force to replace it.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from longext.checkpoint.header import FLOATS, read_header
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
 from longext.errors import CheckpointError
+from longext.staging import staged_file
 from longext.untrusted import fields, parse_json
 
 SCHEMA = "longext.memory/1"
@@ -37,12 +37,8 @@ def write_memory(path: Path, memory: Memory, tokens: dict[str, list[int]], descr
 
     tensors = {f"memory.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(memory)}
     tensors |= {name: torch.tensor(ids, dtype=torch.int64) for name, ids in tokens.items()}
-    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with staged_file(path) as unfinished:
         save_file(tensors, unfinished, {_KEY: json.dumps({"schema": SCHEMA, **description})})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any]]:

@@ -287,7 +287,7 @@ def check_context_lengths(lengths: Sequence[int], segment: int) -> None:
     check_lengths(lengths, minimum=0)
     if wrong := [length for length in lengths if length % segment]:
         raise ConfigError(
-            f"--lengths of context must be multiples of the segment {segment} (0 for none), for example "
+            f"Lengths of context must be multiples of the segment {segment} (0 for none), for example "
             f"0,{segment},{4 * segment}; got {', '.join(map(str, wrong))}."
         )
 

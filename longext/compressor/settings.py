@@ -11,8 +11,8 @@ from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.config import CompressConfig, FinetuneConfig
 from longext.errors import ConfigError
-from longext.training.processes import is_launched, is_sharded, num_processes
-from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint
+from longext.training.processes import is_sharded
+from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint, world_size
 
 _DEFAULT_SEGMENTS = 12
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -53,7 +53,6 @@ def check_compress_config(config: CompressConfig) -> None:
     check_optimiser(config)
     if config.schedule not in ("constant", "linear", "cosine"):
         raise ConfigError(f"`schedule` must be one of constant, linear, cosine, got '{config.schedule}'.")
-    check_processes(config)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
     if config.context_parallel > 1:
@@ -63,11 +62,7 @@ def check_compress_config(config: CompressConfig) -> None:
             "--sequence-parallel needs memories that do not depend on one another and --gradient exact, subset:N or "
             f"stop:S; got --arch {config.arch}, --gradient {config.gradient}."
         )
-    if _num_processes(config) % config.sequence_parallel:
-        raise ConfigError(
-            f"--sequence-parallel {config.sequence_parallel} needs a number of processes that it divides, this run has "
-            f"{_num_processes(config)}: add --num-processes {config.sequence_parallel}."
-        )
+    check_processes(config)
     if config.trust_remote_code:
         raise ConfigError("`trust_remote_code` is not for compressors: memories need an architecture of transformers.")
     if config.eval_data is not None:
@@ -82,11 +77,7 @@ def check_compress_config(config: CompressConfig) -> None:
 
 def global_batch(config: CompressConfig) -> int:
     """Return the documents of one optimiser step, all processes together."""
-    return config.batch_size * config.accumulation * _num_processes(config) // config.sequence_parallel
-
-
-def _num_processes(config: CompressConfig) -> int:
-    return num_processes() if is_launched() else config.num_processes
+    return config.batch_size * config.accumulation * world_size(config) // config.sequence_parallel
 
 
 def spec_of(config: CompressConfig, window: int) -> CompressorSpec:

@@ -43,9 +43,9 @@ from longext.models.checks import check_ids, check_token_cache, embedding_rows
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import enable_checkpointing, training_device
-from longext.training.longlora import CHECKPOINTS, find_checkpoint, quiet_trainer, raise_if_stopped
-from longext.training.processes import is_main_process, num_processes, wait_for_all
-from longext.training.settings import trainer_arguments
+from longext.training.longlora import CHECKPOINTS, find_start, quiet_trainer, raise_if_stopped
+from longext.training.processes import is_main_process, main_process_first, num_processes, wait_for_all
+from longext.training.settings import trainer_arguments, world_size
 
 _PARTS = ("documents", "ae", "cosine", "relative_error", "norm_ratio")
 
@@ -61,6 +61,7 @@ class CompressRun:
         rows: the training documents.
         device: of this process.
         evaluation: what is measured while it trains, or None.
+        notes: what the user should know of a run that is resumed.
     """
 
     config: CompressConfig
@@ -69,11 +70,21 @@ class CompressRun:
     rows: DocumentRows
     device: torch.device
     evaluation: Evaluation | None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_trainable(self) -> int:
         """Numbers that are trained."""
         return sum(p.numel() for p in self.compressor.parameters() if p.requires_grad)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the numbers of the run."""
+        model_config = read_config(self.base.directory)
+        processes = world_size(self.config)
+        return compress_fingerprint(
+            self.config, self.compressor.spec, model_config, self.base.weights, self.rows.report, processes
+        )
 
 
 @dataclass(frozen=True)
@@ -224,11 +235,9 @@ def open_documents(
 ) -> DocumentRows:
     """Return the training documents of the whole run; the main process tokenises, the others then find its cache."""
     spec = compressor.spec
-    if not is_main_process():
-        wait_for_all()
-    cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
-    if is_main_process():
-        wait_for_all()
+    with main_process_first():
+        cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
+    cache.check_ids(compressor.backbone.model.get_input_embeddings().weight.shape[0], config.model)
     # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
     return DocumentRows(
         cache,
@@ -246,6 +255,7 @@ def train_compressor(
     on_progress: Report | None = None,
     on_start: Callable[[CompressRun], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    prolonged: Path | None = None,
 ) -> CompressResult:
     """Train, and write the compressor into `directory`.
 
@@ -254,6 +264,7 @@ def train_compressor(
         on_progress: told about tokens done and the last loss.
         on_start: told about the run before its first step.
         on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.
@@ -261,11 +272,8 @@ def train_compressor(
     """
     check_compress_config(config)
     run = prepare_compressor(config, on_tokens)
-    model_config = read_config(run.base.directory)
-    prints = compress_fingerprint(
-        config, run.compressor.spec, model_config, run.base.weights, run.rows.report, num_processes()
-    )
-    resume_from = find_checkpoint(directory / CHECKPOINTS, prints) if config.resume else None
+    beginning = find_start(config, directory / CHECKPOINTS, run.fingerprint, prolonged)
+    run.notes = beginning.notes
     metrics = Metrics(
         directory / METRICS_NAME if is_main_process() else None, global_batch(config) * run.rows.length, on_progress
     )
@@ -276,13 +284,15 @@ def train_compressor(
     )
     engine = CompressorEngine(
         model=run.compressor,
-        args=trainer_arguments(config, directory / CHECKPOINTS, run.device, autocast=False),
+        args=trainer_arguments(
+            config, directory / CHECKPOINTS, run.device, False, beginning.fingerprint["warmup_used"]
+        ),
         data_collator=collate_rows,
         rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
         sequence=make_sequence_group(config.sequence_parallel),
         objectives=objectives,
         grad_check=config.grad_check,
-        fingerprint=prints,
+        fingerprint=beginning.fingerprint,
         keep_checkpoints=config.keep_checkpoints,
         callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
@@ -293,7 +303,7 @@ def train_compressor(
     directory.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with signals:
-        engine.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        engine.train_from(beginning.checkpoint)
     raise_if_stopped(signals, engine, directory)
     return _finish(run, directory, time.perf_counter() - started)
 
@@ -305,9 +315,10 @@ def _evaluation(run: CompressRun, metrics: Metrics) -> list[Evaluate]:
         return []
 
     def evaluate(step: int) -> None:
-        if is_main_process():  # the others wait at the next step
-            perplexity, controls = found.measure(run.compressor)
-            metrics.evaluation(step, perplexity, controls=controls)
+        with main_process_first():  # the others measure nothing
+            if is_main_process():
+                perplexity, controls = found.measure(run.compressor)
+                metrics.evaluation(step, perplexity, controls=controls)
 
     return [Evaluate(evaluate, run.config.eval_every)]
 

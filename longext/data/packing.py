@@ -2,8 +2,9 @@
 
 A cache is a directory: `tokens.bin` (uint32, little endian), `documents.bin` (int64: where each document starts, then
 the end of the last), `labels.bin` (uint8, supervised data only: 1 where a token is trained on), `names.jsonl` (one
-document name a line) and `meta.json`. Rows are a pure function of (seed, row number), so neither the number of
-processes nor the step a run resumes from changes what is trained on.
+document name a line) and `meta.json`, which holds the size and SHA-256 of each: opening a cache checks them. Rows are a
+pure function of (seed, row number), so neither the number of processes nor the step a run resumes from changes what is
+trained on.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from longext.checksums import find_damage, sum_files
 from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
 from longext.untrusted import read_json
 
 SCHEMA = "longext.tokens/1"
+_META = "meta.json"
+_FILES = {"tokens.bin", "documents.bin", "names.jsonl"}
 IGNORED = -100  # transformers' label of a token that is not trained on
 POSITIONS = ("plain", "pose")
 _POSE_STREAM = 1  # keeps the draws of positions apart from those of the row order
@@ -83,6 +87,16 @@ class TokenCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return open_token_cache, (self.directory,)
 
+    def check_ids(self, num_rows: int | None, model: str) -> None:
+        """Raise DataError where a token has no row in an embedding of `num_rows` (None: unknown)."""
+        largest = max(int(self.meta["max_token"]), int(self.meta.get("pad_token_id") or 0))
+        if num_rows is not None and largest >= num_rows:
+            raise DataError(
+                f"The data holds token id {largest}, and {model} has {num_rows} rows of embeddings (0 to "
+                f"{num_rows - 1}): its tokenizer has tokens that the model was never resized for. Resize the model's "
+                "embeddings, or use the tokenizer that belongs to it."
+            )
+
     @property
     def num_tokens(self) -> int:
         """How many tokens there are."""
@@ -99,20 +113,32 @@ class TokenCache:
             return [json.loads(line) for line in itertools.islice(file, first, last)]
 
 
+def read_meta(directory: Path) -> dict[str, Any]:
+    """Return a cache's meta.json (OSError or DataError if it cannot be read)."""
+    meta: dict[str, Any] = read_json(directory / _META, DataError, want=dict, keep_surrogates=True)
+    return meta
+
+
 def open_token_cache(directory: Path) -> TokenCache:
-    """Return the cache in `directory`.
+    """Return the cache in `directory`, after reading its files once to see that they are what was written.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
     try:
-        meta = read_json(directory / "meta.json", want=dict, keep_surrogates=True, advice=_REBUILD)
+        meta = read_meta(directory)
+        damage = find_damage(directory, meta["files"])
+        if not set(meta["files"]) >= _FILES:
+            damage = f"{_META} lists no {' and '.join(sorted(_FILES - set(meta['files'])))}"
+        if damage is not None:
+            raise ValueError(damage)
         cache = TokenCache(directory, meta)
         counts = (cache.num_tokens, cache.num_documents, int(cache.bounds[-1]))
         whole = meta["schema"] == SCHEMA and counts == (meta["num_tokens"], meta["num_documents"], meta["num_tokens"])
         marked = cache.num_tokens if cache.trained is not None else meta["num_trained"]
+        whole = whole and isinstance(meta["max_token"], int)
         whole = whole and marked == cache.num_tokens == len(cache.tokens if cache.trained is None else cache.trained)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, DataError) as error:
         raise DataError(f"No token cache in {directory} ({error}). Delete the directory to build it again.") from error
     if not whole:
         raise DataError(f"The token cache in {directory} is damaged. Delete the directory to build it again.")
@@ -151,8 +177,9 @@ def build_token_cache(
             raise DataError(
                 f"{source} holds no text. Check the file, the split (--split) and the column (--text-field)."
             )
-        text = json.dumps({"schema": SCHEMA, **counts, **meta()}, indent=2, ensure_ascii=False)
-        (staging / "meta.json").write_text(text + "\n", encoding="utf-8")
+        sums = sum_files(staging, leave_out=_META)
+        text = json.dumps({"schema": SCHEMA, **counts, **meta(), "files": sums}, indent=2, ensure_ascii=False)
+        (staging / _META).write_text(text + "\n", encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp makes it private; a shared cache is meant to be read by others
         _publish(staging, directory)
     finally:
@@ -196,7 +223,7 @@ def _write_texts(
 ) -> dict[str, Any]:
     """Write tokens, bounds, labels and names; return their counts and the SHA-256 of tokens and labels."""
     digest = hashlib.sha256()
-    num_tokens = num_trained = num_documents = 0
+    num_tokens = num_trained = num_documents = max_token = 0
     with contextlib.ExitStack() as stack:
 
         def create(name: str) -> IO[bytes]:
@@ -206,7 +233,9 @@ def _write_texts(
         labels: IO[bytes] | None = None
         bounds.write(np.int64(0).astype("<i8").tobytes())
         for text in texts:
-            data = np.asarray(text.input_ids, dtype="<u4").tobytes()
+            ids = np.asarray(text.input_ids, dtype="<u4")
+            max_token = max(max_token, int(ids.max(initial=0)))
+            data = ids.tobytes()
             num_tokens, num_documents = num_tokens + len(text.input_ids), num_documents + 1
             tokens.write(data)
             digest.update(data)
@@ -225,6 +254,7 @@ def _write_texts(
         "num_tokens": num_tokens,
         "num_trained": trained,
         "num_documents": num_documents,
+        "max_token": max_token,
         "tokens_sha256": digest.hexdigest(),
     }
 
@@ -286,7 +316,8 @@ class TokenRows(Dataset[Row]):
     @property
     def report(self) -> dict[str, Any]:
         """What a run manifest says of the data: its hashes and counts, and the rows made of it."""
-        counts = {key: value for key, value in self.cache.meta.items() if key not in ("schema", "key", "pad_token_id")}
+        hidden = ("schema", "key", "pad_token_id", "max_token", "files")
+        counts = {key: value for key, value in self.cache.meta.items() if key not in hidden}
         return {**counts, "row_length": self.length, "rows_per_epoch": self.num_available}
 
     def describe(self, index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from longext.data.packing import (
     build_token_cache,
     check_positions,
     open_token_cache,
+    read_meta,
 )
 from longext.data.sft import ExampleEncoder
 from longext.data.tokens import LONG, control_tokens, count_controls, encode_text
@@ -248,12 +250,9 @@ def _find_cache(key: Mapping[str, Any]) -> TokenCache | None:
         made = [folder for folder in cache_root().iterdir() if not folder.name.startswith(".")]
         candidates += sorted(made, key=lambda folder: folder.stat().st_mtime, reverse=True)
     for directory in candidates:
-        try:
-            cache = open_token_cache(directory)
-        except DataError:
-            continue
-        if _without_commit(cache.meta.get("key", {"data": {}})) == _without_commit(key):
-            return cache
+        with contextlib.suppress(DataError, OSError, ValueError, AttributeError, TypeError):
+            if _without_commit(read_meta(directory).get("key", {"data": {}})) == _without_commit(key):
+                return open_token_cache(directory)
     return None
 
 

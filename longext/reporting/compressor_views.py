@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
 from longext.config import CompressConfig
-from longext.manifest import command_line, versions, write_manifest
-from longext.reporting.plots import new_figure, save_png, style
-from longext.reporting.results import dump_json
-from longext.reporting.tables import Table
+from longext.manifest import command_line, versions
+from longext.reporting.plots import new_figure, style
+from longext.reporting.results import Written, write_result_files
+from longext.reporting.tables import Table, markdown_text
 from longext.reporting.training_views import smooth
 
 if TYPE_CHECKING:
@@ -113,13 +113,10 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def write_compressor_output(config: CompressConfig, result: CompressResult) -> tuple[list[Table], dict[str, Any]]:
-    """Write everything but the weights into the run's directory; returns (tables to print, the result record)."""
-    directory, record = result.directory, result.record
-    checks, measured = gradient_table(result.metrics), memory_table(result.metrics)
+def write_compressor_output(config: CompressConfig, result: CompressResult) -> tuple[Written, dict[str, Any]]:
+    """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
+    record = result.record
     losses = [line for line in result.metrics if "loss" in line]
-    found = [table for table in (checks, measured) if table]
-    tables = [plan_table(record, config.num_steps), *found]
     full = {
         "schema": "longext.result/1",
         "kind": "compress-train",
@@ -129,22 +126,33 @@ def write_compressor_output(config: CompressConfig, result: CompressResult) -> t
         "perplexity": [line for line in result.metrics if "perplexity" in line],
         "versions": versions(),
     }
-    (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
-    (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
     spec = record["spec"]
     ratios = "/".join(str(ratio) for ratio in spec["ratios"])
     title = f"{Path(config.model).name}: {spec['arch']}, {ratios}x, {config.objectives}, gradient {config.gradient}"
-    save_png(loss_figure(result.metrics, title), directory / "loss.png")
-    (directory / "README.md").write_text(_card(config, record, tables), encoding="utf-8")
-    write_manifest(directory, "compress-train", config, state="finished", compress=record)
-    return found, full
+
+    def tables() -> list[Table]:
+        found = (gradient_table(result.metrics), memory_table(result.metrics))
+        return [plan_table(record, config.num_steps), *(table for table in found if table)]
+
+    written = write_result_files(
+        result.directory,
+        "compress-train",
+        config,
+        full,
+        tables,
+        lambda: {"loss": loss_figure(result.metrics, title)},
+        {"README.md": lambda: _card(config, record, tables())},
+        state="finished",
+        compress=record,
+    )
+    return written, full
 
 
 def _card(config: CompressConfig, record: dict[str, Any], tables: list[Table]) -> str:
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).exists()
     return _CARD.substitute(
         base_line=f"base_model: {config.model}\n" if is_hub_id else "",
-        base=Path(config.model).name,
+        base=markdown_text(Path(config.model).name),
         summary=record["summary"],
         reference=record["reference"],
         tables="\n".join(table.to_markdown() for table in tables),

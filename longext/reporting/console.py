@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -14,15 +14,19 @@ from longext.reporting.tables import Table
 
 _PLAIN_SECONDS = 15.0  # without a terminal, one progress line at most this often
 
+# names of files and models are printed as they are, whatever rich would read into them
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+
 
 def stdout() -> Console:
     """Return a console on standard output; wide enough for our tables where there is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()
+    return Console(width=None if is_terminal else 140, soft_wrap=not is_terminal, **_PLAIN)
 
 
 def stderr() -> Console:
     """Return a console on standard error, for progress and messages."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True, **_PLAIN)
 
 
 def print_table(table: Table) -> None:
@@ -32,8 +36,8 @@ def print_table(table: Table) -> None:
 
 
 def say(text: str, *, aside: bool = False) -> None:
-    """Print one line to standard output (`aside`: to standard error, where JSON has the other), with no markup."""
-    (stderr() if aside else stdout()).print(text, markup=False)
+    """Print one line to standard output (`aside`: to standard error, where JSON has the other)."""
+    (stderr() if aside else stdout()).print(text)
 
 
 class Advance(Protocol):
@@ -51,7 +55,7 @@ def tokenising(what: str) -> Callable[[int], None]:
         now = time.perf_counter()
         if now - last >= _PLAIN_SECONDS / 3:
             last = now
-            stderr().print(f"tokenising {what}: {tokens:,} tokens so far", markup=False)
+            stderr().print(f"tokenising {what}: {tokens:,} tokens so far")
 
     return tell
 
@@ -66,14 +70,14 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     started = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is a $
 
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
@@ -33,7 +35,7 @@ INK, GRID = "#222222", "#e3e3e3"
 
 def colours_for(names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each method spelled `name` or `name:key=value`; variants take spare colours."""
-    spare = iter(_SPARE * 4)
+    spare = itertools.cycle(_SPARE)
     return {name: METHOD_COLOURS.get(name) or next(spare) for name in names}
 
 
@@ -65,6 +67,9 @@ def log_perplexity(axes: Any) -> None:
     """Log scale with round ticks; never narrower than a factor of two, so that small changes look small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if not 0 < low < high:  # nothing that can be drawn, as of a model whose logits are NaN
+        low, high = 1.0, 10.0
+        axes.set_ylim(low, high)
     if high / low < 2:
         middle = math.sqrt(low * high)
         low, high = middle / math.sqrt(2), middle * math.sqrt(2)
@@ -93,6 +98,8 @@ def _mark_trained(axes: Any, trained: int) -> None:
 
 
 def _legend(axes: Any) -> None:
+    figure, count = axes.get_figure(), len(axes.get_legend_handles_labels()[1])
+    figure.set_figheight(max(figure.get_figheight(), 0.6 + 0.2 * count))  # tall enough for every variant's name
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 

@@ -315,7 +315,7 @@ def to_markdown(report: Report, pictures: Mapping[tuple[str, int], Sequence[str]
         lines += ["", *(f"![{own.suite.title}]({name})\n" for name in pictures.get((own.suite.name, own.number), ()))]
     lines += ["## Results", "", results_table(report).to_markdown()]
     lines += [f"- Left out: {reason}" for reason in report.left_out]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip().replace("<", "&lt;") + "\n"  # names and commands are text, no HTML
 
 
 def results_table(report: Report) -> Table:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longext.untrusted import spelled
 
@@ -39,10 +41,11 @@ class Table:
     def to_markdown(self) -> str:
         """Return the table as GitHub Markdown, best cells bold."""
         marks = [":--" if self.is_left(i) else "--:" for i in range(len(self.columns))]
-        lines = [f"**{self.title}**", "", _pipe(self.columns), _pipe(marks)]
+        lines = [f"**{markdown_text(self.title)}**", "", _pipe(self.columns), _pipe(marks)]
         for r, row in enumerate(self.rows):
             lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row)]))
-        return spelled("\n".join([*lines, *(["", self.caption] if self.caption else []), ""]))
+        caption = ["", markdown_text(self.caption)] if self.caption else []
+        return spelled("\n".join([*lines, *caption, ""]))
 
     def to_rich(self, mark: str = "") -> RichTable:
         """Return the table for a rich console, best cells bold green; `mark` goes behind them too."""
@@ -68,7 +71,23 @@ class Table:
 
 
 def _pipe(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(markdown_text(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def markdown_text(text: str) -> str:
+    """Return text for Markdown: on one line, and no HTML in it."""
+    return " ".join(text.splitlines()).replace("<", "&lt;")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_no_formula(cell) for cell in row] for row in rows)
+    return file.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def number(value: float) -> str:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
 from longext.config import FinetuneConfig
-from longext.manifest import command_line, versions, write_manifest
-from longext.reporting.plots import save_png
-from longext.reporting.results import dump_json
-from longext.reporting.tables import Table
+from longext.manifest import command_line, versions
+from longext.reporting.results import Written, write_result_files
+from longext.reporting.tables import Table, markdown_text
 from longext.reporting.training_views import perplexity_table, run_table, training_curve
 
 if TYPE_CHECKING:
@@ -47,11 +46,9 @@ longext $version; the resolved settings are in `run.json` and `recipe.yaml`, the
 """)
 
 
-def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tuple[list[Table], dict[str, Any]]:
-    """Write everything but the weights into the run's directory; returns (tables to print, the result record)."""
+def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tuple[Written, dict[str, Any]]:
+    """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
     directory, record = result.directory, result.record
-    run, measured = run_table(record, config.num_steps, config.model), perplexity_table(result.metrics)
-    tables = [run, *([measured] if measured else [])]
     losses = [line for line in result.metrics if "loss" in line]
     full = {
         "schema": "longext.result/1",
@@ -61,15 +58,26 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
         "perplexity": [line for line in result.metrics if "perplexity" in line],
         "versions": versions(),
     }
-    (directory / "result.json").write_text(dump_json(full) + "\n", encoding="utf-8")
-    (directory / "table.md").write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
     tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
     title = f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
-    save_png(training_curve(result.metrics, title=title), directory / "loss.png")
-    (directory / "README.md").write_text(_card(config, directory, record, tables), encoding="utf-8")
-    extension = result.extension
-    write_manifest(directory, "finetune", config, state="finished", extension=extension, finetune=record)
-    return ([measured] if measured else []), full
+
+    def tables() -> list[Table]:
+        measured = perplexity_table(result.metrics)
+        return [run_table(record, config.num_steps, config.model), *([measured] if measured else [])]
+
+    written = write_result_files(
+        directory,
+        "finetune",
+        config,
+        full,
+        tables,
+        lambda: {"loss": training_curve(result.metrics, title=title)},
+        {"README.md": lambda: _card(config, directory, record, tables())},
+        state="finished",
+        extension=result.extension,
+        finetune=record,
+    )
+    return written, full
 
 
 def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table]) -> str:
@@ -82,7 +90,7 @@ def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], table
     return _CARD.substitute(
         base_line=f"base_model: {config.model}\n" if is_hub_id else "",
         library="peft" if is_adapter else "transformers",
-        base=Path(config.model).name,
+        base=markdown_text(Path(config.model).name),
         target=f"{record['target_length']:,}",
         what=adapter
         if is_adapter

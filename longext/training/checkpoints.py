@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or not there, the last k kept, and only for the run that made them.
 
-A checkpoint counts once `complete.json` is in it, written last. It holds the fingerprint of the run: everything that
-decides which numbers come next. Resuming with another fingerprint is refused.
+A checkpoint counts once `complete.json` is in it, written last. It lists every file with its size and SHA-256, and
+holds the fingerprint of the run: everything that decides which numbers come next. Resuming with another fingerprint is
+refused; a checkpoint whose files are not what was written is passed over for the one before it.
 """
 
 from __future__ import annotations
@@ -12,28 +13,98 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from longext.errors import ConfigError
+from longext.checksums import find_damage, sum_files
+from longext.errors import ConfigError, TrainingError
 from longext.untrusted import read_json
 
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
+# What a run decides once and takes along when it is prolonged: not compared, taken over.
+KEPT = ("warmup_used", "last_step")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest step first."""
-    found = [path for path in directory.glob(f"{_PREFIX}*") if (path / MARKER).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    found = [path for path in directory.glob(f"{_PREFIX}*") if (path / MARKER).is_file() and _step(path) >= 0]
+    return sorted(found, key=_step)
 
 
-def mark_complete(checkpoint: Path, fingerprint: dict[str, Any]) -> None:
-    """Write the marker: the checkpoint's files are on the disk before it is."""
+def _step(checkpoint: Path) -> int:
+    text = checkpoint.name.removeprefix(_PREFIX)
+    return int(text) if text.isdecimal() else -1
+
+
+def random_state_name(rank: int, processes: int) -> str:
+    """Return the file in which Trainer keeps the state of a process's random generators."""
+    return f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
+
+
+def mark_complete(checkpoint: Path, fingerprint: dict[str, Any], *, processes: int = 1, sharded: bool = False) -> None:
+    """Write the marker: the checkpoint's files are on the disk before it is.
+
+    Args:
+        processes: whose random states must be there.
+        sharded: accelerate divides weights and optimiser, under names of its own.
+
+    Raises:
+        TrainingError: a file that a resume needs was not written.
+    """
+    needed = ["trainer_state.json", *(random_state_name(rank, processes) for rank in range(processes))]
+    needed += [] if sharded else ["optimizer.pt", "scheduler.pt"]
+    partial = checkpoint / f"{MARKER}.partial"
+    partial.unlink(missing_ok=True)
+    sums = sum_files(checkpoint, leave_out=MARKER)
+    missing = [name for name in needed if name not in sums]
+    if missing or not (sharded or any(name.endswith(".safetensors") for name in sums)):
+        raise TrainingError(
+            f"{checkpoint} is not complete: {', '.join(missing) or 'the weights'} was not written. Is the disk full?"
+        )
     for path in [*checkpoint.rglob("*"), checkpoint]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    partial = checkpoint / f"{MARKER}.partial"
-    partial.write_text(json.dumps(fingerprint, indent=2, default=str), encoding="utf-8")
+    content = {"fingerprint": fingerprint, "files": sums}
+    partial.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
     partial.replace(checkpoint / MARKER)
+
+
+def last_whole_checkpoint(directory: Path, *, contents: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the last checkpoint whose files are as they were written, and what is wrong with later ones.
+
+    Args:
+        contents: hash the files; without it presence and sizes are looked at alone.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is whole.
+    """
+    damage: list[str] = []
+    for checkpoint in reversed(complete_checkpoints(directory)):
+        wrong = _damage(checkpoint, contents)
+        if wrong is None:
+            return checkpoint, damage
+        damage.append(f"{checkpoint}: {wrong}")
+    if damage:
+        raise ConfigError(
+            f"No checkpoint is whole. {'; '.join(damage)}. Restore the files, or start over with --force (without "
+            "--resume)."
+        )
+    return None, []
+
+
+def _damage(checkpoint: Path, contents: bool) -> str | None:
+    try:
+        marker = read_marker(checkpoint)
+        if not all(isinstance(marker["fingerprint"][key], int) for key in KEPT):
+            return f"{MARKER} holds no whole numbers under {' and '.join(KEPT)}"
+        return find_damage(checkpoint, marker["files"], contents=contents)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        return f"{MARKER} cannot be read ({type(error).__name__}: {error})"
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """Return {"fingerprint", "files"} of a complete checkpoint."""
+    marker: dict[str, Any] = read_json(checkpoint / MARKER, ConfigError, want=dict)
+    return marker
 
 
 def keep_last(directory: Path, count: int) -> None:
@@ -42,20 +113,30 @@ def keep_last(directory: Path, count: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def drop_incomplete(directory: Path) -> None:
-    """Delete checkpoints whose writing was interrupted."""
+def drop_after(directory: Path, last: Path | None) -> None:
+    """Delete checkpoints whose writing was interrupted, and those after `last`, where the run goes on from it."""
     for path in directory.glob(f"{_PREFIX}*"):
-        if not (path / MARKER).is_file():
+        is_later = last is not None and _step(path) > _step(last)
+        if is_later or not (path / MARKER).is_file():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the first difference, where `checkpoint` belongs to another run."""
-    then = read_json(checkpoint / MARKER, ConfigError, want=dict, advice="Remove this checkpoint.")
+def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint with what `checkpoint`'s run keeps (`KEPT`).
+
+    Raises:
+        ConfigError: `checkpoint` belongs to another run (the first difference is named), or lies beyond the last step.
+    """
+    then = read_marker(checkpoint)["fingerprint"]
     now = json.loads(json.dumps(fingerprint, default=str))
     for key in [*then, *(key for key in now if key not in then)]:
-        if then.get(key) != now.get(key):
+        if key not in KEPT and then.get(key) != now.get(key):
             raise ConfigError(
                 f"{checkpoint} was made with {key} {then.get(key)}, this run has {now.get(key)}: they would not "
                 "continue one another. Use the same settings, or another -o for a new run."
             )
+    if _step(checkpoint) > fingerprint["last_step"]:
+        raise ConfigError(
+            f"{checkpoint} is beyond --num-steps {fingerprint['last_step']}: give at least {_step(checkpoint)}."
+        )
+    return {**fingerprint, "warmup_used": then["warmup_used"]}

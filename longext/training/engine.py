@@ -20,8 +20,10 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
-from longext.training.checkpoints import keep_last, mark_complete
+from longext.signals import handling
+from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
 from longext.training.losses import shift
+from longext.training.processes import gather, is_sharded, num_processes, process_rank
 
 Planner = Callable[[dict[str, Any]], AttentionPlan]
 
@@ -95,13 +97,24 @@ class Engine(Trainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start; what an interrupted run left after it is deleted."""
+        if self.args.should_save:
+            drop_after(Path(self.args.output_dir), checkpoint)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        if dist.is_initialized():
-            dist.barrier()
+        directory = Path(self.args.output_dir)
+        checkpoint = directory / f"checkpoint-{self.state.global_step}"
+        world = num_processes()
+        states = gather((checkpoint / random_state_name(process_rank(), world)).read_bytes())
         if self.args.should_save:
-            directory = Path(self.args.output_dir)
-            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.fingerprint)
+            for rank, state in enumerate(states):
+                file = checkpoint / random_state_name(rank, world)
+                if not file.is_file():  # written on another machine, to a disk that is not shared
+                    file.write_bytes(state)
+            mark_complete(checkpoint, self.fingerprint, processes=world, sharded=is_sharded())
             keep_last(directory, self.keep_checkpoints)
 
 
@@ -152,24 +165,22 @@ class AttentionEngine(Engine):
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """SIGTERM (a scheduler's warning) and Ctrl-C: finish the step, save a checkpoint, stop.
+    """SIGTERM (a scheduler's warning), SIGHUP and Ctrl-C: finish the step, save a checkpoint, stop.
 
-    A second Ctrl-C stops at once.
+    A signal that is ignored (nohup) stays ignored. A second Ctrl-C stops at once.
     All processes agree after each step, since the signal need not reach them in the same one.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._handling = handling(self._note)
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._handling.__exit__(*error)
 
     def _note(self, number: int, _: Any) -> None:
         if self.received == number == signal.SIGINT:

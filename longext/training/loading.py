@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from longext.manifest import read_manifest
 from longext.models.checks import check_tokens
 from longext.models.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.rope.methods import ROPE_METHODS
+from longext.training.processes import local_rank
 from longext.training.tuning import TUNINGS, quantisation
 
 
@@ -145,7 +145,7 @@ def training_device(config: RuntimeConfig) -> torch.device:
     """Return this process's device: with several processes, one CUDA device each."""
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return device
 
 

@@ -20,7 +20,7 @@ import torch
 from longext.attention.sequence import check_heads, make_sequence_group
 from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.checkpoint.source import HUB_ID, read_shards
-from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
+from longext.config import DataConfig, FinetuneConfig, PerplexityConfig, TrainingConfig
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
@@ -30,7 +30,7 @@ from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
 from longext.models.checks import check_token_cache
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
-from longext.training.checkpoints import check_fingerprint, complete_checkpoints, drop_incomplete
+from longext.training.checkpoints import KEPT, check_fingerprint, last_whole_checkpoint, read_marker
 from longext.training.engine import AttentionEngine, Engine, Rows, StopOnSignal
 from longext.training.loading import (
     Extension,
@@ -44,8 +44,14 @@ from longext.training.loading import (
     uses_autocast,
 )
 from longext.training.losses import chunked_loss
-from longext.training.processes import is_launched, is_main_process, num_processes, wait_for_all
-from longext.training.settings import check_finetune_config, fingerprint_of, trainer_arguments
+from longext.training.processes import (
+    agree,
+    is_main_process,
+    main_process_first,
+    num_processes,
+    wait_for_all,
+)
+from longext.training.settings import check_finetune_config, fingerprint_of, trainer_arguments, world_size
 from longext.training.tuning import Trainable, make_trainable
 
 CHECKPOINTS = "checkpoints"
@@ -63,6 +69,7 @@ class Run:
         trainable: what is trained.
         rows: the training rows.
         device: of this process.
+        notes: what the user should know of a run that is resumed.
     """
 
     config: FinetuneConfig
@@ -74,6 +81,7 @@ class Run:
     trainable: Trainable
     rows: Any
     device: torch.device
+    notes: tuple[str, ...] = ()
 
     @property
     def row_length(self) -> int:
@@ -98,8 +106,8 @@ def row_length(config: FinetuneConfig, extension: Extension) -> int:
 
 def global_batch(config: FinetuneConfig) -> int:
     """Return the rows of one optimiser step, all processes together."""
-    processes = num_processes() if is_launched() else config.num_processes
-    return config.batch_size * config.accumulation * processes // (config.sequence_parallel * config.context_parallel)
+    shared = config.sequence_parallel * config.context_parallel
+    return config.batch_size * config.accumulation * world_size(config) // shared
 
 
 def num_tokens(config: FinetuneConfig, extension: Extension) -> int:
@@ -130,6 +138,7 @@ def finetune_checkpoint(
     on_progress: Report | None = None,
     on_start: Callable[[Run], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    prolonged: Path | None = None,
 ) -> FinetuneResult:
     """Train, and write the adapter (or, with `--tuning full`, the checkpoint) into `directory`.
 
@@ -138,6 +147,7 @@ def finetune_checkpoint(
         on_progress: told about tokens done and the last loss.
         on_start: told about the run before its first step.
         on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.
@@ -146,21 +156,28 @@ def finetune_checkpoint(
     check_finetune_config(config)
     run = prepare(config, directory, on_tokens)
     fingerprint = fingerprint_of(config, run.extension, run.rows.report, num_processes())
-    resume_from = find_checkpoint(directory / CHECKPOINTS, fingerprint) if config.resume else None
+    beginning = find_start(config, directory / CHECKPOINTS, fingerprint, prolonged)
+    run.notes = beginning.notes
     metrics = Metrics(
         directory / METRICS_NAME if is_main_process() else None, run.global_batch * run.row_length, on_progress
     )
     signals = StopOnSignal()
     engine = AttentionEngine(
         model=run.model,
-        args=trainer_arguments(config, directory / CHECKPOINTS, run.device, uses_autocast(config, run.device)),
+        args=trainer_arguments(
+            config,
+            directory / CHECKPOINTS,
+            run.device,
+            uses_autocast(config, run.device),
+            beginning.fingerprint["warmup_used"],
+        ),
         data_collator=collate_rows,
         rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
         group_size=run.group_size,
         backend=config.backend,
         separate_documents=config.separate_documents or config.task == "sft",
         sequence=make_sequence_group(config.sequence_parallel),
-        fingerprint=fingerprint,
+        fingerprint=beginning.fingerprint,
         keep_checkpoints=config.keep_checkpoints,
         callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
@@ -172,7 +189,7 @@ def finetune_checkpoint(
     started = time.perf_counter()
     chunked = chunked_loss(run.base, config.loss_chunk) if head_is_plain_in(run) else contextlib.nullcontext()
     with signals, chunked:
-        engine.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        engine.train_from(beginning.checkpoint)
     raise_if_stopped(signals, engine, directory)
     save_trained(run, engine)
     record = run_record(run, time.perf_counter() - started)
@@ -190,9 +207,7 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
     """
     extension = plan_training_rope(config)
     device = training_device(config)
-    if config.sequence_parallel > 1:
-        _check_sequence_parallel(config, extension)
-    _check_rope(config, extension)
+    check_rows(config, extension)
     from transformers import set_seed
 
     set_seed(config.seed)
@@ -214,12 +229,18 @@ def open_training_rows(
     """Return the rows of the whole run; the main process tokenises, the others then find its cache."""
     resolved = dataclasses.replace(config, target_length=extension.target_length)
     length, num_rows = row_length(config, extension), config.num_steps * global_batch(config)
-    if not is_main_process():
-        wait_for_all()
-    rows = open_rows(resolved, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
-    if is_main_process():
-        wait_for_all()
+    with main_process_first():
+        rows = open_rows(resolved, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
+    text = extension.config.get("text_config", extension.config)
+    rows.cache.check_ids(text.get("vocab_size"), config.model)
     return rows
+
+
+def check_rows(config: FinetuneConfig, extension: Extension) -> None:
+    """Raise ConfigError where rows of this length, or this RoPE, cannot be trained as asked; reads no weights."""
+    if config.sequence_parallel > 1:
+        _check_sequence_parallel(config, extension)
+    _check_rope(config, extension)
 
 
 def _check_sequence_parallel(config: FinetuneConfig, extension: Extension) -> None:
@@ -300,16 +321,75 @@ def default_lengths(extension: Extension) -> tuple[int, ...]:
     )
 
 
-def find_checkpoint(directory: Path, fingerprint: dict[str, Any]) -> Path | None:
-    """Return the last complete checkpoint of this very run, or None where the run stopped before its first."""
-    if is_main_process():
-        drop_incomplete(directory)
-    wait_for_all()
-    found = complete_checkpoints(directory)
-    if not found:
-        return None
-    check_fingerprint(found[-1], fingerprint)
-    return found[-1]
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: from which it goes on; None for a new run, and for one that stopped before its first checkpoint.
+        fingerprint: its own, with what it keeps of the checkpoint's.
+        notes: what the user should know: damaged checkpoints that were passed over, what a longer run keeps.
+    """
+
+    checkpoint: Path | None
+    fingerprint: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def find_start(
+    config: TrainingConfig, directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None
+) -> Beginning:
+    """Return where the run begins: all processes agree on that and on everything that decides the numbers.
+
+    Nothing is deleted.
+
+    Args:
+        directory: checkpoints of the run.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
+
+    Raises:
+        ConfigError: the last whole checkpoint belongs to another run, none is whole, or the processes disagree.
+    """
+    found, damage = _find_checkpoint(config, directory, prolonged, contents=True)
+    compared = {key: value for key, value in fingerprint.items() if key not in KEPT}
+    agree({"the checkpoint to resume": found.name if found else "none", **compared, "num_steps": config.num_steps})
+    if found is None:
+        return Beginning(None, fingerprint)
+    fingerprint = check_fingerprint(found, fingerprint)
+    passed_over = [f"Passed over {text}. The run goes on from {found.name}." for text in damage]
+    return Beginning(found, fingerprint, (*passed_over, *_changes(found, fingerprint)))
+
+
+def _find_checkpoint(
+    config: TrainingConfig, directory: Path, prolonged: Path | None, *, contents: bool
+) -> tuple[Path | None, list[str]]:
+    if not config.resume:
+        return None, []
+    found, damage = last_whole_checkpoint(directory, contents=contents)
+    if found is None and prolonged is not None:
+        return last_whole_checkpoint(prolonged.parent, contents=contents)
+    return found, damage
+
+
+def check_resume(
+    config: TrainingConfig, directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None
+) -> None:
+    """Raise ConfigError where the last checkpoint is another run's: what `find_start` finds, before processes start."""
+    found, _ = _find_checkpoint(config, directory, prolonged, contents=False)
+    if found is not None:
+        check_fingerprint(found, fingerprint)
+
+
+def _changes(checkpoint: Path, fingerprint: dict[str, Any]) -> list[str]:
+    """Return what a run that is prolonged or cut short should know, in a sentence."""
+    before, now = read_marker(checkpoint)["fingerprint"]["last_step"], fingerprint["last_step"]
+    if before == now:
+        return []
+    warmup = fingerprint["warmup_used"]
+    return [
+        f"The run was begun for {before} steps and goes on from {checkpoint.name} to step {now}. Its warm-up stays "
+        f"{warmup} step{'' if warmup == 1 else 's'}; the learning rate is constant after it."
+    ]
 
 
 def raise_if_stopped(signals: StopOnSignal, engine: Engine, directory: Path) -> None:

@@ -1,56 +1,55 @@
-"""The processes of a run: launching them, and who is who among them."""
+"""The processes of a run: joining them, waiting for one another, and being of one mind."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
-from longext.errors import LAUNCHED_BY_US, ConfigError
+from longext.errors import DisagreementError
+from longext.training.launcher import (
+    is_launched,
+    is_main_process,
+    is_sharded,
+    launch,
+    local_rank,
+    num_processes,
+    process_rank,
+)
+
+__all__ = ["is_launched", "is_main_process", "is_sharded", "launch", "local_rank", "num_processes", "process_rank"]
+_turns = itertools.count()  # of the main process; every process counts the same
+_LOOK_SECONDS = 0.2
 
 
-class DirectoryInUse(ConfigError):
-    """Another process trains in a run's working directory."""
+def start_distributed(device: torch.device, timeout: int = 1800) -> None:
+    """Join the other processes (NCCL on CUDA devices, gloo elsewhere); nothing for a run of one.
 
-
-def num_processes() -> int:
-    """Return the number of processes of this run (torchrun's WORLD_SIZE, else 1)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """True in the process that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def is_launched() -> bool:
-    """True inside a process that torchrun or accelerate started."""
-    return "LOCAL_RANK" in os.environ
-
-
-def is_sharded() -> bool:
-    """True where accelerate's configuration divides the weights (FSDP, DeepSpeed) instead of copying them."""
-    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-
-
-def start_distributed(device: torch.device) -> None:
-    """Join the other processes (NCCL on CUDA devices, gloo elsewhere); nothing for a run of one."""
+    Args:
+        timeout: seconds after which a process that does not answer the others ends the run.
+    """
     if num_processes() == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # others wait while one process tokenises, which may take hours
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+
+
+def forget_half_a_launch() -> None:
+    """Outside a launch, take away what is set of its variables: accelerate takes LOCAL_RANK alone for one."""
+    if not is_launched():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 def wait_for_all() -> None:
@@ -59,47 +58,51 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def hold_directory(directory: Path) -> Any:
-    """Lock a run's working directory for as long as the returned file is open (on systems that have flock).
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process runs the block first, and the others wait for it, as long as it takes: it may tokenise.
+
+    They look at the store through which the processes met: a collective has a time limit, and cannot be interrupted.
+    """
+    store, turn = None, f"longext/main-process-first/{next(_turns)}"
+    if num_processes() > 1 and dist.is_initialized():
+        store = _meeting_place()
+    if store is not None and not is_main_process():
+        while not store.check([turn]):
+            time.sleep(_LOOK_SECONDS)
+    yield
+    if store is not None and is_main_process():
+        store.set(turn, "done")
+
+
+@functools.cache
+def _meeting_place() -> Any:
+    """Return a connection to the store that torch.distributed.init_process_group and torchrun use."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+
+
+def gather(value: Any) -> list[Any]:
+    """Return what every process gives, in the order of ranks; it must pickle."""
+    if not dist.is_initialized():
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Compare what the processes of a run have found before they start.
 
     Raises:
-        DirectoryInUse: another process trains there.
+        DisagreementError: in every process, naming the first fact that is not the same in all.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    file = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise DirectoryInUse(
-            f"Another process is at work in {directory}. Wait for it or stop it, then use --resume."
-        ) from None
-    return file
-
-
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `longext ARGUMENTS` in `processes` processes on this machine through torchrun; return the exit code.
-
-    Signals go to the workers themselves: torchrun would give them 30 seconds, and a step may take longer. One that
-    comes before there are workers ends torchrun.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHED_BY_US: "1"}
-    child = subprocess.Popen([*command, "-m", "longext", *arguments], env=environment, start_new_session=True)
-    received: list[int] = []
-
-    def forward(number: int, _: Any) -> None:
-        received.append(number)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            workers = psutil.Process(child.pid).children()
-            for process in workers or [child]:
-                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, forward)
-    code = child.wait()
-    return 128 + received[0] if received else code
+    told = gather((socket.gethostname(), dict(facts)))
+    for rank, (host, theirs) in enumerate(told):
+        for key, value in told[0][1].items():
+            if theirs.get(key) != value:
+                raise DisagreementError(
+                    f"The processes of this run disagree: {key} is {value} in process 0 on {told[0][0]} and "
+                    f"{theirs.get(key)} in process {rank} on {host}. Every machine needs the same command, model and "
+                    "data, and to --resume the same -o directory with its checkpoints (a shared disk, or a copy)."
+                )

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.config import FinetuneConfig, RopeConfig, TrainingConfig
 from longext.errors import ConfigError, MissingExtraError
 from longext.rope.methods import ROPE_METHODS
+from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import Extension, attention_of, training_device
-from longext.training.processes import is_launched, is_sharded
+from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
 from longext.training.tuning import TUNINGS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -124,6 +126,21 @@ def check_processes(config: TrainingConfig) -> None:
             f"--device for training must be auto, cpu, cuda or mps, got '{config.device}'. To choose a GPU set "
             "CUDA_VISIBLE_DEVICES; for several use --num-processes."
         )
+    if missing_variables():
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, and {', '.join(missing_variables())} not: the processes of a run need all "
+            "that torchrun sets. Start with torchrun, or unset them for a run of one process."
+        )
+    if is_shrunk_launch():
+        raise ConfigError(
+            "`accelerate launch` was asked for several processes and started one, which is what it does on a CPU, "
+            "without FSDP or DeepSpeed: use GPUs, or --num-processes or torchrun instead of accelerate."
+        )
+    if world_size(config) % config.sequence_parallel:
+        raise ConfigError(
+            f"--sequence-parallel {config.sequence_parallel} needs a number of processes that it divides, this run has "
+            f"{world_size(config)}: add --num-processes {config.sequence_parallel}."
+        )
     device = training_device(config)
     if config.offload and device.type != "cuda":
         raise ConfigError("--offload moves activations from a GPU to CPU memory: it needs a CUDA device.")
@@ -139,6 +156,11 @@ def check_processes(config: TrainingConfig) -> None:
             f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPU(s), one for "
             "each process. Use torchrun or accelerate launch for several machines."
         )
+
+
+def world_size(config: TrainingConfig) -> int:
+    """Return the processes of the run: those that were launched, or those that will be."""
+    return num_processes() if is_launched() else config.num_processes
 
 
 def _check_sharing(config: FinetuneConfig) -> None:
@@ -176,6 +198,10 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
             "--context-parallel cannot keep examples or documents apart, nor skip positions: use it for plain "
             "pretraining, or --sequence-parallel."
         )
+    if world_size(config) % config.context_parallel:
+        raise ConfigError(
+            f"--context-parallel {config.context_parallel} must divide the number of processes, {world_size(config)}."
+        )
     if attention_of(config) != "full":
         raise ConfigError(
             f"--context-parallel knows full attention alone, got {attention_of(config)}: use --attention full, "
@@ -189,14 +215,20 @@ def check_reporting(report_to: str) -> None:
         raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
 
-def trainer_arguments(config: TrainingConfig, directory: Path, device: torch.device, autocast: bool) -> Any:
+def trainer_arguments(
+    config: TrainingConfig, directory: Path, device: torch.device, autocast: bool, warmup_steps: int | None = None
+) -> Any:
     """Return the TrainingArguments of a run: AdamW (0.9, 0.95), warm-up, clipping, no evaluation of Trainer's own.
 
     Args:
-        autocast: matrix products run in bfloat16.
+        autocast: matrix products run in bfloat16. It comes from `dtype` alone: what an accelerate configuration says
+            under `mixed_precision` is not used.
+        warmup_steps: those of the run that is resumed (default: `warmup_of`).
     """
     from transformers import TrainingArguments
 
+    forget_half_a_launch()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if autocast else "no"
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=config.num_steps,
@@ -204,7 +236,7 @@ def trainer_arguments(config: TrainingConfig, directory: Path, device: torch.dev
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=_SCHEDULES[config.schedule],
-        warmup_steps=min(config.warmup_steps, config.num_steps // 2),
+        warmup_steps=warmup_of(config) if warmup_steps is None else warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -226,6 +258,11 @@ def trainer_arguments(config: TrainingConfig, directory: Path, device: torch.dev
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # one process drives one GPU: several visible ones must not become nn.DataParallel
     return arguments
+
+
+def warmup_of(config: TrainingConfig) -> int:
+    """Return the warm-up steps of a new run: as asked, at most half of its steps."""
+    return min(config.warmup_steps, config.num_steps // 2)
 
 
 def _parallelism(config: TrainingConfig) -> dict[str, Any]:
@@ -255,7 +292,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Return the fingerprint of a run with these settings on this model and data.
 
-    `num_steps` is part of it only where the schedule depends on it: a constant one may be prolonged.
+    `num_steps` is compared only where the schedule depends on it: a constant one may be prolonged, and keeps the
+    warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for).
     """
     text = json.dumps(model_config, sort_keys=True)
     return {
@@ -264,5 +302,7 @@ def fingerprint(
         "data": data,
         "processes": processes,
         "num_steps": config.num_steps if config.schedule != "constant" else None,
+        "warmup_used": warmup_of(config),
+        "last_step": config.num_steps,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import shutil
 
@@ -30,6 +32,18 @@ def fails(result, code, *texts):
 
 def no_leftovers(tmp_path, *expected):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+
+
+@contextlib.contextmanager
+def another_process(output):
+    """Hold the lock on `output` as another process does: through a file that this one's commands did not open."""
+    path = output.with_name(f".{output.name}.lock")
+    with path.open("w") as file:
+        file.write("process 4711 on elsewhere")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    path.unlink()
 
 
 EXTEND = ("--method", "yarn", "--factor", 8, "-o", "out")
@@ -352,4 +366,4 @@ def test_an_interrupt_inside_a_lazy_import_is_an_interrupt():
     first, last = ImportError("partially initialised"), ModuleNotFoundError("Could not import module 'Trainer'")
     first.__context__, last.__cause__ = KeyboardInterrupt(), first
     assert _explain(last, "generate")[1] == 130
-    assert _explain(ModuleNotFoundError("No module named 'x'"), "generate") is None
+    assert _explain(ModuleNotFoundError("No module named 'x'"), "generate")[1] == 1

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from test_bad_input import fails, no_leftovers
+from test_bad_input import another_process, fails, no_leftovers
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.checkpoint import load_compressor
 from longext.errors import CheckpointError
 from longext.training.callbacks import read_metrics
-from longext.training.checkpoints import complete_checkpoints
 
 SMALL = ("--data", "sample", "--segment", 64, "--lora-r", 4, "--lora-alpha", 8, "--learning-rate", 2e-3)
 QUICK = (*SMALL, "--ratio", 8, "--document-length", 256, "--num-steps", 3, "--set", "warmup_steps=1")
@@ -145,20 +142,22 @@ def test_dry_run_trains_nothing(run, tmp_path):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
+def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path, monkeypatch):
+    from longext.training.engine import Engine
+
+    step = Engine.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
     args = (*QUICK, "--ratio", "4,8", "--objectives", "lm,ae", "--gradient", "reservoir:1", "--save-every", 2)
-    args = ("compress-train", "books-5m", *args, "--num-steps", 20)
+    args = ("compress-train", "books-5m", *args, "--num-steps", 6)
     assert run(*args, "-o", "whole").exit_code == 0
-    command = [sys.executable, "-m", "longext", *map(str, args), "-o", "cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checkpoints = tmp_path / "cut.running" / "checkpoints"
-    end = time.monotonic() + 100
-    while time.monotonic() < end and not complete_checkpoints(checkpoints):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "training_step", signalled)
+        fails(run(*args, "-o", "cut"), 143, "stopped by SIGTERM after step 3 of 6")
     fails(run(*args, "-o", "cut"), 2, "unfinished run", "--resume")
     fails(run(*args, "--segment", 32, "-o", "cut", "--resume"), 2, "another -o")
     result = run(*args, "-o", "cut", "--resume")
@@ -171,14 +170,12 @@ def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path):
 
 def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_path):
     """The second is refused, and must not clear away what it takes for an empty directory."""
-    from longext.training.processes import hold_directory
-
-    (tmp_path / "out.running").mkdir()
+    unfinished = tmp_path / "out.running" / "checkpoints" / "checkpoint-1"
+    unfinished.mkdir(parents=True)
     (tmp_path / "out.running" / "run.json").write_text("{}")
-    lock = hold_directory(tmp_path / "out.running")
-    fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "Another process is at work")
-    lock.close()
-    assert (tmp_path / "out.running" / "run.json").is_file()
+    with another_process(tmp_path / "out"):
+        fails(run("compress-train", "books-5m", *QUICK, "-o", "out", "--resume"), 2, "out is in use", "process")
+    assert unfinished.is_dir() and (tmp_path / "out.running" / "run.json").is_file()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import torch
-from test_bad_input import fails, no_leftovers
+from test_bad_input import another_process, fails, no_leftovers
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
@@ -176,7 +177,8 @@ def test_length_dependent_rope_trains_after_an_evaluation(run, tmp_path, method)
     assert len(losses(tmp_path / "out")) == 2
 
 
-def test_a_short_run_is_logged_and_learns(run, tmp_path):
+def test_a_short_run_is_logged_and_learns(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # left over from something else: no launch
     args = ("finetune", "books-5m", *QUICK, "--num-steps", 1, "--set", "log_every=5", "-o", "out")
     result = run(*args)
     assert result.exit_code == 0, result.output
@@ -262,20 +264,65 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in b)
 
 
-def test_sigterm_saves_and_exits(run, tmp_path):
-    args = ("finetune", "books-5m", *LONG[:4], "--num-steps", 500, *LONG[6:-1], 1, *WARM)
-    process = subprocess.Popen(
-        command(*args, "-o", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_checkpoint(tmp_path / "out.running", process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert "stopped by SIGTERM after step" in errors
-    assert "--resume" in errors
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(number, step): this process gets the signal in that step (counted from 1)."""
+    from longext.training.engine import Engine
+
+    original = Engine.training_step
+
+    def arrange(number, step):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == step - 1 and self.accelerator.sync_gradients:
+                os.kill(os.getpid(), number)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Engine, "training_step", training_step)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_exits(run, tmp_path, signalled, number, code):
+    signalled(number, 2)
+    result = run("finetune", "books-5m", *LONG[:-2], *WARM, "-o", "out")
+    fails(result, code, f"stopped by {number.name} after step 2 of 6", "--resume")
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     last = complete_checkpoints(tmp_path / "out.running" / "checkpoints")[-1]
     state = json.loads((last / "trainer_state.json").read_text())
-    assert f"checkpoint-{state['global_step']}" == last.name
+    assert f"checkpoint-{state['global_step']}" == last.name == "checkpoint-2"
+
+
+def test_a_hang_up_that_is_ignored_is_no_reason_to_stop(run, tmp_path, signalled):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signalled(signal.SIGHUP, 2)
+    try:
+        assert run("finetune", "books-5m", *LONG[:4], "--num-steps", 3, *LONG[6:-2], *WARM, "-o", "out").exit_code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_last_step_ends_a_run_that_is_complete(run, tmp_path, signalled):
+    signalled(signal.SIGTERM, 4)
+    result = run("finetune", "books-5m", *QUICK, *WARM, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "Wrote out" in result.stdout
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_prolonged_run_keeps_the_warm_up_it_began_with(run, tmp_path):
+    """4 steps of 20 asked for warm up for 2; the 8 that it becomes are those of a run with a warm-up of 2."""
+    args = ("finetune", "books-5m", *LONG[:4], *LONG[6:])
+    assert run(*args, "--num-steps", 8, "--set", "warmup_steps=2", "-o", "whole").exit_code == 0
+    assert run(*args, "--num-steps", 4, "-o", "out").exit_code == 0
+    (tmp_path / "out").rename(tmp_path / "out.running")
+    result = run(*args, "--num-steps", 8, "-o", "out", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "warm-up stays 2 steps" in " ".join(result.stderr.split())
+    found, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("out", "whole"))
+    for key in ("step", "loss", "learning_rate"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
 
 
 def unfinished(run, tmp_path, *extra):
@@ -285,32 +332,56 @@ def unfinished(run, tmp_path, *extra):
     (tmp_path / "out").rename(tmp_path / "out.running")
 
 
-def test_resume_refuses_another_run(run, tmp_path):
+def tree(directory):
+    return {path.relative_to(directory): path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_refused_resume_changes_nothing(run, tmp_path):
+    """Refused for other settings, and while another process is at work; then the run goes on."""
     unfinished(run, tmp_path)
+    checkpoints = tmp_path / "out.running/checkpoints"
+    (checkpoints / "checkpoint-99").mkdir()  # as one that is being written
+    before = tree(tmp_path / "out.running")
+    args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume")
+    with another_process(tmp_path / "out"):
+        fails(run(*args), 2, "out is in use", "process")
     for change, text in (
         (("--learning-rate", 0.1), "learning_rate 0.001, this run has 0.1"),
         (("--seed", 3), "seed 0, this run has 3"),
         (("--tuning", "lora"), "tuning lora+embed+norm, this run has lora"),
     ):
-        fails(run("finetune", "books-5m", *LONG, *WARM, *change, "-o", "out", "--resume"), 2, text, "another -o")
+        fails(run(*args, *change), 2, text, "another -o")
+    assert tree(tmp_path / "out.running") == before
+    assert run(*args).exit_code == 0
+    no_leftovers(tmp_path, "out")
 
 
 def test_unfinished_runs_are_not_overwritten(run, tmp_path):
     unfinished(run, tmp_path)
-    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "--force")
+    fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "another -o")
     fails(run("finetune", "books-5m", *LONG, "-o", "other", "--resume"), 2, "Nothing to resume")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--force").exit_code == 0
     fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "already exists", "--force")
 
 
-def test_two_runs_do_not_share_a_directory(run, tmp_path):
-    from longext.training.processes import hold_directory
-
-    unfinished(run, tmp_path)
-    with hold_directory(tmp_path / "out.running"):
-        fails(run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume"), 2, "Another process is at work")
-    assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume").exit_code == 0
-    assert not (tmp_path / "out" / ".lock").exists()
+def test_a_finished_run_is_prolonged_as_if_it_had_never_ended(run, tmp_path):
+    args = ("finetune", "books-5m", *LONG, *WARM, "--num-steps", 2)
+    longer = (*args, "--num-steps", 4)
+    assert run(*longer, "-o", "whole").exit_code == 0
+    assert run(*args, "-o", "out").exit_code == 0
+    before = tree(tmp_path / "out")
+    for extra in ((), ("--force",)):
+        message = fails(run(*args, "-o", "out", "--resume", *extra), 2, "finished run of 2 steps", "more --num-steps")
+        assert "force" not in message and "Leave" not in message
+    fails(run(*longer, "--seed", 3, "-o", "out", "--resume"), 2, "seed 0, this run has 3")
+    fails(run(*longer, "--set", "schedule=cosine", "-o", "out", "--resume"), 2, "this run has")
+    assert tree(tmp_path / "out") == before
+    no_leftovers(tmp_path, "out", "whole")
+    assert run(*longer, "-o", "out", "--resume").exit_code == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    a, b = trained(tmp_path / "out"), trained(tmp_path / "whole")
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    no_leftovers(tmp_path, "out", "whole")
 
 
 def test_checkpoints_are_kept_as_asked(run, tmp_path):
@@ -428,6 +499,40 @@ def test_out_of_memory_says_what_to_change(run, tmp_path, monkeypatch):
 def test_fsdp_on_a_cpu_is_refused(run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     fails(run("finetune", "books-5m", *QUICK, "--device", "cpu", "-o", "out"), 2, "FSDP", "ignores")
+
+
+def test_accelerate_that_starts_one_process_of_many_is_refused(run, monkeypatch):
+    """`accelerate launch --config_file recipes/accelerate/fsdp2.yaml --cpu`: no rank, no FSDP, not a word."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 2, "asked for several processes and started one")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 2, "LOCAL_RANK, MASTER_PORT not", "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (("--num-processes", 3, "--sequence-parallel", 3, "--target-length", 255), ("attention heads", "got 3")),
+        (("--num-processes", 3, "--sequence-parallel", 3), ("row length 256",)),
+        (("--num-processes", 3, "--sequence-parallel", 2), ("a number of processes that it divides",)),
+        (("--num-processes", 2, "--method", "linear", "--target-length", 65536), ("22,7",)),
+        (("--num-processes", 2, "--data", "nowhere.txt"), ("No data at 'nowhere.txt'",)),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_processes_start(run, tmp_path, monkeypatch, args, texts):
+    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    fails(run("finetune", "books-5m", *QUICK, *args, "-o", "out"), 2, *texts)
+    no_leftovers(tmp_path)
+
+
+def test_another_split_is_refused_before_processes_start(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    unfinished(run, tmp_path)
+    args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume", "--num-processes", 2)
+    fails(run(*args), 2, "processes 1, this run has 2")
+    fails(run(*args, "--set", "max_tokens=4000"), 2, "was made with data")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):

@@ -161,7 +161,7 @@ def test_bad_input_ends_in_one_line(run, tmp_path):
     ok(run("report", "a", "-o", "r"))
     fails(run("report", "a", "-o", "r"), 2, "already exists")
     ok(run("report", "a", "-o", "r", "--force"))
-    fails(run("report", "a", "-o", "a", "--force"), 2, "which the report is made of")
+    fails(run("report", "a", "-o", "a", "--force"), 2, "which this command reads")
     assert (tmp_path / "a/result.json").is_file()
 
 

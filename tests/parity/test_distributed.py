@@ -1,4 +1,7 @@
-"""Several processes against one: data parallel, sequence parallel and FSDP2, on two CPU processes with gloo."""
+"""Several processes against one, on two CPU processes with gloo: data, sequence and segment parallel, FSDP2, resume.
+
+One launch under torchrun runs every command and every comparison of tensors: processes take seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,48 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from longext.training.callbacks import read_metrics
-from longext.training.checkpoints import complete_checkpoints
+from longext.training.checkpoints import complete_checkpoints, read_marker
 
 RUN = (
-    "finetune", "books-5m", "--data", "uneven.jsonl", "--task", "sft", "--target-length", 512, "--num-steps", 3,
-    "--learning-rate", 1e-3, "--set", "warmup_steps=1", "--seed", 1,
+    "finetune", "books-5m", "--data", "../uneven.jsonl", "--task", "sft", "--target-length", 512, "--num-steps", 3,
+    "--learning-rate", 1e-3, "--set", "warmup_steps=1", "--seed", 1, "-o", "out",
 )  # fmt: skip
-PARALLEL = {
-    "data": ("--accumulation", 1, "--num-processes", 2),
-    "sequence": ("--accumulation", 2, "--num-processes", 2, "--sequence-parallel", 2),
+COMPRESS = (
+    "compress-train", "books-5m", "--data", "sample", "--segment", 64, "--ratio", 8, "--document-length", 300,
+    "--lora-r", 4, "--lora-alpha", 8, "--num-steps", 3, "--learning-rate", 1e-3, "--set", "warmup_steps=1",
+    "--objectives", "lm,ae:0.5", "--seed", 1, "-o", "out",
+)  # fmt: skip
+ONE = {"finetune": (*RUN, "--accumulation", 2), "compress": (*COMPRESS, "--accumulation", 2)}
+SAVING = ("--accumulation", 1, "--save-every", 2, "--set", "lora_dropout=0.1")
+SHORT = (*RUN, "--target-length", 128, "--num-steps", 1, "--accumulation", 1, "--save-every", 1)
+# what both processes run, one after the other
+TWO = {
+    "finetune-data": {"args": (*RUN, "--accumulation", 1)},
+    "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
+    "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
+    "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
+    "whole": {"args": (*RUN, *SAVING)},
+    "resumed": {
+        "args": (*RUN, *SAVING, "--resume"),
+        "copy": [("whole/out", "resumed/out.running")],
+        "spoil": "resumed/out.running/checkpoints/checkpoint-3/optimizer.pt",
+    },
+    "apart": {"args": SHORT, "in": ("here", "there")},  # as two machines without a shared disk
+    "apart-resumed": {
+        "args": (*SHORT, "--resume"),
+        "in": ("here2", "there"),
+        "copy": [("here/out", "here2/out.running")],
+    },
 }
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """The run in one process: (losses, adapter)."""
-    return train(tmp_path_factory.mktemp("one"), "--accumulation", 2)
+CHECKS = ("sequence", "fsdp", "segments")
 
 
 def write_uneven_examples(directory):
@@ -36,91 +60,95 @@ def write_uneven_examples(directory):
     (directory / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(directory, *args):
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder in which everything ran: in this process, and in two of one launch."""
+    from longext.cli import app
 
-    command = [sys.executable, "-m", "longext", *map(str, (*RUN, *args, "-o", "out"))]
-    write_uneven_examples(directory)
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = read_metrics(directory / "out" / "metrics.jsonl")
-    assert done.stdout.count("Wrote out") == 1  # one process speaks
-    return [line["loss"] for line in lines], load_file(directory / "out" / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("kind", PARALLEL)
-def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, one_process):
-    losses, adapter = train(tmp_path, *PARALLEL[kind])
-    assert losses == pytest.approx(one_process[0], abs=1e-5)
-    for name, expected in one_process[1].items():
-        # Adam turns rounding into steps of the size of the learning rate
-        torch.testing.assert_close(adapter[name], expected, rtol=0, atol=2e-4)
-
-
-def test_sequence_parallel_attention_equals_one_process():
-    """Outputs and gradients in float64, every variant, GQA and MQA: two ranks, 1e-10."""
-    run_two("sequence")
-
-
-def test_fsdp2_numerics():
-    """torch's fully_shard over two ranks: the loss and gradients of S2-Attn training with the chunked loss, 1e-5."""
-    run_two("fsdp")
-
-
-def test_segment_parallel_equals_one_process():
-    """Memories gathered, their gradients scattered: every independent architecture in float64, 1e-10."""
-    run_two("segments")
-
-
-COMPRESS = (
-    "compress-train", "books-5m", "--data", "sample", "--segment", 64, "--ratio", 8, "--document-length", 300,
-    "--lora-r", 4, "--lora-alpha", 8, "--num-steps", 3, "--learning-rate", 1e-3, "--set", "warmup_steps=1",
-    "--objectives", "lm,ae:0.5", "--seed", 1, "-o", "out",
-)  # fmt: skip
-
-
-def test_compressor_in_two_processes_equals_one(tmp_path):
-    """Two documents a step: accumulated, dealt to two processes, and each shared by two processes."""
-    from safetensors.torch import load_file
-
-    ways = {
-        "one": ("--accumulation", 2),
-        "data": ("--accumulation", 1, "--num-processes", 2),
-        "segments": ("--accumulation", 2, "--num-processes", 2, "--sequence-parallel", 2),
-    }
-    losses, weights = {}, {}
-    for name, args in ways.items():
-        directory = tmp_path / name
-        directory.mkdir()
-        command = [sys.executable, "-m", "longext", *map(str, (*COMPRESS, *args))]
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Wrote out") == 1
-        lines = read_metrics(directory / "out" / "metrics.jsonl")
-        losses[name] = [line["loss"] for line in lines]
-        assert [line["documents"] + line["ae"] for line in lines] == pytest.approx(losses[name], abs=1e-5)
-        weights[name] = load_file(directory / "out" / "compressor.safetensors")
-    for name in ("data", "segments"):
-        assert losses[name] == pytest.approx(losses["one"], abs=1e-5)
-        for key, expected in weights["one"].items():
-            # Adam turns rounding into steps of the size of the learning rate
-            torch.testing.assert_close(weights[name][key], expected, rtol=0, atol=2e-4)
-
-
-def run_two(what):
+    place = tmp_path_factory.mktemp("runs")
+    write_uneven_examples(place)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, args in ONE.items():
+            (place / name).mkdir()
+            patch.chdir(place / name)
+            done = CliRunner().invoke(app, [str(arg) for arg in args])
+            assert done.exit_code == 0, done.output
+    commands = {name: {**command, "args": [str(arg) for arg in command["args"]]} for name, command in TWO.items()}
+    (place / "commands.json").write_text(json.dumps(commands))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(__file__).replace("test_distributed.py", "two_processes.py")
-    done = subprocess.run([*command, script, what], capture_output=True, text=True)
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run([*command, script, place, *CHECKS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal") == 2, done.stdout
+    (place / "stdout").write_text(done.stdout)
+    return place
+
+
+def outcomes(place, name):
+    """What a command of `TWO` ended with in each process."""
+    return [json.loads((place / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+def losses(place, name):
+    return [line["loss"] for line in read_metrics(place / name / "out" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_two_ranks_compute_what_one_does(place, kind):
+    """Attention by sequence (float64, every variant, GQA and MQA: 1e-10), fully_shard (1e-5), segments (1e-10)."""
+    assert (place / "stdout").read_text().count(f"{kind} equal") == 2
+
+
+@pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("finetune", "compress"))])
+def test_two_processes_equal_one_with_the_same_global_batch(place, name):
+    """Rows (or documents): accumulated, dealt to two processes, and each shared by two processes."""
+    main, other = outcomes(place, name)
+    assert (main["code"], other["code"]) == (0, 0), main
+    assert (main["stdout"].count("Wrote out"), other["stdout"]) == (1, "")  # one process speaks
+    one = name.partition("-")[0]
+    assert losses(place, name) == pytest.approx(losses(place, one), abs=1e-5)
+    file = "adapter_model.safetensors" if one == "finetune" else "compressor.safetensors"
+    found = load_file(place / name / "out" / file)
+    for key, expected in load_file(place / one / "out" / file).items():
+        # Adam turns rounding into steps of the size of the learning rate
+        torch.testing.assert_close(found[key], expected, rtol=0, atol=2e-4)
+    if one == "compress":
+        lines = read_metrics(place / name / "out" / "metrics.jsonl")
+        assert [line["documents"] + line["ae"] for line in lines] == pytest.approx(losses(place, name), abs=1e-5)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_two_processes_go_on_bit_for_bit(place):
+    """Dropout is on: each process needs its own random state."""
+    main, other = outcomes(place, "resumed")
+    assert (main["code"], other["code"]) == (0, 0), main
+    assert "checkpoint-3: optimizer.pt is not what was written" in main["stderr"].replace("\n", " ")
+    assert "goes on from checkpoint-2" in main["stderr"].replace("\n", " ")
+    assert losses(place, "resumed") == losses(place, "whole")
+    whole, resumed = (load_file(place / name / "out/adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_without_a_shared_disk_a_resume_stops_in_one_line(place):
+    """The main process has the checkpoint, with the random states of both; the other machine has none of it."""
+    main, other = outcomes(place, "apart")
+    assert (main["code"], other["code"]) == (0, 0), main
+    kept = complete_checkpoints(place / "here/out/checkpoints")[-1]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_marker(kept)["files"])
+    main, other = outcomes(place, "apart-resumed")
+    assert (main["code"], other["code"]) == (2, 2)
+    assert main["stderr"].count("\n") == 1
+    assert "the checkpoint to resume is checkpoint-1 in process 0" in main["stderr"]
+    assert "none in process 1" in main["stderr"]
+    assert other["stderr"] == ""
 
 
 def test_sigterm_to_the_launcher_stops_all_processes_after_a_checkpoint(tmp_path):
     write_uneven_examples(tmp_path)
-    args = [*map(str, RUN), "--num-steps", "500", "--save-every", "1", "--num-processes", "2", "-o", "out"]
+    work = tmp_path / "work"
+    work.mkdir()
+    args = [*map(str, SHORT), "--num-steps", "500", "--num-processes", "2"]
     command = [sys.executable, "-m", "longext", *args]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checkpoints = tmp_path / "out.running" / "checkpoints"
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoints = work / "out.running" / "checkpoints"
     end = time.monotonic() + 200
     while time.monotonic() < end and not complete_checkpoints(checkpoints):
         assert process.poll() is None, process.communicate()

@@ -1,9 +1,12 @@
-"""What test_distributed.py runs in each of two gloo processes; prints "equal" where all assertions held."""
+"""What test_distributed.py runs in each of two gloo processes; prints "NAME equal" where all assertions held."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,9 +110,40 @@ def check_segment_parallel() -> None:
     assert compare_gradients(compressor, objectives, batch, dist.group.WORLD)["relative_error"] < 1e-9
 
 
+def run_commands(directory: Path) -> None:
+    """Run the command lines of commands.json in both processes, each in its `in`; outcomes go to NAME-RANK.json.
+
+    `copy` [from, to] comes first, and the `spoil`ed file gets another last byte.
+    """
+    from typer.testing import CliRunner
+
+    from longext.cli import app
+
+    rank = dist.get_rank()
+    for name, command in json.loads((directory / "commands.json").read_text()).items():
+        if rank == 0:
+            for origin, target in command.get("copy", []):
+                shutil.copytree(directory / origin, directory / target)
+            if "spoil" in command:
+                content = (directory / command["spoil"]).read_bytes()
+                (directory / command["spoil"]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        dist.barrier()
+        where = directory / command.get("in", (name, name))[rank]
+        where.mkdir(exist_ok=True)
+        os.chdir(where)
+        done = CliRunner().invoke(app, command["args"])
+        outcome = {"code": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}
+        (directory / f"{name}-{rank}.json").write_text(json.dumps(outcome))
+        dist.barrier()
+
+
+CHECKS = {"sequence": check_sequence_parallel, "fsdp": check_fsdp, "segments": check_segment_parallel}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"sequence": check_sequence_parallel, "fsdp": check_fsdp, "segments": check_segment_parallel}[sys.argv[1]]()
-    print("equal", flush=True)
+    for name in sys.argv[2:]:
+        CHECKS[name]()
+        print(f"{name} equal", flush=True)
+    run_commands(Path(sys.argv[1]))
     dist.destroy_process_group()

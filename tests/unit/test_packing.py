@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -207,6 +208,31 @@ def test_the_second_builder_uses_what_the_first_made(tmp_path):
 
     assert build_token_cache(slow(), tmp_path / "c").num_tokens == 75
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "documents.bin", "labels.bin", "names.jsonl"])
+def test_a_file_altered_at_the_same_size_is_refused_and_replaced(tmp_path, file):
+    """One bit, and the time of the file as it was."""
+    directory = tmp_path / "c"
+    whole = small_cache(directory, trained=lambda k: [True] * k).tokens.tolist()
+    path = directory / file
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match=f"{file} is not what was written"):
+        open_token_cache(directory)
+    assert small_cache(directory, trained=lambda k: [True] * k).tokens.tolist() == whole
+
+
+def test_a_token_without_a_row_of_embeddings_is_named(tmp_path):
+    cache = small_cache(tmp_path / "c")
+    largest = int(cache.tokens.max())
+    cache.check_ids(largest + 1, "m")
+    cache.check_ids(None, "m")
+    with pytest.raises(DataError, match=f"token id {largest}, and m has {largest} rows"):
+        cache.check_ids(largest, "m")
 
 
 @pytest.mark.parametrize("damage", ["tokens.bin", "documents.bin", "labels.bin", "meta.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -86,3 +87,38 @@ def test_a_staged_directory_appears_complete_or_not_at_all(tmp_path):
         (staging / "file").write_text("x")
         raise ZeroDivisionError
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_text_in_a_table_is_neither_html_nor_a_formula():
+    from longext.reporting.tables import Table, csv_text
+
+    name = '<img src=x onerror="alert(1)">\n| a'
+    text = Table(name, ["m", "ppl"], [[name, "1"]], caption=name).to_markdown()
+    assert "<img" not in text and "&lt;img" in text
+    assert len(text.splitlines()) == 7
+    cells = ["=1+1", "+1", "-1", "@x", "\t=1", "fine", -1, -2.5]
+    assert csv_text([cells]) == "'=1+1,'+1,'-1,'@x,'\t=1,fine,-1,-2.5\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_take_any_number_of_variants_and_numbers_that_are_none():
+    from longext.reporting.plots import colours_for, nll_by_position, perplexity_by_length, save_png
+
+    names = [f"yarn:beta_fast={n}" for n in range(60)]
+    assert set(colours_for(names)) == set(names)
+    nan = float("nan")
+    rows = [{"length": n, "ppl": nan, "ppl_low": nan, "ppl_high": nan, "nll": nan, "start": 0} for n in (64, 128)]
+    for draw in (perplexity_by_length, nll_by_position):
+        save_png(draw({name: rows for name in names}, trained=64, title="$x$ ^{"), io.BytesIO())
+
+
+def test_a_progress_display_prints_names_as_they_are(monkeypatch):
+    from rich.console import Console
+
+    from longext.reporting import console
+
+    file = io.StringIO()
+    monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))
+    with console.progress("merge out[/red]:dog:", 2, "rows") as advance:
+        advance(1, "[bold] note [/nothing]")
+    assert "merge out[/red]:dog:" in file.getvalue() and "[/nothing]" in file.getvalue()

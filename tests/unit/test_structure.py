@@ -13,7 +13,9 @@ PACKAGE = Path(longext.__file__).parent
 RANK = {
     "errors": 0,
     "registry": 1,
+    "signals": 1,
     "untrusted": 1,
+    "checksums": 1,
     "config": 1,
     "staging": 2,
     "manifest": 2,
