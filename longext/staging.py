@@ -60,6 +60,8 @@ _held: dict[Path, _Held] = {}
 
 def resolve_output(output: Path) -> Path:
     """Return the path that is written: links are followed, so a link to a directory stays and its target changes."""
+    if "\0" in str(output):
+        raise ConfigError(f"The output {str(output)!r} holds a NUL byte. Choose another -o.")
     return Path(os.path.realpath(output))
 
 
@@ -71,8 +73,6 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
         force: the user allows an existing directory to be replaced.
         protected: a directory that must survive (the source model).
     """
-    if "\0" in str(output):
-        raise ConfigError(f"The output {str(output)!r} holds a NUL byte. Choose another -o directory.")
     target = resolve_output(output)
     if protected is not None and _overlap(target, protected):
         raise ConfigError(f"The output {output} and the model {protected} overlap. Choose another -o directory.")

@@ -115,6 +115,11 @@ def test_places_where_no_directory_can_be_made_are_refused(run, tmp_path, name):
     no_leftovers(tmp_path)
 
 
+def test_a_recipe_with_a_nul_byte_in_its_output_is_refused(run, tmp_path):
+    (tmp_path / "r.yaml").write_text('model: books-5m\nmethod: yarn\nfactor: 8\noutput: "a\\0b"\n')
+    fails(run("extend", "-c", "r.yaml"), 2, "NUL byte")
+
+
 def test_a_stale_lock_does_no_harm(run, tmp_path):
     (tmp_path / ".out.lock").write_text("process 1 on nowhere")
     ok(run(*COMMANDS["extend"]))
