@@ -242,7 +242,7 @@ def test_a_description_that_lacks_something_is_refused(run, tmp_path):
         ("eval", "efficiency", "broken"),
         ("eval", "ppl", "--memory", "broken"),
     ):
-        fails(run(*args), 2, "broken is no trained compressor")
+        fails(run(*args), 2, "broken/compressor.json has no `base_model`")
 
 
 def test_float16_weights_are_trained_in_bfloat16(tmp_path):
