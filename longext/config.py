@@ -195,6 +195,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
     positions: str = "plain"
     separate_documents: bool = False
     tuning: str = "lora+embed+norm"
+    norms: str = "all"
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0

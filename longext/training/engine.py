@@ -56,6 +56,7 @@ class Engine(Trainer):  # type: ignore[misc]
         sequence: the ranks that share each row.
         fingerprint: what decides the run's numbers; stored with each checkpoint.
         keep_checkpoints: how many to keep.
+        describe: called with the directory of a checkpoint whose weights are written: adds what says what they are.
         model, args, ...: as for Trainer.
     """
 
@@ -66,9 +67,11 @@ class Engine(Trainer):  # type: ignore[misc]
         sequence: SequenceGroup | None,
         fingerprint: dict[str, Any],
         keep_checkpoints: int,
+        describe: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=rows, **kwargs)
+        self.describe = describe
         self.rows = rows
         self.sequence = sequence
         self.fingerprint, self.keep_checkpoints = fingerprint, keep_checkpoints
@@ -101,7 +104,10 @@ class Engine(Trainer):  # type: ignore[misc]
             dist.barrier()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.fingerprint)
+            checkpoint = directory / f"checkpoint-{self.state.global_step}"
+            if self.describe:
+                self.describe(checkpoint)
+            mark_complete(checkpoint, self.fingerprint)
             keep_last(directory, self.keep_checkpoints)
 
 
