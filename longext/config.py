@@ -288,6 +288,18 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig(RopeConfig):
+    """`longext convert`: an adapter's pickle files into safetensors."""
+
+    adapter: str
+    base: str | None = None
+    revision: str | None = None
+    method: str | None = None
+    output: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """`longext plan`: memory, FLOPs and time of a training run before it is paid for."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # suffix of a stored key -> (its half of the pair, True for an embedding's)
 _HALVES = {
     ".lora_A.weight": ("a", False),
@@ -169,7 +169,7 @@ def read_adapter(directory: Path, base: Path, shards: list[Shard], trust_remote_
     """
     shard = read_shard(directory / ADAPTER_WEIGHTS)
     files = {name: entry for part in shards for name, entry in part.tensors.items()}
-    locate = _locator(set(files))
+    locate = locate_in(set(files))
     layout, difference = _layout_by_fact(directory, base, shards, locate, trust_remote_code)
     embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
     _compare_with_expected(shard, layout)
@@ -226,27 +226,44 @@ def _layout_by_fact(
 
 
 def _expected_layout(directory: Path, base: Path, trust_remote_code: bool, untied: bool = False) -> _Layout:
-    import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    with warnings.catch_warnings(), torch.device("meta"):
+    model = _meta_model(base, trust_remote_code, untied)
+    ends = _ends(model)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = load_config(base, trust_remote_code)
-        if untied:
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        model = build_model(config, trust_remote_code=trust_remote_code)
-        ends = _ends(model)
         try:
             wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"The adapter {directory} does not fit {base}: {_line(error)}") from error
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     scalings = {
-        f"{name.removeprefix(_PREFIX)}.weight": float(module.scaling["default"])
+        f"{name.removeprefix(PREFIX)}.weight": float(module.scaling["default"])
         for name, module in wrapped.named_modules()
         if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
     }
     return _Layout(shapes={key: tuple(value.shape) for key, value in state.items()}, scalings=scalings, **ends)
+
+
+def _meta_model(base: Path, trust_remote_code: bool, untied: bool = False) -> Any:
+    """The base model without data."""
+    import torch
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        config = load_config(base, trust_remote_code)
+        if untied:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        return build_model(config, trust_remote_code=trust_remote_code)
+
+
+def read_ends(base: Path, shards: list[Shard], trust_remote_code: bool = False) -> tuple[str, str, bool]:
+    """Return the parameter names of the input embedding and the output matrix, and whether they are one, by fact."""
+    ends = _ends(_meta_model(base, trust_remote_code))
+    locate = locate_in({name for shard in shards for name in shard.tensors})
+    embedding, head = (locate(ends[end]) or ends[end] for end in ("embedding", "head"))
+    difference = stored_difference(shards, embedding, head, ends["is_tied"], base)
+    return ends["embedding"], ends["head"], difference == 0
 
 
 def _ends(model: Any) -> dict[str, Any]:
@@ -308,17 +325,22 @@ def _check_float(name: str, dtype: str, base: Path) -> None:
         )
 
 
+def is_lora_key(key: str) -> bool:
+    """True for a stored key that is one half of a LoRA pair."""
+    return _parse(key)[1] is not None
+
+
 def _parse(key: str) -> tuple[str, str | None, bool]:
     """(parameter of the model, "a" or "b" or None for a whole tensor, True for an embedding's pair) of a stored key."""
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     for suffix, (half, is_embedding) in _HALVES.items():
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix)}.weight", half, is_embedding
     return name.replace(".base_layer.", "."), None, False
 
 
-def _locator(files: set[str]) -> Callable[[str], str | None]:
-    """Return the map from parameter names to tensor names.
+def locate_in(files: set[str]) -> Callable[[str], str | None]:
+    """Return the map from a model's parameter names to the names of its files' tensors.
 
     They are the same but for what transformers renames while it loads: wrapping prefixes (Gemma 3:
     `model.language_model.layers` in memory, `language_model.model.layers` on disk) and GPT-NeoX's output matrix.

@@ -42,6 +42,19 @@ from longext.rope.reading import spec_from_json
 BASE_DIRECTORY = "base"
 _RUN_MARKER = "complete.json"  # training/checkpoints.py: a checkpoint of a longext run
 
+# What an adapter directory may hold of a tokenizer; its other files describe the training.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
@@ -172,6 +185,11 @@ def _check_same_base(home: Path, base: Path) -> None:
 def _text(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def tokenizer_files(adapter: Path) -> list[Path]:
+    """Return the files of an adapter directory that belong to a tokenizer (or to generation)."""
+    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from longext.checkpoint.adapter import (
     read_adapter,
     read_adapter_config,
 )
-from longext.checkpoint.adapter_base import check_base_weights, find_base, plan_rope
+from longext.checkpoint.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
 from longext.checkpoint.card import license_of, model_card
 from longext.checkpoint.extend import (
     ExtensionPlan,
@@ -44,18 +44,6 @@ if TYPE_CHECKING:
 
 _STORED_NAMES = {name: stored for stored, name in TORCH_NAMES.items()}
 _CHOICES = ("auto", "float32", "bfloat16", "float16")
-# What an adapter directory may hold of a tokenizer; its other files describe the training.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +308,7 @@ def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
-    own = (file for pattern in _TOKENIZER_FILES for file in merge.adapter.directory.glob(pattern) if file.is_file())
+    own = tokenizer_files(merge.adapter.directory)
     for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))

@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.card import adapter_use
 from longext.checkpoint.source import HUB_ID
 from longext.config import FinetuneConfig
 from longext.manifest import command_line, versions, write_manifest
@@ -31,9 +32,7 @@ $tables
 
 ## Use it
 
-```
 $use
-```
 
 Training attention: $attention. The model is used with full attention, as every evaluation here was made.
 
@@ -66,13 +65,14 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
     tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
     title = f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
     save_png(training_curve(result.metrics, title=title), directory / "loss.png")
-    (directory / "README.md").write_text(_card(config, directory, record, tables), encoding="utf-8")
     extension = result.extension
+    card = _card(config, directory, record, tables, adapter_use(extension))
+    (directory / "README.md").write_text(card, encoding="utf-8")
     write_manifest(directory, "finetune", config, state="finished", extension=extension, finetune=record)
     return ([measured] if measured else []), full
 
 
-def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table]) -> str:
+def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table], use: str) -> str:
     is_adapter = (directory / "adapter_config.json").is_file()
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).exists()
     adapter = (
@@ -88,9 +88,7 @@ def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], table
         if is_adapter
         else "All weights were trained. A standard checkpoint; no code of longext is needed.",
         tables="\n".join(table.to_markdown() for table in tables),
-        use="longext merge DIR -o MERGED    # a standard checkpoint, proved equal"
-        if is_adapter
-        else "longext verify DIR",
+        use=use if is_adapter else "```\nlongext verify DIR\n```",
         attention=f"{record['attention']['training']} ({record['attention']['definition']})",
         command=command_line(),
         version=versions()["longext"],
