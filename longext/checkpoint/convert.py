@@ -7,6 +7,7 @@ LongLoRA's own code (arXiv 2309.12307) publishes two of them: `adapter_model.bin
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,9 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {asks[1]}" if asks else " ".join(str(error).split())[:120]

@@ -108,6 +108,12 @@ def is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError for an adapter directory: what is asked for is a model."""
+    if is_adapter(directory):
+        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")
+
+
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file: its tensors as (dtype, shape, start, end), byte offsets counted from `data_start`."""
@@ -207,8 +213,7 @@ def read_shards(directory: Path) -> list[Shard]:
         CheckpointError: no safetensors weights (legacy .bin ones are named with the way out), a shard missing or
             truncated, or a tensor that the index promises and no shard has.
     """
-    if is_adapter(directory):
-        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")
+    refuse_adapter(directory)
     index_path = directory / INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path, "a weight index").get("weight_map")
