@@ -21,7 +21,7 @@ from longext.manifest import read_manifest
 from longext.models.checks import check_tokens
 from longext.models.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.rope.methods import ROPE_METHODS
-from longext.training.tuning import TUNINGS, quantisation
+from longext.training.tuning import TUNINGS, is_inside_attention, quantisation
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def narrow_hidden_states(model: Any) -> None:
 
     model.get_input_embeddings().register_forward_hook(hook)
     for name, module in model.named_modules():
-        if "att" in name and "norm" in name.rsplit(".", 1)[-1]:
+        if "norm" in name.rsplit(".", 1)[-1] and is_inside_attention(name):
             module.register_forward_hook(hook)
 
 

@@ -66,15 +66,22 @@ def norm_modules(model: Any, which: str = "all") -> list[str]:
     """
     hidden = model.config.get_text_config().hidden_size
     language = {id(module) for module in decoder_of(model).modules()}
-    names = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        is_norm = "norm" in type(module).__name__.lower() or "norm" in name.rsplit(".", 1)[-1].lower()
-        if id(module) in language and is_norm and isinstance(weight, nn.Parameter) and weight.ndim == 1:
-            is_inside = "att" in name or weight.shape != (hidden,)
-            if which == "all" or not is_inside:
-                names.append(name)
+    names = [name for name, module in model.named_modules() if id(module) in language and _is_norm(name, module)]
+    if which == "residual":
+        wide = (name for name in names if model.get_submodule(name).weight.shape == (hidden,))
+        names = [name for name in wide if not is_inside_attention(name)]
     return names
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_named = "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2].lower()
+    return is_named and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def is_inside_attention(name: str) -> bool:
+    """True for the full name of a module that lies in an attention module (one beside it may name attention too)."""
+    return "att" in name.rpartition(".")[0]
 
 
 def embedding_module(model: Any) -> str:
