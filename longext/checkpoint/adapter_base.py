@@ -67,6 +67,8 @@ def record_of(adapter: Path) -> tuple[dict[str, Any], Path | None]:
     homes = [adapter, adapter.resolve().parent.parent] if (adapter / _RUN_MARKER).is_file() else [adapter]
     for home in homes:
         record = read_manifest(home).get("extension") or {}
+        if not isinstance(record, dict) or not isinstance(record.get("base_path", ""), str):
+            raise CheckpointError(f"{home / 'run.json'} has no readable record of an extension. Restore or remove it.")
         if record or (home / "config.json").is_file():
             return record, home if (home / "config.json").is_file() else None
     return {}, None
@@ -131,7 +133,7 @@ def plan_rope(
         _check_same_base(home, base)
         theirs = read_model_rope(home, trust_remote_code)
         spec = written_rope(home, theirs)
-        if record and record["rope_parameters"] != theirs.parameters:
+        if record and record.get("rope_parameters") != theirs.parameters:
             raise CheckpointError(
                 f"{home}: config.json and run.json state different rope_parameters. Restore the config.json that "
                 "was saved with the adapter, or remove run.json to go by config.json alone."

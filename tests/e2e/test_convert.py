@@ -92,7 +92,8 @@ def test_the_converted_adapter_computes_what_was_trained(run, tmp_path, kind, ke
 def test_an_old_peft_file_alone_converts_to_the_same_tensors(run, tmp_path):
     _, held = publish(tmp_path)
     (tmp_path / "lora/trainable_params.bin").unlink()
-    ok(run("convert", "lora", "--method", "none", "-o", "adapter"))
+    said = json.loads(ok(run("convert", "lora", "--method", "none", "-o", "adapter", "--json")))
+    assert (said["kind"], said["num_lora"], said["num_whole"]) == ("convert", len(held), 0)
     written = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert written.keys() == held.keys()
     assert all(torch.equal(written[name], held[name]) for name in held)

@@ -21,6 +21,7 @@ from longext.checkpoint.tying import is_tied
 from longext.config import FinetuneConfig, MergeConfig, RuntimeConfig
 from longext.errors import CheckpointError
 from longext.evaluation.model import load_language_model
+from longext.planning.shape import read_shape
 from longext.training.loading import load_for_training, plan_training_rope
 from longext.training.longlora import finetune_checkpoint
 from longext.training.tuning import make_trainable
@@ -77,6 +78,14 @@ def test_evaluation_is_plain_transformers_and_says_so(tmp_path, kind):
         model = load_language_model(RuntimeConfig(model=str(base), device="cpu", dtype="float32")).model
     assert torch.equal(logits(model), logits(plain(base)))
     assert any("another output matrix" in str(one.message) for one in said) == (kind != "equal")
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_plan_counts_the_matrices_there_are(tmp_path, kind):
+    base = base_with(tmp_path, kind)
+    shape, model = read_shape(base), plain(base)
+    assert shape.num_parameters == shape.counted == sum(p.numel() for p in model.parameters())
+    assert shape.tied == (kind == "equal")
 
 
 @pytest.mark.parametrize("kind", ENDS)
