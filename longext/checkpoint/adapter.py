@@ -42,7 +42,7 @@ _UNDERSTOOD = (
     *("megatron_core", "qalora_group_size"),
 )
 # Files that may lie beside an adapter and hold nothing of it.
-_NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "pytorch_model_fsdp*")
 PICKLED_WEIGHTS = "adapter_model.bin"
 TRAINED_BESIDE = "trainable_params.bin"  # embeddings and norms of LongLoRA's own code
 # Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.

@@ -33,6 +33,7 @@ from longext.checkpoint.extend import (
 )
 from longext.checkpoint.proof import Proof, prove_merge
 from longext.checkpoint.source import INDEX_NAME, Shard, read_json, read_shards
+from longext.checkpoint.tying import untied
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
@@ -326,11 +327,8 @@ def merged_config(merge: Merge) -> dict[str, Any]:
             key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
             if section is config or key in section:
                 section[key] = merge.config.dtype
-    if (merge.adapter.is_tied and not merge.stays_tied) or merge.adapter.difference:
-        for section in sections:
-            if section is config or "tie_word_embeddings" in section:
-                section["tie_word_embeddings"] = False
-    return config
+    changes = (merge.adapter.is_tied and not merge.stays_tied) or merge.adapter.difference
+    return untied(config) if changes else config
 
 
 def _prove(merge: Merge, staging: Path) -> Proof:

@@ -36,6 +36,15 @@ def follow_weights(model: Any) -> None:
         config.tie_word_embeddings = False
 
 
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a parsed config.json that says the output matrix is one of its own."""
+    text = config.get("text_config")
+    made = {**config, "tie_word_embeddings": False}
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        made["text_config"] = {**text, "tie_word_embeddings": False}
+    return made
+
+
 def stored_difference(shards: list[Shard], embedding: str, head: str, says_tied: bool, base: Path) -> float | None:
     """Return how far a stored output matrix is from the embedding that the config ties it to: 0 if they are one.
 

@@ -22,6 +22,7 @@ from longext.attention.sequence import check_heads, make_sequence_group
 from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.checkpoint.adapter_base import describe_adapter, write_base
 from longext.checkpoint.source import HUB_ID, read_shards
+from longext.checkpoint.tying import untied
 from longext.config import DataConfig, FinetuneConfig, PerplexityConfig
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
@@ -366,11 +367,8 @@ def save_trained(run: Run, engine: Engine) -> None:
 
 def model_config(run: Run) -> dict[str, Any]:
     """Return config.json of what was trained: the RoPE in both spellings, and whether its ends are tied, by fact."""
-    config, text = run.base.config, run.base.config.get_text_config()
     written = {**run.extension.config, "use_cache": True}
-    if "tie_word_embeddings" in written or not text.tie_word_embeddings:
-        written["tie_word_embeddings"] = config.tie_word_embeddings
-    return written
+    return written if run.base.config.get_text_config().tie_word_embeddings else untied(written)
 
 
 def describe_trained(run: Run, directory: Path, state: str) -> None:

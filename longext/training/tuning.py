@@ -81,7 +81,7 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 
 def is_inside_attention(name: str) -> bool:
     """True for the full name of a module that lies in an attention module (one beside it may name attention too)."""
-    return "att" in name.rpartition(".")[0]
+    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
 
 
 def embedding_module(model: Any) -> str:
