@@ -282,13 +282,14 @@ def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
     if unknown:
         raise CheckpointError(
             f"{shard.path}: '{unknown[0]}' has no place in the base ({len(unknown)} such tensors): an adapter for "
-            "another base (more layers, other modules). Give its own with --base."
+            "another base (more layers, other modules). Give its own with `longext merge --base`."
         )
     missing = sorted(set(layout.shapes) - set(shard.tensors))
     if missing:
         raise CheckpointError(
             f"{shard.path} lacks '{missing[0]}' ({len(missing)} missing), which its {ADAPTER_CONFIG} promises for this "
-            "base: saved incompletely, or for another base (fewer layers). Save it again, or give its own with --base."
+            "base: saved incompletely, or for another base (fewer layers). Save it again, or give its own with "
+            "`longext merge --base`."
         )
 
 
@@ -303,9 +304,9 @@ def _cause(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if half is None and len(found) == 2 and found[1:] == expected[1:]:
         return (
             "trained with another vocabulary; resize the base first "
-            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with --base"
+            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with `longext merge --base`"
         )
-    return "an adapter for another base (other sizes); give its own with --base"
+    return "an adapter for another base (other sizes); give its own with `longext merge --base`"
 
 
 def _check_shape(key: str, shard: Shard, expected: tuple[int, ...]) -> None:
@@ -321,7 +322,7 @@ def _check_float(name: str, dtype: str, base: Path) -> None:
     if dtype not in TORCH_NAMES:
         raise CheckpointError(
             f"'{name}' of {base} is stored as {dtype}: a quantised base cannot take an adapter exactly. "
-            "Give the unquantised model with --base."
+            "Give the unquantised model with `longext merge --base`."
         )
 
 

@@ -99,7 +99,9 @@ def find_base(
         if name and HUB_ID.match(name):
             return name, at, resolve_model(name, at)
     looked = " and ".join(f"'{name}'" for name in dict.fromkeys(name for name, _ in named if name)) or "no base"
-    raise CheckpointError(f"The adapter {adapter} names {looked}, which is not here. Give its base with --base MODEL.")
+    raise CheckpointError(
+        f"The adapter {adapter} names {looked}, which is not here. Give its base with `longext merge --base MODEL`."
+    )
 
 
 def check_base_weights(adapter: Path, name: str, base: Path) -> None:
@@ -108,7 +110,7 @@ def check_base_weights(adapter: Path, name: str, base: Path) -> None:
     if trained_on is not None and not same_weights(base, trained_on):
         raise CheckpointError(
             f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes. Give "
-            "the model it was trained on with --base."
+            "the model it was trained on with `longext merge --base`."
         )
 
 
@@ -145,7 +147,7 @@ def plan_rope(
         spec = written_rope(base, rope)
         notes.append(
             f"The adapter has no config.json: the RoPE is the base's ({spec.method}, {rope.max_position_embeddings:,} "
-            "tokens). If it was trained with another, extend the base first and give that with --base."
+            "tokens). If it was trained with another, extend the base first and give that with `longext merge --base`."
         )
     is_kept = theirs.parameters == rope.parameters
     plan = ExtensionPlan(
@@ -169,7 +171,7 @@ def _check_rope_is_known(adapter: Path, record: dict[str, Any]) -> None:
     if record or (adapter / _RUN_MARKER).is_file():
         raise CheckpointError(
             f"{adapter} is of a longext run, but neither it nor the run's directory has the config.json with the RoPE "
-            "it was trained for. Restore that, or give the base extended in the same way with --base (longext extend)."
+            "it was trained for. Restore that, or give the base, extended in the same way, with `longext merge --base`."
         )
 
 
@@ -180,7 +182,7 @@ def _check_same_base(home: Path, base: Path) -> None:
         if key in ours and key in theirs and ours[key] != theirs[key]:
             raise CheckpointError(
                 f"{home / 'config.json'} says {key} {ours[key]}, the base {base} says {theirs[key]}: "
-                "an adapter for another base. Give its own with --base."
+                "an adapter for another base. Give its own with `longext merge --base`."
             )
 
 
