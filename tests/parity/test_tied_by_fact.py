@@ -42,7 +42,7 @@ def store(base, tensors):
 def base_with(folder, kind, family="llama"):
     """A tiny model whose config says tied and whose file holds an output matrix of its own."""
     config = CONFIGS[family]()
-    config.tie_word_embeddings = True
+    config.tie_word_embeddings, config.vocab_size = True, 8192  # the tokenizer's
     save_tiny_model(config, folder / "base")
     tensors = load_file(folder / "base/model.safetensors")
     (name,) = [name for name in tensors if "embed" in name]
@@ -136,16 +136,7 @@ def test_training_keeps_the_output_matrix_that_is_stored(tmp_path, kind):
 @pytest.mark.parametrize("tuning", ["lora+embed+norm", "full"])
 def test_a_run_trains_and_writes_both(tmp_path, tuning):
     """One step of a learning rate that moves nothing: what is written computes what the base does."""
-    config = CONFIGS["llama"]()
-    config.tie_word_embeddings, config.vocab_size = True, 8192
-    save_tiny_model(config, tmp_path / "plain")
-    base = tmp_path / "plain"
-    tensors = load_file(base / "model.safetensors")
-    save_file(
-        {**tensors, HEAD: ENDS["other"](tensors[EMBEDDING])}, base / "model.safetensors", metadata={"format": "pt"}
-    )
-    for file in BUNDLED_MODELS["books-5m"].glob("tokenizer*"):
-        shutil.copy(file, base)
+    base = base_with(tmp_path, "other")
     asked = FinetuneConfig(
         model=str(base), data="sample", target_length=64, num_steps=1, accumulation=1, device="cpu", tuning=tuning
     )
