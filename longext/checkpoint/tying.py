@@ -68,8 +68,8 @@ def stored_difference(shards: list[Shard], embedding: str, head: str, says_tied:
     if not says_tied:
         if head not in homes:
             raise CheckpointError(
-                f"{base} holds no output matrix '{head}', and its config.json does not say tie_word_embeddings. "
-                "Restore its files, or set tie_word_embeddings to true if the embedding is its output matrix."
+                f"{base} lacks '{head}' (1 weight(s) missing), the model's output matrix. Restore its files, or set "
+                "`tie_word_embeddings` to true in config.json if the embedding is that matrix."
             )
         return None
     if head not in homes:
