@@ -200,6 +200,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
     positions: str = "plain"
     separate_documents: bool = False
     tuning: str = "lora+embed+norm"
+    norms: str = "all"
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -288,6 +289,18 @@ class MergeConfig:
     dtype: str = "auto"
     check: bool = True
     trust_remote_code: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(RopeConfig):
+    """`longext convert`: an adapter's pickle files into safetensors."""
+
+    adapter: str
+    base: str | None = None
+    revision: str | None = None
+    method: str | None = None
+    output: str | None = None
     force: bool = False
 
 

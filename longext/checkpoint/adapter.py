@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.source import HUB_ID, Shard, read_config, read_json, read_shard, resolve_model
+from longext.checkpoint.source import HUB_ID, Shard, read_json, read_shard, resolve_model
+from longext.checkpoint.tying import is_tied, stored_difference
 from longext.checkpoint.writing import TORCH_NAMES, read_tensor
 from longext.errors import CheckpointError
 from longext.models.load import build_model, load_config
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # suffix of a stored key -> (its half of the pair, True for an embedding's)
 _HALVES = {
     ".lora_A.weight": ("a", False),
@@ -32,21 +33,19 @@ _HALVES = {
     ".lora_embedding_A": ("a", True),
     ".lora_embedding_B": ("b", True),
 }
-# Settings of a LoraConfig that change what the adapter computes beyond W + scaling * B A, and when they are off.
-_MUST_BE_OFF = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "megatron_config",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+# Settings of a LoraConfig that peft's own modules carry out in `_expected_layout`, that act in training alone, or that
+# describe. Whatever else has another value than peft's default, or is no setting of this peft, could change the result.
+_UNDERSTOOD = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    *("peft_version", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "ensure_weight_tying", "fan_in_fan_out"),
+    *("lora_dropout", "init_lora_weights", "eva_config", "lora_ga_config", "loftq_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size"),
 )
+# Files that may lie beside an adapter and hold nothing of it.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "pytorch_model_fsdp*")
+PICKLED_WEIGHTS = "adapter_model.bin"
+TRAINED_BESIDE = "trainable_params.bin"  # embeddings and norms of LongLoRA's own code
 # Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _FIELDS = {
@@ -91,7 +90,8 @@ class Adapter:
         full: base tensor -> stored key of the tensor that replaces it.
         embedding: name of the input embedding in the base's files.
         head: name of the output matrix; a tied one is usually not in the files.
-        is_tied: True where the base's output matrix is its input embedding.
+        is_tied: True where the base's output matrix is its input embedding, by what its files hold.
+        difference: how far a stored output matrix is from the embedding that the base's config ties it to, else 0.
         locate: a parameter's name in the model -> its name in the base's files, or None.
     """
 
@@ -102,6 +102,7 @@ class Adapter:
     embedding: str
     head: str
     is_tied: bool
+    difference: float
     locate: Callable[[str], str | None]
 
     @property
@@ -114,19 +115,40 @@ def find_adapter(adapter: str) -> Path:
     """Return the directory of an adapter: a directory or a Hub id.
 
     Raises:
-        CheckpointError: nothing there, no adapter_config.json, or weights in a format other than safetensors.
+        CheckpointError: nothing there, no adapter_config.json, weights in a format other than safetensors, or in files
+            that peft does not read.
     """
     if not Path(adapter).expanduser().exists() and not HUB_ID.match(adapter):
         raise CheckpointError(f"No adapter at '{adapter}': give the directory with {ADAPTER_CONFIG}, or a Hub id.")
-    directory = resolve_model(adapter)
+    directory = resolve_model(adapter, pickles=True)  # told of, never opened
     if not (directory / ADAPTER_CONFIG).is_file():
         what = "a whole model, nothing is to be merged" if (directory / "config.json").is_file() else "not an adapter"
         raise CheckpointError(f"No {ADAPTER_CONFIG} in {directory}: {what}. Give the directory that PEFT saved.")
-    if not (directory / ADAPTER_WEIGHTS).is_file():
-        legacy = sorted(file.name for file in directory.glob("*.bin"))
-        found = f"only {legacy[0]}: save it again with PEFT's save_pretrained" if legacy else "save it again"
-        raise CheckpointError(f"No {ADAPTER_WEIGHTS} in {directory} ({found}).")
+    _check_files(directory)
     return directory
+
+
+def _check_files(directory: Path) -> None:
+    """Raise CheckpointError for pickled weights, and for weight files whose tensors nobody would put in."""
+    convert = f"Turn its pickle files into safetensors first: longext convert {directory} -o NEW"
+    known = {ADAPTER_WEIGHTS, *(file.name for pattern in _NO_WEIGHTS for file in directory.glob(pattern))}
+    if (directory / ADAPTER_WEIGHTS).is_file():
+        known.add(PICKLED_WEIGHTS)  # the same once more: peft reads the other one
+    elif (directory / PICKLED_WEIGHTS).is_file():
+        raise CheckpointError(f"No {ADAPTER_WEIGHTS} in {directory}, only {PICKLED_WEIGHTS}. {convert}")
+    else:
+        raise CheckpointError(f"No {ADAPTER_WEIGHTS} in {directory}: save the adapter again with PEFT.")
+    pickled = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in sorted(directory.glob(kind))]
+    unread = [name for name in pickled if name not in known]
+    if unread:
+        raise CheckpointError(f"{directory} has trained weights in {unread[0]}, which is not read. {convert}")
+    beside = [file.name for file in sorted(directory.glob("*.safetensors"))]
+    unread = [name for name in beside if name not in known and not name.startswith("model")]
+    if unread:
+        raise CheckpointError(
+            f"{directory} has weights in {unread[0]}, which PEFT does not read: put them into {ADAPTER_WEIGHTS}, or "
+            "take the file away if it is not of this adapter."
+        )
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -149,9 +171,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{directory} is a {kind} adapter: {_SUPPORTED}. Merge it with PEFT itself.")
-    found = {key: config[key] for key in _MUST_BE_OFF if config.get(key)}
-    if config.get("bias", "none") != "none":
-        found["bias"] = config["bias"]
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    changes = {key: value for key, value in config.items() if key not in _UNDERSTOOD and value != usual.get(key)}
+    found = {key: value for key, value in changes.items() if value not in (None, False, [], {})}
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
         found["init_lora_weights"] = config["init_lora_weights"]
     for key, value in found.items():
@@ -166,20 +190,22 @@ def read_adapter(directory: Path, base: Path, shards: list[Shard], trust_remote_
         CheckpointError: a tensor missing, unknown, or of another shape than the base asks for; a quantised base.
     """
     shard = read_shard(directory / ADAPTER_WEIGHTS)
-    layout = _expected_layout(directory, base, trust_remote_code)
     files = {name: entry for part in shards for name, entry in part.tensors.items()}
-    locate = _locator(set(files))
+    locate = locate_in(set(files))
+    layout, difference = _layout_by_fact(directory, base, shards, locate, trust_remote_code)
     embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
     _compare_with_expected(shard, layout)
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, str] = {}
-    for key in shard.tensors:
+    for key, (own, *_) in shard.tensors.items():
         name, half, is_embedding = _parse(key)
         target = locate(name) or (head if layout.is_tied and name == layout.head else None)
         if target is None:
             raise CheckpointError(f"{shard.path}: '{key}' would change '{name}', which {base} does not have.")
         dtype, shape, *_ = files[target if target in files else embedding]
         _check_float(target, dtype, base)
+        if own not in TORCH_NAMES:
+            raise CheckpointError(f"{shard.path}: '{key}' is stored as {own}, not as floating-point numbers.")
         if half is None:
             _check_shape(key, shard, shape)
             full[target] = key
@@ -193,6 +219,7 @@ def read_adapter(directory: Path, base: Path, shards: list[Shard], trust_remote_
         embedding=embedding,
         head=head,
         is_tied=layout.is_tied,
+        difference=difference,
         locate=locate,
     )
 
@@ -208,22 +235,33 @@ class _Layout:
     is_tied: bool
 
 
-def _expected_layout(directory: Path, base: Path, trust_remote_code: bool) -> _Layout:
-    import torch
+def _layout_by_fact(
+    directory: Path, base: Path, shards: list[Shard], locate: Callable[[str], str | None], trust_remote_code: bool
+) -> tuple[_Layout, float]:
+    """The layout on a base that is tied if its files say so, and how far they are from what its config says."""
+    layout = _expected_layout(directory, base, trust_remote_code)
+    embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
+    difference = stored_difference(shards, embedding, head, layout.is_tied, base)
+    if difference:
+        layout = _expected_layout(directory, base, trust_remote_code, untied=True)
+    return layout, difference or 0.0
+
+
+def _expected_layout(directory: Path, base: Path, trust_remote_code: bool, untied: bool = False) -> _Layout:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    with warnings.catch_warnings(), torch.device("meta"):
+    model = _meta_model(base, trust_remote_code, untied)
+    ends = _ends(model)
+    _check_patterns(directory, [name for name, _ in model.named_modules()])
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = build_model(load_config(base, trust_remote_code), trust_remote_code=trust_remote_code)
-        ends = _ends(model)
-        _check_patterns(directory, [name for name, _ in model.named_modules()])
         try:
             wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"The adapter {directory} does not fit {base}: {_line(error)}") from error
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     scalings = {
-        f"{name.removeprefix(_PREFIX)}.weight": float(module.scaling["default"])
+        f"{name.removeprefix(PREFIX)}.weight": float(module.scaling["default"])
         for name, module in wrapped.named_modules()
         if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
     }
@@ -244,12 +282,32 @@ def _check_patterns(directory: Path, names: list[str]) -> None:
     check_patterns(found, names, str(directory / ADAPTER_CONFIG))
 
 
+def _meta_model(base: Path, trust_remote_code: bool, untied: bool = False) -> Any:
+    """The base model without data."""
+    import torch
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        config = load_config(base, trust_remote_code)
+        if untied:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        return build_model(config, trust_remote_code=trust_remote_code)
+
+
+def read_ends(base: Path, shards: list[Shard], trust_remote_code: bool = False) -> tuple[str, str, bool]:
+    """Return the parameter names of the input embedding and the output matrix, and whether they are one, by fact."""
+    ends = _ends(_meta_model(base, trust_remote_code))
+    locate = locate_in({name for shard in shards for name in shard.tensors})
+    embedding, head = (locate(ends[end]) or ends[end] for end in ("embedding", "head"))
+    difference = stored_difference(shards, embedding, head, ends["is_tied"], base)
+    return ends["embedding"], ends["head"], difference == 0
+
+
 def _ends(model: Any) -> dict[str, Any]:
     """The parameter names of the input embedding and the output matrix, and whether they are one."""
     entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
-    tied = exit_ is not None and exit_.weight is entry.weight
-    return {"embedding": names[id(entry)], "head": names.get(id(exit_), "lm_head.weight"), "is_tied": tied}
+    return {"embedding": names[id(entry)], "head": names.get(id(exit_), "lm_head.weight"), "is_tied": is_tied(model)}
 
 
 def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
@@ -261,13 +319,14 @@ def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
     if unknown:
         raise CheckpointError(
             f"{shard.path}: '{unknown[0]}' has no place in the base ({len(unknown)} such tensors): an adapter for "
-            "another base (more layers, other modules). Give its own with --base."
+            "another base (more layers, other modules). Give its own with `longext merge --base`."
         )
     missing = sorted(set(layout.shapes) - set(shard.tensors))
     if missing:
         raise CheckpointError(
             f"{shard.path} lacks '{missing[0]}' ({len(missing)} missing), which its {ADAPTER_CONFIG} promises for this "
-            "base: saved incompletely, or for another base (fewer layers). Save it again, or give its own with --base."
+            "base: saved incompletely, or for another base (fewer layers). Save it again, or give its own with "
+            "`longext merge --base`."
         )
 
 
@@ -282,9 +341,9 @@ def _cause(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if half is None and len(found) == 2 and found[1:] == expected[1:]:
         return (
             "trained with another vocabulary; resize the base first "
-            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with --base"
+            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with `longext merge --base`"
         )
-    return "an adapter for another base (other sizes); give its own with --base"
+    return "an adapter for another base (other sizes); give its own with `longext merge --base`"
 
 
 def _check_shape(key: str, shard: Shard, expected: tuple[int, ...]) -> None:
@@ -300,24 +359,29 @@ def _check_float(name: str, dtype: str, base: Path) -> None:
     if dtype not in TORCH_NAMES:
         raise CheckpointError(
             f"'{name}' of {base} is stored as {dtype}: a quantised base cannot take an adapter exactly. "
-            "Give the unquantised model with --base."
+            "Give the unquantised model with `longext merge --base`."
         )
+
+
+def is_lora_key(key: str) -> bool:
+    """True for a stored key that is one half of a LoRA pair."""
+    return _parse(key)[1] is not None
 
 
 def _parse(key: str) -> tuple[str, str | None, bool]:
     """(parameter of the model, "a" or "b" or None for a whole tensor, True for an embedding's pair) of a stored key."""
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     for suffix, (half, is_embedding) in _HALVES.items():
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix)}.weight", half, is_embedding
     return name.replace(".base_layer.", "."), None, False
 
 
-def _locator(files: set[str]) -> Callable[[str], str | None]:
-    """Return the map from parameter names to tensor names.
+def locate_in(files: set[str]) -> Callable[[str], str | None]:
+    """Return the map from a model's parameter names to the names of its files' tensors.
 
-    They are the same but for wrapping prefixes, which transformers rewrites while it loads (Gemma 3:
-    `model.language_model.layers` in memory, `language_model.model.layers` on disk).
+    They are the same but for what transformers renames while it loads: wrapping prefixes (Gemma 3:
+    `model.language_model.layers` in memory, `language_model.model.layers` on disk) and GPT-NeoX's output matrix.
     """
     plain: dict[str, list[str]] = {}
     for name in files:
@@ -333,7 +397,8 @@ def _locator(files: set[str]) -> Callable[[str], str | None]:
 
 
 def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+    parts = (part for part in name.split(".") if part not in ("model", "language_model"))
+    return ".".join("lm_head" if part == "embed_out" else part for part in parts)
 
 
 def _line(error: Exception) -> str:
@@ -366,26 +431,3 @@ def changes_something(adapter: Adapter, base_tensor: Callable[[str], torch.Tenso
         if not (ours.float() == theirs.float()).all():
             return True
     return False
-
-
-def has_model_config(directory: Path, base: Path) -> bool:
-    """True where the adapter directory has a model config of its own, checked to describe the base.
-
-    Raises:
-        CheckpointError: it describes a model of other sizes.
-    """
-    if not (directory / "config.json").is_file():
-        return False
-    ours, theirs = (_text(read_config(path)) for path in (directory, base))
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if key in ours and key in theirs and ours[key] != theirs[key]:
-            raise CheckpointError(
-                f"{directory / 'config.json'} says {key} {ours[key]}, the base {base} says {theirs[key]}: "
-                "an adapter for another base. Give its own with --base."
-            )
-    return True
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config

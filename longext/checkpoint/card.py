@@ -152,6 +152,70 @@ def model_card(
     return spelled(text)
 
 
+_ADAPTER_USE = Template("""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR")  # with peft installed: base, adapter and RoPE
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+`DIR/base` is the base model under this RoPE, its weights linked. `AutoPeftModelForCausalLM` finds it as long as the
+directory stays where it was made. PEFT records no RoPE, so anything else has to be told:
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("$base", config=AutoConfig.from_pretrained("DIR"))
+model = PeftModel.from_pretrained(base, "DIR")
+```
+
+To publish it, publish the merged checkpoint:
+
+```
+longext merge DIR -o MERGED    # a standard checkpoint, proved equal
+```""")
+
+_ADAPTER_CARD = Template("""---
+library_name: peft
+tags: [long-context, rope, longext]
+---
+
+# Adapter for $base, $length tokens
+
+Converted from pickle files; the tensors are unchanged. It was trained with this RoPE: `$rope`.
+
+## Use it
+
+$use
+
+## Made by
+
+```
+$command
+```
+
+longext $version; the resolved settings are in `run.json` and `recipe.yaml`.
+""")
+
+
+def adapter_use(record: dict[str, Any]) -> str:
+    """Return the Markdown that shows how to load an adapter directory with its RoPE, from its extension record."""
+    name = record["base_model"]
+    base = name if HUB_ID.match(name) and not Path(name).exists() else "DIR/base"
+    return _ADAPTER_USE.substitute(base=base)
+
+
+def adapter_card(record: dict[str, Any]) -> str:
+    """Return the Markdown card of a converted adapter, from its extension record."""
+    return _ADAPTER_CARD.substitute(
+        base=record["base_model"],
+        length=f"{record['new_length']:,}",
+        rope=_short(record["rope_parameters"]),
+        use=adapter_use(record),
+        command=command_line(),
+        version=versions()["longext"],
+    )
+
+
 def _untrained_summary(base: str) -> str:
     return f"The weights of `{base}`, unchanged, with another rotary position embedding. No training was done."
 

@@ -16,7 +16,15 @@ from longext.checkpoint.card import license_of, model_card
 from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, read_model_rope, write_rope
-from longext.checkpoint.source import INDEX_NAME, Shard, read_config, read_json, read_shards, resolve_model
+from longext.checkpoint.source import (
+    INDEX_NAME,
+    Shard,
+    read_config,
+    read_json,
+    read_shards,
+    refuse_adapter,
+    resolve_model,
+)
 from longext.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
 from longext.manifest import read_manifest, write_manifest, write_text
@@ -105,6 +113,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
     """
     ROPE_METHODS[config.method]
     source = resolve_model(config.model, config.revision)
+    refuse_adapter(source)
     rope = read_model_rope(source)
     spec, origin, relation = plan_rope(config, source, rope)
     parameters = exportable_parameters(rope, spec)

@@ -18,34 +18,28 @@ from longext.checkpoint.adapter import (
     Adapter,
     changes_something,
     find_adapter,
-    has_model_config,
     merged_tensor,
     read_adapter,
     read_adapter_config,
 )
-from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
 from longext.checkpoint.card import license_of, model_card
 from longext.checkpoint.extend import (
     ExtensionPlan,
     extended_config,
     left_out,
     place_file,
-    provenance,
     raise_length,
-    side_files,
-    trained_rope,
     write_json,
-    written_rope,
 )
 from longext.checkpoint.links import belongs_to, left_out_note
 from longext.checkpoint.proof import Proof, prove_merge
-from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import HUB_ID, INDEX_NAME, Shard, read_json, read_shards, resolve_model, same_weights
+from longext.checkpoint.source import INDEX_NAME, Shard, read_json, read_shards
+from longext.checkpoint.tying import untied
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
 from longext.config import ExtendConfig, MergeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.manifest import read_manifest, write_manifest, write_text
-from longext.rope.reading import spec_from_json
+from longext.manifest import write_manifest, write_text
 from longext.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
@@ -53,18 +47,6 @@ if TYPE_CHECKING:
 
 _STORED_NAMES = {name: stored for stored, name in TORCH_NAMES.items()}
 _CHOICES = ("auto", "float32", "bfloat16", "float16")
-# What an adapter directory may hold of a tokenizer; its other files describe the training.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +153,8 @@ def plan_merge(config: MergeConfig) -> Merge:
     if config.dtype not in _CHOICES:
         raise ConfigError(f"--dtype must be one of {', '.join(_CHOICES)}, got '{config.dtype}'.")
     directory = find_adapter(config.adapter)
-    for protected in (directory, find_base(config, directory, read_adapter_config(directory))[2]):
+    base = find_base(config.base, config.revision, directory, read_adapter_config(directory))[2]
+    for protected in (directory, base):
         check_output(Path(config.output), config.force, protected=protected)
     return read_merge(config)
 
@@ -184,22 +167,30 @@ def read_merge(config: MergeConfig) -> Merge:
     """
     directory = find_adapter(config.adapter)
     settings = read_adapter_config(directory)
-    name, revision, base = find_base(config, directory, settings)
+    name, revision, base = find_base(config.base, config.revision, directory, settings)
     shards = read_shards(base)
     asked = ExtendConfig(model=name, method="none", revision=revision)
-    extension, record, notes = _plan_rope(directory, base, asked, config.trust_remote_code)
+    extension, record, config_directory, notes = plan_rope(
+        directory, base, asked, base_is_given=config.base is not None, trust_remote_code=config.trust_remote_code
+    )
     adapter = read_adapter(directory, base, shards, config.trust_remote_code)
-    _check_base_weights(directory, name, base)
+    check_base_weights(directory, name, base)
     stored = _Stored(adapter, shards)
     if not changes_something(adapter, stored.read):
         raise CheckpointError(
             f"The adapter {directory} changes nothing: every LoRA B is zero and every saved tensor is the base's. "
             "It was never trained, or saved by ZeRO-3 without gathering its shards; gather them and save it again."
         )
-    notes += [*left_out(base), *left_out_note(_tokenizer_files(directory), directory)]
+    notes += [*left_out(base), *left_out_note(tokenizer_files(directory), directory)]
     stays_tied = adapter.is_tied and _stays_tied(adapter, stored)
     if adapter.is_tied and not stays_tied:
         notes.append("The adapter trained embedding and output matrix apart: both are written, no longer tied.")
+    if adapter.difference:
+        notes.append(
+            f"config.json of {name} says tie_word_embeddings, but its files hold another output matrix (largest "
+            f"difference {adapter.difference:.2g}): both are kept, as transformers 5 does, and the merged config.json "
+            "says false. Readers that go by the flag (transformers 4, vLLM) compute something else with that base."
+        )
     return Merge(
         config=config,
         adapter=adapter,
@@ -208,86 +199,9 @@ def read_merge(config: MergeConfig) -> Merge:
         shards=tuple(shards),
         dtypes=_dtypes(config.dtype, shards, adapter, stays_tied),
         stays_tied=stays_tied,
-        config_directory=directory if (directory / "config.json").is_file() else base,
+        config_directory=config_directory,
         notes=tuple(notes),
     )
-
-
-def find_base(config: MergeConfig, adapter: Path, settings: dict[str, Any]) -> tuple[str, str | None, Path]:
-    """Return (name, revision, directory) of the base: --base, else what run.json, then adapter_config.json name.
-
-    Raises:
-        CheckpointError: none of them is here; lists what was looked for.
-    """
-    if config.base is not None:
-        return config.base, config.revision, resolve_model(config.base, config.revision)
-    record = read_manifest(adapter).get("extension") or {}
-    if record.get("base_path") and Path(record["base_path"]).is_dir():
-        return record["base_model"], record.get("base_revision"), Path(record["base_path"])
-    named = [
-        (record.get("base_model"), record.get("base_revision")),
-        (settings.get("base_model_name_or_path"), settings.get("revision")),
-    ]
-    for name, revision in named:
-        if name and (name in BUNDLED_MODELS or Path(name).is_dir()):
-            return name, revision, resolve_model(name)
-    for name, revision in named:
-        if name and HUB_ID.match(name):
-            return name, revision, resolve_model(name, revision)
-    looked = " and ".join(f"'{name}'" for name in dict.fromkeys(name for name, _ in named if name)) or "no base"
-    raise CheckpointError(f"The adapter {adapter} names {looked}, which is not here. Give its base with --base MODEL.")
-
-
-def _check_base_weights(adapter: Path, name: str, base: Path) -> None:
-    """Raise CheckpointError where longext noted which weights the adapter was trained on, and these are others."""
-    trained_on = (read_manifest(adapter).get("extension") or {}).get("base_weights")
-    if trained_on is not None and not same_weights(base, trained_on):
-        raise CheckpointError(
-            f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes. Give "
-            "the model it was trained on with --base."
-        )
-
-
-def _plan_rope(
-    directory: Path, base: Path, asked: ExtendConfig, trust_remote_code: bool
-) -> tuple[ExtensionPlan, dict[str, Any], list[str]]:
-    """The RoPE to write, as a trained extension of the base: that of the adapter's config.json, else the base's.
-
-    longext's own record in the adapter's run.json says which method and which origin it had.
-    """
-    rope = read_model_rope(base, trust_remote_code)
-    record = read_manifest(directory).get("extension") or {}
-    notes: list[str] = []
-    if has_model_config(directory, base):
-        theirs = read_model_rope(directory, trust_remote_code)
-        spec = written_rope(directory, theirs)
-        if record and record["rope_parameters"] != theirs.parameters:
-            raise CheckpointError(
-                f"{directory}: config.json and run.json state different rope_parameters. Restore the config.json that "
-                "was saved with the adapter, or remove run.json to go by config.json alone."
-            )
-    else:
-        theirs, record = rope, {}
-        spec = written_rope(base, rope)
-        notes.append(
-            f"The adapter has no config.json: the RoPE is the base's ({spec.method}, {rope.max_position_embeddings:,} "
-            "tokens). If it was trained with another, extend the base first and give that with --base."
-        )
-    is_kept = theirs.parameters == rope.parameters
-    plan = ExtensionPlan(
-        config=dataclasses.replace(asked, method=spec.method),
-        source=base,
-        rope=rope,
-        origin=spec_from_json(record["origin"]) if "origin" in record else trained_rope(base, rope)[0],
-        spec=spec,
-        parameters=theirs.parameters,
-        old_length=rope.max_position_embeddings,
-        new_length=record.get("new_length", theirs.max_position_embeddings),
-        relation=record.get("relation", "keeps" if is_kept else "replaces"),
-        shards=(),
-        side_files=side_files(base),
-    )
-    return plan, {**provenance(plan), "trained": True}, notes
 
 
 @dataclass(frozen=True)
@@ -398,16 +312,12 @@ def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
-    own = [file for file in _tokenizer_files(merge.adapter.directory) if belongs_to(file, merge.adapter.directory)]
+    own = [file for file in tokenizer_files(merge.adapter.directory) if belongs_to(file, merge.adapter.directory)]
     for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))
     raise_length(staging / "tokenizer_config.json", "model_max_length", merge.extension.new_length)
     raise_length(staging / "generation_config.json", "max_length", merge.extension.new_length)
-
-
-def _tokenizer_files(adapter: Path) -> list[Path]:
-    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 def merged_config(merge: Merge) -> dict[str, Any]:
@@ -420,11 +330,8 @@ def merged_config(merge: Merge) -> dict[str, Any]:
             key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
             if section is config or key in section:
                 section[key] = merge.config.dtype
-    if merge.adapter.is_tied and not merge.stays_tied:
-        for section in sections:
-            if section is config or "tie_word_embeddings" in section:
-                section["tie_word_embeddings"] = False
-    return config
+    changes = (merge.adapter.is_tied and not merge.stays_tied) or merge.adapter.difference
+    return untied(config) if changes else config
 
 
 def _prove(merge: Merge, staging: Path) -> Proof:

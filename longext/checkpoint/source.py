@@ -28,12 +28,13 @@ _SAMPLES_PER_TENSOR, _SAMPLE = 8, 4096
 _BLOCK = 2**20
 
 
-def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def resolve_model(model: str, revision: str | None = None, *, weights: bool = True, pickles: bool = False) -> Path:
     """Return the local directory of `model`: a bundled name, a directory, or a Hub id (downloaded to its cache).
 
     Args:
         revision: branch, tag or commit of a Hub id.
         weights: False fetches only the small files of a Hub id.
+        pickles: True fetches the *.bin files of a Hub id, but for whole models'.
 
     Raises:
         CheckpointError: nothing of that name; says what was looked for.
@@ -51,14 +52,16 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
             f"No model at '{model}': not a directory, a Hub id (owner/name) or a bundled model. "
             f"{did_you_mean(model, BUNDLED_MODELS)}"
         )
-    return _download(model, revision, weights)
+    ignored = _HUB_IGNORED if weights else [*_HUB_IGNORED, "*.safetensors"]
+    if pickles:
+        ignored = ["pytorch_model*.bin", *(pattern for pattern in ignored if pattern != "*.bin")]
+    return _download(model, revision, ignored)
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Path:
+def _download(model: str, revision: str | None, ignored: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    ignored = _HUB_IGNORED if weights else [*_HUB_IGNORED, "*.safetensors"]
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
     except GatedRepoError as error:
@@ -106,10 +109,17 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return True for a directory that PEFT saved an adapter to, and no whole model."""
-    return (directory / "adapter_config.json").is_file() and not (
-        (directory / INDEX_NAME).is_file() or any(directory.glob("model*.safetensors"))
-    )
+    """Return True for a directory that holds an adapter; the weights of its base may lie there as well.
+
+    transformers, too, puts an adapter into the model beside it.
+    """
+    return (directory / "adapter_config.json").is_file()
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError for an adapter directory: what is asked for is a model."""
+    if is_adapter(directory):
+        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")
 
 
 @dataclass(frozen=True)
@@ -207,6 +217,7 @@ def read_shards(directory: Path) -> list[Shard]:
             truncated, a tensor that the index promises and no shard has, no tensor at all, one that two shards hold,
             or whole numbers as weights.
     """
+    refuse_adapter(directory)
     shards = _find_shards(directory)
     names = [name for shard in shards for name in shard.tensors]
     if not names:
@@ -243,8 +254,6 @@ def _find_shards(directory: Path) -> list[Shard]:
         raise CheckpointError(f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. Download it again.")
     if files:
         return [read_shard(files[0])]
-    if is_adapter(directory):
-        raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")
     legacy = sorted(file.name for pattern in _LEGACY for file in directory.glob(pattern))
     if legacy:
         raise CheckpointError(

@@ -5,6 +5,7 @@ Weights, RoPE and rounding are those of `longext merge`, so that both give the s
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ def plan_adapter(config: RuntimeConfig, method: str | None) -> Merge:
             f"--method {method} would change the RoPE that the adapter {config.model} was trained with: merge it first "
             "(longext merge), then extend that."
         )
-    return read_merge(MergeConfig(adapter=config.model, trust_remote_code=config.trust_remote_code))
+    merge = read_merge(MergeConfig(adapter=config.model, trust_remote_code=config.trust_remote_code))
+    for note in merge.notes:
+        warnings.warn(note, stacklevel=2)
+    return merge
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import Shard, read_config, read_shards
+from longext.checkpoint.tying import follow_weights
 from longext.errors import CheckpointError, ConfigError, LongextError
 from longext.models.checks import check_complete, check_finite, check_float_weights, check_sizes, check_stored
 
@@ -187,6 +188,7 @@ def load_causal_lm(
         )
     info["missing_keys"] = set(info["missing_keys"]) - set(filled_later)
     check_complete(model, info, directory, config)
+    follow_weights(model)
     if device is not None and device_map is None:
         model = model.to(device)
     _check_weights(model, directory, shards)

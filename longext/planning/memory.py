@@ -146,7 +146,7 @@ def _attention_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     if shape.family.fused:
         kernel += width * (query + kv)  # v is a view, which keeps all of q, k and v
     if shape.family.query_key_norm:
-        kernel += (query + kv) * (FULL + (width if setup.is_full else 0))
+        kernel += (query + kv) * (FULL + (width if setup.is_full or setup.trains_embeddings else 0))
     inner = 0 if setup.is_full else width * setup.lora_r * (2 if shape.family.fused else 4)
     return kernel + inner + width * _matrix_inputs(shape, setup)
 

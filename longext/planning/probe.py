@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.tying import is_tied
 from longext.errors import ConfigError
 from longext.models.load import build_model, load_config
 from longext.planning.flops import training_flops
@@ -25,6 +26,7 @@ from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape
 from longext.planning.tracker import MemoryTracker
+from longext.training.tuning import embedding_module, norm_modules
 
 DEPTHS = (2, 4)
 _GUESS = {"cpu": 5e10, "cuda": 2e14}  # FLOP/s, to choose a length that takes seconds; only the measurement is used
@@ -178,12 +180,12 @@ def _adapted(model: Any, setup: TrainingSetup) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model.enable_input_require_grads()
-    saved = _embedding_and_norms(model) if setup.trains_embeddings else None
+    saved = [embedding_module(model), *norm_modules(model)] if setup.trains_embeddings else None
     lora = LoraConfig(
         r=setup.lora_r,
         target_modules=_attention_matrices(model),
         modules_to_save=saved,
-        ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+        ensure_weight_tying=bool(saved) and is_tied(model),
     )
     adapted = get_peft_model(model, lora)
     for parameter in adapted.parameters():
@@ -197,17 +199,6 @@ def _attention_matrices(model: Any) -> list[str]:
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "att" in name
     ]
     return sorted({name.rsplit(".", 1)[-1] if "attn" in name else ".".join(name.split(".")[-2:]) for name in attention})
-
-
-def _embedding_and_norms(model: Any) -> list[str]:
-    hidden = model.config.hidden_size
-    embedding = model.get_input_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is embedding
-        or ("norm" in type(module).__name__.lower() and getattr(module, "weight", embedding.weight).shape == (hidden,))
-    ]
 
 
 def _wait(device: torch.device) -> None:

@@ -93,7 +93,7 @@ class TrainingSetup:
         """Return the number of trained parameters."""
         if self.is_full:
             return shape.num_parameters
-        extra = shape.head_weights + shape.stream_norm_weights if self.trains_embeddings else 0
+        extra = shape.head_weights + shape.norm_weights if self.trains_embeddings else 0
         return shape.lora_weights(self.lora_r) + extra
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.card import adapter_use
 from longext.checkpoint.source import HUB_ID
 from longext.config import FinetuneConfig
 from longext.manifest import command_line, versions
@@ -30,9 +31,7 @@ $tables
 
 ## Use it
 
-```
 $use
-```
 
 Training attention: $attention. The model is used with full attention, as every evaluation here was made.
 
@@ -72,7 +71,7 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
         full,
         tables,
         lambda: {"loss": training_curve(result.metrics, title=title)},
-        {"README.md": lambda: _card(config, directory, record, tables())},
+        {"README.md": lambda: _card(config, directory, record, tables(), adapter_use(result.extension))},
         state="finished",
         extension=result.extension,
         finetune=record,
@@ -80,7 +79,7 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
     return written, full
 
 
-def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table]) -> str:
+def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], tables: list[Table], use: str) -> str:
     is_adapter = (directory / "adapter_config.json").is_file()
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).exists()
     adapter = (
@@ -96,9 +95,7 @@ def _card(config: FinetuneConfig, directory: Path, record: dict[str, Any], table
         if is_adapter
         else "All weights were trained. A standard checkpoint; no code of longext is needed.",
         tables="\n".join(table.to_markdown() for table in tables),
-        use="longext merge DIR -o MERGED    # a standard checkpoint, proved equal"
-        if is_adapter
-        else "longext verify DIR",
+        use=use if is_adapter else "```\nlongext verify DIR\n```",
         attention=f"{record['attention']['training']} ({record['attention']['definition']})",
         command=command_line(),
         version=versions()["longext"],

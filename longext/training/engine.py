@@ -58,6 +58,7 @@ class Engine(Trainer):  # type: ignore[misc]
         sequence: the ranks that share each row.
         fingerprint: what decides the run's numbers; stored with each checkpoint.
         keep_checkpoints: how many to keep.
+        describe: called with the directory of a checkpoint whose weights are written: adds what says what they are.
         model, args, ...: as for Trainer.
     """
 
@@ -68,9 +69,11 @@ class Engine(Trainer):  # type: ignore[misc]
         sequence: SequenceGroup | None,
         fingerprint: dict[str, Any],
         keep_checkpoints: int,
+        describe: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=rows, **kwargs)
+        self.describe = describe
         self.rows = rows
         self.sequence = sequence
         self.fingerprint, self.keep_checkpoints = fingerprint, keep_checkpoints
@@ -114,6 +117,8 @@ class Engine(Trainer):  # type: ignore[misc]
                 file = checkpoint / random_state_name(rank, world)
                 if not file.is_file():  # written on another machine, to a disk that is not shared
                     file.write_bytes(state)
+            if self.describe:
+                self.describe(checkpoint)
             mark_complete(checkpoint, self.fingerprint, processes=world, sharded=is_sharded())
             keep_last(directory, self.keep_checkpoints)
 

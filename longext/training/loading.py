@@ -21,7 +21,7 @@ from longext.models.checks import check_tokens
 from longext.models.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.rope.methods import ROPE_METHODS
 from longext.training.processes import local_rank
-from longext.training.tuning import TUNINGS, quantisation
+from longext.training.tuning import TUNINGS, is_inside_attention, quantisation
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
 
 
 def narrow_hidden_states(model: Any) -> None:
-    """Under autocast, hand the embedding's output on in bfloat16.
+    """Under autocast, hand the output of the embedding and of norms inside attention on in bfloat16.
 
     A trained embedding is float32, autocast leaves residual sums alone, and so every stored hidden state would take
-    twice the memory that a bfloat16 model needs.
+    twice the memory that a bfloat16 model needs. Queries and keys behind a trained norm would keep flash-attn out.
     """
 
     def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -179,6 +179,9 @@ def narrow_hidden_states(model: Any) -> None:
         return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
     model.get_input_embeddings().register_forward_hook(hook)
+    for name, module in model.named_modules():
+        if "norm" in name.rsplit(".", 1)[-1] and is_inside_attention(name):
+            module.register_forward_hook(hook)
 
 
 def enable_checkpointing(model: Any, offload: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import time
@@ -19,7 +20,9 @@ import torch
 
 from longext.attention.sequence import check_heads, make_sequence_group
 from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.checkpoint.adapter_base import describe_adapter, write_base
 from longext.checkpoint.source import HUB_ID, read_shards
+from longext.checkpoint.tying import untied
 from longext.config import DataConfig, FinetuneConfig, PerplexityConfig, TrainingConfig
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
@@ -179,6 +182,7 @@ def finetune_checkpoint(
         sequence=make_sequence_group(config.sequence_parallel),
         fingerprint=beginning.fingerprint,
         keep_checkpoints=config.keep_checkpoints,
+        describe=functools.partial(describe_trained, run, state="checkpoint") if run.model is not run.base else None,
         callbacks=[metrics, signals, *_evaluation(run, metrics)],
     )
     metrics.log = engine.log
@@ -430,13 +434,27 @@ def save_trained(run: Run, engine: Engine) -> None:
         return
     for name in ("training_args.bin", "README.md"):
         (run.directory / name).unlink(missing_ok=True)
-    config = {**run.extension.config, "use_cache": True}
     if run.model is run.base:
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config = {**model_config(run), "dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
-    (run.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (run.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        describe_trained(run, run.directory, state="running")
+        write_base(run.directory, run.extension.source, model_config(run))
     run.tokenizer.save_pretrained(run.directory)
     _check_saved(run)
+
+
+def model_config(run: Run) -> dict[str, Any]:
+    """Return config.json of what was trained: the RoPE in both spellings, and whether its ends are tied, by fact."""
+    written = {**run.extension.config, "use_cache": True}
+    return written if run.base.config.get_text_config().tie_word_embeddings else untied(written)
+
+
+def describe_trained(run: Run, directory: Path, state: str) -> None:
+    """Write beside an adapter of this run the RoPE and the base that it belongs to."""
+    output = Path(run.config.output or run.directory)
+    describe_adapter(directory, output, "finetune", run.config, model_config(run), run.extension.record, state)
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

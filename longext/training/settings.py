@@ -28,6 +28,7 @@ _CHOICES = {
     "positions": ("plain", "pose"),
     "schedule": tuple(_SCHEDULES),
     "quantize": ("none", "nf4"),
+    "norms": ("all", "residual"),
     "save_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -39,6 +40,7 @@ _DECIDING = (
     "positions",
     "separate_documents",
     "tuning",
+    "norms",
     "lora_r",
     "lora_alpha",
     "lora_dropout",

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from longext.checkpoint.tying import is_tied
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError, MissingExtraError
+from longext.evaluation.head import decoder_of
 from longext.registry import Registry
 
 
@@ -56,18 +58,30 @@ def _is_attention_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and any(part in ("attention", "self_attention") for part in name.split("."))
 
 
-def norm_modules(model: Any) -> list[str]:
-    """Return the full names of the normalisation layers of the residual stream.
+def norm_modules(model: Any, which: str = "all") -> list[str]:
+    """Return the full names of the normalisation layers of the language model.
 
-    Norms inside attention heads (Qwen3's q_norm and k_norm, head_dim wide) are left alone: LongLoRA's set has none.
+    LongLoRA trains every parameter with "norm" in its name (its `fine-tune.py`), so the norms inside attention heads
+    belong to it (q_norm and k_norm of Qwen 3, Gemma 3, OLMo 2); `which="residual"` leaves those alone.
     """
     hidden = model.config.get_text_config().hidden_size
-    names = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.shape == (hidden,):
-            names.append(name)
+    language = {id(module) for module in decoder_of(model).modules()}
+    names = [name for name, module in model.named_modules() if id(module) in language and _is_norm(name, module)]
+    if which == "residual":
+        wide = (name for name in names if model.get_submodule(name).weight.shape == (hidden,))
+        names = [name for name in wide if not is_inside_attention(name)]
     return names
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_named = "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2].lower()
+    return is_named and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def is_inside_attention(name: str) -> bool:
+    """True for the full name of a module that lies in an attention module (one beside it may name attention too)."""
+    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
 
 
 def embedding_module(model: Any) -> str:
@@ -97,15 +111,14 @@ def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[
     targets = list(config.lora_targets or attention_projections(model))
     _check_targets(model, targets)
     saved = [embedding_module(model)] if tuning.embeddings else []
-    saved += norm_modules(model) if tuning.norms else []
-    tied = bool(tuning.embeddings and model.config.get_text_config().tie_word_embeddings)
+    saved += norm_modules(model, config.norms) if tuning.norms else []
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         modules_to_save=saved or None,
-        ensure_weight_tying=tied,
+        ensure_weight_tying=tuning.embeddings and is_tied(model),
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, lora)

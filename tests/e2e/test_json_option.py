@@ -39,7 +39,7 @@ COMMANDS = {
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
     "eval diff": ("a.json", "a.json"),
 }
-ELSEWHERE = {"merge", "report", "verify"}  # need an adapter, results, a second process: in tests of their own
+ELSEWHERE = {"merge", "convert", "report", "verify"}  # need an adapter, results, a second process: tests of their own
 
 
 def with_json():

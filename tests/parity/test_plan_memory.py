@@ -25,6 +25,7 @@ from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape, read_shape, shape_of
 from longext.planning.tracker import MemoryTracker
 from longext.training.loading import narrow_hidden_states
+from longext.training.tuning import norm_modules
 
 TOLERANCE = 0.10
 LENGTH = 512
@@ -49,6 +50,7 @@ FAMILIES = {
 CASES = [
     *itertools.product(["llama"], ["full", "lora", "longlora"], [False, True], [False, True]),
     *itertools.product(["qwen3", "gemma", "phi3"], ["lora", "full"], [False, True], [True]),
+    *itertools.product(["qwen3"], ["longlora"], [False, True], [False, True]),
     *itertools.product(["gpt_neox"], ["lora", "full"], [False], [False, True]),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -63,13 +65,8 @@ def build(config, targets, method: str, checkpointing: bool, mixed: bool):
     if method == "full":
         return model
     model.enable_input_require_grads()
-    wide = [
-        name
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and module.weight.shape == (config.hidden_size,)
-    ]
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    saved = [embedding, *wide] if method == "longlora" else None
+    saved = [embedding, *norm_modules(model)] if method == "longlora" else None
     lora = LoraConfig(r=8, target_modules=list(targets), modules_to_save=saved, ensure_weight_tying=False)
     model = get_peft_model(model, lora)
     for parameter in model.parameters():
