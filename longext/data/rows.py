@@ -26,7 +26,7 @@ from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
 
 TASKS = ("pretrain", "sft")
-_VERSION = 1  # raise it whenever the same data gives other tokens, so that old caches are not taken for new ones
+_VERSION = 2  # raise it whenever the same data gives other tokens, so that old caches are not taken for new ones
 
 
 def open_rows(

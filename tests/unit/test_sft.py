@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.config import DataConfig, FinetuneConfig
+from longext.data.conversations import Turn, read_conversation
 from longext.data.documents import Row, iterate_rows
+from longext.data.prompts import resolve_prompt
 from longext.data.rows import open_rows
-from longext.data.sft import ExampleEncoder, Turn, padding_token, read_turns, resolve_prompt, shorten
+from longext.data.sft import ExampleEncoder, padding_token, shorten
 from longext.errors import ConfigError, DataError
 
 LONGALPACA = SHARED / "sft/longalpaca_schema_sample.json"
@@ -80,7 +82,7 @@ def write(path, *values):
 
 def test_the_three_kinds_of_rows_are_told_apart():
     turns = [Turn(role="user", content="Q"), Turn(role="assistant", content="A")]
-    read = lambda value: read_turns(Row("r", "f, line 1", value))  # noqa: E731
+    read = lambda value: list(read_conversation(Row("r", "f, line 1", value)).turns)  # noqa: E731
     assert read({"instruction": "Q", "output": "A", "file": "x"}) == turns
     assert read({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}) == turns
     assert read({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}) == turns
@@ -94,15 +96,15 @@ def test_the_three_kinds_of_rows_are_told_apart():
         ({"text": "a", "id": 1}, r"f, line 1: no supervised example \(found: id, text\)"),
         (["a"], r"f, line 1: no supervised example \(found: list\)"),
         ({"instruction": "Q"}, r"found: instruction\)"),
-        ({"instruction": "Q", "output": 3}, "f, line 1: 'output' must be text, found int"),
+        ({"instruction": "Q", "output": ["A"]}, "f, line 1: 'output' must be text, found list"),
         ({"messages": [{"role": "asistant", "content": "A"}]}, "unknown role 'asistant'. Did you mean 'assistant'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' must be text, found list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' has a part of type 'image'"),
         ({"messages": ["Q"]}, "a message must hold role and content, found str"),
     ],
 )
 def test_a_row_of_no_kind_names_its_place(value, message):
     with pytest.raises(DataError, match=message):
-        read_turns(Row("r", "f, line 1", value))
+        read_conversation(Row("r", "f, line 1", value))
 
 
 def test_errors_name_file_and_line(tmp_path, tokenizer):
@@ -192,15 +194,22 @@ def test_a_token_that_joins_prompt_and_answer_is_trained_on(tokenizer, template,
 def test_a_template_that_trims_and_ends_turns_with_a_newline(tokenizer, trim):
     tokenizer.chat_template = TRIMMING
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim)
-    (example,), _ = encode(tokenizer, chat(" Who? ", " Me. ", "Who?", "Who? You."))
-    assert tokenizer.decode(example.input_ids) == "<s>User: Who?\nAssistant: Me.\nUser: Who?\nAssistant: Who? You.\n"
-    assert [answer.lstrip() for answer in answers(tokenizer, example)] == ["Me.\n", "Who? You.\n"]
+    examples, report = encode(tokenizer, chat(" Who? ", " Me. ", "Who?", "Who? You."))
+    texts = [tokenizer.decode(example.input_ids) for example in examples]  # each ends with the EOS that it lacks
+    assert texts[0] == "<s>User: Who?\nAssistant: Me.\n</s>"
+    assert texts[1] == "<s>User: Who?\nAssistant: Me.\nUser: Who?\nAssistant: Who? You.\n</s>"
+    trained = [answer.lstrip() for example in examples for answer in answers(tokenizer, example)]
+    assert trained == ["Me.\n</s>", "Who? You.\n</s>"] and report.num_split == 1
 
 
-def test_templates_that_cannot_be_masked_say_so(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(tokenizer):
     tokenizer.chat_template = REWRITING
-    with pytest.raises(DataError, match="test, line 1: the chat template .* rewrites earlier turns"):
-        encode(tokenizer, chat("a", "b", "c", "d"))
+    examples, report = encode(tokenizer, chat("a", "b", "c", "d"))
+    assert [tokenizer.decode(example.input_ids) for example in examples] == ["<s>A</s>b</s>", "<s>A</s>B</s>C</s>d</s>"]
+    assert [answers(tokenizer, example) for example in examples] == [["b</s>"], ["d</s>"]] and report.num_split == 1
+
+
+def test_templates_that_refuse_say_so(tokenizer):
     tokenizer.chat_template = REFUSING
     with pytest.raises(DataError, match="test, line 1: the chat template .* refuses .*roles must alternate"):
         encode(tokenizer, chat("a", "b"))
