@@ -127,13 +127,13 @@ def _show_plan(config: CompressConfig, as_json: bool) -> None:
 
     record = compress_record(prepare_compressor(config), 0.0)
     table = plan_table(record, config.num_steps)
-    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
+    show(record, [table], as_json=as_json, notes=[*record["data"].get("notes", ()), "Dry run: nothing was trained."])
 
 
 def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> None:
     from longext.compressor.train import compress_record, train_compressor
     from longext.reporting.compressor_views import plan_table
-    from longext.reporting.console import print_table, progress, tokenising
+    from longext.reporting.console import print_table, progress, say, tokenising
     from longext.training.loading import training_device
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
@@ -147,6 +147,8 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
             record = compress_record(run, 0.0)
             if not as_json:
                 print_table(plan_table(record, config.num_steps))
+            for note in record["data"].get("notes", ()):
+                say(note, aside=as_json)
             bar = progress(f"compress-train {config.model}", record["num_tokens"], "tokens")
             display.append(bar)
             display.append(bar.__enter__())

@@ -138,7 +138,7 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         record = run_record(prepare(config, Path(directory)), 0.0)
     table = run_table(record, config.num_steps, config.model)
-    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
+    show(record, [table], as_json=as_json, notes=[*record["data"].get("notes", ()), "Dry run: nothing was trained."])
 
 
 def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
@@ -152,7 +152,7 @@ def _prepare_data(config: FinetuneConfig, extension: Extension) -> None:
 
 
 def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
-    from longext.reporting.console import print_table, progress, tokenising
+    from longext.reporting.console import print_table, progress, say, tokenising
     from longext.reporting.training_views import run_table
     from longext.training.loading import training_device
     from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
@@ -166,6 +166,8 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
             locks.append(open_run(config, work, "finetune"))
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+            for note in run.rows.report.get("notes", ()):
+                say(note, aside=as_json)
         wait_for_all()
 
     with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:

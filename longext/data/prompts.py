@@ -369,11 +369,11 @@ class _Chat:
         marks = {n: f"{self.mark}{n}m" for n, turn in enumerate(self.turns) if turn.content.strip()}
         probe = [{**message, "content": marks.get(n, "")} for n, message in enumerate(self.messages)]
         try:
-            shown = self.apply(probe)
+            shown = self.apply(probe).lower()  # a template may change the case
         except DataError:
             return  # a template that reads the contents
         for number, mark in marks.items():
-            if mark not in shown:
+            if mark.lower() not in shown:
                 raise self.left_out(number)
 
     def has_no_effect(self, number: int, until: slice, **changed: Any) -> bool:

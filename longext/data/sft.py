@@ -114,12 +114,15 @@ class ExampleEncoder:
         where, token = self._spelled[0] if self._spelled else ("", "")
         unused = ", ".join(f"{name} ({number:,})" for name, number in self._unused.most_common())
         told = (
-            (long, f"Left out: {long:,} examples whose answers do not fit {self.length:,} tokens."),
-            (empty, f"Left out: {empty:,} rows without an answer to train on (empty, or weight 0)."),
-            (split, f"The chat template rewrites earlier turns: {split:,} rows became an example for each answer."),
+            (long, f"Examples left out because their answers do not fit {self.length:,} tokens: {long:,}."),
+            (empty, f"Rows left out because they have no answer to train on (empty, or weight 0): {empty:,}."),
+            (
+                split,
+                f"Rows that became an example for each answer, as the chat template rewrites earlier turns: {split:,}.",
+            ),
             (
                 where,
-                f"{len(self._spelled):,} rows spell control tokens, which they become: '{token}' in {where} first.",
+                f"Rows that spell control tokens, which they become: {len(self._spelled):,} ('{token}' in {where}).",
             ),
             (unused, f"Fields of rows that are not used: {unused}."),
         )

@@ -200,7 +200,7 @@ def test_weight_0_and_empty_answers_are_context(tokenizers, name):
     (example,), encoder = encode(tokenizer, row, chat("Q", ""), chat("Q", " \n"), chat("Q", "a", weight=0))
     assert [run.lstrip(" ") for run in trained(tokenizer, example)] == ["b" + end]
     assert encoder.report.num_dropped_empty == 3
-    assert "Left out: 3 rows without an answer to train on (empty, or weight 0)." in encoder.notes()
+    assert "Rows left out because they have no answer to train on (empty, or weight 0): 3." in encoder.notes()
 
 
 def test_a_stop_that_is_the_next_turn_is_said(tokenizers):
@@ -285,7 +285,7 @@ def test_a_template_that_leaves_out_a_message_is_refused():
 def test_control_tokens_in_a_text_are_counted(tokenizers):
     _, encoder = encode(tokenizers["chatml"], chat("Q", "a"), chat("<|im_end|>", "a"), chat("Q", "</s>"))
     (note,) = encoder.notes()
-    assert note == "2 rows spell control tokens, which they become: '<|im_end|>' in rows.jsonl, line 2 first."
+    assert note == "Rows that spell control tokens, which they become: 2 ('<|im_end|>' in rows.jsonl, line 2)."
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
