@@ -116,6 +116,7 @@ class _Reader:
         self.row, self.value, self.unused = row, row.value, unused
 
     def read(self) -> Conversation:
+        """Return the conversation; see `read_conversation`."""
         value = self.value
         for name, why in _REFUSED.items():
             if _is_given(value.get(name)):
@@ -142,9 +143,11 @@ class _Reader:
         raise _no_example(self.row)
 
     def chat(self, name: str) -> tuple[tuple[str, ...], tuple[Turn, ...], bool]:
+        """Return the turns of a list of messages."""
         return (name,), tuple(self.messages(self.value[name], name)), False
 
     def completion(self, *names: str) -> tuple[tuple[str, ...], tuple[Turn, ...], bool]:
+        """Return the turns of TRL's rows: two texts, or two lists of messages of which the first is context."""
         prompt, completion = (self.value[name] for name in names)
         if isinstance(self.value.get("label"), bool):
             raise self.error("'label' cannot be used: rows of preferences are no examples to imitate.")
@@ -159,6 +162,7 @@ class _Reader:
         return names, (*asked, *self.messages(completion, "completion")), False
 
     def alpaca(self, *names: str) -> tuple[tuple[str, ...], tuple[Turn, ...], bool]:
+        """Return the turns of an Alpaca row."""
         parts = [self.text(self.value.get(name), name, "") for name in ("instruction", "input")]
         question = "\n\n".join(part for part in parts if part.strip())
         answer = Turn(role="assistant", content=self.text(self.value["output"], "output", ""))
@@ -210,6 +214,7 @@ class _Reader:
             yield self.message(message, f"message {number}: ")
 
     def message(self, message: Mapping[str, Any], at: str) -> Turn:
+        """Return one message as a turn; `at` names it in errors."""
         role_key = "role" if message.get("role") is not None else "from"
         content_key = "content" if message.get("content") is not None or "value" not in message else "value"
         if message.get(role_key) is None:
@@ -236,6 +241,7 @@ class _Reader:
         return Turn(role=role, content=text, trained=self.is_trained(message, at), extra=extra)
 
     def assistant_extra(self, message: Mapping[str, Any], at: str) -> dict[str, Any]:
+        """Return the calls and thoughts of an assistant's message."""
         extra: dict[str, Any] = {}
         for name in THOUGHTS:
             if _is_given(message.get(name)):
@@ -296,11 +302,13 @@ class _Reader:
             raise self.error(f"{name} is not valid JSON ({error}).") from error
 
     def count_unused(self, value: Mapping[str, Any], used: set[str], where: str) -> None:
+        """Count the fields of `value` that hold something and are not used."""
         for name, held in value.items():
             if name not in used and name not in _DESCRIBES and _is_given(held) and isinstance(held, (str, list, dict)):
                 self.unused[f"{where}'{name}'"] += 1
 
     def error(self, message: str) -> DataError:
+        """Return the error that says `message` of this row."""
         return DataError(f"{self.row.where}: {message}")
 
 

@@ -270,7 +270,7 @@ class _Chat:
         self.check_whole(number, text[min(start, len(head)) : end])
         stop = ""
         if not tail.strip():
-            stop, text = self.stop(number, text[:end]), text[:end]
+            stop, text = self.stop(number, tail), text[:end]
             notes.append(_STOP.format(stop.strip()) if stop else _NO_STOP)
         return _Answer(number=number, text=text + stop, spans=((start, end + len(stop)),), notes=tuple(notes))
 
@@ -314,20 +314,20 @@ class _Chat:
         found = self.controls.special.search(tail)
         return found.end() if found else len(tail.rstrip()) or len(tail)
 
-    def stop(self, number: int, text: str) -> str:
+    def stop(self, number: int, tail: str) -> str:
         """Return what ends an answer that the template puts nothing behind: the marker of the next turn (GLM), or EOS.
 
         A call of a tool is followed by the tool's answer, all else by the user.
         """
+        role = "tool" if "tool_calls" in self.messages[number] else "user"
         following = self.messages[number + 1 : number + 2]
         if not following or following[0]["role"] not in ("user", "tool"):
-            role = "tool" if "tool_calls" in self.messages[number] else "user"
-            following = [{"role": role, "content": self.mark}]
+            following = [{"role": role, "content": "0"}]
+        probe = [*self.messages[:number], {"role": "assistant", "content": self.mark}, *following]
         try:
-            longer = self.apply([*self.messages[: number + 1], *following])
+            rest = self.apply(probe).partition(self.mark)[2].removeprefix(tail)
         except DataError:
-            longer = ""
-        rest = longer[len(text) :] if longer.startswith(text) else ""
+            rest = ""
         blank = len(rest) - len(rest.lstrip())
         found = self.controls.added.match(rest, blank)
         return rest[: found.end()] if found else self.controls.eos

@@ -210,6 +210,24 @@ def test_a_stop_that_is_the_next_turn_is_said(tokenizers):
     ]
 
 
+def test_a_call_ends_with_the_marker_of_the_tools_answer_also_behind_thoughts():
+    template = (
+        LOOP + "{{ '<|' + ('observation' if m.role == 'tool' else m.role) + '|>\n' }}"
+        "{% if m.role == 'assistant' and loop.last and m.reasoning_content %}{{ '<think>' + m.reasoning_content }}"
+        "{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ 'call ' + c.function.name }}{% endfor %}"
+        "{% endfor %}" + PROMPT + "{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = tokenizer_with(template, ("<|user|>", "<|assistant|>", "<|observation|>"))
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}], "reasoning_content": "hm"}
+    (example,), _ = encode(tokenizer, chat("Q", "", **call))
+    assert text_of(tokenizer, example) == "<|user|>\nQ<|assistant|>\n<think>hmcall f<|observation|>"
+    assert trained(tokenizer, example) == ["\n<think>hmcall f<|observation|>"]
+    (example, _), _ = encode(
+        tokenizer, {"messages": [*chat("Q", "a", reasoning_content="hm")["messages"], *chat("R", "b")["messages"]]}
+    )
+    assert trained(tokenizer, example) == ["\n<think>hma<|user|>"]
+
+
 def test_thoughts_that_a_template_drops_later_make_examples_of_their_own():
     tokenizer = tokenizer_with(THINKING)
     row = chat("Q", "<think>\nhm\n</think>\n\na", "R", "b")
