@@ -132,7 +132,7 @@ def _show_plan(config: CompressConfig, as_json: bool) -> None:
 
     record = compress_record(prepare_compressor(config), 0.0)
     table = plan_table(record, config.num_steps)
-    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
+    show(record, [table], as_json=as_json, notes=[*record["data"].get("notes", ()), "Dry run: nothing was trained."])
 
 
 def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> None:
@@ -154,6 +154,8 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
             record = compress_record(run, 0.0)
             if not as_json:
                 print_table(plan_table(record, config.num_steps))
+            for note in record["data"].get("notes", ()):
+                say(note, aside=as_json)
             bar = progress(f"compress-train {config.model}", record["num_tokens"], "tokens")
             display.append(bar)
             display.append(bar.__enter__())

@@ -142,7 +142,7 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         record = run_record(prepare(config, Path(directory)), 0.0)
     table = run_table(record, config.num_steps, config.model)
-    show(record, [table], as_json=as_json, notes=["Dry run: nothing was trained."])
+    show(record, [table], as_json=as_json, notes=[*record["data"].get("notes", ()), "Dry run: nothing was trained."])
 
 
 def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged: Path | None) -> None:
@@ -175,6 +175,8 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
                 say(note, aside=True)
             if not as_json:
                 print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
+            for note in run.rows.report.get("notes", ()):
+                say(note, aside=as_json)
         wait_for_all()
 
     with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.config import DataConfig, FinetuneConfig
+from longext.data.conversations import Turn, read_conversation
 from longext.data.documents import Row, iterate_rows
+from longext.data.prompts import resolve_prompt
 from longext.data.rows import open_rows
-from longext.data.sft import ExampleEncoder, Turn, padding_token, read_turns, resolve_prompt, shorten
+from longext.data.sft import ExampleEncoder, padding_token, shorten
 from longext.errors import ConfigError, DataError
 
 LONGALPACA = SHARED / "sft/longalpaca_schema_sample.json"
@@ -80,12 +82,100 @@ def write(path, *values):
 
 def test_the_three_kinds_of_rows_are_told_apart():
     turns = [Turn(role="user", content="Q"), Turn(role="assistant", content="A")]
-    read = lambda value: read_turns(Row("r", "f, line 1", value))  # noqa: E731
+    read = lambda value: list(read_conversation(Row("r", "f, line 1", value)).turns)  # noqa: E731
     assert read({"instruction": "Q", "output": "A", "file": "x"}) == turns
     assert read({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}) == turns
     assert read({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}) == turns
     assert read({"conversations": [{"role": "user", "content": "Q"}, {"role": "model", "content": "A"}]}) == turns
     assert read({"instruction": "Do", "input": "this", "output": "A", "messages": None})[0].content == "Do\n\nthis"
+
+
+def turns_of(value, unused=None):
+    return [(turn.role, turn.content) for turn in read_conversation(Row("r", "f, line 1", value), unused).turns]
+
+
+def test_every_field_of_a_row_that_has_a_meaning_is_used():
+    asked = [("user", "Q"), ("assistant", "A")]
+    alpaca = {"instruction": "Q", "input": "", "output": "A"}
+    for name in ("system", "system_prompt"):
+        assert turns_of({**alpaca, name: "S"}) == [("system", "S"), *asked]
+        assert turns_of({"conversations": [{"from": "human", "value": "Q"}], name: "S"}) == [("system", "S"), asked[0]]
+    earlier = [("user", "B"), ("assistant", "C")]
+    assert turns_of({**alpaca, "history": [["B", "C"]], "system": "S"}) == [("system", "S"), *earlier, *asked]
+    assert turns_of({**alpaca, "history": [], "system": None, "tools": "[]"}) == asked
+    same = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "system": "S"}
+    assert turns_of(same) == [("system", "S"), ("user", "Q")]
+    assert turns_of({"messages": [{"role": "developer", "content": ["a", {"type": "text", "text": "b"}]}]}) == [
+        ("system", "ab")
+    ]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (2.5, "2.5"), (True, "true"), (False, "false"), (None, "")])
+def test_a_number_is_an_answer_and_null_is_none(value, text):
+    assert turns_of({"instruction": "Q", "output": value})[-1] == ("assistant", text)
+    assert turns_of({"messages": [{"role": "assistant", "content": value}]}) == [("assistant", text)]
+
+
+def test_prompt_and_completion_are_text_as_it_stands(tokenizer):
+    tokenizer.chat_template = CHATML
+    row = {"prompt": "The sky is", "completion": " blue."}
+    (example,), _ = encode(tokenizer, row)
+    assert tokenizer.decode(example.input_ids) == "<s>The sky is blue.</s>"
+    assert answers(tokenizer, example) == [" blue.</s>"]
+    (example,), _ = encode(tokenizer, row, prompt="chat")
+    assert tokenizer.decode(example.input_ids).startswith("<s><|user|>\nThe sky is<|end|>")
+    row = {"prompt": chat("a", "b", "c")["messages"], "completion": [{"role": "assistant", "content": "d"}]}
+    (example,), _ = encode(tokenizer, row, prompt="plain")
+    assert answers(tokenizer, example) == ["d</s>"]
+
+
+@pytest.mark.parametrize("switch", [{"weight": 0}, {"train": False}, {"masked": True}, {"loss": 0.0}])
+def test_switches_of_a_message_are_heeded(tokenizer, switch):
+    value = chat("Q", "A", "R", "B")
+    value["messages"][1].update(switch)
+    value["messages"][3]["weight"] = 1
+    for prompt in ("plain", "llama2"):
+        (example,), _ = encode(tokenizer, value, prompt=prompt)
+        assert [answer.strip() for answer in answers(tokenizer, example)] == [
+            "B</s>" if prompt == "plain" else "B </s>"
+        ]
+
+
+def test_unknown_fields_are_counted_and_descriptions_are_not(tokenizer):
+    values = [{**chat("Q", "A"), "title": "T", "id": "x", "num_turns": 2, "source": "s", "empty": ""} for _ in range(2)]
+    values[0]["messages"][0]["name"] = "Ann"
+    encoder = ExampleEncoder(tokenizer, 512, config())
+    list(encoder.encode([Row("r", "f", value) for value in values]))
+    assert encoder.notes() == ["Fields of rows that are not used: 'title' (2), of a message: 'name' (1)."]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "f, line 1: 'chosen' cannot be used: rows of preferences"),
+        ({"prompt": "Q", "completion": "A", "label": True}, "'label' cannot be used"),
+        ({**chat("Q", "A"), "images": ["a.png"]}, "'images' cannot be used: only text"),
+        ({**chat("Q", "A"), "weight": 0.5}, "'weight' of a whole row"),
+        ({"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}, "message 1: 'weight' can be 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "A", "function_call": {"name": "f"}}]}, "'function_call'"),
+        ({"messages": [{"role": "user"}]}, "message 1: 'content' must be text, found nothing"),
+        ({"messages": [{"content": "Q"}]}, "message 1: no role"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "message 1: 'value' is not valid JSON"),
+        ({"instruction": "Q", "output": "A", "history": ["B"]}, "'history' must be a list of pairs"),
+        ({"instruction": "Q", "output": "A", "tools": "[1]"}, "'tools' must be a list of functions"),
+        ({"instruction": "Q", "output": float("nan")}, "'output' must be text, found float"),
+        ({**chat("Q", "A"), "system": "S", "system_prompt": "T"}, "'system' and another system message"),
+    ],
+)
+def test_what_changes_the_meaning_of_a_row_is_refused_by_name(value, message):
+    with pytest.raises(DataError, match=message):
+        turns_of(value)
+
+
+@pytest.mark.parametrize("prompt", ["plain", "llama2"])
+def test_tools_take_a_chat_template(tokenizer, prompt):
+    with pytest.raises(DataError, match=f"test, line 1: the {prompt} prompt cannot write 'tools'"):
+        encode(tokenizer, {**chat("Q", "A"), "tools": [{"name": "f"}]}, prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +184,15 @@ def test_the_three_kinds_of_rows_are_told_apart():
         ({"text": "a", "id": 1}, r"f, line 1: no supervised example \(found: id, text\)"),
         (["a"], r"f, line 1: no supervised example \(found: list\)"),
         ({"instruction": "Q"}, r"found: instruction\)"),
-        ({"instruction": "Q", "output": 3}, "f, line 1: 'output' must be text, found int"),
+        ({"instruction": "Q", "output": ["A"]}, "f, line 1: 'output' must be text, found list"),
         ({"messages": [{"role": "asistant", "content": "A"}]}, "unknown role 'asistant'. Did you mean 'assistant'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' must be text, found list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' has a part of type 'image'"),
         ({"messages": ["Q"]}, "a message must hold role and content, found str"),
     ],
 )
 def test_a_row_of_no_kind_names_its_place(value, message):
     with pytest.raises(DataError, match=message):
-        read_turns(Row("r", "f, line 1", value))
+        read_conversation(Row("r", "f, line 1", value))
 
 
 def test_errors_name_file_and_line(tmp_path, tokenizer):
@@ -192,15 +282,22 @@ def test_a_token_that_joins_prompt_and_answer_is_trained_on(tokenizer, template,
 def test_a_template_that_trims_and_ends_turns_with_a_newline(tokenizer, trim):
     tokenizer.chat_template = TRIMMING
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim)
-    (example,), _ = encode(tokenizer, chat(" Who? ", " Me. ", "Who?", "Who? You."))
-    assert tokenizer.decode(example.input_ids) == "<s>User: Who?\nAssistant: Me.\nUser: Who?\nAssistant: Who? You.\n"
-    assert [answer.lstrip() for answer in answers(tokenizer, example)] == ["Me.\n", "Who? You.\n"]
+    examples, report = encode(tokenizer, chat(" Who? ", " Me. ", "Who?", "Who? You."))
+    texts = [tokenizer.decode(example.input_ids) for example in examples]  # each ends with the EOS that it lacks
+    assert texts[0] == "<s>User: Who?\nAssistant: Me.\n</s>"
+    assert texts[1] == "<s>User: Who?\nAssistant: Me.\nUser: Who?\nAssistant: Who? You.\n</s>"
+    trained = [answer.lstrip() for example in examples for answer in answers(tokenizer, example)]
+    assert trained == ["Me.\n</s>", "Who? You.\n</s>"] and report.num_split == 1
 
 
-def test_templates_that_cannot_be_masked_say_so(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(tokenizer):
     tokenizer.chat_template = REWRITING
-    with pytest.raises(DataError, match="test, line 1: the chat template .* rewrites earlier turns"):
-        encode(tokenizer, chat("a", "b", "c", "d"))
+    examples, report = encode(tokenizer, chat("a", "b", "c", "d"))
+    assert [tokenizer.decode(example.input_ids) for example in examples] == ["<s>A</s>b</s>", "<s>A</s>B</s>C</s>d</s>"]
+    assert [answers(tokenizer, example) for example in examples] == [["b</s>"], ["d</s>"]] and report.num_split == 1
+
+
+def test_templates_that_refuse_say_so(tokenizer):
     tokenizer.chat_template = REFUSING
     with pytest.raises(DataError, match="test, line 1: the chat template .* refuses .*roles must alternate"):
         encode(tokenizer, chat("a", "b"))
