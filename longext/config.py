@@ -78,6 +78,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How questions are put to a model, and what of its answers is read."""
+
+    chat_template: bool | None = None
+    template_arg: tuple[str, ...] = ()
+    strip_thinking: bool | None = None
+    neutralise_control_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(RuntimeConfig, DataConfig):
     """`longext eval ppl`: perplexity by length under a named protocol."""
 
@@ -115,7 +125,7 @@ class PasskeyConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongBenchConfig(RuntimeConfig):
+class LongBenchConfig(RuntimeConfig, ChatConfig):
     """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol, or lm-eval's."""
 
     tasks: tuple[str, ...] = ()
@@ -124,7 +134,6 @@ class LongBenchConfig(RuntimeConfig):
     data: str = "hub"
     max_length: int | None = None
     limit: int | None = None
-    chat_template: bool | None = None
     code_similarity: str = "difflib"
     predictions: str | None = None
     fail_under: tuple[str, ...] = ()

@@ -45,6 +45,26 @@ ChatTemplate = Annotated[
         show_default=False,
     ),
 ]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg", help="key=value for the chat template, e.g. enable_thinking=false; may be repeated."
+    ),
+]
+StripThinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--strip-thinking/--no-strip-thinking",
+        help="Take a leading thought off answers (default: if the tokenizer knows marks of thoughts).",
+        show_default=False,
+    ),
+]
+NeutraliseControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--neutralise-control-tokens", help="Write control tokens that a text spells with a space, so as text."
+    ),
+]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="Read at most this many documents.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Cut each document to this many tokens.")]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")]

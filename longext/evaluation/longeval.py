@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from longext.data.json_lines import numbered_lines
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
-from longext.evaluation.chat import chat_tokens, uses_template
+from longext.evaluation.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.evaluation.perplexity import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
@@ -163,12 +163,12 @@ def evaluate_longeval(
         path: where answers are kept, for a run that is cut off.
         on_progress: called with the number of cases just answered.
     """
-    started = time.perf_counter()
+    started, is_chat = time.perf_counter(), uses_chat(model, config)
     prompts: dict[str, list[int]] = {}
     budgets: dict[str, int] = {}
     for name, case in zip(case_ids(cases), cases, strict=True):
-        text = prompt_text(case, config.complete)
-        prompts[name] = chat_tokens(model, text) if uses_chat(model, config) else model.encode(text)
+        text = user_text(model, prompt_text(case, config.complete))
+        prompts[name] = chat_tokens(model, text) if is_chat else model.encode(text)
         budgets[name] = _COMPLETION_TOKENS if config.complete else NEW_TOKENS[case.task]
     answers = answers_to(
         model,
@@ -178,6 +178,7 @@ def evaluate_longeval(
         path=path,
         on_progress=on_progress,
         batch_tokens=config.batch_tokens,
+        is_chat=is_chat,
     )
     outcomes = [
         Outcome(
@@ -205,9 +206,11 @@ def longeval_record(
     config: LongEvalConfig,
     outcomes: Sequence[Outcome],
     cases: Sequence[LongEvalCase] = (),
+    answers: Collection[Prediction] = (),
     **body: Any,
 ) -> dict[str, Any]:
     """Return the JSON record of a LongEval run, or (no model) of published answers that were scored."""
+    is_chat = model is not None and uses_chat(model, config)
     return result_record(
         "longeval",
         model.describe() if model else {"id": config.model or None, "answers_from": config.predictions},
@@ -217,8 +220,9 @@ def longeval_record(
             "reference": "LongChat and LongEval, lmsys.org/blog/2023-06-29-longchat",
             "scoring": "lines: the last integer of the answer is the number (as LMSYS); topics: the first topic stands "
             "in the answer, case ignored (LMSYS: judged by GPT-3.5)",
-            "chat_template": None if model is None else uses_chat(model, config),
+            "chat_template": None if model is None else is_chat,
             "seed": None if config.data or config.predictions else config.seed,
+            **(asked_facts(model, is_chat, (own.prompt_sha256 for own in answers)) if model else {}),
         },
         {
             "data": config.predictions or config.data or "generated",

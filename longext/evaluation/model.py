@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
 from longext.evaluation.protocol import TokenScores
+from longext.models.turns import Asking, ending_tokens, prefix_of
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
@@ -39,6 +40,9 @@ class HFLanguageModel:
         config: config.json as a dict; `set_rope` swaps it.
         directory: where it (of an adapter: its tokenizer) was loaded from.
         adapter: what a result says of the adapter that was merged into it; None for a model as it is.
+
+    Attributes:
+        asking: how questions are put to it: template variables, thoughts, control tokens.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class HFLanguageModel:
         self.config = config
         self.directory = directory
         self.adapter = adapter
+        self.asking = Asking()
         self._head_is_plain: bool | None = None
 
     @property
@@ -72,16 +77,19 @@ class HFLanguageModel:
     # --- tokens -------------------------------------------------------------------------------------------------
 
     @property
-    def bos(self) -> tuple[int, ...]:
-        """The tokens the tokenizer puts before a text: one BOS or nothing."""
-        probe = self.tokenizer("a", add_special_tokens=True).input_ids
-        token = self.tokenizer.bos_token_id
-        return (token,) if token is not None and probe[:1] == [token] else ()
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens the tokenizer puts before a text: mostly a BOS or nothing."""
+        return prefix_of(self.tokenizer)
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer: the model's, the tokenizer's EOS, the chat template's end of a turn."""
+        return ending_tokens(self.model, self.tokenizer, self.asking.template_arguments)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return token ids; BOS in front where the tokenizer adds one itself and `add_bos`."""
+        """Return token ids; with `add_bos` the tokenizer's own prefix in front, whatever tokens it is."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return [*self.bos, *ids] if add_bos else ids
+        return [*self.prefix, *ids] if add_bos else ids
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -119,7 +127,7 @@ class HFLanguageModel:
         change of length would keep their old rotation, and the result would equal no single forward pass.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
-        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model):
+        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model, self.ending_tokens):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -206,6 +214,8 @@ class HFLanguageModel:
             "device": _device_name(self.device),
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "prefix": list(self.prefix),
+            "ending_tokens": sorted(self.ending_tokens),
             **({"adapter": self.adapter} if self.adapter else {}),
         }
 
@@ -240,8 +250,8 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
 
 
 @contextlib.contextmanager
-def plain_generation(model: Any) -> Iterator[None]:
-    """Leave nothing of a model's generation settings but the tokens that end a text; undone on leaving.
+def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+    """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
 
     What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
     would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
@@ -250,7 +260,7 @@ def plain_generation(model: Any) -> Iterator[None]:
 
     own = model.generation_config
     try:
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
         model.generation_config = own

@@ -106,7 +106,7 @@ def cut_windows(
     Raises:
         DataError: no document fills the longest window.
     """
-    bos, longest = model.bos, max(lengths)
+    bos, longest = model.prefix, max(lengths)
     texts = [tuple(model.encode(document.text, add_bos=False)[: config.max_tokens]) for document in documents]
     room = longest - len(bos)
     kept = [(document.id, text) for document, text in zip(documents, texts, strict=True) if len(text) >= room]
