@@ -93,7 +93,7 @@ class PerplexityConfig(RuntimeConfig, DataConfig):
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     protocol: str = "sliding"
-    stride: int = 256
+    stride: int | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -152,7 +152,7 @@ class CompareConfig(RuntimeConfig, DataConfig):
     methods: tuple[str, ...] = ("none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn")
     factor: float = 8.0
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    stride: int = 256
+    stride: int | None = None
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_trials: int = 4
     num_buckets: int = 16
@@ -243,7 +243,7 @@ class CompressConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RuntimeConfig):
+class GenerateConfig(RuntimeConfig, ChatConfig):
     """`longext generate`: continue a text, through a compressor's memory or in a plain model's window."""
 
     prompt: str | None = None

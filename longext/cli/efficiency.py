@@ -84,7 +84,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         points = evaluate_efficiency(backbone, ways, config, known, advance)
     notes = window_notes(backbone, ways, config.lengths)
     record = efficiency_record(described, backbone, config, points, notes)
-    figure = efficiency_by_length(record["results"], title=f"{config.model} on {described['device']}")
+    figure = efficiency_by_length(record["results"], title=f"{opt.named(config.model)} on {described['device']}")
     table = efficiency_table(config.model, record, points)
     deliver(output, "eval efficiency", config, record, [table], {"efficiency": figure}, as_json=as_json, notes=notes)
 

@@ -111,7 +111,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     figure = draw(
         {name: record["results"]},
         trained=model.trained_length,
-        title=f"{name}: {record['protocol']['id']} on {config.data}",
+        title=f"{name}: {record['protocol']['id']} on {opt.named(config.data)}",
     )
     notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
     deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)

@@ -69,8 +69,13 @@ MaxDocuments = Annotated[int | None, typer.Option(min=1, help="Read at most this
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Cut each document to this many tokens.")]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")]
 Depths = Annotated[str, typer.Option(help="Needle depths from 0 (start) to 1 (end), comma-separated.")]
-Stride = Annotated[int, typer.Option(help="Tokens the window moves (sliding, longlora).")]
-Method = Annotated[str | None, typer.Option(help="Apply this extension method in memory first.")]
+Stride = Annotated[
+    int | None,
+    typer.Option(help="Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."),
+]
+Method = Annotated[
+    str | None, typer.Option(help="Apply this extension method in memory first; parameters as name:key=value.")
+]
 Factor = Annotated[float | None, typer.Option(help="Factor of --method: target length / trained length.")]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).")
@@ -166,9 +171,16 @@ def config_with_memory(
 
 def titled(config: Any) -> str:
     """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
-    method = f" + {config.method} {config.factor:g}x" if config.method and config.factor else ""
+    factor = f" {config.factor:g}x" if config.factor else ""
+    method = f" + {config.method}{factor}" if config.method else ""
     memory = f" + {Path(config.memory).name}" if config.memory else ""
-    return f"{config.model}{method}{memory}"
+    return f"{named(config.model)}{method}{memory}"
+
+
+def named(path: str) -> str:
+    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
+    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
+    return Path(path).expanduser().resolve().name if is_path and path else path
 
 
 def join(values: tuple[Any, ...]) -> str:

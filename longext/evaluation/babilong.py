@@ -10,7 +10,7 @@ from typing import Any
 from longext.data.babilong import BABILONG_TASKS, PROMPTS, BABILongRow, prompt_text
 from longext.errors import ConfigError
 from longext.evaluation.chat import asked_facts, chat_tokens, user_text, uses_template
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import (

@@ -31,8 +31,8 @@ from longext.evaluation.chat import asked_facts, uses_template
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Progress, Scorer, harness_model
 from longext.evaluation.longbench_run import context_length
+from longext.evaluation.methods import check_method
 from longext.evaluation.model import first_line
-from longext.evaluation.perplexity import check_method
 from longext.evaluation.predictions import answer_notes
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import stderr_interval

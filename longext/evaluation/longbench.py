@@ -19,7 +19,7 @@ from longext.evaluation.bars import POINTS, check_names, read_bars, verdict
 from longext.evaluation.chat import chat_tokens, user_text
 from longext.evaluation.longbench_metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evaluation.longbench_tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Request
 from longext.evaluation.protocol import LanguageModel
 from longext.evaluation.statistics import mean_interval, share_interval

@@ -38,6 +38,7 @@ from longext.evaluation.longbench import (
 )
 from longext.evaluation.longbench_metrics import NEED_JIEBA, has_jieba
 from longext.evaluation.longbench_tasks import TASKS, prompt_hash, read_prompt
+from longext.evaluation.methods import is_unchanged, method_request
 from longext.evaluation.predictions import Prediction, Request, answer_notes, generate_predictions
 from longext.evaluation.protocol import LanguageModel, result_record
 
@@ -90,9 +91,10 @@ def context_length(model: LanguageModel, config: LongBenchConfig) -> int:
     """Return how many positions the model has, with the extension that was applied to it."""
     plain: Any = getattr(model, "plain", model)
     positions: int = plain.model.config.get_text_config().max_position_embeddings
-    if config.method not in (None, "none") and config.factor:
-        positions = max(positions, int(plain.trained_length * config.factor))
-    return positions
+    if config.method is None or is_unchanged(config.method):
+        return positions
+    asked = method_request(config.method, config.model, factor=config.factor)
+    return max(positions, asked.target_length or 0, int(plain.trained_length * (asked.factor or 1)))
 
 
 def prompt_limit(model: LanguageModel, config: LongBenchConfig) -> int | None:

@@ -17,7 +17,7 @@ from longext.data.json_lines import numbered_lines
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
 from longext.evaluation.chat import asked_facts, chat_tokens, user_text, uses_template
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash

@@ -17,10 +17,11 @@ from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
-from longext.config import ExtendConfig, RuntimeConfig
+from longext.config import RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
+from longext.evaluation.methods import method_request
 from longext.evaluation.protocol import TokenScores
 from longext.models.turns import Asking, ending_tokens, prefix_of
 
@@ -303,8 +304,8 @@ def load_language_model(
     An adapter directory is its base with the adapter merged in, as `longext merge` would write it.
 
     Args:
-        method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it; None or "none" for the model as
-            it is.
+        method: a name in `ROPE_METHODS`, with parameters as "dynamic:alpha=4", exactly as `longext extend` would write
+            it; None or "none" for the model as it is.
         factor: the method's factor.
 
     Raises:
@@ -359,9 +360,9 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
     """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
-    if factor is None:
+    request = method_request(method, config.model, config.revision, factor)
+    if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
-    request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision)
     return extended_config(plan_extension(request))
 
 

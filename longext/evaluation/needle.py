@@ -31,7 +31,8 @@ from longext.errors import ConfigError, DataError
 from longext.evaluation.answer_file import tokens_hash
 from longext.evaluation.batching import batch_size, batched_by
 from longext.evaluation.chat import asked_facts, chat_frame, user_text, uses_template
-from longext.evaluation.perplexity import check_lengths, check_method
+from longext.evaluation.methods import check_method
+from longext.evaluation.perplexity import check_lengths
 from longext.evaluation.predictions import Prediction, answer_notes
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells

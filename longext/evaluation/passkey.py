@@ -18,7 +18,8 @@ from longext.errors import ConfigError, DataError
 from longext.evaluation.answer_file import hash_of, tokens_hash
 from longext.evaluation.bars import PlaceBar, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
-from longext.evaluation.perplexity import Progress, check_lengths, check_method
+from longext.evaluation.methods import check_method
+from longext.evaluation.perplexity import Progress, check_lengths
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import wilson_interval
 from longext.registry import Registry

@@ -21,12 +21,15 @@ from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evaluation.bars import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
+from longext.evaluation.methods import check_method
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
 from longext.registry import Registry
 
 _MIN_DOCUMENTS_TO_RESAMPLE = 8
 Progress = Callable[[int], None]
+
+DEFAULT_STRIDE = 256
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def tokenize_documents(
     if protocol.concatenates:
         stream = tuple(token for document in tokenized for token in document.input_ids)
         tokenized = [TokenizedDocument("+".join(d.id for d in tokenized), stream)]
-        needed += 2 * config.stride
+        needed += 2 * stride_of(config)
     kept = [document for document in tokenized if len(document.input_ids) >= needed]
     if not kept:
         longest = max(len(document.input_ids) for document in tokenized)
@@ -207,12 +210,21 @@ def check_perplexity_config(config: PerplexityConfig) -> None:
     PERPLEXITY_PROTOCOLS[config.protocol]
     check_method(config.method, config.factor)
     check_lengths(config.lengths, minimum=2)
-    if config.stride < 1:
-        raise ConfigError(f"--stride must be >= 1, got {config.stride}.")
-    if config.protocol == "sliding" and config.stride >= min(config.lengths):
-        raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {config.stride}.")
+    stride = stride_of(config)
+    if stride < 1:
+        raise ConfigError(f"--stride must be >= 1, got {stride}.")
+    if config.protocol == "sliding" and stride >= min(config.lengths):
+        raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {stride}.")
     if config.num_buckets < 1:
         raise ConfigError(f"--num-buckets must be >= 1, got {config.num_buckets}.")
+
+
+def stride_of(config: PerplexityConfig) -> int:
+    """Return how many tokens the window moves: as asked, else 256, or half the shortest sliding window up to 256."""
+    if config.stride is not None:
+        return config.stride
+    shortest = min(config.lengths)
+    return shortest // 2 if config.protocol == "sliding" and shortest <= DEFAULT_STRIDE else DEFAULT_STRIDE
 
 
 def perplexity_bars(config: PerplexityConfig) -> list[PlaceBar]:
@@ -241,12 +253,6 @@ def check_lengths(lengths: Sequence[int], minimum: int) -> None:
         raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")
 
 
-def check_method(method: str | None, factor: float | None) -> None:
-    """Raise ConfigError for a factor without a method: it would change nothing."""
-    if factor is not None and method in (None, "none"):
-        raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
-
-
 def evaluate_perplexity(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
@@ -271,7 +277,7 @@ def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexit
 
 def _plan_windows(documents: Sequence[TokenizedDocument], config: PerplexityConfig, length: int) -> list[Window]:
     totals = [len(document.input_ids) for document in documents]
-    return list(PERPLEXITY_PROTOCOLS[config.protocol].windows(totals, length, config.stride))
+    return list(PERPLEXITY_PROTOCOLS[config.protocol].windows(totals, length, stride_of(config)))
 
 
 def _score_windows(
@@ -411,7 +417,7 @@ def perplexity_record(
             "id": f"ppl/{config.protocol}",
             "definition": protocol.summary,
             "reference": protocol.reference,
-            "stride": config.stride,
+            "stride": stride_of(config),
             "weighting": protocol.weighting,
             "bos": protocol.adds_bos,
             "seed": config.seed,

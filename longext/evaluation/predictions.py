@@ -175,6 +175,7 @@ class _Reading:
 
     @staticmethod
     def of(model: LanguageModel) -> _Reading:
+        """Return how the answers of a model are read."""
         return _Reading(model, model.ending_tokens, stripped_marks(model))
 
     def raw(self, ids: Sequence[int]) -> str:
@@ -185,7 +186,7 @@ class _Reading:
         """Return (tokens of the thought, the thought has no end, the text behind it)."""
         if self.marks is None:
             return 0, False, self.model.decode(ids)
-        is_begun = self.raw(request.input_ids[-_MARK_TOKENS:]).rstrip().endswith(self.marks[0])
+        is_begun = begins_thought(self.model, request.input_ids, self.marks)
         thought, is_open = split_thought(self.raw, ids, self.marks, is_begun)
         text = self.model.decode(ids[thought:])
         return thought, is_open, text.lstrip() if thought else text
@@ -217,6 +218,12 @@ class _Reading:
             prompt_sha256=tokens_hash(request.input_ids),
             spells_control=any(n > control.get(t, 0) for t, n in Counter(request.input_ids).items() if t in control),
         )
+
+
+def begins_thought(model: LanguageModel, prompt: Sequence[int], marks: tuple[str, str]) -> bool:
+    """Return True where a prompt ends with the beginning of a thought."""
+    end = tokenizer_of(model).decode(list(prompt[-_MARK_TOKENS:]), skip_special_tokens=False)
+    return str(end).rstrip().endswith(marks[0])
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -18,12 +18,12 @@ from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evaluation.bars import verdict as bar_verdict
 from longext.evaluation.checks_config import ShortConfig
+from longext.evaluation.methods import check_method
 from longext.evaluation.perplexity import (
     PerplexityAtLength,
     Progress,
     TokenizedDocument,
     check_lengths,
-    check_method,
     evaluate_perplexity,
 )
 from longext.evaluation.protocol import LanguageModel, result_record

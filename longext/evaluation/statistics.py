@@ -80,3 +80,29 @@ def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[floa
     below = math.sqrt(sum((value - low) ** 2 for value, low, _ in estimates)) / count
     above = math.sqrt(sum((high - value) ** 2 for value, _, high in estimates)) / count
     return mean - below, mean + above
+
+
+Estimate = tuple[float, tuple[float, float] | None]  # a number and its 95 % interval
+
+
+def leaders(estimates: Sequence[Estimate], *, lower_is_better: bool) -> tuple[int | None, frozenset[int]]:
+    """Return which estimate is the best, None if no one is told apart from all others, and those that share the lead.
+
+    Two are told apart if their intervals do not meet; without intervals, if their values differ. If all share the
+    lead nothing is said of any.
+    """
+    if len(estimates) < 2:
+        return None, frozenset()
+    values = [value for value, _ in estimates]
+    first = values.index(min(values) if lower_is_better else max(values))
+    tied = frozenset(i for i, own in enumerate(estimates) if i == first or not _are_apart(own, estimates[first]))
+    if len(tied) == 1:
+        return first, frozenset()
+    return None, tied if len(tied) < len(estimates) else frozenset()
+
+
+def _are_apart(one: Estimate, other: Estimate) -> bool:
+    (value, interval), (other_value, other_interval) = one, other
+    if interval is None or other_interval is None:
+        return value != other_value
+    return interval[1] < other_interval[0] or other_interval[1] < interval[0]

@@ -47,7 +47,7 @@ def test_a_plain_model_continues_as_greedy_does(run, books):
 def test_text_comes_in_whole_characters(books):
     text = "A caf\xe9 in \u6f22\u5b57, na\xefve \U0001f600 and  two spaces"
     pieces: list[str] = []
-    stream = TextStream(books.decode, pieces.append)
+    stream = TextStream(books, pieces.append)
     tokens = books.encode(text)
     for token in tokens:
         stream.add(token)
