@@ -61,8 +61,7 @@ def generate(
     recipe: opt.Recipe = None,
     settings: opt.Settings = None,
 ) -> None:
-    """Continue a text: a plain model inside its window, a compressor after a context of any length, of which its memory keeps the
-    last part it has room for.
+    """Continue a text: a plain model inside its window, a compressor after a context of any length.
 
     Example: longext generate out/uio --context book.txt --save-memory book.safetensors --prompt "In the end,"
     """

@@ -22,7 +22,7 @@ from longext.compressor.ratios import find_ratio, num_memories
 from longext.compressor.rotation import check_rotation, rerotate
 from longext.compressor.sampling import Sampler
 from longext.errors import CheckpointError, ConfigError
-from longext.models.turns import named_ends
+from longext.models.turns import ending_tokens, named_ends
 from longext.training.losses import IGNORED
 
 _DROPPED_AT_ONCE = 4  # one in so many memories makes room when the window is full
@@ -84,7 +84,7 @@ class Session:
         self.ratio = find_ratio(compressor, ratio)
         self.overflow = overflow
         self.base_weights = base_weights
-        self.ends = named_ends(compressor.backbone.model) if ends is None else frozenset(ends)
+        self.eos = named_ends(compressor.backbone.model) if ends is None else frozenset(ends)
         self._segment_slots = compressor.slots(self.ratio)
         self._room = num_memories(compressor, self.ratio)
         self._can_rotate = compressor.is_soft
@@ -93,7 +93,7 @@ class Session:
     @classmethod
     def of(cls, loaded: LoadedCompressor, *, ratio: int | None = None, overflow: str = "slide") -> Session:
         """Return an empty session of a compressor from disk."""
-        ends = loaded.plain.ending_tokens
+        ends = ending_tokens(loaded.compressor.backbone.model, loaded.tokenizer)
         return cls(loaded.compressor, ratio=ratio, overflow=overflow, base_weights=loaded.base.weights, ends=ends)
 
     @property
@@ -213,7 +213,7 @@ class Session:
         """
         sampler = Sampler(temperature, top_p, seed)
         new: list[int] = []
-        while len(new) < max_new_tokens and not (new and new[-1] in self.ends):
+        while len(new) < max_new_tokens and not (new and new[-1] in self.eos):
             new.append(sampler.choose(self.logits()))
             self.absorb(new[-1:])
             if on_token is not None:

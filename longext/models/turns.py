@@ -99,7 +99,12 @@ def named_ends(model: Any) -> frozenset[int]:
 
 
 def ending_tokens(model: Any, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> frozenset[int]:
-    """Return the tokens that end an answer: the model's, the tokenizer's EOS, the chat template's end of a turn."""
+    """Return the tokens that end an answer: the model's, the tokenizer's EOS, the chat template's end of a turn.
+
+    Without a tokenizer (None) they are those that the model names.
+    """
+    if tokenizer is None:
+        return named_ends(model)
     own = tokenizer.eos_token_id
     return named_ends(model) | frozenset([] if own is None else [own]) | turn_ends(tokenizer, arguments or {})
 
