@@ -278,32 +278,31 @@ def all_averages(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, An
     }
 
 
-def averages_with_intervals(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, Any]:
-    """Return `all_averages` with the 95 % interval of each mean under `intervals` (see `mean_interval`)."""
-    means = all_averages(scores, longbench_e)
+def average_intervals(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, Any]:
+    """Return the 95 % interval [low, high] of each mean of `all_averages`, in the same places (see `mean_interval`)."""
     if not longbench_e:
         known = {own.task: (own.score, own.low, own.high) for own in scores}
-        return {language: {**own, "intervals": _mean_intervals(known, language)} for language, own in means.items()}
-    for bucket, own in means.items():
+        return {title.lower(): _mean_intervals(known, code) for code, title in LANGUAGES.items()}
+    found = {}
+    for bucket in BUCKETS:
         known = {
-            score.task: (
-                (score.buckets or {}).get(bucket),
-                *((score.bucket_intervals or {}).get(bucket) or (None, None)),
+            own.task: (
+                (own.buckets or {}).get(bucket),
+                *((own.bucket_intervals or {}).get(bucket) or (None, None)),
             )
-            for score in scores
+            for own in scores
         }
-        own["english"] |= {"intervals": _mean_intervals(known, "english", longbench_e=True)}
-    return means
+        found[bucket] = {"english": _mean_intervals(known, "en", longbench_e=True)}
+    return found
 
 
 def _mean_intervals(
     known: Mapping[str, tuple[float | None, float | None, float | None]], language: str, longbench_e: bool = False
 ) -> dict[str, list[float] | None]:
     """Return category -> [low, high] of the mean of its tasks, and that of the six means; None as the means."""
-    code = next(code for code, title in LANGUAGES.items() if title.lower() == language)
     found: dict[str, tuple[float, float, float] | None] = {}
     for category in CATEGORIES:
-        found[category] = _mean_estimate([known.get(name) for name in _tasks_of(category, code, longbench_e)])
+        found[category] = _mean_estimate([known.get(name) for name in _tasks_of(category, language, longbench_e)])
     found["average"] = _mean_estimate(list(found.values()))
     return {key: None if own is None else [round(own[1], 2), round(own[2], 2)] for key, own in found.items()}
 

@@ -28,7 +28,8 @@ from longext.errors import DataError
 from longext.evaluation.chat import asked_facts, uses_template
 from longext.evaluation.longbench import (
     TaskScore,
-    averages_with_intervals,
+    all_averages,
+    average_intervals,
     build_requests,
     default_max_length,
     file_stem,
@@ -305,6 +306,7 @@ def longbench_record(
         data_facts(config, runs),
         seconds=seconds,
         results=[score_entry(score) for score in scores],
-        averages=averages_with_intervals(scores, config.longbench_e),
+        averages=all_averages(scores, config.longbench_e),
+        average_intervals=average_intervals(scores, config.longbench_e),
         notes=list(notes),
     )

@@ -18,7 +18,17 @@ _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "st
 _NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
 _INTERVALS = ("_low", "_high")
 _NO_SCORES_INSIDE = frozenset(
-    {"per_document", "intervals", "bucket_intervals", "rope_parameters", "examples", "notes", "base", "bars"}
+    {
+        "per_document",
+        "intervals",
+        "bucket_intervals",
+        "average_intervals",
+        "rope_parameters",
+        "examples",
+        "notes",
+        "base",
+        "bars",
+    }
 )
 _COUNT = "num_"
 _WITH_PLAIN_INTERVAL = ("accuracy", "score", "mean", "value")  # what `low` and `high` beside them are of
@@ -131,7 +141,17 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 def numbers_of(record: Mapping[str, Any]) -> Iterator[Score]:
     """Yield every score and every count of a record."""
-    yield from _numbers({key: value for key, value in record.items() if key not in _HEADER}, "", (), (), {})
+    body = {key: value for key, value in record.items() if key not in _HEADER}
+    if isinstance(body.get("average_intervals"), Mapping):
+        body["averages"] = with_intervals(body["averages"], body["average_intervals"])
+    yield from _numbers(body, "", (), (), {})
+
+
+def with_intervals(means: Mapping[str, Any], intervals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested means with the intervals of each under `intervals`, beside it."""
+    if not any(isinstance(value, Mapping) for value in means.values()):
+        return {**means, "intervals": intervals}
+    return {key: with_intervals(value, intervals.get(key) or {}) for key, value in means.items()}
 
 
 def _numbers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from longext.evaluation.scores import with_intervals
 from longext.reporting.tables import Table
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def longbench_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
         if was_read
         else "0 to 100",
     )
-    return [tasks, _averages_table(record["averages"], in_buckets)]
+    averages = with_intervals(record["averages"], record.get("average_intervals") or {})
+    return [tasks, _averages_table(averages, in_buckets)]
 
 
 def lm_eval_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
@@ -94,7 +96,7 @@ def _averages_table(averages: Mapping[str, Any], in_buckets: bool) -> Table:
     told = {
         name: means
         for name, means in named.items()
-        if any(value is not None for key, value in means.items() if key not in ("code", "intervals"))
+        if any(value is not None for key, value in means.items() if key != "code")
     }
     named = told or {name: named[name] for name in list(named)[:1]}
     categories = [name for name in next(iter(named.values())) if name != "intervals"]
