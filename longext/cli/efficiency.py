@@ -67,6 +67,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.efficiency_views import efficiency_by_length, efficiency_table
     from longext.reporting.results import output_directory
+    from longext.reporting.tables import named
     from longext.staging import check_output
 
     spec, ratios = None, tuple[int, ...]()
@@ -84,7 +85,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         points = evaluate_efficiency(backbone, ways, config, known, advance)
     notes = window_notes(backbone, ways, config.lengths)
     record = efficiency_record(described, backbone, config, points, notes)
-    figure = efficiency_by_length(record["results"], title=f"{opt.named(config.model)} on {described['device']}")
+    figure = efficiency_by_length(record["results"], title=f"{named(config.model)} on {described['device']}")
     table = efficiency_table(config.model, record, points)
     deliver(output, "eval efficiency", config, record, [table], {"efficiency": figure}, as_json=as_json, notes=notes)
 

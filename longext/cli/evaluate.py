@@ -91,6 +91,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.plots import nll_by_position, perplexity_by_length
     from longext.reporting.results import output_directory
+    from longext.reporting.tables import named
     from longext.reporting.views import perplexity_table
     from longext.staging import check_output
 
@@ -111,7 +112,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     figure = draw(
         {name: record["results"]},
         trained=model.trained_length,
-        title=f"{name}: {record['protocol']['id']} on {opt.named(config.data)}",
+        title=f"{name}: {record['protocol']['id']} on {named(config.data)}",
     )
     notes = [f"{num_short} document(s) shorter than the largest length were left out."] if num_short else []
     deliver(output, "eval ppl", config, record, [table], {"ppl": figure}, as_json=as_json, notes=notes)

@@ -171,16 +171,12 @@ def config_with_memory(
 
 def titled(config: Any) -> str:
     """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
+    from longext.reporting.tables import named
+
     factor = f" {config.factor:g}x" if config.factor else ""
     method = f" + {config.method}{factor}" if config.method else ""
     memory = f" + {Path(config.memory).name}" if config.memory else ""
     return f"{named(config.model)}{method}{memory}"
-
-
-def named(path: str) -> str:
-    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
-    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
-    return Path(path).expanduser().resolve().name if is_path and path else path
 
 
 def join(values: tuple[Any, ...]) -> str:

@@ -24,6 +24,7 @@ from longext.evaluation.passkey import (
     check_prompts,
     evaluate_passkey,
     num_prompts,
+    prompts_hash,
 )
 from longext.evaluation.perplexity import (
     PERPLEXITY_PROTOCOLS,
@@ -222,7 +223,7 @@ def _record(
     protocols = {
         "perplexity": _perplexity_facts(course.perplexity),
         "positions": _perplexity_facts(course.positions),
-        "passkey": _passkey_facts(course.passkey) if course.passkey else None,
+        "passkey": _passkey_facts(model, course.passkey) if course.passkey else None,
         "seed": config.seed,
     }
     return result_record(
@@ -252,10 +253,11 @@ def _perplexity_facts(config: PerplexityConfig) -> dict[str, Any]:
     return {**facts, "weighting": protocol.weighting, "bos": protocol.adds_bos}
 
 
-def _passkey_facts(config: PasskeyConfig) -> dict[str, Any]:
+def _passkey_facts(model: HFLanguageModel, config: PasskeyConfig) -> dict[str, Any]:
     protocol = PASSKEY_PROTOCOLS[config.protocol]
     facts = {"id": f"passkey/{config.protocol}", "definition": protocol.summary, "scoring": protocol.scoring}
-    return {**facts, **{name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}}
+    facts |= {name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}
+    return {**facts, "prompts_sha256": prompts_hash(model, config)}
 
 
 def csv_rows(comparison: Comparison) -> Iterator[list[Any]]:

@@ -186,7 +186,7 @@ def _marked(view: View, cells: list[Cell]) -> list[Cell]:
         if lower is None:
             continue
         estimates = [(cells[i].score.value, cells[i].score.interval()) for i in indices]
-        best, tied = leaders(estimates, lower_is_better=lower)
+        best, tied = leaders(estimates, lower_is_better=lower, exact=view.exact)
         for place, i in enumerate(indices):
             marked[i] = replace(cells[i], is_best=place == best, is_tied=place in tied)
     return marked

@@ -85,13 +85,18 @@ def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[floa
 Estimate = tuple[float, tuple[float, float] | None]  # a number and its 95 % interval
 
 
-def leaders(estimates: Sequence[Estimate], *, lower_is_better: bool) -> tuple[int | None, frozenset[int]]:
+def leaders(
+    estimates: Sequence[Estimate], *, lower_is_better: bool, exact: bool = False
+) -> tuple[int | None, frozenset[int]]:
     """Return which estimate is the best, None if no one is told apart from all others, and those that share the lead.
 
-    Two are told apart if their intervals do not meet; without intervals, if their values differ. If all share the
-    lead nothing is said of any.
+    Two are told apart if their intervals do not meet. If all share the lead, or one has no interval, nothing is said
+    of any.
+
+    Args:
+        exact: the numbers are no samples: those without an interval are told apart if they differ.
     """
-    if len(estimates) < 2:
+    if len(estimates) < 2 or not (exact or all(interval for _, interval in estimates)):
         return None, frozenset()
     values = [value for value, _ in estimates]
     first = values.index(min(values) if lower_is_better else max(values))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from longext.evaluation.statistics import Estimate, leaders, wilson_interval
 from longext.reporting.plots import nll_by_position, passkey_heat_maps, perplexity_by_length, to_svg
-from longext.reporting.tables import Table, number, percent
+from longext.reporting.tables import Table, named, number, percent
 from longext.reporting.views import ppl_estimate
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
     """Return the pictures of a comparison by file name."""
     methods = comparison.record["methods"]
     trained = comparison.trained_length
-    model = comparison.record["model"]["id"]
+    model = named(comparison.record["model"]["id"])
     figures = {
         "perplexity": perplexity_by_length(
             {m["name"]: m["perplexity"] for m in methods},
@@ -112,7 +112,7 @@ def comparison_page(comparison: Comparison, tables: Sequence[Table], figures: Ma
     sections += [section("Methods", "What longext extend writes for each.", _methods(comparison)), _measured(record)]
     cards = "".join(_card(*card) for card in _cards(comparison, longest))
     return page(
-        f"{record['model']['id']}: {comparison.trained_length:,} to {longest:,} tokens without training",
+        f"{named(record['model']['id'])}: {comparison.trained_length:,} to {longest:,} tokens without training",
         _lead(record),
         [f'<div class="cards">{cards}</div>', *sections],
         record["versions"]["longext"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Table:
         numbers = [c for c in range(len(self.columns)) if not self.is_left(c)]
         if sum(self.widths) <= width or not numbers:
             return [self]
-        fixed = numbers[0]
+        names = range(1, numbers[0] + 1)  # as few of the first columns as tell rows apart stand in every part
+        fixed = next((n for n in names if len({tuple(row[:n]) for row in self.rows}) == len(self.rows)), numbers[0])
         held = column_parts(self.widths, fixed, width)
         return [self] if len(held) < 2 else [self._with_columns(own, i, len(held)) for i, own in enumerate(held, 1)]
 
@@ -121,6 +123,12 @@ def column_parts(widths: Sequence[int], fixed: int, width: int) -> list[list[int
 
 def _pipe(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def named(path: str) -> str:
+    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
+    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
+    return Path(path).expanduser().resolve().name if is_path and path else path
 
 
 def number(value: float) -> str:

@@ -82,9 +82,7 @@ def test_the_interval_of_a_mean_is_that_of_independent_estimates():
         ([(0.9, (0.8, 0.95)), (0.5, (0.4, 0.6)), (0.7, (0.6, 0.79))], 0, set()),
         ([(0.9, (0.8, 0.95)), (0.5, (0.4, 0.6)), (0.85, (0.7, 0.9))], None, {0, 2}),
         ([(0.17, (0.03, 0.56)), (0.0, (0.0, 0.39))], None, set()),  # all share it
-        ([(2.0, None), (1.0, None)], 0, set()),
-        ([(2.0, None), (2.0, None), (1.0, None)], None, {0, 1}),
-        ([(2.0, (1.5, 2.5)), (1.0, None)], 0, set()),
+        ([(2.0, (1.5, 2.5)), (1.0, None)], None, set()),
         ([(2.0, None)], None, set()),
         ([], None, set()),
     ],
@@ -93,3 +91,10 @@ def test_the_lead_is_shared_unless_intervals_part(estimates, best, tied):
     assert leaders(estimates, lower_is_better=False) == (best, frozenset(tied))
     mirrored = [(-value, interval and (-interval[1], -interval[0])) for value, interval in estimates]
     assert leaders(mirrored, lower_is_better=True) == (best, frozenset(tied))
+
+
+def test_numbers_that_are_no_samples_need_no_interval():
+    alone, both = [(2.0, None), (1.0, None)], [(2.0, None), (2.0, None), (1.0, None)]
+    assert leaders(alone, lower_is_better=False) == leaders(both, lower_is_better=False) == (None, frozenset())
+    assert leaders(alone, lower_is_better=False, exact=True) == (0, frozenset())
+    assert leaders(both, lower_is_better=False, exact=True) == (None, frozenset({0, 1}))
