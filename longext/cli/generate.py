@@ -119,7 +119,8 @@ def describe(generated: Generated) -> str:
         forgotten = f" (the first {held['num_forgotten']:,} tokens forgotten)" if held["num_forgotten"] else ""
         size = f"{held['num_slots']:,} slots, {megabytes(held['num_bytes'])}"
         parts.append(f"memory at {held['ratio']}x: {size}{forgotten}")
-    parts.append(f"{len(generated.tokens):,} written")
+    thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""
+    parts.append(f"{len(generated.tokens):,} written{thought}")
     if generated.tokens_per_second:
         parts[-1] += f" at {generated.tokens_per_second:.1f} tokens/s"
     return "; ".join(parts) + "."

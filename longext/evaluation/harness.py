@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
 from longext.evaluation.bars import POSITIVE, check_names, read_bars, verdict
 from longext.evaluation.chat import asked_facts, uses_template
@@ -99,12 +100,12 @@ def check_harness_config(config: HarnessConfig) -> None:
 
 
 def harness_metadata(config: HarnessConfig) -> dict[str, Any]:
-    """Return what tasks that make their own data (RULER) are told: the model's tokenizer, and --metadata over it.
+    """Return what --metadata tells tasks that make their own data (RULER): JSON values, anything else as text.
 
     Raises:
         ConfigError: --metadata that is not key=value.
     """
-    found: dict[str, Any] = {"tokenizer": config.model} if config.model else {}
+    found: dict[str, Any] = {}
     for text in config.metadata:
         key, equals, value = text.partition("=")
         if not key or not equals:
@@ -134,7 +135,7 @@ def load_harness_tasks(config: HarnessConfig) -> Tasks:
 
     with quiet_harness():
         own = str(Path(config.include_path).expanduser()) if config.include_path else None
-        metadata: Any = harness_metadata(config)
+        metadata: Any = {"tokenizer": str(resolve_model(config.model, config.revision)), **harness_metadata(config)}
         manager = TaskManager(include_path=own, include_defaults=False, metadata=metadata) if own else None
         if manager is None or not set(config.tasks) <= set(manager.all_tasks):
             local = manager.all_tasks if manager else []
