@@ -143,8 +143,13 @@ def _shared(config: EffectiveConfig, kind: Any, *lengths: int, **more: Any) -> A
 
 
 def _check_passkey(config: EffectiveConfig, model: LanguageModel | None) -> None:
-    if config.chat_template or config.template_arg:
-        given = "--chat-template" if config.chat_template else "--template-arg"
+    asked = {
+        "--chat-template": config.chat_template,
+        "--template-arg": config.template_arg,
+        "--neutralise-control-tokens": config.neutralise_control_tokens,
+    }
+    given = next((option for option, value in asked.items() if value), None)
+    if given:
         raise ConfigError(f"{given} is for --test needle: the passkey prompt is a text that models continue.")
     settings = _shared(config, PasskeyConfig, config.min_length, config.max_length)
     check_passkey_config(settings)

@@ -93,10 +93,16 @@ def check_harness_config(config: HarnessConfig) -> None:
     check_method(config.method, config.factor)
     if config.fewshot_as_multiturn and not config.chat_template:
         raise ConfigError("--fewshot-as-multiturn puts examples into turns of a chat template: add --chat-template.")
+    _check_template_arg(config)
     _bars(config)
     harness_metadata(config)
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise DataError(f"--include-path {config.include_path} is no folder. Give one with the task files (*.yaml).")
+
+
+def _check_template_arg(config: HarnessConfig) -> None:
+    if config.template_arg and not config.chat_template:
+        raise ConfigError("--template-arg is for the chat template: add --chat-template.")
 
 
 def harness_metadata(config: HarnessConfig) -> dict[str, Any]:
@@ -275,6 +281,7 @@ def open_scorer(
         ConfigError: --chat-template, and the tokenizer has none.
     """
     settings: Any = config
+    _check_template_arg(config)
     uses_template(model, config.chat_template)
     window = config.max_length or (None if config.memory else context_length(model, settings))
     return Scorer(

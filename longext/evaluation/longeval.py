@@ -39,10 +39,9 @@ def check_longeval_config(config: LongEvalConfig) -> None:
         raise ConfigError(f"--tasks must name different tasks, got {','.join(config.tasks) or 'none'}.")
     if any(size < 1 for size in config.sizes):
         raise ConfigError(f"--sizes must be whole numbers >= 1, got {list(config.sizes)}.")
-    if config.chat_template and config.complete:
-        raise ConfigError(
-            "--complete is for models that only continue, --chat-template for those that answer: leave one out."
-        )
+    if config.complete and (config.chat_template or config.template_arg):
+        given = "--chat-template" if config.chat_template else "--template-arg"
+        raise ConfigError(f"--complete is for models that only continue, {given} for those that answer: leave one out.")
     check_method(config.method, config.factor)
 
 
