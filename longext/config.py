@@ -80,12 +80,22 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How questions are put to a model, and what of its answers is read."""
+
+    chat_template: bool | None = None
+    template_arg: tuple[str, ...] = ()
+    strip_thinking: bool | None = None
+    neutralise_control_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(RuntimeConfig, DataConfig):
     """`longext eval ppl`: perplexity by length under a named protocol."""
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     protocol: str = "sliding"
-    stride: int = 256
+    stride: int | None = None
     method: str | None = None
     factor: float | None = None
     batch_tokens: int | None = None
@@ -117,7 +127,7 @@ class PasskeyConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongBenchConfig(RuntimeConfig):
+class LongBenchConfig(RuntimeConfig, ChatConfig):
     """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol, or lm-eval's."""
 
     tasks: tuple[str, ...] = ()
@@ -126,7 +136,6 @@ class LongBenchConfig(RuntimeConfig):
     data: str = "hub"
     max_length: int | None = None
     limit: int | None = None
-    chat_template: bool | None = None
     code_similarity: str = "difflib"
     predictions: str | None = None
     fail_under: tuple[str, ...] = ()
@@ -145,7 +154,7 @@ class CompareConfig(RuntimeConfig, DataConfig):
     methods: tuple[str, ...] = ("none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn")
     factor: float = 8.0
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    stride: int = 256
+    stride: int | None = None
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_trials: int = 4
     num_buckets: int = 16
@@ -240,7 +249,7 @@ class CompressConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RuntimeConfig):
+class GenerateConfig(RuntimeConfig, ChatConfig):
     """`longext generate`: continue a text, through a compressor's memory or in a plain model's window."""
 
     prompt: str | None = None

@@ -29,6 +29,9 @@ def babilong(
     ] = _DEFAULT.prompt,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = _DEFAULT.max_new_tokens,
     chat_template: opt.ChatTemplate = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     fail_under: opt.FailUnder = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
@@ -61,6 +64,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.data.json_lines import repeated_note
     from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
     from longext.evaluation.bars import place_bars, require_bars
+    from longext.evaluation.predictions import answer_notes
     from longext.evaluation.retrieval import (
         answer_lines,
         cells_of,
@@ -83,11 +87,12 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
     with kept_answers(partial, output, config):
         with progress("babilong", len(rows), "rows") as advance:
             outcomes, answers, seconds = evaluate_babilong(model, rows, config, partial, advance)
-        record = babilong_record(model, config, rows, outcomes, seconds)
+        asked = ((f"{row.task} at {length_name(row.length)}", (row.text, row.question)) for row in rows)
+        notes = [*repeated_note(asked), *window_notes(model, outcomes, config), *answer_notes(answers.values())]
+        record = babilong_record(model, config, rows, outcomes, seconds, answers.values(), notes)
         record["bars"] = outcome_verdicts(bars, outcomes, length_name)
         title = f"BABILong: {opt.titled(config)}"
         shown = [*record["results"], *(record["by_length"] if len(config.tasks) > 1 else [])]
-        asked = ((f"{row.task} at {length_name(row.length)}", (row.text, row.question)) for row in rows)
         extra = {"answers.jsonl": answer_lines(outcomes, {row.id: [row.target] for row in rows}, answers)}
         deliver(
             output,
@@ -99,7 +104,7 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
                 "babilong": retrieval_heat_map(shown, title=f"{title}, %", label=length_name, size="length of the text")
             },
             as_json=as_json,
-            notes=[*repeated_note(asked), *window_notes(model, outcomes, config)],
+            notes=notes,
             extra=extra,
         )
     require_bars(record)

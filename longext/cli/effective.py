@@ -30,6 +30,8 @@ def effective(
     depths: opt.Depths = opt.join(_DEFAULT.depths),
     num_trials: opt.NumTrials = _DEFAULT.num_trials,
     chat_template: opt.ChatTemplate = None,
+    template_arg: opt.TemplateArg = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     fail_under: Annotated[
         int | None, typer.Option(help="LENGTH: exit with 1 where no length from it on passed.")
     ] = None,

@@ -67,6 +67,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.efficiency_views import efficiency_by_length, efficiency_table
     from longext.reporting.results import output_directory
+    from longext.reporting.tables import named
 
     spec, ratios = None, tuple[int, ...]()
     if is_compressor(config.model):
@@ -83,7 +84,7 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         points = evaluate_efficiency(backbone, ways, config, known, advance)
     notes = window_notes(backbone, ways, config.lengths)
     record = efficiency_record(described, backbone, config, points, notes)
-    title = f"{config.model} on {described['device']}"
+    title = f"{named(config.model)} on {described['device']}"
     deliver(
         output,
         "eval efficiency",

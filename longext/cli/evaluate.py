@@ -91,6 +91,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.reporting.console import progress
     from longext.reporting.plots import nll_by_position, perplexity_by_length
     from longext.reporting.results import output_directory
+    from longext.reporting.tables import named
     from longext.reporting.views import perplexity_table
 
     check_perplexity_config(config)
@@ -106,7 +107,7 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
     record["bars"] = perplexity_verdicts(bars, {row.length: row.ppl for row in results})
     name = opt.titled(config)
     draw = nll_by_position if config.protocol == "positional" else perplexity_by_length
-    title = f"{name}: {record['protocol']['id']} on {config.data}"
+    title = f"{name}: {record['protocol']['id']} on {named(config.data)}"
     deliver(
         output,
         "eval ppl",

@@ -25,15 +25,29 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, after the context.")] = None,
     context: Annotated[
-        str | None, typer.Option(help="Text file to read first, of any length for a compressor; or sample.")
+        str | None,
+        typer.Option(help="Text file to read first, or sample; a compressor says what its memory forgot."),
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Go on from a memory that --save-memory wrote.")] = None,
     save_memory: Annotated[
         str | None, typer.Option(help="Keep what the context became, as a .safetensors file.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = _DEFAULT.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 takes the best token each time.")] = _DEFAULT.temperature,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the best token each time, whatever the checkpoint sets.")
+    ] = _DEFAULT.temperature,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = _DEFAULT.top_p,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Put context and prompt as one message through the chat template (default: no, a text goes on).",
+            show_default=False,
+        ),
+    ] = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     ratio: Annotated[int | None, typer.Option(help="Compression ratio (default: the first it was trained on).")] = None,
     base: Annotated[str | None, typer.Option(help="The compressor's model, where that has moved.")] = None,
     device: opt.Device = _DEFAULT.device,
@@ -58,7 +72,7 @@ def _run(config: GenerateConfig, as_json: bool) -> None:
     import time
 
     from longext.compressor.generation import open_writer
-    from longext.reporting.console import progress, stderr, stdout
+    from longext.reporting.console import progress, say, stderr, stdout
     from longext.reporting.results import dump_json
 
     writer = open_writer(config)
@@ -66,6 +80,8 @@ def _run(config: GenerateConfig, as_json: bool) -> None:
     with progress("reading", writer.num_unread, "tokens") as advance:
         writer.read(advance)
     seconds = time.perf_counter() - started
+    for note in writer.notes:
+        say(note, aside=True)
     generated = writer.write((lambda _: None) if as_json else _show)
     if as_json:
         stdout().out(dump_json(_record(config, generated, seconds)), highlight=False)
@@ -85,6 +101,7 @@ def _record(config: GenerateConfig, generated: Generated, seconds: float) -> dic
         "model": config.model,
         "text": generated.text,
         "tokens": list(generated.tokens),
+        "num_thought_tokens": generated.num_thought_tokens,
         "num_read": generated.num_read,
         "read_seconds": seconds,
         "tokens_per_second": generated.tokens_per_second,
@@ -102,7 +119,8 @@ def describe(generated: Generated) -> str:
         forgotten = f" (the first {held['num_forgotten']:,} tokens forgotten)" if held["num_forgotten"] else ""
         size = f"{held['num_slots']:,} slots, {megabytes(held['num_bytes'])}"
         parts.append(f"memory at {held['ratio']}x: {size}{forgotten}")
-    parts.append(f"{len(generated.tokens):,} written")
+    thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""
+    parts.append(f"{len(generated.tokens):,} written{thought}")
     if generated.tokens_per_second:
         parts[-1] += f" at {generated.tokens_per_second:.1f} tokens/s"
     return "; ".join(parts) + "."

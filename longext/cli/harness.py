@@ -25,6 +25,13 @@ def harness(
     include_path: Annotated[
         str | None, typer.Option(help="Folder with task files of your own (*.yaml; the Python beside them is run).")
     ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is "
+            "MODEL's by default); may be repeated."
+        ),
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt (default: the task's own).")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
     max_length: Annotated[
@@ -38,6 +45,9 @@ def harness(
             show_default=False,
         ),
     ] = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     system_instruction: Annotated[str | None, typer.Option(help="System message, or first lines of prompts.")] = None,
     fewshot_as_multiturn: Annotated[
         bool | None,

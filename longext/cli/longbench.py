@@ -44,6 +44,9 @@ def longbench(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
     chat_template: opt.ChatTemplate = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     predictions: Annotated[
         str | None,
         typer.Option(help="Score these answers (<task>.jsonl in the authors' schema); MODEL only names them."),

@@ -44,6 +44,9 @@ def longeval(
         bool, typer.Option("--complete", help="Give the beginning of the answer, for models that only continue.")
     ] = False,
     chat_template: opt.ChatTemplate = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(help=f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated."),
@@ -112,6 +115,7 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
         load_cases,
         longeval_record,
     )
+    from longext.evaluation.predictions import answer_notes
     from longext.evaluation.retrieval import (
         answer_lines,
         cells_of,
@@ -132,11 +136,12 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     with kept_answers(partial, output, config):
         with progress("longeval", len(cases), "cases") as advance:
             outcomes, answers, seconds = evaluate_longeval(model, cases, config, partial, advance)
-        record = longeval_record(model, config, outcomes, cases, seconds=seconds)
+        made = answers.values()
+        notes = [*_notes(config, cases), *window_notes(model, outcomes, config), *answer_notes(made)]
+        record = longeval_record(model, config, outcomes, cases, made, seconds=seconds, notes=notes)
         record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {name: [case.expected] for name, case in zip(case_ids(cases), cases, strict=True)}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)}
-        notes = [*_notes(config, cases), *window_notes(model, outcomes, config)]
         _show(config, opt.titled(config), output, record, cells_of(outcomes), extra, notes, as_json)
     require_bars(record)
 

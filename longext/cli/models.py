@@ -6,7 +6,22 @@ from typing import Any
 
 
 def open_model(config: Any) -> Any:
-    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name."""
+    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name.
+
+    It is asked as the config says (a `ChatConfig`).
+    """
+    from longext.config import ChatConfig
+    from longext.evaluation.chat import check_asking, set_asking
+
+    if isinstance(config, ChatConfig):
+        check_asking(config)
+    model = _load(config)
+    if isinstance(config, ChatConfig):
+        set_asking(model, config)
+    return model
+
+
+def _load(config: Any) -> Any:
     if config.memory:
         from longext.compressor.readers import load_reader
 

@@ -51,6 +51,16 @@ def needle(
     ] = _DEFAULT.scoring,
     max_new_tokens: Annotated[int, typer.Option(help="Answer budget of match.")] = _DEFAULT.max_new_tokens,
     chat_template: opt.ChatTemplate = None,
+    template_arg: opt.TemplateArg = None,
+    strip_thinking: opt.StripThinking = None,
+    neutralise_control_tokens: opt.NeutraliseControlTokens = False,
+    answer_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--answer-prefix/--no-answer-prefix",
+            help="End prompts with the beginning of the answer, as RULER (never inside a thought).",
+        ),
+    ] = _DEFAULT.answer_prefix,
     fail_under: opt.FailUnder = None,
     method: opt.Method = None,
     factor: opt.Factor = None,
@@ -80,7 +90,13 @@ def _run(config: NeedleConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
     from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.needle import check_needle_config, make_questions, needle_record, timed_needles
+    from longext.evaluation.needle import (
+        check_needle_config,
+        make_questions,
+        needle_notes,
+        needle_record,
+        timed_needles,
+    )
     from longext.evaluation.retrieval import answer_lines, outcome_verdicts, partial_predictions
     from longext.reporting.console import progress
     from longext.reporting.results import output_directory
@@ -96,7 +112,8 @@ def _run(config: NeedleConfig, as_json: bool) -> None:
     with kept_answers(partial, output, config):
         with progress("needle", len(questions), "prompts") as advance:
             outcomes, answers, seconds = timed_needles(model, questions, config, partial, advance)
-        record = needle_record(model, config, outcomes, seconds)
+        notes = needle_notes(model, config, answers.values())
+        record = needle_record(model, config, outcomes, seconds, questions, notes)
         record["bars"] = outcome_verdicts(bars, outcomes)
         expected = {question.id: question.prompt.answers for question in questions}
         extra = {"answers.jsonl": answer_lines(outcomes, expected, answers)} if answers else {}
@@ -131,5 +148,6 @@ def _show(
             else retrieval_heat_map(rows, title=f"{title}, %")
         },
         as_json=as_json,
+        notes=record["notes"],
         extra=extra,
     )

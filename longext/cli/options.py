@@ -45,12 +45,37 @@ ChatTemplate = Annotated[
         show_default=False,
     ),
 ]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg", help="key=value for the chat template, e.g. enable_thinking=false; may be repeated."
+    ),
+]
+StripThinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--strip-thinking/--no-strip-thinking",
+        help="Take a leading thought off answers (default: if the tokenizer knows marks of thoughts).",
+        show_default=False,
+    ),
+]
+NeutraliseControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--neutralise-control-tokens", help="Write control tokens that a text spells with a space, so as text."
+    ),
+]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="Read at most this many documents.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Cut each document to this many tokens.")]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")]
 Depths = Annotated[str, typer.Option(help="Needle depths from 0 (start) to 1 (end), comma-separated.")]
-Stride = Annotated[int, typer.Option(help="Tokens the window moves (sliding, longlora).")]
-Method = Annotated[str | None, typer.Option(help="Apply this extension method in memory first.")]
+Stride = Annotated[
+    int | None,
+    typer.Option(help="Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."),
+]
+Method = Annotated[
+    str | None, typer.Option(help="Apply this extension method in memory first; parameters as name:key=value.")
+]
 Factor = Annotated[float | None, typer.Option(help="Factor of --method: target length / trained length.")]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).")
@@ -146,9 +171,12 @@ def config_with_memory(
 
 def titled(config: Any) -> str:
     """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
-    method = f" + {config.method} {config.factor:g}x" if config.method and config.factor else ""
+    from longext.reporting.tables import named
+
+    factor = f" {config.factor:g}x" if config.factor else ""
+    method = f" + {config.method}{factor}" if config.method else ""
     memory = f" + {Path(config.memory).name}" if config.memory else ""
-    return f"{config.model}{method}{memory}"
+    return f"{named(config.model)}{method}{memory}"
 
 
 def join(values: tuple[Any, ...]) -> str:

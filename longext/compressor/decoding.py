@@ -150,13 +150,6 @@ def memory_decoder(
     )
 
 
-def stop_tokens(model: Any) -> frozenset[int]:
-    """Return the tokens that end a text: those that a model's generation settings name, else its config's."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    named = model.config.get_text_config().eos_token_id if named is None else named
-    return frozenset([named] if isinstance(named, int) else named or ())
-
-
 @torch.no_grad()
 def greedy(decoder: CachedDecoder, tokens: torch.Tensor, count: int, stop: Collection[int] = ()) -> list[list[int]]:
     """Return the greedy continuations of B rows after `tokens` [B, n]: `count` tokens, fewer where one of `stop` comes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,18 @@ from longext.compressor.session import Session
 from longext.config import GenerateConfig
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
-from longext.evaluation.model import HFLanguageModel, load_language_model
+from longext.evaluation.chat import (
+    chat_frame,
+    chat_tokens,
+    check_asking,
+    set_asking,
+    stripped_marks,
+    user_text,
+    uses_template,
+)
+from longext.evaluation.model import HFLanguageModel, load_language_model, plain_generation
+from longext.evaluation.predictions import begins_thought
+from longext.models.turns import split_thought
 from longext.untrusted import read_text
 
 OnText = Callable[[str], object]
@@ -28,10 +39,12 @@ class Generated:
     """A continuation.
 
     Attributes:
-        text, tokens: what is new.
+        text: what is new, without a thought that was taken off and without what ended it.
+        tokens: all that is new.
         num_read: tokens before it.
         tokens_per_second: after the first new token.
         memory: slots, bytes, ratio and forgotten tokens of a compressor's memory; None for a plain model.
+        num_thought_tokens: of the thought that was taken off.
     """
 
     text: str
@@ -39,6 +52,7 @@ class Generated:
     num_read: int
     tokens_per_second: float
     memory: dict[str, int] | None
+    num_thought_tokens: int = 0
 
 
 class Writer(Protocol):
@@ -51,6 +65,10 @@ class Writer(Protocol):
     def read(self, advance: Callable[[int], object]) -> None:
         """Read context and prompt; `advance` is told how many tokens more have been read."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What the reader of the text has to know, once all is read."""
+
     def write(self, on_text: OnText) -> Generated:
         """Continue; `on_text` is told the text in pieces as it comes."""
 
@@ -58,11 +76,26 @@ class Writer(Protocol):
 class TextStream:
     """Turns tokens into pieces of text as soon as they are whole characters.
 
-    A token is decoded beside its predecessors, since spaces and characters may depend on them.
+    A token is decoded beside its predecessors, since spaces and characters may depend on them. Nothing is told of an
+    ending token, and nothing of a thought: see `split_thought`.
+
+    Args:
+        model: whose tokens they are.
+        marks: texts around a thought that is taken off, None for none.
+        prompt: the tokens before the first.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], on_text: OnText) -> None:
-        self._decode, self._on_text = decode, on_text
+    def __init__(
+        self,
+        model: HFLanguageModel,
+        on_text: OnText,
+        marks: tuple[str, str] | None = None,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self._model, self._on_text, self._ends = model, on_text, model.ending_tokens
+        self._marks, self._is_begun = marks, marks is not None and begins_thought(model, prompt, marks)
+        self._may_be_thought = marks is not None
+        self.num_thought = 0
         self._context, self._told = 0, 0  # decoding starts at the one; tokens before the other have been told
         self.tokens: list[int] = []
         self.times: list[float] = []
@@ -71,11 +104,34 @@ class TextStream:
         """Take a token, and tell the text it completes."""
         self.tokens.append(token)
         self.times.append(time.perf_counter())
-        self._tell(is_last=False)
+        if self._marks and self._may_be_thought:
+            self._find_thought(self._marks)
+        if not self._may_be_thought:
+            self._tell(is_last=False)
 
     def end(self) -> None:
         """Tell what is left, whole or not."""
+        if self._marks and self._may_be_thought:
+            self.num_thought, _ = split_thought(self._raw, self.tokens, self._marks, self._is_begun)
+            self._context = self._told = self.num_thought
         self._tell(is_last=True)
+
+    def _find_thought(self, marks: tuple[str, str]) -> None:
+        """Decide, as soon as it can be told, what of the tokens so far is a thought."""
+        text = self._raw(self.tokens)
+        begun = text.lstrip()
+        if marks[1] in text:
+            self.num_thought, _ = split_thought(self._raw, self.tokens, marks, self._is_begun)
+            self._context = self._told = self.num_thought
+        elif self._is_begun or begun.startswith(marks[0]) or marks[0].startswith(begun):
+            return
+        self._may_be_thought = False
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        return str(self._model.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([token for token in ids if token not in self._ends])
 
     def _tell(self, is_last: bool) -> None:
         known = self._decode(self.tokens[self._context : self._told])
@@ -93,12 +149,16 @@ class TextStream:
 
     def result(self, num_read: int, memory: dict[str, int] | None) -> Generated:
         """Return what was written."""
-        return Generated(self._decode(self.tokens), tuple(self.tokens), num_read, self.tokens_per_second, memory)
+        text, count = self._decode(self.tokens[self.num_thought :]), self.num_thought
+        return Generated(text, tuple(self.tokens), num_read, self.tokens_per_second, memory, count)
 
 
 def check_generate_config(config: GenerateConfig) -> None:
     """Raise ConfigError for what can be told to be wrong before anything is loaded."""
     check_sampling(config.temperature, config.top_p)
+    check_asking(config)
+    if config.template_arg and not config.chat_template:
+        raise ConfigError("--template-arg is for the chat template: add --chat-template.")
     if not (config.prompt or config.context or config.memory):
         raise ConfigError("There is nothing to continue: give --prompt, --context or --memory.")
     if not config.max_new_tokens and not config.save_memory:
@@ -170,7 +230,8 @@ class PlainWriter:
     def __init__(self, config: GenerateConfig, context: str) -> None:
         self._config = config
         self._model = load_language_model(config)
-        self._ids = [*self._model.encode(context), *self._model.encode(config.prompt or "", add_bos=False)]
+        set_asking(self._model, config)
+        self._ids = _prompt_ids(self._model, config, context)
         window = int(self._model.model.config.get_text_config().max_position_embeddings)
         if len(self._ids) + config.max_new_tokens > window:
             raise ConfigError(
@@ -186,19 +247,25 @@ class PlainWriter:
         """Tokens of the text."""
         return len(self._ids)
 
+    @property
+    def notes(self) -> list[str]:
+        """Nothing: the whole text is in the window."""
+        return []
+
     def read(self, advance: Callable[[int], object]) -> None:
         """Do nothing: the text is read when the first token is written."""
         advance(self.num_unread)
 
     @torch.no_grad()
     def write(self, on_text: OnText) -> Generated:
-        """Continue, with transformers' own generation."""
+        """Continue, with transformers' own generation and no setting of the checkpoint's but its ending tokens."""
         config, model = self._config, self._model
-        stream = TextStream(model.decode, on_text)
+        stream = TextStream(model, on_text, _marks(model, config), self._ids)
         ids = torch.tensor([self._ids], device=model.device)
         drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
+        plain = plain_generation(model.model, model.ending_tokens)
         torch.manual_seed(config.seed)
-        with model.frozen_rope(len(self._ids) + config.max_new_tokens):
+        with model.frozen_rope(len(self._ids) + config.max_new_tokens), plain:
             model.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -209,6 +276,22 @@ class PlainWriter:
                 **drawn,
             )
         return stream.result(len(self._ids), None)
+
+
+def _prompt_ids(model: HFLanguageModel, config: GenerateConfig, context: str) -> list[int]:
+    """Return context and prompt in tokens; as one message of a user with --chat-template."""
+    prompt = config.prompt or ""
+    if config.chat_template:
+        uses_template(model, True)
+        return chat_tokens(model, user_text(model, f"{context}{prompt}"))
+    written = user_text(model, context), user_text(model, prompt)
+    return [*model.encode(written[0]), *model.encode(written[1], add_bos=False)]
+
+
+def _marks(model: HFLanguageModel, config: GenerateConfig) -> tuple[str, str] | None:
+    """Return the marks of thoughts that are taken off: as asked, or (None) with --chat-template."""
+    wanted = config.chat_template if config.strip_thinking is None else config.strip_thinking
+    return stripped_marks(model) if wanted else None
 
 
 class _Streamer:
@@ -229,7 +312,7 @@ class _Streamer:
 
 
 class MemoryWriter:
-    """A compressor that reads a text of any length, or goes on from a memory of one.
+    """A compressor that reads a text of any length and keeps what its memory holds, or goes on from such a memory.
 
     Raises:
         ConfigError: a ratio that is not the memory's.
@@ -248,8 +331,31 @@ class MemoryWriter:
         if config.ratio not in (None, self._session.ratio):
             raise ConfigError(f"{config.memory} was written at --ratio {self._session.ratio}, not {config.ratio}.")
         self._model: HFLanguageModel = loaded.plain
-        self._context = self._model.encode(context, add_bos=not config.memory)
-        self._prompt = self._model.encode(config.prompt or "", add_bos=False)
+        set_asking(self._model, config)
+        self._context, self._prompt = self._tokens(context)
+
+    def _tokens(self, context: str) -> tuple[list[int], list[int]]:
+        """Return context and prompt in tokens; with --chat-template they are one message, whose turn stays open."""
+        model, config = self._model, self._config
+        before, after, begins = "", "", False
+        if config.chat_template:
+            uses_template(model, True)
+            frame = chat_frame(model)
+            before, after, begins = frame.before, frame.after, frame.begins
+        read = f"{'' if config.memory else before}{user_text(model, context)}"
+        asked = f"{user_text(model, config.prompt or '')}{after}"
+        return model.encode(read, add_bos=not (config.memory or begins)), model.encode(asked, add_bos=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """Say plainly what of the text is gone."""
+        gone, whole = self._session.num_forgotten, self._session.num_tokens
+        if not gone:
+            return []
+        return [
+            f"The memory is full: of {whole:,} tokens read the first {gone:,} ({gone / whole:.0%}) are forgotten, and "
+            f"only the last {whole - gone:,} can be used. A higher --ratio or a longer window keeps more."
+        ]
 
     @property
     def num_unread(self) -> int:
@@ -274,7 +380,8 @@ class MemoryWriter:
     def write(self, on_text: OnText) -> Generated:
         """Continue, compressing what is written as well."""
         config, session = self._config, self._session
-        stream, num_read = TextStream(self._model.decode, on_text), session.num_tokens
+        marks = _marks(self._model, config)
+        stream, num_read = TextStream(self._model, on_text, marks, self._prompt), session.num_tokens
         session.generate(
             config.max_new_tokens,
             temperature=config.temperature,

@@ -36,7 +36,8 @@ from longext.compressor.readers import Reader
 from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
-from longext.evaluation.perplexity import TokenizedDocument, check_lengths, check_method
+from longext.evaluation.methods import check_method
+from longext.evaluation.perplexity import TokenizedDocument, check_lengths
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
 

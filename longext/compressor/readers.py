@@ -21,7 +21,7 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
-from longext.compressor.decoding import CachedDecoder, stop_tokens
+from longext.compressor.decoding import CachedDecoder
 from longext.compressor.ratios import find_ratio
 from longext.compressor.rotation import check_rotation
 from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
@@ -76,9 +76,14 @@ class Reader:
         return self.plain.device
 
     @property
-    def bos(self) -> tuple[int, ...]:
-        """The tokens put before a text: one BOS or nothing."""
-        return self.plain.bos
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens put before a text: mostly a BOS or nothing."""
+        return self.plain.prefix
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self.plain.ending_tokens
 
     @property
     def trained_length(self) -> int:
@@ -130,7 +135,7 @@ class Reader:
         whole = (ids.shape[1] - 1) // self.segment * self.segment
         for tokens in ids[:, :whole].split(self.segment, 1) if whole else ():
             trail.write(tokens)
-        tail, new, stops = ids[:, whole:], list[int](), stop_tokens(self.plain.model)
+        tail, new, stops = ids[:, whole:], list[int](), self.ending_tokens
         decoder: CachedDecoder | None = None
         while len(new) < max_new_tokens and not (new and new[-1] in stops):
             if self._follows_length:

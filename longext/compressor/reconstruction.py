@@ -298,7 +298,7 @@ def _evaluate(
 ) -> Reconstruction:
     started = time.perf_counter()
     compressor, sink = loaded.compressor, loaded.compressor.spec.sink
-    eos = [token for token in [loaded.tokenizer.eos_token_id] if token is not None]
+    eos = sorted(loaded.plain.ending_tokens)
     scores = []
     for batch in _batches(segments, compressor, config):
         scores.append(_score(compressor, batch, ratio, eos))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import torch
 
 from longext.compressor.base import REPEAT, Compressor, CompressorSpec, Segment
 from longext.compressor.checkpoint import LoadedCompressor
-from longext.compressor.decoding import CachedDecoder, memory_decoder, stop_tokens
+from longext.compressor.decoding import CachedDecoder, memory_decoder
 from longext.compressor.memory import Memory, join, num_bytes, num_slots
 from longext.compressor.memory_file import TOKENS, check_memory, hash_weights, read_memory, write_memory
 from longext.compressor.ratios import find_ratio, num_memories
 from longext.compressor.rotation import check_rotation, rerotate
 from longext.compressor.sampling import Sampler
 from longext.errors import CheckpointError, ConfigError
+from longext.models.turns import ending_tokens, named_ends
 from longext.training.losses import IGNORED
 
 _DROPPED_AT_ONCE = 4  # one in so many memories makes room when the window is full
@@ -62,13 +63,20 @@ class Session:
         overflow: when memories fill the model's window: "slide" forgets the oldest quarter and moves the others up,
             "error" refuses the tokens.
         base_weights: hash of the frozen model's weights, needed to save.
+        ends: tokens that end what is generated (default: those that the model itself names).
 
     Raises:
         ConfigError: a ratio or overflow that cannot be.
     """
 
     def __init__(
-        self, compressor: Compressor, *, ratio: int | None = None, overflow: str = "slide", base_weights: str = ""
+        self,
+        compressor: Compressor,
+        *,
+        ratio: int | None = None,
+        overflow: str = "slide",
+        base_weights: str = "",
+        ends: Collection[int] | None = None,
     ) -> None:
         if overflow not in OVERFLOWS:
             raise ConfigError(f"overflow must be {' or '.join(OVERFLOWS)}, got '{overflow}'.")
@@ -76,7 +84,7 @@ class Session:
         self.ratio = find_ratio(compressor, ratio)
         self.overflow = overflow
         self.base_weights = base_weights
-        self.eos = stop_tokens(compressor.backbone.model)
+        self.eos = named_ends(compressor.backbone.model) if ends is None else frozenset(ends)
         self._segment_slots = compressor.slots(self.ratio)
         self._room = num_memories(compressor, self.ratio)
         self._can_rotate = compressor.is_soft
@@ -85,7 +93,8 @@ class Session:
     @classmethod
     def of(cls, loaded: LoadedCompressor, *, ratio: int | None = None, overflow: str = "slide") -> Session:
         """Return an empty session of a compressor from disk."""
-        return cls(loaded.compressor, ratio=ratio, overflow=overflow, base_weights=loaded.base.weights)
+        ends = ending_tokens(loaded.compressor.backbone.model, loaded.tokenizer)
+        return cls(loaded.compressor, ratio=ratio, overflow=overflow, base_weights=loaded.base.weights, ends=ends)
 
     @property
     def spec(self) -> CompressorSpec:
@@ -193,7 +202,7 @@ class Session:
         seed: int = 0,
         on_token: Callable[[int], object] | None = None,
     ) -> list[int]:
-        """Continue the document: absorb and return new tokens, up to and with an end-of-sequence token.
+        """Continue the document: absorb and return new tokens, up to and with an ending token.
 
         Args:
             temperature, top_p, seed: as `Sampler`; 0 is greedy.

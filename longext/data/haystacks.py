@@ -242,7 +242,7 @@ def haystack_prompt(
     answers = [needle.value for key in asked for needle in needles if needle.key == key]
     head, asking, opening = _frame(setup.value_type, asked, len(answers) == 1)
     question = f"{asking}{tokens.after}{opening}"
-    tail = continuing(tokens.encode, question)
+    tail = continuing(tokens.encode, question if tokens.opens else f"{asking}{tokens.after}")
     answer_ids, ends = _answer(tokens, question, answers)
     budget = len(answer_ids) if max_new_tokens is None else max_new_tokens
     hidden = [

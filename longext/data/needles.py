@@ -33,7 +33,7 @@ class NeedlePrompt:
     """One retrieval question.
 
     Attributes:
-        input_ids: the prompt, with BOS where the tokenizer has one.
+        input_ids: the prompt, with the tokenizer's own prefix.
         answer_ids: the tokens of the answer as they would follow the prompt.
         key: the number asked for.
         depth: where the asked needle stands, 0 (start) to 1 (end) of the filler.
@@ -51,14 +51,16 @@ class PromptTokens:
 
     Attributes:
         encode: tokens of a text, without special ones.
-        prefix: BOS or nothing.
+        prefix: what the tokenizer puts before a text: mostly a BOS or nothing.
         before, after: texts that a chat template puts around the user's message; RULER's prompts heed them.
+        opens: the beginning of the answer stands at the end of the prompt (RULER's).
     """
 
     encode: Encode
     prefix: tuple[int, ...]
     before: str = ""
     after: str = ""
+    opens: bool = True
 
     def answer(self, question: str, key: int | str) -> tuple[int, ...]:
         """Return the tokens that " {key}" adds after `question`, however the tokenizer joins them."""

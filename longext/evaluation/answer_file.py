@@ -22,14 +22,23 @@ def fingerprint_of(model: LanguageModel, questions: Iterable[str]) -> str:
     """Return a SHA-256 over the questions and what the model says of itself, its ending tokens and all its weights."""
     facts = {key: value for key, value in model.describe().items() if key not in _UNTOLD}
     plain = getattr(model, "plain", model)  # a reader's model
-    if hasattr(plain, "model"):
-        facts["eos_token_id"] = plain.model.generation_config.eos_token_id
+    facts["asking"] = str(getattr(plain, "asking", None))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     if hasattr(plain, "model"):
         digest.update(weights_checksum(plain.model).encode())
     for question in questions:
         digest.update(question.encode() + b"\n")
     return digest.hexdigest()
+
+
+def tokens_hash(input_ids: Sequence[int]) -> str:
+    """Return a SHA-256 over token ids."""
+    return hashlib.sha256(json.dumps(list(input_ids)).encode()).hexdigest()
+
+
+def hash_of(hashes: Iterable[str]) -> str:
+    """Return a SHA-256 over hashes, in the order of their values: that of the prompts of a run."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]]]:

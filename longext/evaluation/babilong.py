@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from longext.data.babilong import BABILONG_TASKS, PROMPTS, BABILongRow, prompt_text
 from longext.errors import ConfigError
-from longext.evaluation.chat import chat_tokens, uses_template
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.chat import asked_facts, chat_tokens, user_text, uses_template
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import (
@@ -69,7 +69,7 @@ def evaluate_babilong(
     """
     started = time.perf_counter()
     is_chat = uses_template(model, config.chat_template)
-    texts = {row.id: prompt_text(row, config.prompt) for row in rows}
+    texts = {row.id: user_text(model, prompt_text(row, config.prompt)) for row in rows}
     prompts = {
         name: chat_tokens(model, text) if is_chat else model.encode(f"{text}\nAnswer:") for name, text in texts.items()
     }
@@ -80,6 +80,7 @@ def evaluate_babilong(
         path=path,
         on_progress=on_progress,
         batch_tokens=config.batch_tokens,
+        is_chat=is_chat,
     )
     outcomes = [
         Outcome(
@@ -100,8 +101,11 @@ def babilong_record(
     rows: Sequence[BABILongRow],
     outcomes: Sequence[Outcome],
     seconds: float,
+    answers: Collection[Prediction] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the JSON record of a BABILong run."""
+    is_chat = uses_template(model, config.chat_template)
     return result_record(
         "babilong",
         model.describe(),
@@ -113,7 +117,8 @@ def babilong_record(
             "reference": "BABILong, arXiv 2406.10149",
             "scoring": "the target is the only possible answer of the task that the first sentence names, case "
             "ignored, those in the question left out (as the authors)",
-            "chat_template": uses_template(model, config.chat_template),
+            "chat_template": is_chat,
+            **asked_facts(model, is_chat, (own.prompt_sha256 for own in answers)),
             "tasks": {name: BABILONG_TASKS[name].summary for name in config.tasks},
         },
         {
@@ -124,4 +129,5 @@ def babilong_record(
         seconds=seconds,
         results=cell_rows(cells_of(outcomes)),
         by_length=cell_rows(pooled_cells(outcomes)),
+        notes=list(notes),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.config import DataConfig, RuntimeConfig
+from longext.config import ChatConfig, DataConfig, RuntimeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class ShortConfig(RuntimeConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EffectiveConfig(RuntimeConfig):
+class EffectiveConfig(RuntimeConfig, ChatConfig):
     """`longext eval effective`: the longest length at which retrieval reaches a bar."""
 
     max_length: int
@@ -36,7 +36,6 @@ class EffectiveConfig(RuntimeConfig):
     test: str = "passkey"
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_trials: int = 4
-    chat_template: bool | None = None
     fail_under: int | None = None
     method: str | None = None
     factor: float | None = None

@@ -7,7 +7,7 @@ the model, and what only blurs a comparison) is told under the table, and so is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +26,27 @@ _ASKED = re.compile(
 )
 # What follows from the model (the length that prompts are cut to), or gives other samples of the same thing.
 _MAY_DIFFER = re.compile(
-    r"protocol\.(max_length|truncation|chat_template|seed|lm_eval|window|bytes_per_position)$|model\..*|versions\.(?!python$).*"
+    r"protocol\.(max_length|truncation|chat_template|seed|lm_eval|window|bytes_per_position|template_\w+|prompts_sha256"
+    r"|strip_thinking)$|protocol\.template_arguments\..*|model\..*|versions\.(?!python$).*"
 )
-_TOLD = frozenset({"model.tokenizer_sha256", "model.dtype", "model.device"})
+_TOKENIZER, _TEMPLATE = "model.tokenizer_sha256", "protocol.template_sha256"
+_TOLD = frozenset({_TOKENIZER, "model.dtype", "model.device", "model.prefix", "model.ending_tokens"})
+# What follows from the tokenizer, and is told only of models that share it.
+_OF_A_TOKENIZER = frozenset({_TEMPLATE, "protocol.prompts_sha256", "model.prefix", "model.ending_tokens"})
 # One entry for each task: a result without it has other tasks, which the table shows.
 _BY_TASK = re.compile(r"(protocol\.(tasks|prompts|content)|data\.(sha256|tasks))\..*")
 _COUNTS = ("num_trials", "num_rows", "num_documents", "num_windows", "num_places", "num_segments")
 _RECORDED = ("protocol.", "data.")  # what each result should say
 _OF_A_RUN = ("protocol.id", "data.data_sha256")
+Fields = Mapping[str, Any]
+# What older results do not record had one value then.
+_FORMER: dict[str, Fields] = {
+    "passkey": {"protocol.num_needles": 1, "protocol.filler": "landmark", "protocol.num_digits": 5},
+    "needle": {"protocol.answer_prefix": True},
+}
 _ADDRESS = " at 0x"  # of a function in a config that was written as text: another one in each run
 
 
-Fields = Mapping[str, Any]
 Place = tuple[Score, str]  # with the label of its result
 
 
@@ -69,7 +78,20 @@ def fields_of(part: Part) -> dict[str, Any]:
     held["model"] = {key: value for key, value in held["model"].items() if f"model.{key}" in told}
     base = {"config_sha256": record["base"].get("config_sha256")} if isinstance(record.get("base"), Mapping) else {}
     held |= {"base": base, "measured": part.suite.measured(record)}
-    return {name: value for name, value in leaves(held) if _is_compared(name, value, part.suite)}
+    found = {name: value for name, value in leaves(held) if _is_compared(name, value, part.suite)}
+    return {**_FORMER.get(part.suite.name, {}), **found}
+
+
+def base_of(part: Part) -> Any:
+    """Return what tells base models apart: tokenizer and size; the name of a model that records neither."""
+    model = part.record["model"] or {}
+    known = (model.get("tokenizer_sha256"), model.get("num_parameters"))
+    return part.model or part.result.name if None in known else known
+
+
+def is_by_task(name: str) -> bool:
+    """True for a field of one task: a result without it has other tasks."""
+    return bool(_BY_TASK.match(name))
 
 
 def _is_compared(name: str, value: Any, suite: Suite) -> bool:
@@ -87,11 +109,26 @@ def must_agree(name: str, suite: Suite) -> bool:
 
 def conflicts(own: Fields, held: Fields, suite: Suite) -> list[Conflict]:
     """Return the fields that keep two results out of one table; one that either does not record is none."""
-    return [
+    found = [
         Conflict(name, value, held[name])
         for name, value in own.items()
         if name in held and value != held[name] and must_agree(name, suite)
     ]
+    if other_template(own.get, held.get):
+        found.append(Conflict(_TEMPLATE, own[_TEMPLATE], held[_TEMPLATE]))
+    return found
+
+
+def other_template(own: Callable[[str], Any], held: Callable[[str], Any]) -> bool:
+    """Return True where two results of one tokenizer were asked through different chat templates.
+
+    Args:
+        own, held: name of a field -> its value, None where it is not recorded.
+    """
+    if own(_TOKENIZER) is None or own(_TOKENIZER) != held(_TOKENIZER):
+        return False
+    templates = own(_TEMPLATE), held(_TEMPLATE)
+    return None not in templates and templates[0] != templates[1]
 
 
 def group(parts: Sequence[Part]) -> list[list[Part]]:
@@ -127,7 +164,9 @@ def cautions(parts: Sequence[Part], labels: Sequence[str], places: Iterable[Sequ
         places: the numbers at each place of the tables.
     """
     fields = [fields_of(part) for part in parts]
-    found = []
+    found: list[Caution] = []
+    if len({own.get(_TOKENIZER) for own in fields}) > 1:
+        fields = [{name: value for name, value in own.items() if name not in _OF_A_TOKENIZER} for own in fields]
     for name in dict.fromkeys(name for own in fields for name in own):
         told = [(own[name], label) for own, label in zip(fields, labels, strict=True) if name in own]
         silent = [label for own, label in zip(fields, labels, strict=True) if name not in own]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 from longext.checkpoint.extend import ExtensionPlan, extended_config, plan_extension
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
-from longext.config import CompareConfig, ExtendConfig, PasskeyConfig, PerplexityConfig, build_config
+from longext.config import CompareConfig, PasskeyConfig, PerplexityConfig
 from longext.data.documents import data_hash, load_documents
 from longext.errors import ConfigError
+from longext.evaluation.methods import described, method_request
 from longext.evaluation.model import HFLanguageModel, load_language_model
 from longext.evaluation.passkey import (
     PASSKEY_PROTOCOLS,
@@ -24,6 +24,7 @@ from longext.evaluation.passkey import (
     check_prompts,
     evaluate_passkey,
     num_prompts,
+    prompts_hash,
 )
 from longext.evaluation.perplexity import (
     PERPLEXITY_PROTOCOLS,
@@ -33,10 +34,10 @@ from longext.evaluation.perplexity import (
     check_perplexity_config,
     evaluate_perplexity,
     num_forward_tokens,
+    stride_of,
     tokenize_documents,
 )
 from longext.evaluation.protocol import result_record
-from longext.rope.methods import ROPE_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class MethodResult:
     Attributes:
         name: as the user spelled it, for example "yarn" or "dynamic:alpha=8".
         rope_parameters: what `extend` would write.
-        formula: its formula.
+        formula: its formula, and the parameters that were used.
         perplexity: by length, sliding windows.
         positions: NLL by position, one pass at the largest length.
         passkey: by length and depth; empty where it was switched off.
@@ -83,28 +84,6 @@ class Comparison:
         return method.perplexity_at(self.short_length).ppl / base.perplexity_at(self.short_length).ppl - 1
 
 
-def parse_method(text: str, config: CompareConfig) -> ExtendConfig:
-    """Return the `extend` request that "name" or "name:key=value:key=value" stands for.
-
-    Raises:
-        ConfigError: unknown method or parameter.
-    """
-    name, *settings = re.split(r":(?=[A-Za-z_-]+=|$)", text)
-    ROPE_METHODS[name]
-    if name == "none" and settings:
-        raise ConfigError(f"`none` is the model as it is and takes no parameters, got '{text}'.")
-    settings = [_underscored(setting) for setting in settings]
-    typed: dict[str, Any] = {"model": config.model, "method": name, "revision": config.revision}
-    if not any(setting.startswith("factor=") for setting in settings):
-        typed["factor"] = config.factor
-    return build_config(ExtendConfig, None, settings, typed)
-
-
-def _underscored(setting: str) -> str:
-    key, separator, value = setting.partition("=")
-    return f"{key.replace('-', '_')}{separator}{value}"
-
-
 def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
     """Return the extension plan of every method asked for, by the name the user gave it; None for the model as it is.
 
@@ -115,7 +94,7 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
         raise ConfigError("--methods needs at least one method, for example none,linear,yarn.")
     if len(set(config.methods)) != len(config.methods):
         raise ConfigError(f"--methods names one method twice: {','.join(config.methods)}.")
-    requests = {name: parse_method(name, config) for name in config.methods}
+    requests = {name: method_request(name, config.model, config.revision, config.factor) for name in config.methods}
     return {name: None if request.method == "none" else plan_extension(request) for name, request in requests.items()}
 
 
@@ -147,9 +126,7 @@ def compare_methods(
         with progress(f"{name} ({index}/{len(plans)})", course.num_tokens(tokenized), "tokens") as advance:
             model.set_rope(plain if plan is None else extended_config(plan))
             numbers = course.run(model, tokenized, advance)
-        results.append(
-            MethodResult(name=name, rope_parameters=rope, formula=ROPE_METHODS[spec.method].formula, **numbers)
-        )
+        results.append(MethodResult(name=name, rope_parameters=rope, formula=described(spec), **numbers))
         if announce:
             announce(_one_line(results[-1]))
     model.set_rope(plain)
@@ -193,7 +170,7 @@ class _Course:
             check_passkey_config(passkey)
         return _Course(
             perplexity=perplexity,
-            positions=dataclasses.replace(perplexity, protocol="positional"),
+            positions=dataclasses.replace(perplexity, protocol="positional", stride=stride_of(perplexity)),
             passkey=passkey,
             trained=trained,
             short=max(length for length in lengths if length <= trained),
@@ -246,7 +223,7 @@ def _record(
     protocols = {
         "perplexity": _perplexity_facts(course.perplexity),
         "positions": _perplexity_facts(course.positions),
-        "passkey": _passkey_facts(course.passkey) if course.passkey else None,
+        "passkey": _passkey_facts(model, course.passkey) if course.passkey else None,
         "seed": config.seed,
     }
     return result_record(
@@ -272,14 +249,15 @@ def _record(
 
 def _perplexity_facts(config: PerplexityConfig) -> dict[str, Any]:
     protocol = PERPLEXITY_PROTOCOLS[config.protocol]
-    facts = {"id": f"ppl/{config.protocol}", "stride": config.stride, "definition": protocol.summary}
+    facts = {"id": f"ppl/{config.protocol}", "stride": stride_of(config), "definition": protocol.summary}
     return {**facts, "weighting": protocol.weighting, "bos": protocol.adds_bos}
 
 
-def _passkey_facts(config: PasskeyConfig) -> dict[str, Any]:
+def _passkey_facts(model: HFLanguageModel, config: PasskeyConfig) -> dict[str, Any]:
     protocol = PASSKEY_PROTOCOLS[config.protocol]
     facts = {"id": f"passkey/{config.protocol}", "definition": protocol.summary, "scoring": protocol.scoring}
-    return {**facts, **{name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}}
+    facts |= {name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}
+    return {**facts, "prompts_sha256": prompts_hash(model, config)}
 
 
 def csv_rows(comparison: Comparison) -> Iterator[list[Any]]:

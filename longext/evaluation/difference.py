@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from longext.errors import DataError
+from longext.evaluation.comparable import other_template
 from longext.evaluation.scores import leaves, numbers_of, scores_of
 
 _COMPARED = ("model", "protocol", "data", "versions")
 _TOKENIZER = "model.tokenizer_sha256"
+# What answers are like: no count of what was asked
+_OF_ANSWERS = frozenset({"num_correct", "num_empty", "num_new_tokens"})
 _SOURCE = "data.source"  # where the data lay; their hash says what they are
 
 
@@ -42,7 +45,7 @@ class Difference:
         scores: those in both, in the order of A.
         only_a, only_b: names of the scores that one result has.
         fields: what differs in model, protocol, data and versions.
-        comparable: kind, protocol id and data hash agree.
+        comparable: kind, protocol id and data hash agree, and so do the chat templates of models of one tokenizer.
         reasons: why not; empty where comparable.
         cautions: what else may make the scores differ although both are comparable by that rule.
     """
@@ -85,6 +88,8 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
         )
         if left != right
     ]
+    if other_template(_value_in(a), _value_in(b)):
+        reasons.append("another template")
     return Difference(
         kind=a["kind"],
         scores=[_pair(name, value, other[name]) for name, value in own.items() if name in other],
@@ -118,6 +123,11 @@ def _protocol_ids(record: Mapping[str, Any]) -> Any:
     return {name: value for name, value in leaves(record["protocol"] or {}) if name.split(".")[-1] == "id"} or None
 
 
+def _value_in(record: Mapping[str, Any]) -> Callable[[str], Any]:
+    fields = dict(leaves({key: record.get(key) or {} for key in ("model", "protocol")}))
+    return fields.get
+
+
 def _data_hash(record: Mapping[str, Any]) -> Any:
     return (record["data"] or {}).get("sha256")
 
@@ -128,6 +138,9 @@ def _cautions(fields: list[FieldPair], a: Mapping[str, Any], b: Mapping[str, Any
     cautions = [f"settings differ: {', '.join(settings)}"] if settings else []
     if _TOKENIZER in names:
         cautions.append("the tokenizers differ: lengths and values per token are of different tokens")
-    left, right = ({score.name: score.value for score in numbers_of(own) if score.is_count} for own in (a, b))
+    left, right = (
+        {score.name: score.value for score in numbers_of(own) if score.is_count and score.keys[-1] not in _OF_ANSWERS}
+        for own in (a, b)
+    )
     counts = dict.fromkeys(name.split(".")[-1] for name in left if name in right and left[name] != right[name])
     return [*cautions, *([f"counts differ: {', '.join(counts)}"] if counts else [])]

@@ -14,7 +14,7 @@ from typing import Any
 from longext.config import PasskeyConfig
 from longext.errors import ConfigError
 from longext.evaluation.bars import verdict
-from longext.evaluation.chat import uses_template
+from longext.evaluation.chat import template_facts, uses_template
 from longext.evaluation.checks_config import EffectiveConfig
 from longext.evaluation.needle import check_needle_config, evaluate_needles, make_questions
 from longext.evaluation.passkey import (
@@ -143,8 +143,14 @@ def _shared(config: EffectiveConfig, kind: Any, *lengths: int, **more: Any) -> A
 
 
 def _check_passkey(config: EffectiveConfig, model: LanguageModel | None) -> None:
-    if config.chat_template:
-        raise ConfigError("--chat-template is for --test needle: the passkey prompt is a text that models continue.")
+    asked = {
+        "--chat-template": config.chat_template,
+        "--template-arg": config.template_arg,
+        "--neutralise-control-tokens": config.neutralise_control_tokens,
+    }
+    given = next((option for option, value in asked.items() if value), None)
+    if given:
+        raise ConfigError(f"{given} is for --test needle: the passkey prompt is a text that models continue.")
     settings = _shared(config, PasskeyConfig, config.min_length, config.max_length)
     check_passkey_config(settings)
     if model is not None:
@@ -260,6 +266,7 @@ def _verdicts(tried: Sequence[TriedLength], config: EffectiveConfig) -> list[dic
 def effective_record(model: LanguageModel, config: EffectiveConfig, tried: Sequence[TriedLength]) -> dict[str, Any]:
     """Return the JSON record of a search."""
     test = LENGTH_TESTS[config.test]
+    is_chat = config.test == "needle" and uses_template(model, config.chat_template)
     return result_record(
         "effective-length",
         model.describe(),
@@ -274,8 +281,9 @@ def effective_record(model: LanguageModel, config: EffectiveConfig, tried: Seque
             "max_length": config.max_length,
             "depths": list(config.depths),
             "num_trials": config.num_trials,
-            "chat_template": config.test == "needle" and uses_template(model, config.chat_template),
+            "chat_template": is_chat,
             "seed": config.seed,
+            **template_facts(model, is_chat),
         },
         None,
         effective_length=longest(tried),

@@ -25,14 +25,17 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
 from longext.evaluation.bars import POSITIVE, check_names, read_bars, verdict
-from longext.evaluation.chat import uses_template
+from longext.evaluation.chat import asked_facts, uses_template
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Progress, Scorer, harness_model
 from longext.evaluation.longbench_run import context_length
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.methods import check_method
+from longext.evaluation.predictions import answer_notes
 from longext.evaluation.protocol import LanguageModel, result_record
+from longext.evaluation.statistics import stderr_interval
 from longext.models.load import first_line
 from longext.registry import did_you_mean
 
@@ -62,7 +65,10 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a task or group, as lm-eval reports it; `num_fewshot` and `num_documents` are None for groups."""
+    """One number of a task or group, as lm-eval reports it; `num_fewshot` and `num_documents` are None for groups.
+
+    `low` and `high` are the 95 % interval of lm-eval's standard error, Wilson's where all or none are right.
+    """
 
     task: str
     metric: str
@@ -73,6 +79,8 @@ class Score:
     num_fewshot: int | None
     num_documents: int | None
     num_truncated: int
+    low: float | None = None
+    high: float | None = None
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -85,9 +93,34 @@ def check_harness_config(config: HarnessConfig) -> None:
     check_method(config.method, config.factor)
     if config.fewshot_as_multiturn and not config.chat_template:
         raise ConfigError("--fewshot-as-multiturn puts examples into turns of a chat template: add --chat-template.")
+    _check_template_arg(config)
     _bars(config)
+    harness_metadata(config)
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise DataError(f"--include-path {config.include_path} is no folder. Give one with the task files (*.yaml).")
+
+
+def _check_template_arg(config: HarnessConfig) -> None:
+    if config.template_arg and not config.chat_template:
+        raise ConfigError("--template-arg is for the chat template: add --chat-template.")
+
+
+def harness_metadata(config: HarnessConfig) -> dict[str, Any]:
+    """Return what --metadata tells tasks that make their own data (RULER): JSON values, anything else as text.
+
+    Raises:
+        ConfigError: --metadata that is not key=value.
+    """
+    found: dict[str, Any] = {}
+    for text in config.metadata:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--metadata takes key=value, for example max_seq_lengths=[4096,8192], got '{text}'.")
+        try:
+            found[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key] = value
+    return found
 
 
 def _bars(config: HarnessConfig) -> dict[str, float]:
@@ -108,10 +141,11 @@ def load_harness_tasks(config: HarnessConfig) -> Tasks:
 
     with quiet_harness():
         own = str(Path(config.include_path).expanduser()) if config.include_path else None
-        manager = TaskManager(include_path=own, include_defaults=False) if own else None
+        metadata: Any = {"tokenizer": str(resolve_model(config.model, config.revision)), **harness_metadata(config)}
+        manager = TaskManager(include_path=own, include_defaults=False, metadata=metadata) if own else None
         if manager is None or not set(config.tasks) <= set(manager.all_tasks):
             local = manager.all_tasks if manager else []
-            manager = TaskManager(include_path=own)
+            manager = TaskManager(include_path=own, metadata=metadata)
             for name in config.tasks:
                 if name not in manager.all_tasks:
                     raise ConfigError(_unknown_task(name, manager.all_tasks, local, config.include_path))
@@ -247,9 +281,18 @@ def open_scorer(
         ConfigError: --chat-template, and the tokenizer has none.
     """
     settings: Any = config
+    _check_template_arg(config)
     uses_template(model, config.chat_template)
     window = config.max_length or (None if config.memory else context_length(model, settings))
-    return Scorer(model, window, config.batch_tokens, on_progress, folder, config.system_instruction is not None)
+    return Scorer(
+        model,
+        window,
+        config.batch_tokens,
+        on_progress,
+        folder,
+        config.system_instruction is not None,
+        bool(config.chat_template),
+    )
 
 
 def as_multiturn(config: HarnessConfig) -> bool:
@@ -296,22 +339,29 @@ def harness_scores(results: dict[str, Any], scorer: Scorer) -> list[Score]:
             metric, comma, filter = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
+            number, error = _number(value), _number(values.get(f"{metric}_stderr,{filter}"))
+            between = None if number is None else stderr_interval(number, error, _num_asked(results, inside))
             scores.append(
                 Score(
                     name,
                     metric,
                     filter,
-                    _number(value),
-                    _number(values.get(f"{metric}_stderr,{filter}")),
+                    number,
+                    error,
                     results["higher_is_better"].get(name, {}).get(metric) is not False,
                     results["n-shot"].get(name),
                     results["n-samples"].get(name, {}).get("effective"),
                     sum(cut[task] for task in inside),
+                    *(between or (None, None)),
                 )
             )
     if not scores:
         raise LongextError("lm-eval returned no number for any task.")
     return scores
+
+
+def _num_asked(results: dict[str, Any], tasks: Sequence[str]) -> int:
+    return sum(results["n-samples"].get(task, {}).get("effective") or 0 for task in tasks)
 
 
 def _number(value: Any) -> float | None:
@@ -326,6 +376,12 @@ def harness_notes(scorer: Scorer, scores: Sequence[Score], config: HarnessConfig
             f"Documents whose input was longer than {scorer.window} tokens and lost its beginning: "
             f"{len(scorer.truncated)} (as lm-eval cuts: instructions and BOS go first)."
         )
+    if scorer.spelled:
+        notes.append(
+            "Texts of tasks spell control tokens, which the model reads as such: --neutralise-control-tokens makes "
+            "text of them."
+        )
+    notes += answer_notes(scorer.predictions) if scorer.predictions else []
     if scorer.without_system:
         notes.append(
             "The chat template refuses system messages: the descriptions of tasks were left out (as lm-eval does)."
@@ -388,6 +444,8 @@ def harness_record(
         "limit": config.limit,
         "seed": config.seed,
         "num_bootstrap": config.num_bootstrap,
+        "metadata": harness_metadata(config),
+        **asked_facts(scorer.model, bool(config.chat_template), scorer.prompt_hashes),
     }
     tasks = {
         name: {

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.config import RuntimeConfig
+from longext.config import ChatConfig, RuntimeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessConfig(RuntimeConfig):
+class HarnessConfig(RuntimeConfig, ChatConfig):
     """`longext eval harness`: any task of lm-evaluation-harness; seed and number of resamples are for its own draws."""
 
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
+    metadata: tuple[str, ...] = ()
     num_fewshot: int | None = None
     limit: int | None = None
     max_length: int | None = None
-    chat_template: bool | None = None
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
     seed: int = 1234

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from longext.errors import ConfigError, DataError
-from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers
+from longext.evaluation.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
 from longext.evaluation.batching import batch_size, batched_by
-from longext.evaluation.chat import render_chat, tokenizer_of
+from longext.evaluation.chat import render_chat, tokenizer_of, user_text, with_prefix
 from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
-from longext.evaluation.predictions import Request, generate_predictions
+from longext.evaluation.predictions import Prediction, Request, generate_predictions
 from longext.evaluation.protocol import LanguageModel
+from longext.models.turns import control_tokens
 
 _MAX_NEW_TOKENS = 256  # lm-eval's, where a task names none
 _HEEDED = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample", "temperature"}
@@ -43,6 +44,10 @@ class Scorer:
         ignored: generation settings of tasks that have no effect here.
         prompt_tokens: document -> tokens of its prompt as read, where answers are generated.
         without_system: the chat template refused system messages, and they were left out.
+        is_chat: texts come rendered by the chat template.
+        predictions: the answers generated.
+        prompt_hashes: of every input.
+        spelled: a text of a task spells control tokens.
     """
 
     model: LanguageModel
@@ -51,10 +56,14 @@ class Scorer:
     on_progress: Progress | None = None
     folder: Path | None = None
     needs_system: bool = False
+    is_chat: bool = False
     truncated: set[Owner] = field(default_factory=set)
     ignored: Counter[str] = field(default_factory=Counter)
     prompt_tokens: dict[Owner, int] = field(default_factory=dict)
     without_system: bool = False
+    predictions: list[Prediction] = field(default_factory=list)
+    prompt_hashes: set[str] = field(default_factory=set)
+    spelled: bool = False
     _done: set[Owner] = field(default_factory=set)
     _calls: Counter[str] = field(default_factory=Counter)
 
@@ -68,13 +77,21 @@ class Scorer:
         return token
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Return token ids; BOS as the tokenizer puts it, but no second one where the text begins with its name."""
-        bos = tokenizer_of(self.model).bos_token
-        add_bos = not (bos and text.startswith(bos)) if add_special_tokens is None else add_special_tokens
-        return self.model.encode(text, add_bos=add_bos)
+        """Return token ids; the tokenizer's prefix in front, but no second one where the text begins with it."""
+        ids = self.model.encode(text if self.is_chat else self._written(text), add_bos=False)
+        if add_special_tokens is None:
+            return with_prefix(self.model, ids)
+        return [*self.model.prefix, *ids] if add_special_tokens else ids
+
+    def _written(self, text: str) -> str:
+        """Return a text of a task as it is put; see `user_text`."""
+        text = user_text(self.model, text)
+        self.spelled = self.spelled or any(own in text for own in control_tokens(tokenizer_of(self.model)))
+        return text
 
     def render(self, messages: list[dict[str, str]], answer_begun: bool) -> str:
         """Return messages in the chat template; see `render_chat`."""
+        messages = [{**own, "content": self._written(own["content"])} for own in messages]
         others = [message for message in messages if message["role"] != "system"]
         try:
             return render_chat(self.model, messages, answer_begun=answer_begun)
@@ -93,6 +110,7 @@ class Scorer:
         """
         texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
         lengths = [len(continuation) for _, continuation in pairs]
+        self.prompt_hashes.update(map(tokens_hash, texts))
         path = self._file(kind)
         found = _kept_scores(self.model, texts, lengths, path)
         self._finished([owners[i] for i in found])
@@ -149,7 +167,11 @@ class Scorer:
                 requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
             self.prompt_tokens[owner] = len(requests[ids[-1]].input_ids)
         path = self._file("generate_until")
-        made = generate_predictions(self.model, list(requests.values()), path, self.on_progress, self.batch_tokens)
+        made = generate_predictions(
+            self.model, list(requests.values()), path, self.on_progress, self.batch_tokens, is_chat=None
+        )
+        self.predictions += made
+        self.prompt_hashes.update(prediction.prompt_sha256 for prediction in made)
         texts = {prediction.id: prediction.text for prediction in made}
         return [texts[id] for id in ids]
 
@@ -198,10 +220,7 @@ class Scorer:
             if len(tokens) > room:
                 self.truncated.add(owner)
                 tokens = tokens[-room:]
-        # answers are decoded without special tokens: the tokenizer's EOS is told by its number
-        eos = tokenizer_of(self.model).eos_token_id
-        ends = () if eos is None else (eos,)
-        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s), stop_ids=ends)
+        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s))
 
     def _finished(self, owners: Sequence[Owner]) -> None:
         new = set(owners) - self._done

@@ -16,12 +16,13 @@ from longext.config import LongBenchConfig
 from longext.data.longbench import LongBenchRow
 from longext.errors import ConfigError
 from longext.evaluation.bars import POINTS, check_names, read_bars, verdict
-from longext.evaluation.chat import chat_tokens, tokenizer_of
+from longext.evaluation.chat import chat_tokens, user_text
 from longext.evaluation.longbench_metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evaluation.longbench_tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Request
 from longext.evaluation.protocol import LanguageModel
+from longext.evaluation.statistics import mean_interval, share_interval
 from longext.registry import did_you_mean
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -36,6 +37,8 @@ class TaskScore:
     Attributes:
         score: 0 to 100; None for LongBench-E, which has buckets, and where words of Chinese text cannot be told.
         buckets: LongBench-E: score by length, None for a bucket without rows.
+        low, high: 95 % interval of the score over its rows (`share_interval`); None as the score.
+        bucket_intervals: LongBench-E: (low, high) by length.
         num_rows: rows the score is over; missing and empty answers count as 0.
         num_missing: rows that have no answer.
         num_empty: rows whose answer is empty.
@@ -53,6 +56,9 @@ class TaskScore:
     num_unplaced: int = 0
     num_truncated: int | None = None
     num_prompt_tokens: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bucket_intervals: dict[str, tuple[float, float] | None] | None = None
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -151,14 +157,12 @@ def build_requests(
     `max_length` by it.
     """
     task, prompt = TASKS[name], read_prompt(name)
-    tokenizer = tokenizer_of(model)
     stop: tuple[int, ...] = ()
     if name == _SAMSUM:
-        ends = {model.encode("\n", add_bos=False)[-1], tokenizer.eos_token_id}
-        stop = tuple(sorted(token for token in ends if token is not None))
+        stop = (model.encode("\n", add_bos=False)[-1],)
     requests, num_truncated = [], 0
     for index, row in enumerate(rows):
-        text = fill_prompt(prompt, row.context, row.question)
+        text = fill_prompt(prompt, user_text(model, row.context), user_text(model, row.question))
         text, is_cut = cut_middle(text, max_length, model.encode, model.decode)
         num_truncated += is_cut
         ids = chat_tokens(model, text) if chat and task.has_chat else model.encode(text)
@@ -192,25 +196,39 @@ def score_task(
     """Return the score of one task over all its rows; an answer that is None is missing."""
     scores = score_rows(name, answers, rows, ratio)
     unplaced = sum(row.length is None for row in rows) if longbench_e else 0
+    low, high = (None, None) if longbench_e else _interval(scores)
+    placed = _in_buckets(scores, rows) if longbench_e else {}
     return TaskScore(
         task=name,
         score=None if longbench_e else round(100 * sum(scores) / len(scores), 2),
-        buckets=_by_length(scores, rows) if longbench_e else None,
+        buckets={name: _mean_score(own) for name, own in placed.items()} if longbench_e else None,
         num_rows=len(rows),
         num_missing=sum(answer is None for answer in answers),
         num_empty=sum(answer is not None and not answer.strip() for answer in answers),
         num_unplaced=unplaced,
+        low=low,
+        high=high,
+        bucket_intervals={name: _interval(own) if own else None for name, own in placed.items()} or None,
     )
 
 
-def _by_length(scores: Sequence[float], rows: Sequence[LongBenchRow]) -> dict[str, float | None]:
+def _interval(scores: Sequence[float]) -> tuple[float, float]:
+    low, high = share_interval(scores)
+    return round(100 * low, 2), round(100 * high, 2)
+
+
+def _mean_score(scores: Sequence[float]) -> float | None:
+    return round(100 * float(np.mean(scores)), 2) if scores else None
+
+
+def _in_buckets(scores: Sequence[float], rows: Sequence[LongBenchRow]) -> dict[str, list[float]]:
     own: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
     for score, row in zip(scores, rows, strict=True):
         if row.length is not None:
             length = row.length
             bucket = next(name for name, limit in BUCKETS.items() if limit is None or length < limit)
             own[bucket].append(score)
-    return {bucket: round(100 * float(np.mean(values)), 2) if values else None for bucket, values in own.items()}
+    return own
 
 
 def averages(scores: Mapping[str, float | None], longbench_e: bool = False) -> dict[str, Any]:
@@ -225,16 +243,20 @@ def averages(scores: Mapping[str, float | None], longbench_e: bool = False) -> d
             continue
         means: dict[str, float | None] = {}
         for category in CATEGORIES:
-            own = [
-                scores.get(name)
-                for name in TASKS
-                if TASKS[name].category == category
-                and TASKS[name].language in (language, "code")
-                and (TASKS[name].is_in_e or not longbench_e)
-            ]
-            means[category] = _mean(own)
+            means[category] = _mean([scores.get(name) for name in _tasks_of(category, language, longbench_e)])
         result[title.lower()] = {**_rounded(means), "average": _rounded({"": _mean(list(means.values()))})[""]}
     return result
+
+
+def _tasks_of(category: str, language: str, longbench_e: bool) -> list[str]:
+    """Return the tasks of a category in a language; code counts in both."""
+    return [
+        name
+        for name in TASKS
+        if TASKS[name].category == category
+        and TASKS[name].language in (language, "code")
+        and (TASKS[name].is_in_e or not longbench_e)
+    ]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -254,6 +276,45 @@ def all_averages(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, An
         bucket: averages({score.task: (score.buckets or {}).get(bucket) for score in scores}, longbench_e=True)
         for bucket in BUCKETS
     }
+
+
+def average_intervals(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, Any]:
+    """Return the 95 % interval [low, high] of each mean of `all_averages`, in the same places (see `mean_interval`)."""
+    if not longbench_e:
+        known = {own.task: (own.score, own.low, own.high) for own in scores}
+        return {title.lower(): _mean_intervals(known, code) for code, title in LANGUAGES.items()}
+    found = {}
+    for bucket in BUCKETS:
+        known = {
+            own.task: (
+                (own.buckets or {}).get(bucket),
+                *((own.bucket_intervals or {}).get(bucket) or (None, None)),
+            )
+            for own in scores
+        }
+        found[bucket] = {"english": _mean_intervals(known, "en", longbench_e=True)}
+    return found
+
+
+def _mean_intervals(
+    known: Mapping[str, tuple[float | None, float | None, float | None]], language: str, longbench_e: bool = False
+) -> dict[str, list[float] | None]:
+    """Return category -> [low, high] of the mean of its tasks, and that of the six means; None as the means."""
+    found: dict[str, tuple[float, float, float] | None] = {}
+    for category in CATEGORIES:
+        found[category] = _mean_estimate([known.get(name) for name in _tasks_of(category, language, longbench_e)])
+    found["average"] = _mean_estimate(list(found.values()))
+    return {key: None if own is None else [round(own[1], 2), round(own[2], 2)] for key, own in found.items()}
+
+
+def _mean_estimate(
+    estimates: Sequence[tuple[float | None, float | None, float | None] | None],
+) -> tuple[float, float, float] | None:
+    known = [own for own in estimates if own is not None and None not in own]
+    if not known or len(known) < len(estimates):
+        return None
+    values: Any = known
+    return sum(own[0] for own in values) / len(values), *mean_interval(values)
 
 
 def bar_verdicts(config: LongBenchConfig, scores: Sequence[TaskScore]) -> list[dict[str, Any]]:

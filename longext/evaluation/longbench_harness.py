@@ -17,6 +17,7 @@ from typing import Any
 from longext.config import LongBenchConfig
 from longext.data.longbench import LongBenchRow
 from longext.errors import ConfigError, MissingExtraError
+from longext.evaluation.chat import asked_facts
 from longext.evaluation.harness import Score, Tasks, as_multiturn, harness_scores, prepare_tasks
 from longext.evaluation.harness_config import HarnessConfig
 from longext.evaluation.harness_model import Scorer
@@ -203,6 +204,7 @@ def lm_eval_record(
         "chat_template": bool(config.chat_template),
         "fewshot_as_multiturn": as_multiturn(settings),
         "limit": config.limit,
+        **asked_facts(scorer.model, bool(config.chat_template), scorer.prompt_hashes),
         "prompts": {run.name: prompt_hash(results["configs"][f"{_PREFIX}{run.name}"]["doc_to_text"]) for run in runs},
         "tasks": {run.name: {"version": results["versions"][f"{_PREFIX}{run.name}"]} for run in runs},
     }
@@ -225,6 +227,8 @@ def _entry(score: TaskScore, results: dict[str, Any], scorer: Scorer) -> dict[st
         "task": score.task,
         "score": score.score,
         "stderr": _points(found.stderr),
+        "low": _points(found.low),
+        "high": _points(found.high),
         **{key: getattr(score, key) for key in ("buckets", "num_rows", "num_missing", "num_empty")},
         **{key: getattr(score, key) for key in ("num_truncated", "num_prompt_tokens")},
         "category": task.category,

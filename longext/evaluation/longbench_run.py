@@ -25,10 +25,11 @@ from longext.data.longbench import (
     rows_hash,
 )
 from longext.errors import DataError
-from longext.evaluation.chat import tokenizer_of, uses_template
+from longext.evaluation.chat import asked_facts, uses_template
 from longext.evaluation.longbench import (
     TaskScore,
     all_averages,
+    average_intervals,
     build_requests,
     default_max_length,
     file_stem,
@@ -38,7 +39,8 @@ from longext.evaluation.longbench import (
 )
 from longext.evaluation.longbench_metrics import NEED_JIEBA, has_jieba
 from longext.evaluation.longbench_tasks import TASKS, prompt_hash, read_prompt
-from longext.evaluation.predictions import Prediction, Request, generate_predictions
+from longext.evaluation.methods import is_unchanged, method_request
+from longext.evaluation.predictions import Prediction, Request, answer_notes, generate_predictions
 from longext.evaluation.protocol import LanguageModel, result_record
 
 GENERATED = "generated"  # answers of an unfinished run
@@ -90,9 +92,10 @@ def context_length(model: LanguageModel, config: LongBenchConfig) -> int:
     """Return how many positions the model has, with the extension that was applied to it."""
     plain: Any = getattr(model, "plain", model)
     positions: int = plain.model.config.get_text_config().max_position_embeddings
-    if config.method not in (None, "none") and config.factor:
-        positions = max(positions, int(plain.trained_length * config.factor))
-    return positions
+    if config.method is None or is_unchanged(config.method):
+        return positions
+    asked = method_request(config.method, config.model, factor=config.factor)
+    return max(positions, asked.target_length or 0, int(plain.trained_length * (asked.factor or 1)))
 
 
 def prompt_limit(model: LanguageModel, config: LongBenchConfig) -> int | None:
@@ -124,7 +127,10 @@ def generate_answers(
     """Answer every prompt, one file of answers per task in `work`; what is there already is not made again."""
     for run in runs:
         path = work / GENERATED / f"{run.name}.jsonl"
-        run.predictions = generate_predictions(model, run.requests, path, on_progress, config.batch_tokens)
+        is_chat = uses_chat(model, config) and TASKS[run.name].has_chat
+        run.predictions = generate_predictions(
+            model, run.requests, path, on_progress, config.batch_tokens, is_chat=is_chat
+        )
         run.answers = [prediction.text for prediction in run.predictions]
 
 
@@ -247,19 +253,13 @@ def score_notes(scores: Sequence[TaskScore], config: LongBenchConfig) -> list[st
 
 
 def model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBenchConfig) -> list[str]:
-    """Return what may spoil answers: prompts beyond the model's positions, an end of turn that does not end answers."""
+    """Return what may spoil answers: prompts beyond the model's positions, cut answers, thoughts, control tokens."""
     notes = []
     positions = context_length(model, config)
     beyond = sum(len(r.input_ids) + r.max_new_tokens > positions for run in runs for r in run.requests)
     if beyond and not config.memory:
         notes.append(f"Prompts that with their answers go beyond the model's {positions:,} positions: {beyond}.")
-    plain: Any = getattr(model, "plain", model)
-    ends = plain.model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    own = tokenizer_of(model).eos_token_id
-    if uses_chat(model, config) and own is not None and own not in ends:
-        notes.append(f"The tokenizer's EOS ({own}) does not end answers (those that do: {sorted(ends)}).")
-    return notes
+    return [*notes, *answer_notes([own for run in runs for own in run.predictions], empty=False)]
 
 
 def data_facts(config: LongBenchConfig, runs: Sequence[TaskRun]) -> dict[str, Any]:
@@ -293,6 +293,9 @@ def longbench_record(
             "max_length": limit,
             "truncation": "the first and the last half of max_length tokens, decoded, joined and encoded again",
             "chat_template": uses_chat(model, config),
+            **asked_facts(
+                model, uses_chat(model, config), (own.prompt_sha256 for run in runs for own in run.predictions)
+            ),
             "prompts": {run.name: prompt_hash(read_prompt(run.name)) for run in runs},
             "prompts_from": f"lm-eval {importlib.metadata.version('lm-eval')}, white space as published",
         }
@@ -304,5 +307,6 @@ def longbench_record(
         seconds=seconds,
         results=[score_entry(score) for score in scores],
         averages=all_averages(scores, config.longbench_e),
+        average_intervals=average_intervals(scores, config.longbench_e),
         notes=list(notes),
     )

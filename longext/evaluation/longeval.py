@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longext.data.longeval import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.errors import ConfigError, DataError
-from longext.evaluation.chat import chat_tokens, uses_template
-from longext.evaluation.perplexity import check_method
+from longext.evaluation.chat import asked_facts, chat_tokens, user_text, uses_template
+from longext.evaluation.methods import check_method
 from longext.evaluation.predictions import Prediction
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
@@ -39,10 +39,9 @@ def check_longeval_config(config: LongEvalConfig) -> None:
         raise ConfigError(f"--tasks must name different tasks, got {','.join(config.tasks) or 'none'}.")
     if any(size < 1 for size in config.sizes):
         raise ConfigError(f"--sizes must be whole numbers >= 1, got {list(config.sizes)}.")
-    if config.chat_template and config.complete:
-        raise ConfigError(
-            "--complete is for models that only continue, --chat-template for those that answer: leave one out."
-        )
+    if config.complete and (config.chat_template or config.template_arg):
+        given = "--chat-template" if config.chat_template else "--template-arg"
+        raise ConfigError(f"--complete is for models that only continue, {given} for those that answer: leave one out.")
     check_method(config.method, config.factor)
 
 
@@ -163,12 +162,12 @@ def evaluate_longeval(
         path: where answers are kept, for a run that is cut off.
         on_progress: called with the number of cases just answered.
     """
-    started = time.perf_counter()
+    started, is_chat = time.perf_counter(), uses_chat(model, config)
     prompts: dict[str, list[int]] = {}
     budgets: dict[str, int] = {}
     for name, case in zip(case_ids(cases), cases, strict=True):
-        text = prompt_text(case, config.complete)
-        prompts[name] = chat_tokens(model, text) if uses_chat(model, config) else model.encode(text)
+        text = user_text(model, prompt_text(case, config.complete))
+        prompts[name] = chat_tokens(model, text) if is_chat else model.encode(text)
         budgets[name] = _COMPLETION_TOKENS if config.complete else NEW_TOKENS[case.task]
     answers = answers_to(
         model,
@@ -178,6 +177,7 @@ def evaluate_longeval(
         path=path,
         on_progress=on_progress,
         batch_tokens=config.batch_tokens,
+        is_chat=is_chat,
     )
     outcomes = [
         Outcome(
@@ -205,9 +205,11 @@ def longeval_record(
     config: LongEvalConfig,
     outcomes: Sequence[Outcome],
     cases: Sequence[LongEvalCase] = (),
+    answers: Collection[Prediction] = (),
     **body: Any,
 ) -> dict[str, Any]:
     """Return the JSON record of a LongEval run, or (no model) of published answers that were scored."""
+    is_chat = model is not None and uses_chat(model, config)
     return result_record(
         "longeval",
         model.describe() if model else {"id": config.model or None, "answers_from": config.predictions},
@@ -217,8 +219,9 @@ def longeval_record(
             "reference": "LongChat and LongEval, lmsys.org/blog/2023-06-29-longchat",
             "scoring": "lines: the last integer of the answer is the number (as LMSYS); topics: the first topic stands "
             "in the answer, case ignored (LMSYS: judged by GPT-3.5)",
-            "chat_template": None if model is None else uses_chat(model, config),
+            "chat_template": None if model is None else is_chat,
             "seed": None if config.data or config.predictions else config.seed,
+            **(asked_facts(model, is_chat, (own.prompt_sha256 for own in answers)) if model else {}),
         },
         {
             "data": config.predictions or config.data or "generated",

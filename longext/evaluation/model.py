@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
-from longext.config import ExtendConfig, RuntimeConfig
+from longext.config import RuntimeConfig
 from longext.data.tokens import encode_text
 from longext.errors import ConfigError
 from longext.evaluation.adapted import adapter_facts, plan_adapter, put_in
 from longext.evaluation.head import decoder_of, head_is_plain, scale_logits
+from longext.evaluation.methods import method_request
 from longext.evaluation.protocol import TokenScores
 from longext.models.checks import check_finite, check_ids, check_scores, check_tokens, embedding_rows, not_numbers
 from longext.models.load import (
@@ -31,6 +32,7 @@ from longext.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from longext.models.turns import Asking, ending_tokens, prefix_of
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
@@ -47,6 +49,9 @@ class HFLanguageModel:
         config: config.json as a dict; `set_rope` swaps it.
         directory: where it (of an adapter: its tokenizer) was loaded from.
         adapter: what a result says of the adapter that was merged into it; None for a model as it is.
+
+    Attributes:
+        asking: how questions are put to it: template variables, thoughts, control tokens.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class HFLanguageModel:
         self.config = config
         self.directory = directory
         self.adapter = adapter
+        self.asking = Asking()
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
 
@@ -81,14 +87,17 @@ class HFLanguageModel:
     # --- tokens -------------------------------------------------------------------------------------------------
 
     @property
-    def bos(self) -> tuple[int, ...]:
-        """The tokens the tokenizer puts before a text: one BOS or nothing."""
-        probe = self.tokenizer("a", add_special_tokens=True).input_ids
-        token = self.tokenizer.bos_token_id
-        return (token,) if token is not None and probe[:1] == [token] else ()
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens the tokenizer puts before a text: mostly a BOS or nothing."""
+        return prefix_of(self.tokenizer)
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer: the model's, the tokenizer's EOS, the chat template's end of a turn."""
+        return ending_tokens(self.model, self.tokenizer, self.asking.template_arguments)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return token ids; BOS in front where the tokenizer adds one itself and `add_bos`.
+        """Return token ids; with `add_bos` the tokenizer's own prefix in front, whatever tokens it is.
 
         Raises:
             DataError: the text spells a token that the model has no row for.
@@ -96,7 +105,7 @@ class HFLanguageModel:
         ids = encode_text(self.tokenizer, text)
         check_ids(ids, self._rows, self.tokenizer, "The text")
         if add_bos:
-            ids[:0] = self.bos
+            ids[:0] = self.prefix
         return ids
 
     def decode(self, input_ids: Sequence[int]) -> str:
@@ -140,7 +149,7 @@ class HFLanguageModel:
         change of length would keep their old rotation, and the result would equal no single forward pass.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
-        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model):
+        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model, self.ending_tokens):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -229,6 +238,8 @@ class HFLanguageModel:
             "device": _device_name(self.device),
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "prefix": list(self.prefix),
+            "ending_tokens": sorted(self.ending_tokens),
             **({"adapter": self.adapter} if self.adapter else {}),
         }
 
@@ -290,8 +301,8 @@ class NanWatch:
 
 
 @contextlib.contextmanager
-def plain_generation(model: Any) -> Iterator[None]:
-    """Leave nothing of a model's generation settings but the tokens that end a text; undone on leaving.
+def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+    """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
 
     What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
     would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
@@ -300,7 +311,7 @@ def plain_generation(model: Any) -> Iterator[None]:
 
     own = model.generation_config
     try:
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
         model.generation_config = own
@@ -335,8 +346,8 @@ def load_language_model(
     An adapter directory is its base with the adapter merged in, as `longext merge` would write it.
 
     Args:
-        method: a name in `ROPE_METHODS`, exactly as `longext extend` would write it; None or "none" for the model as
-            it is.
+        method: a name in `ROPE_METHODS`, with parameters as "dynamic:alpha=4", exactly as `longext extend` would write
+            it; None or "none" for the model as it is.
         factor: the method's factor.
 
     Raises:
@@ -376,9 +387,9 @@ def load_language_model(
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
     """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
-    if factor is None:
+    request = method_request(method, config.model, config.revision, factor)
+    if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
-    request = ExtendConfig(model=config.model, method=method, factor=factor, revision=config.revision)
     return extended_config(plan_extension(request))
 
 

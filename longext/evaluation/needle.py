@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from longext.data.haystacks import (
 )
 from longext.data.needles import PromptTokens
 from longext.errors import ConfigError, DataError
+from longext.evaluation.answer_file import tokens_hash
 from longext.evaluation.batching import batch_size, batched_by
-from longext.evaluation.chat import chat_frame, uses_template
-from longext.evaluation.perplexity import check_lengths, check_method
-from longext.evaluation.predictions import Prediction
+from longext.evaluation.chat import asked_facts, chat_frame, user_text, uses_template
+from longext.evaluation.methods import check_method
+from longext.evaluation.perplexity import check_lengths
+from longext.evaluation.predictions import Prediction, answer_notes
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
 from longext.evaluation.retrieval_config import NeedleConfig
@@ -96,7 +98,7 @@ def make_questions(model: LanguageModel, config: NeedleConfig) -> list[Question]
     haystacks: dict[str, Sentences] = {}
     questions = []
     for task in config.tasks:
-        setup = _setup(task, config, tokens, haystacks)
+        setup = _setup(task, config, tokens, haystacks, lambda text: user_text(model, text))
         for length in sorted(config.lengths):
             for depth in config.depths or (None,):
                 for trial in range(config.num_trials):
@@ -119,13 +121,44 @@ def _prompt_tokens(model: LanguageModel, config: NeedleConfig) -> PromptTokens:
     def encode(text: str) -> list[int]:
         return model.encode(text, add_bos=False)
 
+    opens = has_answer_prefix(model, config)
     if not uses_template(model, config.chat_template):
-        return PromptTokens(encode, model.bos)
+        return PromptTokens(encode, model.prefix, opens=opens)
     frame = chat_frame(model)
-    return PromptTokens(encode, () if frame.begins else model.bos, frame.before, frame.after)
+    return PromptTokens(encode, () if frame.begins else model.prefix, frame.before, frame.after, opens)
 
 
-def _setup(name: str, config: NeedleConfig, tokens: PromptTokens, haystacks: dict[str, Sentences]) -> NeedleSetup:
+def has_answer_prefix(model: LanguageModel, config: NeedleConfig) -> bool:
+    """Return True where a prompt ends with the beginning of the answer: as asked, but never inside a thought.
+
+    Raises:
+        ConfigError: exact scoring, and the chat template opens a thought where the answer would stand.
+    """
+    if not (config.answer_prefix and uses_template(model, config.chat_template) and chat_frame(model).thinks):
+        return config.answer_prefix
+    if config.scoring == "exact":
+        raise ConfigError(
+            f"--scoring exact reads the answer right behind the assistant's header, and the chat template of "
+            f"{model.name} opens a thought there: close it (--template-arg enable_thinking=false, if the template "
+            "knows that), or take --scoring match or --no-chat-template."
+        )
+    return False
+
+
+def needle_notes(model: LanguageModel, config: NeedleConfig, answers: Collection[Prediction]) -> list[str]:
+    """Return what a reader of the scores has to know."""
+    left_out = config.answer_prefix and not has_answer_prefix(model, config)
+    notes = ["The chat template opens a thought: prompts do not end with the beginning of the answer."]
+    return [*(notes if left_out else []), *(answer_notes(answers) if answers else [])]
+
+
+def _setup(
+    name: str,
+    config: NeedleConfig,
+    tokens: PromptTokens,
+    haystacks: dict[str, Sentences],
+    written: Callable[[str], str],
+) -> NeedleSetup:
     task = NEEDLE_TASKS[name]
     given = config.haystack
     haystack = task.haystack or given
@@ -134,7 +167,7 @@ def _setup(name: str, config: NeedleConfig, tokens: PromptTokens, haystacks: dic
     value_type = task.value_type or config.value_type
     spelled = f"{haystack}/{value_type}"
     if spelled not in haystacks:
-        haystacks[spelled] = _sentences(haystack, value_type, tokens)
+        haystacks[spelled] = _sentences(haystack, value_type, tokens, written)
     return NeedleSetup(
         name=name,
         keys=task.keys or config.num_needles,
@@ -146,7 +179,7 @@ def _setup(name: str, config: NeedleConfig, tokens: PromptTokens, haystacks: dic
     )
 
 
-def _sentences(haystack: str, value_type: str, tokens: PromptTokens) -> Sentences:
+def _sentences(haystack: str, value_type: str, tokens: PromptTokens, written: Callable[[str], str]) -> Sentences:
     if haystack == NOISE:
         return noise_sentences(tokens.encode)
     if haystack == NEEDLES:
@@ -157,7 +190,7 @@ def _sentences(haystack: str, value_type: str, tokens: PromptTokens) -> Sentence
     text = read_text(path)
     if not text.strip():
         raise DataError(f"--haystack {path} is empty.")
-    return text_sentences(tokens.encode, text)
+    return text_sentences(tokens.encode, written(text))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -186,7 +219,13 @@ def evaluate_needles(
         return _score_exactly(model, questions, config, on_progress), {}
     prompts = {question.id: question.prompt.input_ids for question in questions}
     answers = answers_to(
-        model, prompts, config.max_new_tokens, path=path, on_progress=on_progress, batch_tokens=config.batch_tokens
+        model,
+        prompts,
+        config.max_new_tokens,
+        path=path,
+        on_progress=on_progress,
+        batch_tokens=config.batch_tokens,
+        is_chat=uses_template(model, config.chat_template),
     )
     return [_outcome(own, match_share(answers[own.id].text, own.prompt.answers)) for own in questions], answers
 
@@ -225,9 +264,15 @@ def timed_needles(
 
 
 def needle_record(
-    model: LanguageModel, config: NeedleConfig, outcomes: Sequence[Outcome], seconds: float
+    model: LanguageModel,
+    config: NeedleConfig,
+    outcomes: Sequence[Outcome],
+    seconds: float,
+    questions: Sequence[Question] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the JSON record of a needle evaluation."""
+    """Return the JSON record of a needle evaluation; `questions` are hashed into it."""
+    is_chat = uses_template(model, config.chat_template)
     return result_record(
         "needle",
         model.describe(),
@@ -244,12 +289,15 @@ def needle_record(
             "key_type": config.key_type,
             "value_type": config.value_type,
             "max_new_tokens": config.max_new_tokens if config.scoring == "match" else None,
-            "chat_template": uses_template(model, config.chat_template),
+            "chat_template": is_chat,
+            "answer_prefix": has_answer_prefix(model, config),
             "seed": config.seed,
+            **asked_facts(model, is_chat, (tokens_hash(own.prompt.input_ids) for own in questions)),
         },
         None,
         seconds=seconds,
         results=cell_rows(cells_of(outcomes)),
         by_task=cell_rows(cells_of(outcomes, by_depth=False)),
         by_length=cell_rows(pooled_cells(outcomes)),
+        notes=list(notes),
     )

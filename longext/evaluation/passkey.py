@@ -15,9 +15,11 @@ from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.config import PasskeyConfig
 from longext.data.needles import FILLER, NAMES, NeedlePrompt, PromptTokens, exact_prompt, longlora_prompt, yarn_prompt
 from longext.errors import ConfigError, DataError
+from longext.evaluation.answer_file import hash_of, tokens_hash
 from longext.evaluation.bars import PlaceBar, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
-from longext.evaluation.perplexity import Progress, check_lengths, check_method
+from longext.evaluation.methods import check_method
+from longext.evaluation.perplexity import Progress, check_lengths
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import wilson_interval
 from longext.registry import Registry
@@ -155,7 +157,7 @@ def evaluate_passkey(
 
 
 def _prompt_tokens(model: LanguageModel) -> PromptTokens:
-    return PromptTokens(lambda text: model.encode(text, add_bos=False), model.bos)
+    return PromptTokens(lambda text: model.encode(text, add_bos=False), model.prefix)
 
 
 def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
@@ -241,7 +243,8 @@ def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: in
 
 
 def _first_integer(model: LanguageModel, prompt: NeedlePrompt, on_progress: Progress | None) -> bool:
-    text = model.decode(model.greedy(prompt.input_ids, _YARN_NEW_TOKENS))
+    ends = model.ending_tokens
+    text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
     found = re.search(r"\d+", text)
     if on_progress:
         on_progress(1)
@@ -280,6 +283,14 @@ def timed_passkey(
     return evaluate_passkey(model, config, on_progress), time.perf_counter() - started
 
 
+def prompts_hash(model: LanguageModel, config: PasskeyConfig) -> str:
+    """Return a SHA-256 over the tokens of every prompt of an evaluation."""
+    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
+    cells = [(length, depth) for length in sorted(config.lengths) for depth in _depths(config)]
+    prompts = (own for cell in cells for own in _prompts(config, tokens, filler, *cell))
+    return hash_of(tokens_hash(prompt.input_ids) for prompt in prompts)
+
+
 def passkey_record(
     model: LanguageModel, config: PasskeyConfig, cells: Sequence[PasskeyCell], seconds: float
 ) -> dict[str, Any]:
@@ -297,6 +308,7 @@ def passkey_record(
             "num_needles": config.num_needles,
             "num_digits": config.num_digits,
             "seed": config.seed,
+            "prompts_sha256": prompts_hash(model, config),
         },
         None,
         seconds=seconds,

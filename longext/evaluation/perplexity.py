@@ -22,6 +22,7 @@ from longext.data.tokens import control_tokens, count_controls
 from longext.errors import ConfigError, DataError
 from longext.evaluation.bars import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evaluation.batching import batch_size, batched_by
+from longext.evaluation.methods import check_method
 from longext.evaluation.protocol import LanguageModel, result_record
 from longext.evaluation.statistics import bootstrap_mean
 from longext.registry import Registry
@@ -29,6 +30,8 @@ from longext.untrusted import note
 
 _MIN_DOCUMENTS_TO_RESAMPLE = 8
 Progress = Callable[[int], None]
+
+DEFAULT_STRIDE = 256
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument],
     plain = getattr(model, "plain", model)
     if not hasattr(plain, "tokenizer"):
         return
-    controls, begun = control_tokens(plain.tokenizer), len(model.bos)
+    controls, begun = control_tokens(plain.tokenizer), len(model.prefix)
     number = sum(count_controls(own.input_ids[begun:], controls) for own in documents)
     if number:
         note(
@@ -206,7 +209,7 @@ def tokenize_documents(
     if protocol.concatenates:
         stream = tuple(token for document in tokenized for token in document.input_ids)
         tokenized = [TokenizedDocument("+".join(d.id for d in tokenized), stream)]
-        needed += 2 * config.stride
+        needed += 2 * stride_of(config)
     kept = [document for document in tokenized if len(document.input_ids) >= needed]
     if not kept:
         longest = max(len(document.input_ids) for document in tokenized)
@@ -223,12 +226,21 @@ def check_perplexity_config(config: PerplexityConfig) -> None:
     PERPLEXITY_PROTOCOLS[config.protocol]
     check_method(config.method, config.factor)
     check_lengths(config.lengths, minimum=2)
-    if config.stride < 1:
-        raise ConfigError(f"--stride must be >= 1, got {config.stride}.")
-    if config.protocol == "sliding" and config.stride >= min(config.lengths):
-        raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {config.stride}.")
+    stride = stride_of(config)
+    if stride < 1:
+        raise ConfigError(f"--stride must be >= 1, got {stride}.")
+    if config.protocol == "sliding" and stride >= min(config.lengths):
+        raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {stride}.")
     if config.num_buckets < 1:
         raise ConfigError(f"--num-buckets must be >= 1, got {config.num_buckets}.")
+
+
+def stride_of(config: PerplexityConfig) -> int:
+    """Return how many tokens the window moves: as asked, else 256, or half the shortest sliding window up to 256."""
+    if config.stride is not None:
+        return config.stride
+    shortest = min(config.lengths)
+    return shortest // 2 if config.protocol == "sliding" and shortest <= DEFAULT_STRIDE else DEFAULT_STRIDE
 
 
 def perplexity_bars(config: PerplexityConfig) -> list[PlaceBar]:
@@ -257,12 +269,6 @@ def check_lengths(lengths: Sequence[int], minimum: int) -> None:
         raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")
 
 
-def check_method(method: str | None, factor: float | None) -> None:
-    """Raise ConfigError for a factor without a method: it would change nothing."""
-    if factor is not None and method in (None, "none"):
-        raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
-
-
 def evaluate_perplexity(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
@@ -287,7 +293,7 @@ def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexit
 
 def _plan_windows(documents: Sequence[TokenizedDocument], config: PerplexityConfig, length: int) -> list[Window]:
     totals = [len(document.input_ids) for document in documents]
-    return list(PERPLEXITY_PROTOCOLS[config.protocol].windows(totals, length, config.stride))
+    return list(PERPLEXITY_PROTOCOLS[config.protocol].windows(totals, length, stride_of(config)))
 
 
 def _score_windows(
@@ -427,7 +433,7 @@ def perplexity_record(
             "id": f"ppl/{config.protocol}",
             "definition": protocol.summary,
             "reference": protocol.reference,
-            "stride": config.stride,
+            "stride": stride_of(config),
             "weighting": protocol.weighting,
             "bos": protocol.adds_bos,
             "seed": config.seed,

@@ -36,8 +36,13 @@ class LanguageModel(Protocol):
         ...
 
     @property
-    def bos(self) -> tuple[int, ...]:
-        """The tokens put before a text: one BOS or nothing."""
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens put before a text: mostly a BOS or nothing."""
+        ...
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer."""
         ...
 
     def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
@@ -45,11 +50,11 @@ class LanguageModel(Protocol):
         ...
 
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of one prompt, `max_new_tokens` at most."""
+        """Return the greedy continuation of one prompt, `max_new_tokens` at most, up to and with an ending token."""
         ...
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return token ids; BOS in front where the tokenizer has one and `add_bos`."""
+        """Return token ids; with `add_bos` the tokenizer's own prefix in front."""
         ...
 
     def decode(self, input_ids: Sequence[int]) -> str:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from longext.evaluation.comparable import Caution, Conflict, cautions, fields_of, group, group_conflicts, must_agree
+from longext.evaluation.comparable import (
+    Caution,
+    Conflict,
+    base_of,
+    cautions,
+    fields_of,
+    group,
+    group_conflicts,
+    is_by_task,
+    must_agree,
+)
 from longext.evaluation.protocol import RESULT_SCHEMA
 from longext.evaluation.report_parts import Part, Result, find_results, label_parts, model_names, parts_of
 from longext.evaluation.scores import Score, numbers_of
+from longext.evaluation.statistics import leaders
 from longext.evaluation.suites import SUITES, Column, Suite, View
 from longext.manifest import command_line, versions
 
@@ -23,7 +34,8 @@ class Cell:
 
     Attributes:
         label: of the result; with what tells its rows apart where it has several.
-        is_best: the best of its column and panel, where there are two that differ.
+        is_best: the best of its column and panel among the results of its base model, told apart from all others.
+        is_tied: it shares the lead there with others that it is not told apart from.
     """
 
     label: str
@@ -32,6 +44,7 @@ class Cell:
     score: Score
     part: Part
     is_best: bool = False
+    is_tied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +75,16 @@ class Group:
 
     @property
     def agreed(self) -> dict[str, Any]:
-        """Return the fields of protocol, data and model in which the results agree."""
+        """Return the fields of protocol, data and model that all results record and agree in."""
         held = [fields_of(part) for part in self.parts]
-        every = {name: value for own in held for name, value in own.items()}
         return {
             name: value
-            for name, value in every.items()
-            if must_agree(name, self.suite) or all(own.get(name) == value for own in held)
+            for name, value in held[0].items()
+            if all(name in own and own[name] == value for own in held) or self._by_task(name)
         }
+
+    def _by_task(self, name: str) -> bool:
+        return is_by_task(name) and must_agree(name, self.suite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +173,22 @@ def _have_same_tasks(parts: Sequence[Part]) -> bool:
 
 
 def _marked(view: View, cells: list[Cell]) -> list[Cell]:
-    """Return the cells with the best of each column and panel marked, where not all there are equal."""
-    places: dict[tuple[str, Column], list[float]] = {}
-    for cell in cells:
-        places.setdefault((cell.panel, cell.column), []).append(cell.score.value)
-    marked = []
-    for cell in cells:
-        values, lower = places[cell.panel, cell.column], view.is_lower_better(cell.score)
-        best = min(values) if lower else max(values)
-        is_best = lower is not None and cell.score.value == best and min(values) < max(values)
-        marked.append(Cell(**{**vars(cell), "is_best": is_best}))
+    """Return the cells with the best of each column and panel marked, among the results of each base model.
+
+    One that its interval does not tell apart from others shares the lead with them.
+    """
+    places: dict[tuple[Any, ...], list[int]] = {}
+    for i, cell in enumerate(cells):
+        places.setdefault((cell.panel, cell.column, base_of(cell.part)), []).append(i)
+    marked = list(cells)
+    for indices in places.values():
+        lower = view.is_lower_better(cells[indices[0]].score)
+        if lower is None:
+            continue
+        estimates = [(cells[i].score.value, cells[i].score.interval()) for i in indices]
+        best, tied = leaders(estimates, lower_is_better=lower, exact=view.exact)
+        for place, i in enumerate(indices):
+            marked[i] = replace(cells[i], is_best=place == best, is_tied=place in tied)
     return marked
 
 
@@ -215,6 +236,7 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
         "low": low,
         "high": high,
         "best": cell.is_best,
+        "tied": cell.is_tied,
     }
 
 

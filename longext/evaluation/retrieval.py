@@ -15,7 +15,7 @@ from longext.evaluation.bars import PlaceBar, place_verdicts
 from longext.evaluation.longbench_run import context_length
 from longext.evaluation.predictions import Prediction, Request, generate_predictions
 from longext.evaluation.protocol import LanguageModel
-from longext.evaluation.statistics import bootstrap_mean, wilson_interval
+from longext.evaluation.statistics import share_interval
 
 ALL = "all"  # the pseudo-task of what several tasks give together
 Progress = Callable[[int], None]
@@ -97,19 +97,6 @@ def _cell(task: str, length: int, depth: float | None, outcomes: Sequence[Outcom
     )
 
 
-def share_interval(scores: Any, num_samples: int = 1000) -> tuple[float, float]:
-    """Return the 95 % interval of a mean of shares: Wilson's where all are 0 or 1, else a seeded bootstrap.
-
-    Equal shares would give a bootstrap of no width: Wilson's interval of their mean then stands for it.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    if len(set(values.tolist())) > 1 and not np.isin(values, (0, 1)).all():
-        found = bootstrap_mean(values, np.ones_like(values), num_samples=num_samples, seed=0)
-        assert found is not None
-        return found
-    return wilson_interval(values.sum(), len(values))
-
-
 def cell_rows(cells: Sequence[RetrievalCell]) -> list[dict[str, Any]]:
     """Return cells as JSON."""
     return [asdict(cell) for cell in cells]
@@ -148,15 +135,17 @@ def answers_to(
     path: Path | None = None,
     on_progress: Progress | None = None,
     batch_tokens: int | None = None,
+    is_chat: bool = False,
 ) -> dict[str, Prediction]:
     """Return the greedy answer to each prompt by id; see `generate_predictions`.
 
     Args:
         max_new_tokens: one budget for all, or that of each prompt by id.
+        is_chat: the prompts are messages in the chat template.
     """
     budgets = dict.fromkeys(prompts, max_new_tokens) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [Request(name, tuple(ids), budgets[name], stop) for name, ids in prompts.items()]
-    found = generate_predictions(model, requests, path, on_progress, batch_tokens)
+    found = generate_predictions(model, requests, path, on_progress, batch_tokens, is_chat=is_chat)
     return {prediction.id: prediction for prediction in found}
 
 
@@ -192,6 +181,9 @@ def answer_lines(
             "answer": answers[name].text,
             "score": outcome.score,
             "num_prompt_tokens": answers[name].num_prompt_tokens,
+            "num_new_tokens": answers[name].num_new_tokens,
+            "num_thought_tokens": answers[name].num_thought_tokens,
+            "is_cut": answers[name].is_cut,
         }
         for (name, wanted), outcome in zip(expected.items(), outcomes, strict=True)
     ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.config import RuntimeConfig
+from longext.config import ChatConfig, RuntimeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedleConfig(RuntimeConfig):
+class NeedleConfig(RuntimeConfig, ChatConfig):
     """`longext eval needle`: RULER's needle tasks by length."""
 
     tasks: tuple[str, ...] = ("single", "multikey", "multivalue", "multiquery")
@@ -21,7 +21,7 @@ class NeedleConfig(RuntimeConfig):
     value_type: str = "numbers"
     scoring: str = "match"
     max_new_tokens: int = 128
-    chat_template: bool | None = None
+    answer_prefix: bool = True
     fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
@@ -31,7 +31,7 @@ class NeedleConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongEvalConfig(RuntimeConfig):
+class LongEvalConfig(RuntimeConfig, ChatConfig):
     """`longext eval longeval`: LMSYS's line and topic retrieval."""
 
     data: str | None = None
@@ -40,7 +40,6 @@ class LongEvalConfig(RuntimeConfig):
     sizes: tuple[int, ...] = ()
     num_cases: int = 50
     complete: bool = False
-    chat_template: bool | None = None
     fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None
@@ -50,7 +49,7 @@ class LongEvalConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BABILongConfig(RuntimeConfig):
+class BABILongConfig(RuntimeConfig, ChatConfig):
     """`longext eval babilong`: bAbI facts in long text."""
 
     data: str = ""
@@ -59,7 +58,6 @@ class BABILongConfig(RuntimeConfig):
     num_cases: int | None = None
     max_new_tokens: int = 20
     prompt: str = "examples"
-    chat_template: bool | None = None
     fail_under: tuple[str, ...] = ()
     method: str | None = None
     factor: float | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evaluation.protocol import RESULT_SCHEMA
+from longext.evaluation.statistics import stderr_interval
 from longext.untrusted import fields, is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
@@ -19,10 +20,21 @@ _ADVICE = "Give the -o directory of an evaluation."
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")
 _NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
 _INTERVALS = ("_low", "_high")
-_NO_SCORES_INSIDE = frozenset({"per_document", "rope_parameters", "examples", "notes", "base", "bars"})
+_NO_SCORES_INSIDE = frozenset(
+    {
+        "per_document",
+        "intervals",
+        "bucket_intervals",
+        "average_intervals",
+        "rope_parameters",
+        "examples",
+        "notes",
+        "base",
+        "bars",
+    }
+)
 _COUNT = "num_"
-_WITH_PLAIN_INTERVAL = ("accuracy", "score", "mean")  # what `low` and `high` beside them are of
-_NORMAL = 1.959964  # half of a 95 % interval in standard errors
+_WITH_PLAIN_INTERVAL = ("accuracy", "score", "mean", "value")  # what `low` and `high` beside them are of
 
 
 @dataclass(frozen=True)
@@ -54,15 +66,19 @@ class Score:
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of the number, None where the record has none.
 
-        Of a `value` with a `stderr` (lm-eval) it is value -+ 1.96 stderr.
+        Of a `value` with a `stderr` alone (older results of lm-eval) it is that of `stderr_interval`.
         """
         key = self.keys[-1]
+        named = {**(self.beside.get("intervals") or {}), **(self.field("bucket_intervals") or {})}.get(key)
+        if named is not None:
+            return named[0], named[1]
         pairs = [(f"{key}_low", f"{key}_high"), *([("low", "high")] if key in _WITH_PLAIN_INTERVAL else [])]
         for low, high in pairs:
             if self.beside.get(low) is not None and self.beside.get(high) is not None:
                 return self.beside[low], self.beside[high]
-        error = self.beside.get("stderr") if key == "value" else None
-        return None if error is None else (self.value - _NORMAL * error, self.value + _NORMAL * error)
+        if key != "value":
+            return None
+        return stderr_interval(self.value, self.beside.get("stderr"), self.beside.get("num_documents"))
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -130,7 +146,17 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 def numbers_of(record: Mapping[str, Any]) -> Iterator[Score]:
     """Yield every score and every count of a record."""
-    yield from _numbers({key: value for key, value in record.items() if key not in _HEADER}, "", (), (), {})
+    body = {key: value for key, value in record.items() if key not in _HEADER}
+    if isinstance(body.get("average_intervals"), Mapping):
+        body["averages"] = with_intervals(body["averages"], body["average_intervals"])
+    yield from _numbers(body, "", (), (), {})
+
+
+def with_intervals(means: Mapping[str, Any], intervals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested means with the intervals of each under `intervals`, beside it."""
+    if not any(isinstance(value, Mapping) for value in means.values()):
+        return {**means, "intervals": intervals}
+    return {key: with_intervals(value, intervals.get(key) or {}) for key, value in means.items()}
 
 
 def _numbers(

@@ -18,12 +18,12 @@ from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evaluation.bars import verdict as bar_verdict
 from longext.evaluation.checks_config import ShortConfig
+from longext.evaluation.methods import check_method
 from longext.evaluation.perplexity import (
     PerplexityAtLength,
     Progress,
     TokenizedDocument,
     check_lengths,
-    check_method,
     evaluate_perplexity,
 )
 from longext.evaluation.protocol import LanguageModel, result_record
@@ -106,7 +106,7 @@ def cut_windows(
     Raises:
         DataError: no document fills the longest window.
     """
-    bos, longest = model.bos, max(lengths)
+    bos, longest = model.prefix, max(lengths)
     texts = [tuple(model.encode(document.text, add_bos=False)[: config.max_tokens]) for document in documents]
     room = longest - len(bos)
     kept = [(document.id, text) for document, text in zip(documents, texts, strict=True) if len(text) >= room]

@@ -1,8 +1,10 @@
-"""Intervals: a seeded bootstrap for perplexity and Wilson's score interval for accuracy."""
+"""Intervals: a seeded bootstrap for means, Wilson's score interval for accuracy, and means of several of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 _Z = 1.959963984540054  # two-sided 95 %
 
 
-def wilson_interval(num_correct: int, num_trials: int) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_trials: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) without trials."""
     if num_trials == 0:
         return 0.0, 1.0
@@ -39,3 +41,73 @@ def bootstrap_mean(
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def share_interval(scores: Any, num_samples: int = 1000) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of shares: Wilson's where all are 0 or 1, else a seeded bootstrap.
+
+    Equal shares would give a bootstrap of no width: Wilson's interval of their mean then stands for it.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if len(set(values.tolist())) > 1 and not np.isin(values, (0, 1)).all():
+        found = bootstrap_mean(values, np.ones_like(values), num_samples=num_samples, seed=0)
+        assert found is not None
+        return found
+    return wilson_interval(values.sum(), len(values))
+
+
+def stderr_interval(value: float, stderr: float | None, count: int | None) -> tuple[float, float] | None:
+    """Return the 95 % interval of a number with a standard error: value -+ 1.96 of it; None without one.
+
+    At 0 or 1 with no spread a share has Wilson's interval instead (over `count` trials; none where that is not known):
+    equal answers say little of the next one.
+    """
+    if stderr is None:
+        return None
+    if stderr == 0:
+        return wilson_interval(value * count, count) if count and value in (0, 1) else None
+    return value - _Z * stderr, value + _Z * stderr
+
+
+def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of independent estimates (value, low, high).
+
+    The distances to the bounds add up in squares (MOVER: Zou and Donner, 2008), so an estimate without spread but with
+    an interval widens it.
+    """
+    count = len(estimates)
+    mean = sum(value for value, _, _ in estimates) / count
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in estimates)) / count
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in estimates)) / count
+    return mean - below, mean + above
+
+
+Estimate = tuple[float, tuple[float, float] | None]  # a number and its 95 % interval
+
+
+def leaders(
+    estimates: Sequence[Estimate], *, lower_is_better: bool, exact: bool = False
+) -> tuple[int | None, frozenset[int]]:
+    """Return which estimate is the best, None if no one is told apart from all others, and those that share the lead.
+
+    Two are told apart if their intervals do not meet. If all share the lead, or one has no interval, nothing is said
+    of any.
+
+    Args:
+        exact: the numbers are no samples: those without an interval are told apart if they differ.
+    """
+    if len(estimates) < 2 or not (exact or all(interval for _, interval in estimates)):
+        return None, frozenset()
+    values = [value for value, _ in estimates]
+    first = values.index(min(values) if lower_is_better else max(values))
+    tied = frozenset(i for i, own in enumerate(estimates) if i == first or not _are_apart(own, estimates[first]))
+    if len(tied) == 1:
+        return first, frozenset()
+    return None, tied if len(tied) < len(estimates) else frozenset()
+
+
+def _are_apart(one: Estimate, other: Estimate) -> bool:
+    (value, interval), (other_value, other_interval) = one, other
+    if interval is None or other_interval is None:
+        return value != other_value
+    return interval[1] < other_interval[0] or other_interval[1] < interval[0]

@@ -81,6 +81,7 @@ class View:
         lone: a column that says nothing of a panel where it is the only one.
         pooled: over all tasks of a result, so shown only where results have the same tasks.
         in_table: False for what is only drawn.
+        exact: numbers of a machine, which are no samples of anything and need no interval to be told apart.
     """
 
     title: str
@@ -100,6 +101,7 @@ class View:
     pooled: bool = False
     in_table: bool = True
     in_picture: bool = True
+    exact: bool = False
 
     def shows(self, score: Score) -> bool:
         """True where a score is one of this view."""
@@ -181,6 +183,7 @@ def _efficiency(key: str, title: str, unit: str, lower: bool = True) -> View:
         lower_is_better=lower,
         variant=_way,
         axis=_TOKENS,
+        exact=True,
     )
 
 

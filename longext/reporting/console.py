@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 def stdout() -> Console:
     """Return a console on standard output; wide enough for our tables where there is no terminal."""
     is_terminal = sys.stdout.isatty()
-    return Console(width=None if is_terminal else 140, soft_wrap=not is_terminal, **_PLAIN)
+    columns = os.environ.get("COLUMNS", "")
+    width = None if is_terminal else int(columns) if columns.isdecimal() and int(columns) else 140
+    return Console(width=width, soft_wrap=not is_terminal, **_PLAIN)
 
 
 def stderr() -> Console:
@@ -32,7 +35,8 @@ def stderr() -> Console:
 def print_table(table: Table) -> None:
     """Print a table to standard output."""
     console = stdout()
-    console.print(table.to_rich(mark="" if console.color_system else "*"))
+    for part in table.parts(console.width):
+        console.print(part.to_rich(mark="" if console.color_system else "*"))
 
 
 def say(text: str, *, aside: bool = False) -> None:
@@ -91,6 +95,27 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         yield advance
 
 
+def pace(done: int, total: int, unit: str, seconds: float) -> str:
+    """Return how fast something goes and how long it still takes; nothing is guessed before anything is done."""
+    if not done or seconds <= 0:
+        return f"{duration(seconds)} so far"
+    rate = done / seconds
+    told = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return f"{told} {unit}/s, {duration((total - done) * seconds / done)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 42 s, 3 min 5 s, 2 h 40 min, 5 d 3 h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
 def _plain_progress(what: str, total: int, unit: str) -> Advance:
     started = last = time.perf_counter()
     done = 0
@@ -102,13 +127,8 @@ def _plain_progress(what: str, total: int, unit: str) -> Advance:
         if now - last < _PLAIN_SECONDS:
             return
         last = now
-        rate = max(done, 1) / (now - started)
-        left = (total - done) / rate
         tail = f"; {note}" if note else ""
-        print(
-            f"{what}: {done:,}/{total:,} {unit} ({done / total:.0%}), {rate:,.0f} {unit}/s, {left:.0f} s left{tail}",
-            file=sys.stderr,
-            flush=True,
-        )
+        share = f"{done:,}/{total:,} {unit} ({done / max(total, 1):.0%})"
+        print(f"{what}: {share}, {pace(done, total, unit, now - started)}{tail}", file=sys.stderr, flush=True)
 
     return advance

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from longext.evaluation.statistics import Estimate, leaders, wilson_interval
 from longext.reporting.plots import nll_by_position, passkey_heat_maps, perplexity_by_length, to_svg
-from longext.reporting.tables import Table, number, percent
+from longext.reporting.tables import Table, named, number, percent
+from longext.reporting.views import ppl_estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from longext.evaluation.compare import Comparison
 
+_FEW = 3  # names that a card has room for
 _STYLE = """
 :root { --ink: #1d2129; --soft: #5c6470; --line: #e4e7ec; --paper: #ffffff; --wash: #f6f7f9; --accent: #0072b2; }
 * { box-sizing: border-box; }
@@ -72,7 +75,7 @@ def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
     """Return the pictures of a comparison by file name."""
     methods = comparison.record["methods"]
     trained = comparison.trained_length
-    model = comparison.record["model"]["id"]
+    model = named(comparison.record["model"]["id"])
     figures = {
         "perplexity": perplexity_by_length(
             {m["name"]: m["perplexity"] for m in methods},
@@ -109,7 +112,7 @@ def comparison_page(comparison: Comparison, tables: Sequence[Table], figures: Ma
     sections += [section("Methods", "What longext extend writes for each.", _methods(comparison)), _measured(record)]
     cards = "".join(_card(*card) for card in _cards(comparison, longest))
     return page(
-        f"{record['model']['id']}: {comparison.trained_length:,} to {longest:,} tokens without training",
+        f"{named(record['model']['id'])}: {comparison.trained_length:,} to {longest:,} tokens without training",
         _lead(record),
         [f'<div class="cards">{cards}</div>', *sections],
         record["versions"]["longext"],
@@ -129,41 +132,66 @@ def page(title: str, lead: str, sections: Sequence[str], version: str) -> str:
 
 def _lead(record: Mapping[str, Any]) -> str:
     data = record["data"]
+    names = [method["name"] for method in record["methods"]]
+    count, beside = len(set(names) - {"none"}), " and the unchanged model" if "none" in names else ""
     documents = "document" if data["num_documents"] == 1 else f"{data['num_documents']} documents"
     return (
-        f"{len(record['methods'])} RoPE extension methods at factor {record['factor']:g}, on the same {documents} "
+        f"{count} RoPE extension method{'' if count == 1 else 's'} at factor {record['factor']:g}{beside}, on the same "
+        f"{documents} "
         f"({data['num_tokens']:,} tokens of {data['source']}), the same prompts and the same protocol."
     )
 
 
 def _cards(comparison: Comparison, longest: int) -> list[tuple[str, str, str]]:
     """Return (label, value, note) facts: best perplexity at the longest length, passkey, price in the old window."""
-    best = min(comparison.methods, key=lambda m: m.perplexity_at(longest).ppl)
-    base = next((m for m in comparison.methods if m.name == "none"), None)
-    note = f"perplexity {number(best.perplexity_at(longest).ppl)}"
-    if base is not None and base is not best:
-        note += f", unchanged model {number(base.perplexity_at(longest).ppl)}"
-    cards = [(f"Lowest perplexity at {longest:,} tokens", best.name, note)]
+    methods = comparison.methods
+    estimates = {method.name: ppl_estimate(method, longest) for method in methods}
+    names = _leading(estimates, lower_is_better=True)
+    note = f"perplexity {_with_interval(*estimates[names[0]], number)}"
+    if "none" in estimates and "none" not in names:
+        note += f", unchanged model {_with_interval(*estimates['none'], number)}"
+    cards = [(f"Lowest perplexity at {longest:,} tokens", _joined(names), note)]
+    best = next(method for method in methods if method.name == names[0])
     price = comparison.short_price(best)
-    if price is not None:
-        cards.append(
-            (
-                f"Its price at {comparison.short_length:,} tokens",
-                f"{price:+.1%}",
-                "perplexity against the unchanged model",
-            )
-        )
-    methods = comparison.record["methods"]
-    if methods[0]["passkey"]:
-        beyond = {m["name"]: _accuracy_beyond(m, comparison.trained_length) for m in methods}
-        name = max(beyond, key=lambda key: beyond[key])
-        cards.append(("Best passkey recall beyond the trained length", name, f"{percent(beyond[name])} of the prompts"))
+    if price is not None and best.name != "none":
+        owner = "Its price" if len(names) == 1 else f"Price of {best.name}"
+        told = "perplexity against the unchanged model"
+        cards.append((f"{owner} at {comparison.short_length:,} tokens", f"{price:+.1%}", told))
+    if methods[0].passkey:
+        cards.append(_passkey_card(comparison))
     return cards
 
 
-def _accuracy_beyond(method: Mapping[str, Any], trained: int) -> float:
+def _passkey_card(comparison: Comparison) -> tuple[str, str, str]:
+    trained = comparison.trained_length
+    estimates = {m["name"]: _accuracy_beyond(m, trained) for m in comparison.record["methods"]}
+    names = _leading(estimates, lower_is_better=False)
+    note = f"{_with_interval(*estimates[names[0]], percent)} of the prompts"
+    return "Best passkey recall beyond the trained length", _joined(names), note
+
+
+def _leading(estimates: Mapping[str, Estimate], *, lower_is_better: bool) -> list[str]:
+    """Return the best, and those that it is not told apart from, the best value first."""
+    names = list(estimates)
+    first, tied = leaders(list(estimates.values()), lower_is_better=lower_is_better)
+    shared = [names[first]] if first is not None else [names[i] for i in sorted(tied)] or names
+    return sorted(shared, key=lambda name: estimates[name][0] * (1 if lower_is_better else -1))
+
+
+def _joined(names: Sequence[str]) -> str:
+    told = ["unchanged model" if name == "none" else name for name in names[:_FEW]]
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return f"{' ~ '.join(told)}{more}"
+
+
+def _with_interval(value: float, interval: tuple[float, float] | None, spell: Callable[[float], str]) -> str:
+    return spell(value) + (f" ({spell(interval[0])}-{spell(interval[1])})" if interval else "")
+
+
+def _accuracy_beyond(method: Mapping[str, Any], trained: int) -> tuple[float, tuple[float, float]]:
     cells = [cell for cell in method["passkey"] if cell["length"] > trained] or method["passkey"]
-    return float(sum(cell["num_correct"] for cell in cells) / sum(cell["num_trials"] for cell in cells))
+    correct, trials = (sum(cell[name] for cell in cells) for name in ("num_correct", "num_trials"))
+    return correct / trials, wilson_interval(correct, trials)
 
 
 def _card(label: str, value: str, note: str) -> str:
@@ -185,8 +213,8 @@ def table_html(table: Table) -> str:
 
     head = "".join(cell("th", text, i) for i, text in enumerate(table.columns))
     rows = [
-        "".join(cell("td", text, c, (r, c) in table.best) for c, text in enumerate(row))
-        for r, row in enumerate(table.rows)
+        "".join(cell("td", text, c, (r, c) in table.best) for c, text in enumerate(table.texts(r)))
+        for r in range(len(table.rows))
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
 

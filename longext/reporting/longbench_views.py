@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from longext.evaluation.scores import with_intervals
 from longext.reporting.tables import Table
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _COLOURS = {  # Okabe and Ito
     "code": "#cc79a7",
     "synthetic": "#7a7a7a",
 }
+_INTERVAL = "95% interval"
 _BUCKET_SHADES = (0.45, 0.7, 1.0)
 
 
@@ -27,13 +29,13 @@ def longbench_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
     in_buckets = rows[0]["buckets"] is not None
     scores = list(rows[0]["buckets"]) if in_buckets else ["score"]
     was_read = any(row["num_prompt_tokens"] is not None for row in rows)
-    columns = ["task", "category", "metric", *scores, "rows", "empty", "missing"]
+    columns = ["task", "category", "metric", *scores, *([] if in_buckets else [_INTERVAL]), "rows", "empty", "missing"]
     cells = [
         [
             row["task"],
             row["category"],
             row["metric"],
-            *(score_text(value) for value in (row["buckets"].values() if in_buckets else [row["score"]])),
+            *(map(score_text, row["buckets"].values()) if in_buckets else (score_text(row["score"]), between(row))),
             *(str(row[count]) for count in ("num_rows", "num_empty", "num_missing")),
             *((f"{row['num_truncated']}", f"{row['num_prompt_tokens']:,.0f}") if was_read else ()),
         ]
@@ -48,18 +50,20 @@ def longbench_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
         if was_read
         else "0 to 100",
     )
-    return [tasks, _averages_table(record["averages"], in_buckets)]
+    averages = with_intervals(record["averages"], record.get("average_intervals") or {})
+    return [tasks, _averages_table(averages, in_buckets)]
 
 
 def lm_eval_tables(title: str, record: Mapping[str, Any]) -> list[Table]:
     """One row per task under lm-eval's protocol, and the averages of its groups; the captions say what they are not."""
     protocol = record["protocol"]
     differs = f"{protocol['id']}: not comparable with {protocol['not_comparable_with']}"
-    columns = ["task", "category", "metric", "score", "stderr", "rows", "empty", "cut", "tokens"]
+    columns = ["task", "category", "metric", "score", _INTERVAL, "rows", "empty", "cut", "tokens"]
     cells = [
         [
             *(row[key] for key in ("task", "category", "metric")),
-            *(score_text(row[key]) for key in ("score", "stderr")),
+            score_text(row["score"]),
+            between(row),
             *(str(row[key]) for key in ("num_rows", "num_empty", "num_truncated")),
             f"{row['num_prompt_tokens']:,.0f}",
         ]
@@ -95,13 +99,24 @@ def _averages_table(averages: Mapping[str, Any], in_buckets: bool) -> Table:
         if any(value is not None for key, value in means.items() if key != "code")
     }
     named = told or {name: named[name] for name in list(named)[:1]}
-    categories = list(next(iter(named.values())))
+    categories = [name for name in next(iter(named.values())) if name != "intervals"]
     return Table(
         "Averages as the authors report them",
         ["length" if in_buckets else "language", *categories],
-        [[name, *(score_text(means[category]) for category in categories)] for name, means in named.items()],
-        caption="means of tasks, and of the six categories; '-' where one of its tasks was not scored",
+        [[name, *(_mean_text(means, category) for category in categories)] for name, means in named.items()],
+        caption="in brackets the 95% interval; means of tasks, and of the six categories; '-' where one of its tasks "
+        "was not scored",
     )
+
+
+def _mean_text(means: Mapping[str, Any], category: str) -> str:
+    interval = (means.get("intervals") or {}).get(category)
+    return score_text(means[category]) + (f" ({interval[0]:.1f}-{interval[1]:.1f})" if interval else "")
+
+
+def between(row: Mapping[str, Any]) -> str:
+    """Return the 95 % interval of a row's score, "-" where it has none."""
+    return "-" if row.get("low") is None else f"{row['low']:.1f} - {row['high']:.1f}"
 
 
 def score_text(value: float | None) -> str:

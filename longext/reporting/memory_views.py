@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from longext.evaluation.statistics import Estimate
 from longext.reporting.plots import INK, log_perplexity, new_figure, style
 from longext.reporting.tables import Table, number
+from longext.reporting.views import marks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +45,8 @@ _Rows = Mapping[tuple[int, str], "MemoryPerplexity"]
 
 def _perplexities(name: str, rows: _Rows, lengths: list[int], methods: list[str]) -> Table:
     first = rows[lengths[0], methods[0]]
-    best = set()
-    for c, length in enumerate(lengths):
-        own = [rows[length, method].ppl for method in methods]
-        best |= {(r, c + 1) for r, value in enumerate(own) if value == min(own) < max(own)}
+    columns = [[_estimate(rows[length, method]) for method in methods] for length in lengths]
+    best, tied = marks(columns, lower_is_better=True)
     cells = [[method, *(_perplexity(rows[length, method]) for length in lengths)] for method in methods]
     readable = [f"{rows[length, methods[0]].num_readable:,}" for length in lengths]
     note = f"95% bootstrap over {first.resampled}" if first.resampled else "no interval: nothing to resample"
@@ -54,10 +54,15 @@ def _perplexities(name: str, rows: _Rows, lengths: list[int], methods: list[str]
         f"Perplexity of the next segment by context: {name}",
         ["method", *(f"{length:,}" for length in lengths)],
         [*cells, ["positions kept readable", *readable]],
-        frozenset(best),
+        best,
         caption=f"{first.num_places} places in {len(first.per_document)} document(s), {first.num_tokens:,} tokens, the "
-        f"same everywhere; {note}; the best are marked",
+        f"same everywhere; {note}; the best is marked if its interval meets no other, ~ shares the lead",
+        tied=tied,
     )
+
+
+def _estimate(row: MemoryPerplexity) -> Estimate:
+    return row.ppl, None if row.ppl_low is None or row.ppl_high is None else (row.ppl_low, row.ppl_high)
 
 
 def _perplexity(row: MemoryPerplexity) -> str:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longext.evaluation.comparable import Conflict
+from longext.evaluation.comparable import Conflict, base_of
 from longext.evaluation.report import Cell, Group, Report, Shown
 from longext.evaluation.suites import Column, View
 from longext.reporting.efficiency_views import size
 from longext.reporting.tables import Table, number, percent
 
 _WIDTH = 128  # characters of a table: what fits a terminal of 140 columns and the page
-_GAP = 3  # between columns
 _FEW = 3  # labels that a note spells out
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONG = 40
@@ -82,7 +81,7 @@ def shown_tables(own: Group, shown: Shown) -> list[Table]:
     ways += [(turned, False) for turned in (False, True)]
     layouts = [_Layout.of(own, shown, turned, intervals) for turned, intervals in ways]
     fitting = next((layout for layout in layouts if layout.width <= _WIDTH), None)
-    return list((fitting or min(layouts, key=lambda layout: layout.width)).tables())
+    return (fitting or min(layouts, key=lambda layout: layout.width)).table.parts(_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class _Layout:
     columns: list[str]
     rows: list[list[str]]
     best: frozenset[tuple[int, int]]
+    tied: frozenset[tuple[int, int]]
     fixed: int
     caption: str
 
@@ -110,7 +110,7 @@ class _Layout:
         lines: Sequence[Any] = columns if turned else labels
         heads: Sequence[Any] = labels if turned else columns
         rows: list[list[str]] = []
-        best: set[tuple[int, int]] = set()
+        best, tied = set[tuple[int, int]](), set[tuple[int, int]]()
         for panel in panels:
             first = True
             for line in lines:
@@ -120,47 +120,26 @@ class _Layout:
                 left = [panel if first else ""] if len(panels) > 1 else []
                 left.append(view.spell(line) if turned else line)
                 best |= {(len(rows), len(left) + i) for i, cell in enumerate(found) if cell and cell.is_best}
+                tied |= {(len(rows), len(left) + i) for i, cell in enumerate(found) if cell and cell.is_tied}
                 rows.append([*left, *(_text(cell, view, intervals) for cell in found)])
                 first = False
         name = "" if turned else "run" if own.suite.unknown else "result"
         left_columns = [*([view.panel_name] if len(panels) > 1 else []), name]
         spelled = labels if turned else [view.spell(column) for column in columns]
-        caption = _caption(own, shown, bool(best), intervals)
-        return _Layout(view.title, [*left_columns, *spelled], rows, frozenset(best), len(left_columns), caption)
+        caption = _caption(own, shown, bool(best), bool(tied), intervals)
+        marks = frozenset(best), frozenset(tied)
+        return _Layout(view.title, [*left_columns, *spelled], rows, *marks, len(left_columns), caption)
 
     @property
-    def widths(self) -> list[int]:
-        """Return the characters of each column."""
-        return [max(map(len, texts)) + _GAP for texts in zip(self.columns, *self.rows, strict=True)]
+    def table(self) -> Table:
+        """Return it as a table of any width."""
+        left = frozenset(range(self.fixed))
+        return Table(self.title, self.columns, self.rows, self.best, left, self.caption, self.tied)
 
     @property
     def width(self) -> int:
         """Return the characters of a row."""
-        return sum(self.widths)
-
-    def tables(self) -> Iterator[Table]:
-        """Yield the table; in several with the same first columns where it is too wide."""
-        left, parts = list(range(self.fixed)), self._parts()
-        for i, part in enumerate(parts, 1):
-            kept = [*left, *part]
-            yield Table(
-                self.title if len(parts) == 1 else f"{self.title}, part {i} of {len(parts)}",
-                [self.columns[c] for c in kept],
-                [[row[c] for c in kept] for row in self.rows],
-                frozenset((r, kept.index(c)) for r, c in self.best if c in kept),
-                left=frozenset(left),
-                caption=self.caption,
-            )
-
-    def _parts(self) -> list[list[int]]:
-        widths = self.widths
-        room = _WIDTH - sum(widths[: self.fixed])
-        parts: list[list[int]] = [[]]
-        for column in range(self.fixed, len(widths)):
-            if parts[-1] and sum(widths[c] for c in parts[-1]) + widths[column] > room:
-                parts.append([])
-            parts[-1].append(column)
-        return parts
+        return sum(self.table.widths)
 
 
 def ordered_columns(cells: Sequence[Cell]) -> list[Column]:
@@ -180,13 +159,15 @@ def _text(cell: Cell | None, view: View, intervals: bool) -> str:
     return f"{value} ({low} to {high})" if view.unit in _SIGNED or between[0] < 0 else f"{value} ({low}-{high})"
 
 
-def _caption(own: Group, shown: Shown, has_best: bool, intervals: bool) -> str:
+def _caption(own: Group, shown: Shown, has_best: bool, has_ties: bool, intervals: bool) -> str:
     has_intervals = any(cell.score.interval() for cell in shown.cells)
     told = ["in brackets the 95% interval"] if has_intervals and intervals else []
     told += ["95% intervals are in results.csv"] if has_intervals and not intervals else []
     if shown.view.lower_is_better is not None:
         told.append("less is better" if shown.view.lower_is_better else "more is better")
-    told += ["the best are marked"] if has_best else []
+    of_each = " of each base model" if len({base_of(part) for part in own.parts}) > 1 else ""
+    told += [f"the best{of_each} is marked if its interval meets no other"] if has_best else []
+    told += [f"~ shares the lead{of_each}: intervals meet"] if has_ties else []
     flagged = list(dict.fromkeys(note.field for note in own.cautions))
     told += [f"see the notes: {', '.join(flagged)}"] if flagged else []
     return "; ".join(told)

@@ -6,12 +6,16 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.untrusted import spelled
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+_GAP = 3  # between columns
+_NUMBERS = {"justify": "right", "no_wrap": True, "overflow": "fold"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Table:
         columns: the header; the first column is left-aligned, the others right-aligned unless in `left`.
         rows: cells as text.
         best: (row, column) pairs to emphasise.
+        tied: (row, column) pairs that share the lead: "~" stands behind them.
         left: indices of further left-aligned columns.
         caption: one line below it.
     """
@@ -33,6 +38,41 @@ class Table:
     best: frozenset[tuple[int, int]] = frozenset()
     left: frozenset[int] = frozenset()
     caption: str = ""
+    tied: frozenset[tuple[int, int]] = frozenset()
+
+    def texts(self, row: int) -> list[str]:
+        """Return the cells of a row, those that share the lead marked."""
+        return [f"{cell} ~" if (row, c) in self.tied else cell for c, cell in enumerate(self.rows[row])]
+
+    @property
+    def widths(self) -> list[int]:
+        """Return the characters of each column on a terminal, the space around it included."""
+        rows = [self.texts(row) for row in range(len(self.rows))]
+        return [max(map(len, texts)) + _GAP for texts in zip(self.columns, *rows, strict=True)]
+
+    def parts(self, width: int) -> list[Table]:
+        """Return the table, cut by columns into several with the same first ones if it is wider than `width`."""
+        numbers = [c for c in range(len(self.columns)) if not self.is_left(c)]
+        if sum(self.widths) <= width or not numbers:
+            return [self]
+        names = range(1, numbers[0] + 1)  # as few of the first columns as tell rows apart stand in every part
+        fixed = next((n for n in names if len({tuple(row[:n]) for row in self.rows}) == len(self.rows)), numbers[0])
+        held = column_parts(self.widths, fixed, width)
+        return [self] if len(held) < 2 else [self._with_columns(own, i, len(held)) for i, own in enumerate(held, 1)]
+
+    def _with_columns(self, kept: Sequence[int], number: int, count: int) -> Table:
+        def moved(places: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+            return frozenset((r, kept.index(c)) for r, c in places if c in kept)
+
+        return Table(
+            f"{self.title}, part {number} of {count}",
+            [self.columns[c] for c in kept],
+            [[row[c] for c in kept] for row in self.rows],
+            moved(self.best),
+            frozenset(kept.index(c) for c in self.left if c in kept),
+            self.caption if number == count else "",
+            moved(self.tied),
+        )
 
     def is_left(self, column: int) -> bool:
         """True for a left-aligned column."""
@@ -42,8 +82,9 @@ class Table:
         """Return the table as GitHub Markdown, best cells bold."""
         marks = [":--" if self.is_left(i) else "--:" for i in range(len(self.columns))]
         lines = [f"**{markdown_text(self.title)}**", "", _pipe(self.columns), _pipe(marks)]
-        for r, row in enumerate(self.rows):
-            lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row)]))
+        for r in range(len(self.rows)):
+            cells = enumerate(self.texts(r))
+            lines.append(_pipe([f"**{cell}**" if (r, c) in self.best else cell for c, cell in cells]))
         caption = ["", markdown_text(self.caption)] if self.caption else []
         return spelled("\n".join([*lines, *caption, ""]))
 
@@ -61,13 +102,28 @@ class Table:
             caption_justify="left",
         )
         for i, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="left" if self.is_left(i) else "right")
-        for r, row in enumerate(self.rows):
-            marked = [f"{cell}{mark}" if (r, c) in self.best else cell for c, cell in enumerate(row)]
+            # numbers are never cut: what has to give way is text
+            justify: Any = {"justify": "left", "overflow": "fold"} if self.is_left(i) else _NUMBERS
+            table.add_column(Text(column), **justify)
+        for r in range(len(self.rows)):
+            marked = [f"{cell}{mark}" if (r, c) in self.best else cell for c, cell in enumerate(self.texts(r))]
             table.add_row(
                 *(Text(cell, style="bold green" if (r, c) in self.best else "") for c, cell in enumerate(marked))
             )
         return table
+
+
+def column_parts(widths: Sequence[int], fixed: int, width: int) -> list[list[int]]:
+    """Return the columns of each part of a table: the first `fixed` ones in all, as many others as fit."""
+    room, parts = width - sum(widths[:fixed]), list[list[int]]()
+    used = 0
+    for column in range(fixed, len(widths)):
+        if not parts or used + widths[column] > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(column)
+        used += widths[column]
+    return [[*range(fixed), *part] for part in parts]
 
 
 def _pipe(cells: Sequence[str]) -> str:
@@ -88,6 +144,12 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 def _no_formula(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
+def named(path: str) -> str:
+    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
+    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
+    return Path(path).expanduser().resolve().name if is_path and path else path
 
 
 def number(value: float) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from longext.evaluation.statistics import Estimate, leaders
 from longext.reporting.tables import Table, interval, number, percent
 
 if TYPE_CHECKING:
     from longext.checkpoint.extend import ExtensionPlan
     from longext.checkpoint.verify import Verification
-    from longext.evaluation.compare import Comparison
+    from longext.evaluation.compare import Comparison, MethodResult
     from longext.evaluation.passkey import PasskeyCell
     from longext.evaluation.perplexity import PerplexityAtLength
     from longext.rope.analysis import DimensionRow
@@ -131,31 +132,45 @@ def passkey_table(name: str, protocol: str, cells: Sequence[PasskeyCell], pooled
     return Table(f"Passkey accuracy of {name} ({protocol})", columns, rows)
 
 
-def _best_in_columns(values: Sequence[Sequence[float]], offset: int, low_is_best: bool) -> frozenset[tuple[int, int]]:
-    best = set()
-    for column in range(len(values[0]) if values else 0):
-        own = [row[column] for row in values]
-        target = min(own) if low_is_best else max(own)
-        best |= {(r, column + offset) for r, value in enumerate(own) if value == target and (low_is_best or target > 0)}
-    return frozenset(best)
+Marks = frozenset[tuple[int, int]]
+
+
+def marks(columns: Sequence[Sequence[Estimate]], *, lower_is_better: bool) -> tuple[Marks, Marks]:
+    """Return the places of the best and of those that share the lead, of columns 1, 2, ... of a table."""
+    best, tied = set[tuple[int, int]](), set[tuple[int, int]]()
+    for column, estimates in enumerate(columns, 1):
+        first, others = leaders(estimates, lower_is_better=lower_is_better)
+        best |= set() if first is None else {(first, column)}
+        tied |= {(row, column) for row in others}
+    return frozenset(best), frozenset(tied)
+
+
+def ppl_estimate(method: MethodResult, length: int) -> Estimate:
+    """Return a method's perplexity at a length with its interval, None where there is none."""
+    row = method.perplexity_at(length)
+    return row.ppl, None if row.ppl_low is None or row.ppl_high is None else (row.ppl_low, row.ppl_high)
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Perplexity by length with the short-context price, then passkey by length."""
     methods = comparison.methods
     lengths = [row.length for row in methods[0].perplexity]
-    values = [[row.ppl for row in method.perplexity] for method in methods]
     rows = []
-    for method, own in zip(methods, values, strict=True):
+    for method in methods:
         price = comparison.short_price(method)
-        rows.append([method.name, *map(number, own), "" if price is None else f"{price:+.1%}"])
+        numbers = [number(row.ppl) for row in method.perplexity]
+        rows.append([method.name, *numbers, "" if price is None else f"{price:+.1%}"])
+    columns = [[ppl_estimate(method, length) for method in methods] for length in lengths]
+    best, tied = marks(columns, lower_is_better=True)
     tables = [
         Table(
             f"Perplexity by context length (trained length {comparison.trained_length:,})",
             ["method", *(f"{length:,}" for length in lengths), f"price at {comparison.short_length:,}"],
             rows,
-            _best_in_columns(values, 1, low_is_best=True),
-            caption="sliding window, token-weighted; price: change against the unchanged model; the best are marked",
+            best,
+            caption="sliding window, token-weighted; price: change against the unchanged model; the best is marked if "
+            "its interval meets no other, ~ shares the lead",
+            tied=tied,
         )
     ]
     if methods[0].passkey:
@@ -168,7 +183,8 @@ def _comparison_passkey(comparison: Comparison) -> Table:
         {entry["length"]: entry for entry in method["passkey_by_length"]} for method in comparison.record["methods"]
     ]
     lengths = list(pooled[0])
-    values = [[own[length]["accuracy"] for length in lengths] for own in pooled]
+    columns = [[(own[n]["accuracy"], (own[n]["low"], own[n]["high"])) for own in pooled] for n in lengths]
+    best, tied = marks(columns, lower_is_better=False)
     rows = [
         [
             method.name,
@@ -181,6 +197,8 @@ def _comparison_passkey(comparison: Comparison) -> Table:
         "Passkey accuracy by prompt length",
         ["method", *(f"{length:,}" for length in lengths)],
         rows,
-        _best_in_columns(values, 1, low_is_best=False),
-        caption=f"{trials} prompts per length over all depths; in brackets the 95% Wilson interval",
+        best,
+        caption=f"{trials} prompts per length over all depths; in brackets the 95% Wilson interval; the best is "
+        "marked if its interval meets no other, ~ shares the lead",
+        tied=tied,
     )

@@ -269,7 +269,7 @@ ROPE_METHODS.register(
     RopeMethod(
         title="dynamic NTK",
         reference="arXiv 2309.00071, section 3.3",
-        formula="theta' = theta * (a * l/L - (a - 1))^(d/(d-2)) for a sequence of l > L tokens, a = 1 (the paper)",
+        formula="theta' = theta * (a * l/L - (a - 1))^(d/(d-2)) for l > L tokens of text, a = alpha (the paper: 1)",
         inv_freq=_dynamic_inv_freq,
         export=lambda spec: _parameters(spec, "dynamic", factor=float(spec.alpha)),
         options=("alpha",),

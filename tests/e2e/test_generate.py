@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, save_compressor
@@ -44,10 +46,35 @@ def test_a_plain_model_continues_as_greedy_does(run, books):
     assert result.stderr.startswith(f"{len(books.encode(PROMPT[1]))} tokens read; 12 written at")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}, {"num_beams": 3}, {"do_sample": True, "top_k": 3}],
+)
+def test_settings_of_the_checkpoint_do_not_touch_greedy_text(run, books, tmp_path, settings):
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "m")
+    path = tmp_path / "m/generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    text = ok(run("generate", "m", "--prompt", "He said: he said: he", "--max-new-tokens", 12))
+    assert text == books.decode(books.greedy(books.encode("He said: he said: he"), 12)) + "\n"
+
+
+def test_a_message_goes_through_the_template_and_its_thought_is_hidden(run, tmp_path):
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "m")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %} {{ word }} <think>{# </think> #}"
+    (tmp_path / "m/chat_template.jinja").write_text(template)
+    args = ("generate", "m", "--prompt", "A", "--max-new-tokens", 8, "--template-arg", "word=sea")
+    hidden = json.loads(ok(run(*args, "--chat-template", "--json")))
+    assert (hidden["text"], hidden["num_thought_tokens"]) == ("", 8)  # a thought without an end
+    kept = json.loads(ok(run(*args, "--chat-template", "--no-strip-thinking", "--json")))
+    assert kept["tokens"] == hidden["tokens"] and kept["text"] and kept["num_thought_tokens"] == 0
+    assert "add --chat-template" in run(*args).stderr
+    assert "8 written, 8 of them a thought" in run(*args, "--chat-template").stderr
+
+
 def test_text_comes_in_whole_characters(books):
     text = "A caf\xe9 in \u6f22\u5b57, na\xefve \U0001f600 and  two spaces"
     pieces: list[str] = []
-    stream = TextStream(books.decode, pieces.append)
+    stream = TextStream(books, pieces.append)
     tokens = books.encode(text)
     for token in tokens:
         stream.add(token)
@@ -79,7 +106,9 @@ def test_json_is_alone_on_standard_output(run, compressor, story):
 def test_a_saved_memory_stands_for_its_context(run, compressor, tmp_path):
     read = run("generate", compressor, "--context", "sample", "--save-memory", "m.safetensors", *PROMPT)
     text = ok(read)
-    assert "tokens forgotten" in read.stderr  # the story is longer than the window holds memories of
+    assert (
+        "tokens forgotten" in read.stderr and "%) are forgotten, and only the last" in read.stderr
+    )  # the story is longer than the window holds memories of
     assert "slots" in read.stderr
     again = run("generate", compressor, "--memory", "m.safetensors", *PROMPT)
     assert ok(again) == text

@@ -42,11 +42,11 @@ def test_a_run_cut_off_goes_on_where_it_was(run, tmp_path, monkeypatch):
     whole = (tmp_path / "n/answers.jsonl").read_text()
     real, calls = predictions._answer, []
 
-    def once(model, batch):
+    def once(model, batch, *rest):
         calls.append(batch)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(model, batch)
+        return real(model, batch, *rest)
 
     monkeypatch.setattr(predictions, "_answer", once)
     cut = run(*args, "--force")

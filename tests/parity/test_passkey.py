@@ -28,7 +28,7 @@ from longext.evaluation.passkey import _filler_ids, _prompts, accuracy_by_length
 
 @pytest.fixture
 def tokens(books):
-    return PromptTokens(lambda text: books.encode(text, add_bos=False), books.bos)
+    return PromptTokens(lambda text: books.encode(text, add_bos=False), books.prefix)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_one_pass_accuracy_is_greedy_decoding(books, method):
     """The score of prompt + answer equals generating the answer's tokens one by one."""
     books.set_rope(extension_config(RuntimeConfig(model="books-5m"), method, 8.0 if method != "none" else 1.0))
     config = PasskeyConfig(model="books-5m", lengths=(400, 700), depths=(0.2, 0.9), num_trials=3)
-    tokens = PromptTokens(lambda text: books.encode(text, add_bos=False), books.bos)
+    tokens = PromptTokens(lambda text: books.encode(text, add_bos=False), books.prefix)
     for cell in evaluate_passkey(books, config):
         prompts = _prompts(config, tokens, _filler_ids(books, config), cell.length, cell.depth)
         decoded = [books.greedy(p.input_ids, len(p.answer_ids)) for p in prompts]

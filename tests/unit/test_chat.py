@@ -44,7 +44,7 @@ def test_needle_prompts_are_the_rendered_message_and_the_answers_beginning(books
         )
         opening = text[end:].partition(rendered.rpartition("provided text?")[2])[2]
         assert opening.startswith(" The special magic") and opening.endswith((" is", " are"))
-        bos = "" if template is WITH_BOS else books.tokenizer.decode(list(books.bos))
+        bos = "" if template is WITH_BOS else books.tokenizer.decode(list(books.prefix))
         assert text == bos + rendered + opening
         assert prompt.input_ids.count(books.tokenizer.bos_token_id) == 1
         budget = 32 if scoring == "match" else len(prompt.answer_ids)

@@ -106,6 +106,15 @@ def test_cautions_name_what_the_rule_does_not_ask():
     assert found.cautions[2] == "counts differ: num_tokens"
 
 
+def test_a_score_that_differs_is_no_count():
+    first, second = (
+        record(results=[{"length": 9, "accuracy": n / 4, "num_correct": n, "num_trials": 4}]) for n in (1, 3)
+    )
+    assert compare_results(first, second).cautions == []
+    second["results"][0]["num_trials"] = 8
+    assert compare_results(first, second).cautions == ["counts differ: num_trials"]
+
+
 def test_different_kinds_are_refused():
     with pytest.raises(DataError, match="'perplexity', B of kind 'passkey'"):
         compare_results(record(), record(kind="passkey"))

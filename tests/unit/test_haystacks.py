@@ -143,7 +143,7 @@ class _Right:
     """A model whose first choice is right but for the tokens at `wrong` of each answer."""
 
     def __init__(self, model, wrong):
-        self.device, self.bos, self.encode, self.decode = model.device, model.bos, model.encode, model.decode
+        self.device, self.prefix, self.encode, self.decode = model.device, model.prefix, model.encode, model.decode
         self.wrong = wrong
 
     def score(self, ids, first):

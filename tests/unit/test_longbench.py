@@ -122,8 +122,8 @@ def test_the_chat_template_goes_around_the_cut_prompt(books):
     assert num_cut == 1 and books.decode(chat.input_ids) == f"<u>{text}</u>"
     once = books.encode(f"{bos}<u>{text}</u>", add_bos=not bos)
     assert list(chat.input_ids) == once
-    if books.bos:
-        assert chat.input_ids.count(books.bos[0]) == 1
+    if books.prefix:
+        assert chat.input_ids.count(books.prefix[0]) == 1
     for name in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"):
         assert bench.build_requests(books, name, rows, 100, chat=True) == bench.build_requests(
             books, name, rows, 100, chat=False
@@ -133,7 +133,7 @@ def test_the_chat_template_goes_around_the_cut_prompt(books):
 def test_samsum_ends_at_a_line_feed_that_is_not_first(books):
     (request,), _ = bench.build_requests(books, "samsum", [row()], None, chat=False)
     assert books.encode("\n", add_bos=False)[-1] in request.stop_ids
-    assert books.tokenizer.eos_token_id in request.stop_ids
+    assert books.tokenizer.eos_token_id in books.ending_tokens
     assert request.min_new_tokens == 1
 
 

@@ -9,6 +9,7 @@ import torch
 
 from longext.config import RuntimeConfig
 from longext.errors import ConfigError, DataError
+from longext.evaluation.answer_file import tokens_hash
 from longext.evaluation.model import load_language_model
 from longext.evaluation.predictions import Prediction, Request, generate_predictions
 
@@ -45,7 +46,15 @@ def test_batches_equal_one_by_one_equal_greedy(books, requests):
     assert [p.id for p in alone] == [r.id for r in requests]
     for request, prediction in zip(requests, alone, strict=True):
         new = books.greedy(request.input_ids, 16)
-        expected = Prediction(request.id, books.decode(new), len(request.input_ids), len(new))
+        has_end = new[-1] == books.tokenizer.eos_token_id
+        expected = Prediction(
+            request.id,
+            books.decode(new),
+            len(request.input_ids),
+            len(new),
+            is_cut=not has_end,
+            prompt_sha256=tokens_hash(request.input_ids),
+        )
         assert prediction == expected
 
 

@@ -9,8 +9,10 @@ import report_records as made
 from report_records import write
 
 from longext.errors import DataError
+from longext.evaluation.difference import compare_results
 from longext.evaluation.report import csv_rows, make_report
 from longext.evaluation.suites import KINDS, SUITES
+from longext.reporting.report_views import report_tables
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 
@@ -165,11 +167,43 @@ def test_every_kind_that_a_report_takes_is_tested_here():
 # --- the best ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_is_the_least_perplexity_and_the_most_accuracy_and_ties_are_all_best(tmp_path):
-    found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(44.0), c=made.perplexity(40.0))
-    assert shown(found, "perplexity")[1] == {(f"m ({name})", "", n) for name in "ac" for n in (512, 1024)}
-    found = report(tmp_path / "k", a=made.passkey(0.5), b=made.passkey(0.75))
+def tied(found):
+    return {
+        (cell.label, cell.column) for own in found.groups for view in own.shown for cell in view.cells if cell.is_tied
+    }
+
+
+def test_the_best_is_apart_from_all_others_by_its_interval(tmp_path):
+    # 40 (38 to 43) and 20 (18 to 23) against 60 (58 to 63) and 30 (28 to 33)
+    found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(60.0))
+    assert shown(found, "perplexity")[1] == {("m (a)", "", n) for n in (512, 1024)} and not tied(found)
+    first, second = made.passkey(0.5), made.passkey(0.75)
+    first["by_length"][0] |= {"low": 0.4, "high": 0.6}
+    second["by_length"][0] |= {"low": 0.61, "high": 0.9}
+    found = report(tmp_path / "k", a=first, b=second)
     assert shown(found, "passkey")[1] == {("m (b)", "", 512)}
+
+
+def test_results_whose_intervals_meet_share_the_lead(tmp_path):
+    found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(44.0), c=made.perplexity(80.0))
+    assert shown(found, "perplexity")[1] == set()
+    assert tied(found) == {(f"m ({name})", n) for name in "ab" for n in (512, 1024)}
+    wilson = [made.passkey(value) for value in (0.17, 0.0)]  # 17 % (3 to 56) and 0 % (0 to 39)
+    wilson[0]["by_length"][0] |= {"low": 0.03, "high": 0.56}
+    wilson[1]["by_length"][0] |= {"low": 0.0, "high": 0.39}
+    found = report(tmp_path / "k", a=wilson[0], b=wilson[1])
+    assert shown(found, "passkey")[1] == set() and not tied(found)  # nothing is said of all
+
+
+def test_no_result_is_best_across_base_models(tmp_path):
+    other = made.perplexity(400.0)
+    other["model"] |= {"tokenizer_sha256": "t", "num_parameters": 7}
+    same = made.perplexity(60.0)
+    for record in (own := made.perplexity(40.0), same):
+        record["model"] |= {"num_parameters": 5}
+    found = report(tmp_path, a=own, b=same, c=other)
+    assert shown(found, "perplexity")[1] == {("m (a)", "", n) for n in (512, 1024)}
+    assert "of each base model" in report_tables(found)[0].caption
 
 
 def test_nothing_is_best_alone_or_among_equals(tmp_path):
@@ -237,6 +271,27 @@ def test_what_may_differ_is_told(tmp_path, part, key, value):
 def test_places_and_prose_matter_not(tmp_path, part, key, value):
     (group,) = report(tmp_path, a=made.perplexity(), b=changed(made.perplexity(), part, key, value)).groups
     assert group.cautions == []
+
+
+def test_a_passkey_of_one_key_that_does_not_say_so_is_not_beside_one_of_four(tmp_path):
+    former, four, one = made.compare(), made.passkey(), made.passkey()
+    four["protocol"]["num_needles"], one["protocol"]["num_needles"] = 4, 1
+    sets = [own for own in report(tmp_path, a=former, b=four, c=one).groups if own.suite.name == "passkey"]
+    assert [(own.number, len(own.parts), own.agreed["protocol.num_needles"]) for own in sets] == [(1, 3, 1), (2, 1, 4)]
+    assert [own.field for own in sets[1].conflicts] == ["protocol.num_needles"]
+
+
+@pytest.mark.parametrize(("tokenizer", "sets"), [("t", 2), ("other", 1)])
+def test_another_template_of_one_tokenizer_is_not_comparable(tmp_path, tokenizer, sets):
+    first, second = made.needle("x"), made.needle("x")
+    first["protocol"] |= {"template_sha256": "a" * 64, "prompts_sha256": "1" * 64}
+    second["protocol"] |= {"template_sha256": "b" * 64, "prompts_sha256": "2" * 64}
+    second["model"]["tokenizer_sha256"] = tokenizer
+    found = report(tmp_path, a=first, b=second).groups
+    assert len(found) == sets
+    told = [own.field for own in (found[1].conflicts if sets == 2 else found[0].cautions)]
+    assert ("protocol.template_sha256" in told) == (sets == 2)
+    assert compare_results(first, second).reasons == (["another template"] if sets == 2 else [])
 
 
 def test_a_field_that_a_result_does_not_record_is_told(tmp_path):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from longext.reporting.console import pace, print_table
 from longext.reporting.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
 from longext.reporting.results import dump_json, output_directory
 from longext.reporting.tables import Table, number, percent
@@ -63,6 +64,34 @@ def test_svg_ids_of_two_pictures_on_a_page_differ():
     pictures = [to_svg(passkey_heat_maps({"m": cells}, title="t"), name) for name in ("one", "two")]
     assert all(picture.startswith("<svg") for picture in pictures)
     assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_a_table_wider_than_the_terminal_is_continued_and_no_number_is_cut(width, monkeypatch, capsys):
+    numbers = [f"{n}.25 ({n}.00-{n}.50)" for n in range(10, 17)]
+    rows = [["a model with a name that is long enough to fold, and more", *numbers], ["b", *numbers]]
+    table = Table(
+        "T", ["result", *(f"{2**n}" for n in range(9, 16))], rows, frozenset({(0, 7)}), tied=frozenset({(1, 2)})
+    )
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(table)
+    text = capsys.readouterr().out
+    assert all(text.count(own) == 2 for own in numbers)
+    assert f"{numbers[1]} ~" in text and f"{numbers[6]}*" in text and "part 2 of" in text
+    assert max(map(len, text.splitlines())) <= max(width, 60)
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "text"),
+    [
+        (0, 15, "15 s so far"),
+        (10, 5, "2 tokens/s, 1 min 35 s left"),
+        (100, 7200, "0.014 tokens/s, 2 h 0 min left"),
+        (1, 3600, "0.00028 tokens/s, 8 d 7 h left"),
+    ],
+)
+def test_the_time_left_is_never_guessed_from_nothing(done, seconds, text):
+    assert pace(done, 200, "tokens", seconds) == text
 
 
 def test_json_is_strict():

@@ -1,0 +1,56 @@
+"""How commands spell an extension method: "yarn", or with its parameters "dynamic:alpha=4:factor=8"."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from longext.config import ExtendConfig, build_config
+from longext.errors import ConfigError
+from longext.rope.methods import ROPE_METHODS, RopeSpec
+
+
+def method_request(text: str, model: str, revision: str | None = None, factor: float | None = None) -> ExtendConfig:
+    """Return the `extend` request that "name" or "name:key=value:key=value" stands for.
+
+    Args:
+        factor: of a method that does not spell its own.
+
+    Raises:
+        ConfigError: unknown method or parameter.
+    """
+    name, *settings = re.split(r":(?=[A-Za-z_-]+=|$)", text)
+    ROPE_METHODS[name]
+    if name == "none" and settings:
+        raise ConfigError(f"`none` is the model as it is and takes no parameters, got '{text}'.")
+    settings = [_underscored(setting) for setting in settings]
+    typed: dict[str, Any] = {"model": model, "method": name, "revision": revision}
+    if factor is not None and not any(setting.startswith(("factor=", "target_length=")) for setting in settings):
+        typed["factor"] = factor
+    return build_config(ExtendConfig, None, settings, typed)
+
+
+def _underscored(setting: str) -> str:
+    key, separator, value = setting.partition("=")
+    return f"{key.replace('-', '_')}{separator}{value}"
+
+
+def is_unchanged(method: str | None) -> bool:
+    """Return True for no method, and for "none"."""
+    return method in (None, "none")
+
+
+def check_method(method: str | None, factor: float | None) -> None:
+    """Raise ConfigError for a factor without a method (it would change nothing), or a method that is none."""
+    if factor is not None and is_unchanged(method):
+        raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
+    if method is not None:
+        method_request(method, "", factor=factor)
+
+
+def described(spec: RopeSpec) -> str:
+    """Return a method's formula with the parameters that were used."""
+    method = ROPE_METHODS[spec.method]
+    values = {"factor": spec.factor, **{name: getattr(spec, name, None) for name in method.options}}
+    used = [f"{name} {value:g}" for name, value in values.items() if isinstance(value, (int, float))]
+    return method.formula if spec.method == "none" else f"{method.formula}; here {', '.join(used)}"
