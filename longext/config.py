@@ -48,6 +48,7 @@ class ExtendConfig(RopeConfig):
     output: str | None = None
     revision: str | None = None
     copy: bool = False
+    check: bool = True
     force: bool = False
 
 
