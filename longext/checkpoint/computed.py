@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from longext.checkpoint.rope_config import ModelRope
 from longext.errors import CheckpointError
 from longext.rope.methods import RopeSpec, compute_inv_freq, softmax_scale
+from longext.rope.reading import read_parameters
 
-_TOLERANCE = 5e-6  # relative; float32 frequencies, read out of float32 cosines
+_TOLERANCE = 2e-6  # relative; float32 frequencies, read out of float32 cosines
 _ZERO = 1e-12  # rad per token: no rotation
 
 Rotation = tuple[NDArray[np.float64], float]  # (frequencies, factor on cos and sin)
@@ -82,6 +83,11 @@ def _compute(config: str, lengths: tuple[int, ...]) -> Computed:
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
     except Exception as error:
         raise CheckpointError(f"transformers cannot read this config: {one_line(error)}") from error
+    return computed_from(found)
+
+
+def computed_from(found: dict[str, Any]) -> Computed:
+    """Return what `_built.measure` found."""
     return Computed(
         rotary={
             (name, int(length)): (np.asarray(values), factor)
@@ -154,34 +160,43 @@ def _names(layer: Layer) -> str:
     return (", ".join(layer.rotary) or "nothing") + window
 
 
-def _compare_rotation(
-    base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec, name: str, length: int
-) -> None:
+def _compare_rotation(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec, name: str, length: int) -> None:
     before, old_factor = base.rotary[name, length]
-    after, new_factor = ours.rotary[name, length]
     if name not in _extended(base, rope) or spec == rope.spec:
-        wanted, factor = before, old_factor
+        wanted = before, old_factor
     else:
         old = _own_spec(rope.spec, before)
         read, read_factor = compute_inv_freq(old, length)
-        index = _places(before, read)
-        if index is None or not np.isclose(old_factor, read_factor, rtol=_TOLERANCE):
+        places = _places(before, read, frequency_tolerance(old))
+        if places is None or not np.isclose(old_factor, read_factor, rtol=_TOLERANCE):
             raise CheckpointError(
                 f"transformers computes another RoPE for this {rope.model_type} model ({name}, {length} tokens) than "
                 f"its rope_parameters say by the rules that longext knows: {_difference(before, read)}."
             )
         planned, factor = compute_inv_freq(replace(spec, rope_theta=old.rope_theta), length)
-        wanted = np.where(index < 0, 0.0, planned[index])
-    if after.shape != wanted.shape or not np.allclose(after, wanted, rtol=_TOLERANCE, atol=_ZERO):
+        wanted = np.where(places < 0, 0.0, planned[places]), factor
+    problem = _rotation_problem(ours.rotary[name, length], wanted, frequency_tolerance(spec))
+    if problem:
         raise CheckpointError(
             f"transformers would not compute `{spec.method}` for this {rope.model_type} model ({name}, {length} "
-            f"tokens): {_difference(after, wanted)}."
+            f"tokens): {problem}."
         )
-    if not np.isclose(new_factor, factor, rtol=_TOLERANCE):
-        raise CheckpointError(
-            f"transformers would multiply cos and sin of this {rope.model_type} model by {new_factor:.6g}, planned is "
-            f"{factor:.6g} ({name}, {length} tokens)."
-        )
+
+
+def frequency_tolerance(spec: RopeSpec) -> float:
+    """Return the relative error allowed in a frequency: 2e-6, or what a float32 ramp loses at a large factor.
+
+    An error of 2^-23 in a ramp value near 0 is `factor` times as large relative to the frequency.
+    """
+    return max(_TOLERANCE, spec.factor * 2.0**-23)
+
+
+def _rotation_problem(found: Rotation, wanted: Rotation, tolerance: float) -> str | None:
+    if found[0].shape != wanted[0].shape or not np.allclose(found[0], wanted[0], rtol=tolerance, atol=_ZERO):
+        return _difference(found[0], wanted[0])
+    if not np.isclose(found[1], wanted[1], rtol=_TOLERANCE):
+        return f"attention factor {found[1]:.6g} on cos and sin instead of {wanted[1]:.6g}"
+    return None
 
 
 def _own_spec(spec: RopeSpec, measured: NDArray[np.float64]) -> RopeSpec:
@@ -194,13 +209,15 @@ def _own_spec(spec: RopeSpec, measured: NDArray[np.float64]) -> RopeSpec:
     return spec if np.isclose(theta, spec.rope_theta, rtol=1e-4) else replace(spec, rope_theta=theta)
 
 
-def _places(measured: NDArray[np.float64], formula: NDArray[np.float64]) -> NDArray[np.int64] | None:
+def _places(
+    measured: NDArray[np.float64], formula: NDArray[np.float64], tolerance: float
+) -> NDArray[np.int64] | None:
     """For each measured frequency its place in the formula's, -1 for none (0); None if one of them has no place.
 
     Modules put the pairs of a head in orders of their own, and each twice.
     """
     nearest = np.abs(measured[:, None] / np.where(formula > 0, formula, np.inf)[None, :] - 1).argmin(1)
-    close = np.isclose(measured, formula[nearest], rtol=_TOLERANCE, atol=0)
+    close = np.isclose(measured, formula[nearest], rtol=tolerance, atol=0)
     still = np.abs(measured) < _ZERO
     covers = set(nearest[close].tolist()) >= set(np.flatnonzero(formula > 0).tolist())
     return np.where(still, -1, nearest) if bool((close | still).all()) and covers else None
@@ -227,6 +244,45 @@ def _compare_scales(base: Computed, ours: Computed, rope: ModelRope, spec: RopeS
 def _reads_no_mscale(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec) -> bool:
     """True for classes that compute their scale from the head size alone: it then stays under any factor."""
     return softmax_scale(spec) == softmax_scale(rope.spec) or base.scales == ours.scales
+
+
+def formula_problem(
+    computed: Computed, rope: ModelRope, spec: RopeSpec, lengths: Sequence[int]
+) -> tuple[str | None, int, float]:
+    """Hold what a model computes to the formulas alone, without its base.
+
+    Returns:
+        (the first difference or None, how many frequencies were compared, the largest relative error)
+    """
+    count, worst = 0, 0.0
+    for name in computed.used:
+        kind = name.rpartition(":")[2] if ":" in name else rope.kind
+        for length in lengths:
+            found, factor = computed.rotary[name, length]
+            own = spec if kind == rope.kind else _local_spec(rope, kind)
+            if own is None:
+                continue
+            own = _own_spec(own, found)
+            formula, wanted_factor = compute_inv_freq(own, length)
+            places = _places(found, formula, frequency_tolerance(own))
+            if places is None:
+                return f"{name} at length {length}: {_difference(found, formula)}", count, worst
+            if not np.isclose(factor, wanted_factor, rtol=_TOLERANCE):
+                return f"{name}: attention factor is {factor:.8g}, the formula gives {wanted_factor:.8g}", count, worst
+            wanted = np.where(places < 0, 0.0, formula[places])
+            turning = wanted > 0
+            count += found.size
+            worst = max(worst, float(np.abs(found[turning] / wanted[turning] - 1).max()))
+    return None, count, worst
+
+
+def _local_spec(rope: ModelRope, kind: str) -> RopeSpec | None:
+    """The RoPE of the layers of another type; None if their head size is not known."""
+    parameters = dict(rope.local_parameters[kind])
+    share = parameters.pop("partial_rotary_factor", None) or rope.partial_rotary_factor
+    if rope.spec.num_rotated is not None:
+        return None
+    return read_parameters(parameters, int(rope.head_dim * share), rope.max_position_embeddings)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

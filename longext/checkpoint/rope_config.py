@@ -381,6 +381,22 @@ def _write_old_spelling(
         text[family.local_theta_key] = next(iter(rope.local_parameters.values()))["rope_theta"]
 
 
+def one_spelling(config: dict[str, Any], rope: ModelRope, layout: str) -> dict[str, Any]:
+    """Return a copy of `config` with one spelling of the RoPE left: "new" or "old"."""
+    config = copy.deepcopy(config)
+    text = rope.text_of(config)
+    for key in OLD_KEYS if layout == "new" else NEW_KEYS:
+        text.pop(key, None)
+    return config
+
+
+# What to delete from config.json to leave one spelling of the RoPE.
+OLD_KEYS = (
+    *("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_local_base_freq"),
+)
+NEW_KEYS = ("rope_parameters",)
+
+
 def _layer_theta(spec: RopeSpec, theta: float) -> float:
     """The written base of one layer; 0 (no RoPE) stays."""
     return float(rope_parameters(replace(spec, rope_theta=theta))["rope_theta"]) if theta else 0
