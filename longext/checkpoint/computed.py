@@ -64,21 +64,27 @@ class Computed:
         return tuple(name for name in names if name in seen)
 
 
-def compute(config: dict[str, Any], lengths: Sequence[int]) -> Computed:
+def compute(config: dict[str, Any], lengths: Sequence[int], layers: bool = True) -> Computed:
     """Return what the model of a parsed config.json computes for sequences of `lengths` tokens.
+
+    Args:
+        layers: find out what each layer does, too (most of the time that it takes).
 
     Raises:
         CheckpointError: transformers cannot build it.
     """
-    return _compute(json.dumps(config, sort_keys=True), tuple(sorted(set(lengths))))
+    return _compute(json.dumps(config, sort_keys=True), tuple(sorted(set(lengths))), layers)
 
 
 @functools.lru_cache(maxsize=64)
-def _compute(config: str, lengths: tuple[int, ...]) -> Computed:
+def _compute(config: str, lengths: tuple[int, ...], layers: bool) -> Computed:
+    from transformers.utils import logging
+
     from longext.checkpoint._built import NotBuilt, load_config, measure, one_line
 
+    logging.set_verbosity_error()  # transformers' notes on a config that is only tried
     try:
-        found = measure(load_config(json.loads(config)), list(lengths))
+        found = measure(load_config(json.loads(config)), list(lengths), layers)
     except NotBuilt as error:
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
     except Exception as error:

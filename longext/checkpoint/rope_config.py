@@ -167,7 +167,9 @@ def _with_defaults(
 ) -> tuple[dict[str, Any], str | None]:
     """Return (the text config as transformers fills it in, its dotted key in the file or None)."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
         text = config.get_text_config()
@@ -183,8 +185,7 @@ def _with_defaults(
     values.pop("rope_scaling", None)
     if not values["rope_parameters"]:
         raise CheckpointError(
-            f"{directory} is a {text.model_type} model: its config class has no RoPE parameters, so there is no RoPE to "
-            "extend."
+            f"{directory} is a {text.model_type} model: its config class has no RoPE parameters, so no RoPE to extend."
         )
     values[_LENGTH_KEY] = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     values[_LACKS_HEAD_DIM] = "head_dim" in text.to_dict() and text.to_dict()["head_dim"] is None
@@ -304,8 +305,8 @@ def _flat_parameters(
         kind = _extended_kind(new)
         if kind is None:
             raise CheckpointError(
-                f"{directory}: rope_parameters has layer types {', '.join(nested)}; none of them is the one RoPE of the "
-                "layers without a window, so there is none to extend."
+                f"{directory}: rope_parameters has layer types {', '.join(nested)}; none of them is the one RoPE of "
+                "the layers without a window, so there is none to extend."
             )
         return _normal(nested[kind]), {other: own for other, own in nested.items() if other != kind}, kind
     scaling = text.get("rope_scaling")
