@@ -325,4 +325,4 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
 def one_line(error: Exception | None) -> str:
     """Return an exception as one line: its kind and the last line of its text."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}" if lines else type(error).__name__

@@ -336,6 +336,12 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
             f"The model's rope_parameters hold `{rope.unknown[0]}`, which longext has no meaning for: it may be wrong under "
             "a new RoPE. If the model does not need it, delete it from config.json."
         )
+    bases = sorted(set(rope.layer_theta) - {0.0})
+    if spec.method == "abf" and len(bases) > 1:
+        raise ConfigError(
+            f"`abf` gives all layers one base, and those of this model have {', '.join(f'{base:g}' for base in bases)}. "
+            "Use ntk, which raises each."
+        )
     parameters = rope_parameters(spec)
     accepted = rope.family.rope_types
     if accepted is None or parameters["rope_type"] in accepted:

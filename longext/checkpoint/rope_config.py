@@ -20,7 +20,7 @@ from longext.rope.reading import read_parameters
 
 FULL_ATTENTION = "full_attention"
 _OLD_TYPES = {"su": "longrope", "mrope": "default"}
-_WINDOWED = ("sliding_attention", "chunked_attention", "local_attention")
+_WINDOWED = ("sliding", "chunked", "local")  # parts of the names of layer types with a window
 _TOP_LEVEL_LENGTH_TYPES = ("llama3", "longrope")
 
 
@@ -288,7 +288,7 @@ def _extended_kind(parameters: dict[str, Any]) -> str | None:
     kinds = [kind for kind, own in parameters.items() if isinstance(own, dict)]
     if FULL_ATTENTION in kinds:
         return FULL_ATTENTION
-    global_kinds = [kind for kind in kinds if kind not in _WINDOWED]
+    global_kinds = [kind for kind in kinds if not any(word in kind for word in _WINDOWED)]
     return global_kinds[0] if len(global_kinds) == 1 else None
 
 

@@ -308,10 +308,9 @@ def hold_rope(model: nn.Module, length: int) -> None:
 
 def build_model_config(config: dict[str, Any]) -> Any:
     """Return the transformers config object of a parsed config.json."""
-    from transformers import AutoConfig
+    from longext.checkpoint._built import load_config
 
-    # the constructor may edit the nested dicts it is given
-    return AutoConfig.for_model(**json.loads(json.dumps(config)))
+    return load_config(config)
 
 
 def load_language_model(
