@@ -215,9 +215,7 @@ def _own_spec(spec: RopeSpec, measured: NDArray[np.float64]) -> RopeSpec:
     return spec if np.isclose(theta, spec.rope_theta, rtol=1e-4) else replace(spec, rope_theta=theta)
 
 
-def _places(
-    measured: NDArray[np.float64], formula: NDArray[np.float64], tolerance: float
-) -> NDArray[np.int64] | None:
+def _places(measured: NDArray[np.float64], formula: NDArray[np.float64], tolerance: float) -> NDArray[np.int64] | None:
     """For each measured frequency its place in the formula's, -1 for none (0); None if one of them has no place.
 
     Modules put the pairs of a head in orders of their own, and each twice.
@@ -317,8 +315,12 @@ def warn(computed: Computed, rope: ModelRope) -> str | None:
     length = rope.spec.original_max_position_embeddings
     if reach and all(window is not None and window <= length for window in reach):
         widest = max(window for window in reach if window is not None)
+        others = any(layer.attends and not layer.rotary for layer in computed.layers or ())
+        advice = (
+            " The layers that see everything have no RoPE: raise max_position_embeddings instead." if others else ""
+        )
         return (
-            f"The extension gains nothing: only layers with a window of {widest:,} tokens rotate, and no distance in "
-            f"them exceeds it. The layers that see everything have no RoPE: raise max_position_embeddings instead."
+            f"The extension gains nothing: only layers with a window of {widest:,} tokens have this RoPE, and no "
+            f"distance in them exceeds it.{advice}"
         )
     return None

@@ -233,10 +233,10 @@ def _check_frequencies(
     for layout, ours in computed.items():
         name = {"both": "frequencies", "new": "new spelling", "old": "old spelling"}[layout]
         problem, count, worst = formula_problem(ours, rope, spec, lengths)
-        if problem is None and base is not None and base_rope is not None:
-            problem = _base_problem(base, ours, base_rope, spec, lengths)
         if problem is None and count == 0:
             problem = "0 frequencies found: no layer of the model that transformers builds uses a RoPE"
+        if problem is None and base is not None and base_rope is not None:
+            problem = _base_problem(base, ours, base_rope, spec, lengths)
         match = f"{count} frequencies match the formula, largest relative error {worst:.1e}"
         checks.append(Check(name, "fail", problem) if problem else Check(name, "pass", match))
     return checks
