@@ -95,19 +95,22 @@ def frequencies(module: Any, kind: str | None, length: int) -> tuple[list[float]
 
 def _cos_sin(module: Any, kind: str | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin at position 1 as float64 [D]; modules with several position axes get the same on each."""
+    out = rotate(module, torch.tensor([[1, length - 1]]), kind)
+    cos, sin = (out.real, out.imag) if isinstance(out, torch.Tensor) else out[:2]
+    cos, sin = (part.double().reshape(-1, 2, part.shape[-1])[0, 0] for part in (cos, sin))
+    return cos, sin
+
+
+def rotate(module: Any, positions: torch.Tensor, kind: str | None) -> Any:
+    """Return what a rotary module makes of int64 positions [1, T], the same on each axis if it wants several."""
     extra = {"layer_type": kind} if kind else {}
-    positions = torch.tensor([[1, length - 1]])
-    last: Exception | None = None
+    like, last = torch.zeros(1, positions.shape[1], 1, device=positions.device), None
     for axes in (None, 4, 3):
-        ids = positions if axes is None else positions.expand(axes, 1, 2)
+        ids = positions if axes is None else positions.expand(axes, *positions.shape)
         try:
-            out = module(torch.zeros(1, 2, 1), ids, **extra)
+            return module(like, ids, **extra)
         except Exception as error:
             last = error
-            continue
-        cos, sin = (out.real, out.imag) if isinstance(out, torch.Tensor) else out[:2]
-        cos, sin = (part.double().reshape(-1, 2, part.shape[-1])[0, 0] for part in (cos, sin))
-        return cos, sin
     raise NotBuilt(f"{type(module).__name__}: {one_line(last)}")
 
 

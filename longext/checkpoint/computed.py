@@ -179,7 +179,8 @@ def _compare_rotation(base: Computed, ours: Computed, rope: ModelRope, spec: Rop
                 f"transformers computes another RoPE for this {rope.model_type} model ({name}, {length} tokens) than "
                 f"its rope_parameters say by the rules that longext knows: {_difference(before, read)}."
             )
-        planned, factor = compute_inv_freq(replace(spec, rope_theta=old.rope_theta), length)
+        own = spec if old is rope.spec else replace(spec, rope_theta=old.rope_theta)
+        planned, factor = compute_inv_freq(own, length)
         wanted = np.where(places < 0, 0.0, planned[places]), factor
     problem = _rotation_problem(ours.rotary[name, length], wanted, frequency_tolerance(spec))
     if problem:
@@ -212,7 +213,9 @@ def _own_spec(spec: RopeSpec, measured: NDArray[np.float64]) -> RopeSpec:
     if not plain or not 0 < slowest < 1 or spec.rotary_dim <= 2:
         return spec
     theta = slowest ** (-spec.rotary_dim / (spec.rotary_dim - 2))
-    return spec if np.isclose(theta, spec.rope_theta, rtol=1e-4) else replace(spec, rope_theta=theta)
+    if np.isclose(theta, spec.rope_theta, rtol=1e-4):
+        return spec
+    return replace(spec, rope_theta=theta)
 
 
 def _places(measured: NDArray[np.float64], formula: NDArray[np.float64], tolerance: float) -> NDArray[np.int64] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -331,17 +332,7 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     Raises:
         ConfigError: a length-dependent method on a family that cannot carry it.
     """
-    if rope.unknown:
-        raise ConfigError(
-            f"The model's rope_parameters hold `{rope.unknown[0]}`, which longext has no meaning for: it may be wrong under "
-            "a new RoPE. If the model does not need it, delete it from config.json."
-        )
-    bases = sorted(set(rope.layer_theta) - {0.0})
-    if spec.method == "abf" and len(bases) > 1:
-        raise ConfigError(
-            f"`abf` gives all layers one base, and those of this model have {', '.join(f'{base:g}' for base in bases)}. "
-            "Use ntk, which raises each."
-        )
+    _refuse_keys(rope, spec)
     parameters = rope_parameters(spec)
     accepted = rope.family.rope_types
     if accepted is None or parameters["rope_type"] in accepted:
@@ -352,6 +343,23 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
             f"{', '.join(sorted(accepted))}. Use ntk, ntk-by-parts, yarn or longrope."
         )
     return _with_carried(bake_as_longrope(spec, *compute_inv_freq(spec)), rope, spec)
+
+
+def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
+    """Refuse what cannot be carried over to another RoPE: unknown keys, bases by layer under some methods."""
+    if rope.unknown:
+        raise ConfigError(
+            f"The model's rope_parameters hold `{rope.unknown[0]}`, which longext has no meaning for: it may be wrong "
+            "under a new RoPE. If the model does not need it, delete it from config.json."
+        )
+    bases = sorted(set(rope.layer_theta) - {0.0})
+    if spec.method == "abf" and len(bases) > 1:
+        found = ", ".join(f"{base:g}" for base in bases)
+        raise ConfigError(f"`abf` gives all layers one base, this model's have {found}. Use ntk, which raises each.")
+    if bases and not math.isclose(rope.spec.rope_theta, spec.rope_theta, rel_tol=1e-9):
+        raise ConfigError(
+            "The bases of this model's layers were raised by an extension: extend its base model instead."
+        )
 
 
 def _with_carried(parameters: RopeParameters, rope: ModelRope, spec: RopeSpec) -> RopeParameters:

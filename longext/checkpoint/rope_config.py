@@ -69,6 +69,12 @@ class ModelRope:
         """The spelling rules of this model type."""
         return family_of(self.model_type)
 
+    @property
+    def rope_type(self) -> str:
+        """The rope_type that the layers compute; HunYuan writes "dynamic" for a fixed base."""
+        kind: str = self.parameters["rope_type"]
+        return "default" if self.spec.method == "none" else kind
+
     def text_of(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a parsed config.json that describes the text model."""
         return text_section(config, self.section)

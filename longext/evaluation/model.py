@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longext.checkpoint._built import rotate
 from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
@@ -243,6 +244,8 @@ def plain_generation(model: Any) -> Iterator[None]:
 def rope_type_of(model: Any) -> str:
     """Return the rope_type of a model's text part: the one that follows the length, if any; else of full attention."""
     parameters = model.config.get_text_config().rope_parameters
+    if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
+        return "default"  # HunYuan's fixed base under the name "dynamic"
     nested = [own for own in parameters.values() if isinstance(own, dict)]
     kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
     chosen = parameters.get("full_attention") or (nested or [parameters])[0]
@@ -301,7 +304,7 @@ def hold_rope(model: nn.Module, length: int) -> None:
         last = torch.tensor([[length - 1]], device=weight.device)
         kind = module.rope_type
         for layer_type in kind if isinstance(kind, dict) else [None]:
-            module(last.float(), last, **({"layer_type": layer_type} if layer_type else {}))
+            rotate(module, last, layer_type)
         # transformers updates by name: "default" is never updated
         module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 

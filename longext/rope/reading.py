@@ -111,7 +111,8 @@ def _longrope(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
 
 def _longrope_temperature(parameters: RopeParameters) -> float | None:
     """The factor on cos and sin; Phi-3.5-MoE writes it as two numbers, which its class reads instead."""
-    pair = {parameters.get("short_mscale"), parameters.get("long_mscale")} - {None}
+    written = (parameters.get("short_mscale"), parameters.get("long_mscale"))
+    pair = {float(value) for value in written if value is not None}
     if parameters.get("attention_factor") is not None or not pair:
         return parameters.get("attention_factor")
     if len(pair) > 1:
@@ -119,7 +120,7 @@ def _longrope_temperature(parameters: RopeParameters) -> float | None:
             "The config's rope_parameters have short_mscale and long_mscale of different values "
             f"({parameters['short_mscale']:g} and {parameters['long_mscale']:g}); longext writes one for both."
         )
-    return float(pair.pop())
+    return pair.pop()
 
 
 def _llama3(parameters: RopeParameters, _: int) -> dict[str, Any]:

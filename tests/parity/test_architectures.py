@@ -30,19 +30,23 @@ FACTOR, BASE = 4.0, 1e8
 METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3", "longrope", "abf")
 SHORT, LONG = LENGTH, int(LENGTH * FACTOR) + 1
 
-TEXT = """afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bitnet cohere cohere2 cohere2_moe
-cohere_compass_text cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4
-exaone_moe falcon falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm
-glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_neox gpt_neox_japanese gpt_oss granite granite_swa granitemoe
-granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
-hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash
-mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
-modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
-zamba2 zaya""".split()
-IMAGE_TEXT = """aria aya_vision gemma3 glm4v glm4v_moe glm_ocr idefics3 internvl lfm2_vl llava llava_next mistral3
-paddleocr_vl qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm""".split()
-REFUSED = """beam bert codegen deepseek_v4 gpt2 gptj jamba mamba mpt opt recurrent_gemma""".split()
+TEXT = (
+    "afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bitnet cohere cohere2 cohere2_moe "
+    "cohere_compass_text cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 "
+    "exaone_moe falcon falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text "
+    "gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_neox gpt_neox_japanese gpt_oss granite "
+    "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense "
+    "hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 "
+    "llama llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral "
+    "ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi "
+    "phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open "
+    "stablelm starcoder2 vaultgemma youtu zamba2 zaya "
+)
+IMAGE_TEXT = (
+    "aria aya_vision gemma3 glm4v glm4v_moe glm_ocr idefics3 internvl lfm2_vl llava llava_next mistral3 paddleocr_vl "
+    "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm "
+)
+REFUSED = "beam bert codegen deepseek_v4 gpt2 gptj jamba mamba mpt opt recurrent_gemma "
 # Methods that a family cannot carry, and a part of the reason that is given; everything else must be right.
 PROPORTIONAL = dict.fromkeys(("ntk-by-parts", "dynamic", "yarn", "llama3", "longrope"), "proportional RoPE")
 CANNOT = {
@@ -123,7 +127,7 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(extend, "read_shards", lambda directory: [])
 
 
-@pytest.mark.parametrize("model_type", [*TEXT, *IMAGE_TEXT])
+@pytest.mark.parametrize("model_type", [*TEXT.split(), *IMAGE_TEXT.split()])
 def test_every_method_is_right_or_refused_in_one_line(base, no_weights, model_type):
     directory = base(model_type)
     rope = read_model_rope(directory)
@@ -154,7 +158,7 @@ def assert_turned(before: Any, after: Any, name: str, length: int, rope: ModelRo
     assert found[1] == pytest.approx(temperature(method), rel=1e-6), method
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", REFUSED.split())
 @pytest.mark.parametrize("method", ["yarn", "ntk"])
 def test_what_has_no_rope_that_could_be_extended_is_refused_in_one_line(base, no_weights, model_type, method):
     with pytest.raises(LongextError) as raised:
@@ -166,10 +170,10 @@ def test_what_has_no_rope_that_could_be_extended_is_refused_in_one_line(base, no
 NOT_RUN = {"bailing_hybrid", "zaya", "aria"}
 
 
-@pytest.mark.parametrize("model_type", [name for name in (*TEXT, *IMAGE_TEXT) if name not in NOT_RUN])
+@pytest.mark.parametrize("model_type", [name for name in f"{TEXT}{IMAGE_TEXT}".split() if name not in NOT_RUN])
 def test_a_method_in_memory_is_the_written_checkpoint(model_type, tmp_path):
     config = tiny_config(model_type)
-    auto = AutoModelForImageTextToText if model_type in IMAGE_TEXT else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in IMAGE_TEXT.split() else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(tmp_path / "base")
     method = "linear" if model_type in CANNOT else "yarn"
     plan = extend_checkpoint(request(tmp_path / "base", method, output=str(tmp_path / "out")))
