@@ -12,12 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.rope_config import ModelRope
+from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
 from longext.rope.methods import RopeSpec, compute_inv_freq, softmax_scale
 from longext.rope.reading import read_parameters
@@ -301,6 +304,16 @@ def describe_layers(computed: Computed, rope: ModelRope) -> str:
         return f"{rope.describe_layers()} (as config.json says: {computed.stopped})"
     counts = Counter(_describe(layer, computed, rope) for layer in computed.layers)
     return "; ".join(f"{count} of {len(computed.layers)} {what}" for what, count in counts.most_common())
+
+
+def layers_in_words(rope: ModelRope, directory: Path) -> str:
+    """Return what the layers of the model in `directory` do with positions, without a plan.
+
+    Families with a row of their own rotate in every layer, which config.json tells; others are built.
+    """
+    if rope.family is not UNLISTED:
+        return rope.describe_layers()
+    return describe_layers(compute(read_config(directory), [rope.spec.original_max_position_embeddings]), rope)
 
 
 def _describe(layer: Layer, computed: Computed, rope: ModelRope) -> str:

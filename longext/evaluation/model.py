@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from longext.checkpoint._built import rotate
+from longext.checkpoint import _built
 from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
@@ -253,13 +253,9 @@ def rope_type_of(model: Any) -> str:
     return kind
 
 
-def _is_rotary(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "rope_type")
-
-
-def rotary_modules(model: nn.Module) -> list[Any]:
-    """Return the rotary embedding modules of a transformers model."""
-    return [module for module in model.modules() if _is_rotary(module)]
+def rotary_modules(model: Any) -> list[Any]:
+    """Return the rotary embedding modules of a transformers model's text part."""
+    return [module for module in _built.rotary_modules(model).values() if hasattr(module, "rope_type")]
 
 
 def _reset(module: Any) -> None:
@@ -279,9 +275,9 @@ def rebuild_rope(model: Any, config: Any) -> None:
     attention = model.config.get_text_config()._attn_implementation
     with torch.device("meta"):
         twin = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
-    modules = dict(model.named_modules())
+    modules, rotary = dict(model.named_modules()), _built.rotary_modules(twin)
     for name, theirs in twin.named_modules():
-        if _is_rotary(theirs):
+        if name in rotary:
             parent, _, own_name = name.rpartition(".")
             device = next(modules[name].buffers()).device
             setattr(modules[parent], own_name, type(theirs)(config=theirs.config).to(device))
@@ -304,16 +300,14 @@ def hold_rope(model: nn.Module, length: int) -> None:
         last = torch.tensor([[length - 1]], device=weight.device)
         kind = module.rope_type
         for layer_type in kind if isinstance(kind, dict) else [None]:
-            rotate(module, last, layer_type)
+            _built.rotate(module, last, layer_type)
         # transformers updates by name: "default" is never updated
         module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 
 
 def build_model_config(config: dict[str, Any]) -> Any:
     """Return the transformers config object of a parsed config.json."""
-    from longext.checkpoint._built import load_config
-
-    return load_config(config)
+    return _built.load_config(config)
 
 
 def load_language_model(

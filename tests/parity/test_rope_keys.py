@@ -19,6 +19,7 @@ from longext.checkpoint.source import read_config
 from longext.checkpoint.verify import verify_checkpoint
 from longext.config import ExtendConfig
 from longext.errors import CheckpointError, LongextError
+from longext.evaluation.model import HFLanguageModel
 
 MSCALE = {"rope_type": "yarn", "rope_theta": 2e4, "factor": 2.0, "original_max_position_embeddings": 32}
 MSCALE |= {"mscale": 1.0, "mscale_all_dim": 0.8}
@@ -250,6 +251,32 @@ def test_what_llama_cpp_reads_otherwise_is_said(method, keys, words, tmp_path):
     tiny_config("llama").save_pretrained(tmp_path)
     warnings = plan_without_weights(tmp_path, method, **keys).warnings
     assert not warnings if words is None else words in warnings[0]
+
+
+@pytest.mark.parametrize("model_type", ["glm4v", "gemma3_text", "granite_swa", "llama"])
+def test_a_held_rope_is_that_of_the_whole_length(model_type, tmp_path):
+    """Generation holds dynamic NTK at its final length: every rotary module, of every layer type and position axis."""
+    out = longer(saved(model_type, tmp_path / "base"), "dynamic", 4)
+    config = _built.load_config(read_config(out))
+    model, fresh = (_built.auto_class(config).from_pretrained(out, dtype=torch.float32).eval() for _ in range(2))
+    language_model = HFLanguageModel(model_type, model, None, read_config(out), out)
+    ids = torch.arange(3 * LENGTH)[None] % 90 + 3
+    with torch.inference_mode():
+        expected = fresh(input_ids=ids, use_cache=False).logits
+        with language_model.frozen_rope(3 * LENGTH):
+            first = model(input_ids=ids[:, :LENGTH], use_cache=False).logits
+        short = model(input_ids=ids[:, :LENGTH], use_cache=False).logits
+    torch.testing.assert_close(first, expected[:, :LENGTH], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, short, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"), [("cohere2", "1 of 2 attend without RoPE"), ("gemma4_text", "rotate")]
+)
+def test_inspect_shows_what_the_layers_do(run, model_type, layers, tmp_path):
+    tiny_config(model_type).save_pretrained(tmp_path / "model")
+    result = run("inspect", tmp_path / "model", "-o", tmp_path / "out")
+    assert result.exit_code == 0 and layers in " ".join(result.output.split())
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
