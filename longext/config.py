@@ -50,6 +50,7 @@ class ExtendConfig(RopeConfig):
     output: str | None = None
     revision: str | None = None
     copy: bool = False
+    check: bool = True
     force: bool = False
 
 

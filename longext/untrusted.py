@@ -320,15 +320,6 @@ def json_lines(
         yield where, parse_json(line, where, kind, **options)
 
 
-def decode_floats(value: Any) -> Any:
-    """Return `value` with transformers' `{"__float__": "Infinity"}` as the numbers they stand for."""
-    if isinstance(value, dict):
-        if set(value) == {_FLOAT_TAG}:
-            return float(value[_FLOAT_TAG])
-        return {key: decode_floats(item) for key, item in value.items()}
-    return [decode_floats(item) for item in value] if isinstance(value, list) else value
-
-
 def fields(
     value: Any, where: str, wanted: Mapping[str, Any], kind: Kind = DataError, advice: str = ""
 ) -> dict[str, Any]:

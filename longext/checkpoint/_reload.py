@@ -5,54 +5,27 @@ Imports nothing of longext. Usage: python -I _reload.py REQUEST.json; see verify
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 
-def _rotary_modules(config: Any) -> Iterator[tuple[str, Any]]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            yield name, type(module)(config=module.config)
+def _neighbour(name: str) -> Any:
+    """A file beside this one as a module: in an isolated interpreter it cannot be imported by name."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
-def _frequencies(config: Any, length: int) -> dict[str, Any]:
-    """{module[:layer_type]: [inv_freq after a forward over `length` positions, attention scaling]}."""
-    found: dict[str, Any] = {}
-    for name, module in _rotary_modules(config):
-        nested = isinstance(module.rope_type, dict)
-        for kind in module.rope_type if nested else [None]:
-            prefix = f"{kind}_" if kind else ""
-            if not hasattr(module, f"{prefix}inv_freq"):
-                continue
-            extra = {"layer_type": kind} if kind else {}
-            module(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), **extra)
-            scaling = getattr(module, f"{prefix}attention_scaling", None)
-            if scaling is None:
-                scaling = module.attention_scaling
-            inv_freq = getattr(module, f"{prefix}inv_freq")
-            found[f"{name}:{kind}" if kind else name] = [inv_freq.double().tolist(), float(scaling)]
-    return found
-
-
-def _config(directory: Path, layout: str, keys: dict[str, list[str]]) -> Any:
-    """AutoConfig of `directory` reduced to one layout of the RoPE keys ("both", "new", "old")."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    for key in keys.get(layout, []):
-        text.pop(key, None)
-    with tempfile.TemporaryDirectory() as scratch:  # transformers decodes what JSON has no number for as it reads
-        (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return AutoConfig.from_pretrained(scratch, trust_remote_code=False)
+_built = _neighbour("_built")
 
 
 def _logits(directory: str, path: str, request: dict[str, Any]) -> tuple[dict[str, list[str]], bool]:
@@ -60,7 +33,8 @@ def _logits(directory: str, path: str, request: dict[str, Any]) -> tuple[dict[st
 
     Return (problems: weights that do not fit, broken logits; whether it is the text model of a multimodal checkpoint).
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    config = _built.load_config(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
+    model, info = _built.auto_class(config).from_pretrained(
         directory,
         dtype=request["dtype"],
         output_loading_info=True,
@@ -69,7 +43,7 @@ def _logits(directory: str, path: str, request: dict[str, Any]) -> tuple[dict[st
     )
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value and key.endswith("_keys")}
     with torch.inference_mode():
-        logits = model.eval()(torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()
+        logits = model.eval()(input_ids=torch.tensor([request["input_ids"]]), use_cache=False).logits[0].float()
     broken = int((~logits.isfinite()).sum())
     if broken:
         problems["logits that are not finite"] = [f"{broken} of {logits.numel()}"]
@@ -83,10 +57,9 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {"frequencies": {}}
-    for layout in request["layouts"]:
-        config = _config(Path(request["directory"]), layout, request["dropped_keys"])
-        answer["frequencies"][layout] = {str(length): _frequencies(config, length) for length in request["lengths"]}
+    answer: dict[str, Any] = {"computed": {}}
+    for name, config in request["configs"].items():
+        answer["computed"][name] = _built.measure(_built.load_config(config), request["lengths"])
     if request.get("input_ids"):
         problems = [_logits(directory, path, request) for path, directory in request["logits"].items()]
         answer["loading_problems"], answer["is_part"] = problems[0]  # the checkpoint itself; its base comes second

@@ -128,7 +128,11 @@ def model_card(
     front = ["library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
     if HUB_ID.match(base) and not Path(base).exists():
         front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
-    trap = f"\n> {_TRAPS[spec['method']]}\n" if spec["method"] in _TRAPS else ""
+    notes = [_TRAPS[spec["method"]]] if spec["method"] in _TRAPS else []
+    notes += record.get("warnings", [])
+    if not record.get("checked", True):
+        notes.append("The RoPE was not compared with what transformers builds (`--no-check`).")
+    trap = "".join(f"\n> {note}\n" for note in notes)
     served = spec["original_max_position_embeddings"] if method.keeps_length else length
     text = _CARD.substitute(
         front="\n".join(front),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -13,9 +14,11 @@ from typing import Any
 
 from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.card import license_of, model_card
+from longext.checkpoint.computed import compare, compute, describe_layers, warn
+from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
-from longext.checkpoint.rope_config import ModelRope, read_model_rope, write_rope
+from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
 from longext.checkpoint.source import (
     INDEX_NAME,
     Shard,
@@ -74,6 +77,9 @@ class ExtensionPlan:
         relation: "extends", "composes with" or "replaces" the RoPE that was there.
         shards: the weight files.
         side_files: small files that are copied.
+        layout: the spelling that is written (`write_rope`).
+        layers: which layers the extension reaches, in words.
+        warnings: what the user should know before using it, one line each.
     """
 
     config: ExtendConfig
@@ -87,6 +93,9 @@ class ExtensionPlan:
     relation: str
     shards: tuple[Shard, ...]
     side_files: tuple[Path, ...]
+    layout: str = "both"
+    layers: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def config_length(self) -> int:
@@ -105,10 +114,12 @@ class ExtensionPlan:
 
 
 def plan_extension(config: ExtendConfig) -> ExtensionPlan:
-    """Work out an extension from config.json and the safetensors headers alone.
+    """Work out an extension from config.json and the safetensors headers, and hold it to what transformers builds.
+
+    Without `config.check` that comparison, which imports torch and transformers, is left out.
 
     Raises:
-        CheckpointError: the model cannot be read or extended.
+        CheckpointError: the model cannot be read or extended, or would not compute what is planned.
         ConfigError: a parameter is out of range, or the model's existing RoPE cannot be combined with the method.
     """
     ROPE_METHODS[config.method]
@@ -118,7 +129,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
     spec, origin, relation = plan_rope(config, source, rope)
     parameters = exportable_parameters(rope, spec)
     new_length = round(spec.original_max_position_embeddings * spec.factor)
-    return ExtensionPlan(
+    plan = ExtensionPlan(
         config=config,
         source=source,
         rope=rope,
@@ -130,7 +141,53 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         relation=relation,
         shards=tuple(read_shards(source)),
         side_files=side_files(source),
+        layers=f"{rope.describe_layers()} (as config.json says)",
+        warnings=engine_notes(parameters),
     )
+    return checked(plan) if config.check else plan
+
+
+def checked(plan: ExtensionPlan) -> ExtensionPlan:
+    """Return `plan` in the spelling whose built model computes it, with its layers as that model has them.
+
+    Raises:
+        CheckpointError: no spelling does; carries the first difference.
+    """
+    lengths = sorted({plan.spec.original_max_position_embeddings, plan.new_length + 1})
+    base = compute(read_config(plan.source), lengths)
+    problem: CheckpointError | None = None
+    for layout in ("both", "new"):
+        chosen = replace(plan, layout=layout)
+        written = extended_config(chosen)
+        # a family with a row has an old spelling that its tests hold; of others it is written if the class reads it
+        is_tried = layout == "both" and plan.rope.family is UNLISTED
+        try:
+            compare(base, compute(written, lengths), plan.rope, plan.spec, lengths)
+            if is_tried:
+                alone = compute(one_spelling(written, plan.rope, "old"), lengths, layers=False)
+                compare(base, alone, plan.rope, plan.spec, lengths)
+        except CheckpointError as error:
+            problem = problem or error
+            continue
+        gains_nothing = warn(base, plan.rope)
+        warnings = (*plan.warnings, gains_nothing) if gains_nothing else plan.warnings
+        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings)
+    assert problem is not None
+    raise problem
+
+
+def engine_notes(parameters: RopeParameters) -> tuple[str, ...]:
+    """Return what llama.cpp makes of these `rope_parameters` if that is not what transformers does."""
+    kind = parameters["rope_type"]
+    if kind == "dynamic":
+        return ("llama.cpp ignores dynamic NTK in silence: it runs this checkpoint with the base's RoPE.",)
+    if kind == "longrope":
+        return ("llama.cpp reads longrope for Phi-3 and MiniCPM alone; for other models it ignores it in silence.",)
+    if kind == "yarn" and parameters.get("attention_factor") is not None:
+        return (
+            "llama.cpp multiplies the attention_factor of this yarn RoPE by 0.1 ln s + 1 once more: its logits differ.",
+        )
+    return ()
 
 
 def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[RopeSpec, RopeSpec, str]:
@@ -191,8 +248,11 @@ def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
 
 
 def _bare(spec: RopeSpec) -> RopeSpec:
-    """The unscaled RoPE under a scaled one: its base theta and pre-training length, nothing else."""
+    """The unscaled RoPE under a scaled one: its base theta and pre-training length, and what belongs to the model."""
     return RopeSpec(
+        mscale=spec.mscale,
+        mscale_all_dim=spec.mscale_all_dim,
+        num_rotated=spec.num_rotated,
         method="none",
         rope_theta=spec.rope_theta,
         rotary_dim=spec.rotary_dim,
@@ -288,16 +348,42 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     Raises:
         ConfigError: a length-dependent method on a family that cannot carry it.
     """
+    _refuse_keys(rope, spec)
     parameters = rope_parameters(spec)
     accepted = rope.family.rope_types
     if accepted is None or parameters["rope_type"] in accepted:
-        return parameters
+        return _with_carried(parameters, rope, spec)
     if ROPE_METHODS[spec.method].keeps_length:
         raise ConfigError(
             f"`{spec.method}` depends on the sequence length, and a {rope.model_type} config accepts only "
             f"{', '.join(sorted(accepted))}. Use ntk, ntk-by-parts, yarn or longrope."
         )
-    return bake_as_longrope(spec, *compute_inv_freq(spec))
+    return _with_carried(bake_as_longrope(spec, *compute_inv_freq(spec)), rope, spec)
+
+
+def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
+    """Refuse what cannot be carried over to another RoPE: unknown keys, bases by layer under some methods."""
+    if rope.unknown:
+        raise ConfigError(
+            f"The model's rope_parameters hold `{rope.unknown[0]}`, which longext has no meaning for: it may be wrong "
+            "under a new RoPE. If the model does not need it, delete it from config.json."
+        )
+    bases = sorted(set(rope.layer_theta) - {0.0})
+    if spec.method == "abf" and len(bases) > 1:
+        found = ", ".join(f"{base:g}" for base in bases)
+        raise ConfigError(f"`abf` gives all layers one base, this model's have {found}. Use ntk, which raises each.")
+    if bases and not math.isclose(rope.spec.rope_theta, spec.rope_theta, rel_tol=1e-9):
+        raise ConfigError(
+            "The bases of this model's layers were raised by an extension: extend its base model instead."
+        )
+
+
+def _with_carried(parameters: RopeParameters, rope: ModelRope, spec: RopeSpec) -> RopeParameters:
+    """Add the keys that stay true under any RoPE."""
+    kept = dict(rope.carried)
+    if "llama_4_scaling_beta" in kept:  # queries grow with the logarithm of the position over this length
+        kept["original_max_position_embeddings"] = spec.original_max_position_embeddings
+    return {**parameters, **kept}
 
 
 def extend_checkpoint(config: ExtendConfig) -> ExtensionPlan:
@@ -331,7 +417,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
         raise_length(staging / "generation_config.json", "max_length", plan.new_length)
         record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
-        card = model_card(record, plan.rope.describe_layers(), license_of(plan.source))
+        card = model_card(record, plan.layers, license_of(plan.source))
         write_text(staging / "README.md", card)
         write_manifest(staging, "extend", plan.config, extension=record)
 
@@ -339,7 +425,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
 def extended_config(plan: ExtensionPlan) -> dict[str, Any]:
     """Return the new config.json: the base's, with the new RoPE in both layouts."""
     config: dict[str, Any] = write_rope(
-        read_config(plan.source), plan.rope, plan.spec, plan.parameters, plan.config_length
+        read_config(plan.source), plan.rope, plan.spec, plan.parameters, plan.config_length, plan.layout
     )
     return config
 
@@ -360,6 +446,9 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
         "new_length": plan.new_length,
         "formula": ROPE_METHODS[plan.spec.method].formula,
         "reference": ROPE_METHODS[plan.spec.method].reference,
+        "checked": plan.config.check,
+        "layout": plan.layout,
+        "warnings": list(plan.warnings),
     }
 
 

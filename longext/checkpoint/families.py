@@ -56,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(per_layer_type=True),
     "phi": Family(omits_partial=True),
     "phi3": Family(rope_types=frozenset({"default", "longrope"})),
+    "phimoe": Family(rope_types=frozenset({"default", "longrope"})),  # others lack the short_mscale that it demands
     "qwen3": Family(omits_head_dim=True),
     "stablelm": Family(omits_partial=True),
 }
@@ -65,6 +66,7 @@ WITHOUT_ROPE = {
     "bert": "learned absolute positions",
     "bloom": "ALiBi",
     "codegen": "RoPE hard-wired in its code",
+    "dbrx": "transformers 5 ignores the base that its attn_config holds",
     "gpt2": "learned absolute positions",
     "gpt_bigcode": "learned absolute positions",
     "gpt_neo": "learned absolute positions",

@@ -249,8 +249,7 @@ def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) 
         _write_side_files(merge, staging)
         proof = _prove(merge, staging) if merge.config.check else None
         result = MergeResult(merge=merge, counts=_counts(merge), proof=proof, files=files)
-        layers = merge.extension.rope.describe_layers()
-        card = model_card(merge.record, layers, license_of(merge.base), merge=result.summary)
+        card = model_card(merge.record, merge.extension.layers, license_of(merge.base), merge=result.summary)
         write_text(staging / "README.md", card)
         write_manifest(staging, "merge", merge.config, extension=merge.record, merge=result.summary)
     return result

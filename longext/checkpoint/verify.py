@@ -15,30 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from longext.checkpoint.computed import Computed, compare, computed_from, formula_problem
 from longext.checkpoint.links import find_change
-from longext.checkpoint.rope_config import ModelRope, read_model_rope
+from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
 from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
 from longext.checkpoint.writing import file_hash, read_tensor, stored_blocks
-from longext.errors import LongextError
+from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
 from longext.models.checks import left_over
 from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
-from longext.rope.reading import read_parameters, spec_from_json
+from longext.rope.reading import spec_from_json
 
-_TOLERANCE = 1e-6  # relative; float32 frequencies are exact to about 4e-7
 _FLOAT32_LIMIT = 8 * 2**30  # larger checkpoints are compared in their own dtype
 _RELOAD = Path(__file__).with_name("_reload.py")
-
-# What to delete from config.json to leave one layout of the RoPE keys.
-_OLD_KEYS = [
-    "rope_theta",
-    "rope_scaling",
-    "rotary_emb_base",
-    "rotary_pct",
-    "partial_rotary_factor",
-    "rope_local_base_freq",
-]
-_NEW_KEYS = ["rope_parameters"]
 
 
 @dataclass(frozen=True)
@@ -94,19 +83,20 @@ def verify_checkpoint(
     spec = _promised_spec(rope, extension)
     checks = [
         _check_config(rope, extension),
-        *_check_layouts(read_config(directory), rope),
+        *_check_layouts(read_config(directory), rope, extension),
         _check_adapter_free(directory),
     ]
     with tempfile.TemporaryDirectory(prefix="longext-verify-") as scratch:
         ids = _probe_tokens(directory, spec) if logits else None
-        answer = _reload(directory, base_directory, rope, spec, Path(scratch), ids, _dtype_for(shards))
-        checks += _check_frequencies(answer, rope, spec)
+        lengths = sorted({spec.original_max_position_embeddings, _new_length(spec) + 1})
+        base_rope = read_model_rope(base_directory) if base_directory is not None else None
+        answer = _reload(directory, base_directory, rope, lengths, Path(scratch), ids, _dtype_for(shards))
+        checks += _check_frequencies(answer, rope, spec, lengths, base_rope)
         if logits:
-            config = read_config(directory)
-            checks.append(_check_loading(answer, config[rope.section] if rope.section else config))
-        if logits and base_directory is not None:
-            is_plain = read_model_rope(base_directory).spec.method == "none"
-            checks.append(_check_logits(Path(scratch), spec, is_plain, was_trained=is_trained or merge is not None))
+            checks.append(_check_loading(answer, rope.text_of(read_config(directory))))
+        if logits and base_rope is not None:
+            was_trained = is_trained or merge is not None
+            checks.append(_check_logits(Path(scratch), spec, base_rope.spec, was_trained))
     if merge and hashes:
         checks.append(_check_merge(shards, merge))
     if base_directory is None:
@@ -150,16 +140,23 @@ def _check_config(rope: ModelRope, extension: dict[str, Any] | None) -> Check:
     return Check("config", "pass", f"rope_parameters as written ({extension['spec']['method']})")
 
 
-def _check_layouts(config: dict[str, Any], rope: ModelRope) -> list[Check]:
+def _check_layouts(config: dict[str, Any], rope: ModelRope, extension: dict[str, Any] | None) -> list[Check]:
     """Compare the two spellings key by key, as text; `_check_frequencies` compares what they compute."""
-    text = config[rope.section] if rope.section else config
+    text = rope.text_of(config)
     new = text.get("rope_parameters") or {}
-    new = new.get("full_attention", new)
+    new = new.get(rope.kind, new)
     theta_key = rope.family.theta_key
     if not new:
         return [Check("layouts", "info", "only the old layout (rope_theta, rope_scaling) is in config.json")]
     if "rope_scaling" not in text and theta_key not in text:
-        return [Check("layouts", "fail", f"{theta_key} is missing: readers of the old layout fall back to theta 10000")]
+        missing = f"{theta_key} is missing: readers of the old layout fall back to theta 10000"
+        if extension and extension.get("layout", "both") == "new":
+            why = f"only the new layout: a {rope.model_type} class reads the old one as another RoPE"
+            return [Check("layouts", "info", why)]
+        if extension:
+            return [Check("layouts", "fail", missing)]
+        repair = "`longext extend MODEL --method none -o DIR` writes both"
+        return [Check("layouts", "info", f"{missing}; transformers 5 wrote it so, {repair}")]
     old = {**(text.get("rope_scaling") or {"rope_type": "default"}), "rope_theta": text.get(theta_key)}
     for key in sorted(set(new) - {"partial_rotary_factor"} | set(old) - {"type"}):
         if old.get(key, old.get("type") if key == "rope_type" else None) != new.get(key):
@@ -195,23 +192,24 @@ def _reload(
     directory: Path,
     base: Path | None,
     rope: ModelRope,
-    spec: RopeSpec,
+    lengths: list[int],
     scratch: Path,
     input_ids: list[int] | None,
     dtype: str,
 ) -> dict[str, Any]:
     """Run _reload.py in a fresh, isolated interpreter and return its answer; logits are left in `scratch`."""
-    length = spec.original_max_position_embeddings
-    text = read_config(directory)
-    text = text[rope.section] if rope.section else text
-    has_both = "rope_parameters" in text and (rope.family.theta_key in text or "rope_theta" in text)
+    config = read_config(directory)
+    text = rope.text_of(config)
+    configs = {"both": config}
+    if "rope_parameters" in text and (rope.family.theta_key in text or "rope_theta" in text):
+        configs |= {layout: one_spelling(config, rope, layout) for layout in ("new", "old")}
+    directories = {"out": directory}
+    if base is not None:
+        configs["base"], directories["base"] = read_config(base), base
     answer_path = scratch / "answer.json"
-    directories = {"out": directory} if base is None else {"out": directory, "base": base}
     request = {
-        "directory": str(directory.resolve()),
-        "layouts": ["both", "new", "old"] if has_both else ["both"],
-        "dropped_keys": {"new": _OLD_KEYS, "old": _NEW_KEYS},
-        "lengths": sorted({length, round(length * max(spec.factor, 1)) + 1}),
+        "configs": configs,
+        "lengths": lengths,
         "input_ids": input_ids,
         "dtype": dtype,
         "logits": {str(scratch / f"{name}.pt"): str(path.resolve()) for name, path in directories.items()},
@@ -234,52 +232,30 @@ def _reload(
     return answer
 
 
-def frequency_tolerance(spec: RopeSpec) -> float:
-    """Return the relative error allowed in a frequency: 1e-6, or what a float32 ramp loses at a large factor.
-
-    An error of 2^-23 in a ramp value near 0 is `factor` times as large relative to the frequency.
-    """
-    return max(_TOLERANCE, spec.factor * 2.0**-23)
-
-
-def _check_frequencies(answer: dict[str, Any], rope: ModelRope, spec: RopeSpec) -> list[Check]:
-    checks = []
-    for layout, by_length in answer["frequencies"].items():
+def _check_frequencies(
+    answer: dict[str, Any], rope: ModelRope, spec: RopeSpec, lengths: list[int], base_rope: ModelRope | None
+) -> list[Check]:
+    """Hold what each spelling's model computes to the formula and, if there is a base, to what the base computes."""
+    computed = {name: computed_from(found) for name, found in answer["computed"].items()}
+    base, checks = computed.pop("base", None), []
+    for layout, ours in computed.items():
         name = {"both": "frequencies", "new": "new spelling", "old": "old spelling"}[layout]
-        checks.append(_compare_frequencies(name, by_length, rope, spec))
+        problem, count, worst = formula_problem(ours, rope, spec, lengths)
+        if problem is None and count == 0:
+            problem = "0 frequencies found: no layer of the model that transformers builds uses a RoPE"
+        if problem is None and base is not None and base_rope is not None:
+            problem = _base_problem(base, ours, base_rope, spec, lengths)
+        match = f"{count} frequencies match the formula, largest relative error {worst:.1e}"
+        checks.append(Check(name, "fail", problem) if problem else Check(name, "pass", match))
     return checks
 
 
-def _compare_frequencies(name: str, by_length: dict[str, Any], rope: ModelRope, spec: RopeSpec) -> Check:
-    worst, count = 0.0, 0
-    for length, modules in by_length.items():
-        for module, (values, scaling) in modules.items():
-            kind = module.partition(":")[2]
-            if kind and kind != "full_attention":
-                expected_spec = _local_spec(rope, kind)
-            else:
-                expected_spec = spec
-            expected, temperature = compute_inv_freq(expected_spec, int(length))
-            if len(values) != len(expected):
-                return Check(name, "fail", f"{module}: {len(values)} frequencies, {len(expected)} expected")
-            error = np.abs(np.array(values) / expected - 1)
-            if error.max() > frequency_tolerance(expected_spec):
-                i = int(error.argmax())
-                return Check(
-                    name,
-                    "fail",
-                    f"{module} at length {length}: inv_freq[{i}] is {values[i]:.8g}, should be {expected[i]:.8g}",
-                )
-            if abs(scaling / temperature - 1) > _TOLERANCE:
-                return Check(
-                    name, "fail", f"{module}: attention factor is {scaling:.8g}, the formula gives {temperature:.8g}"
-                )
-            worst, count = max(worst, float(error.max())), count + len(values)
-    return Check(name, "pass", f"{count} frequencies match the formula, largest relative error {worst:.1e}")
-
-
-def _local_spec(rope: ModelRope, kind: str) -> RopeSpec:
-    return read_parameters(rope.local_parameters[kind], rope.spec.rotary_dim, rope.max_position_embeddings)
+def _base_problem(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec, lengths: list[int]) -> str | None:
+    try:
+        compare(base, ours, rope, spec, lengths)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:
@@ -289,10 +265,14 @@ def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:
     if problems:
         kind, keys = next(iter(problems.items()))
         return Check("loads", "fail", f"{kind.replace('_', ' ')}: {keys[0]} ({len(keys)} in all)")
-    return Check("loads", "pass", "plain AutoModelForCausalLM, no missing or unexpected keys")
+    return Check("loads", "pass", "plain transformers, no missing or unexpected keys")
 
 
-def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool, was_trained: bool) -> Check:
+def _new_length(spec: RopeSpec) -> int:
+    return round(spec.original_max_position_embeddings * max(spec.factor, 1))
+
+
+def _check_logits(scratch: Path, spec: RopeSpec, base: RopeSpec, was_trained: bool) -> Check:
     import torch
 
     ours, theirs = (torch.load(scratch / f"{name}.pt").double() for name in ("out", "base"))
@@ -302,7 +282,9 @@ def _check_logits(scratch: Path, spec: RopeSpec, base_is_plain: bool, was_traine
     detail = f"{len(ours)} tokens: max |d| {difference:.2g}, KL {kl:.2g}, same top-1 {agreement:.1%}"
     if was_trained:
         return Check("logits in old window", "info", f"{detail} (training changes them by design)")
-    promised = base_is_plain and (ROPE_METHODS[spec.method].is_exact_inside or _is_identity(spec))
+    promised = spec == base or (
+        base.method == "none" and (ROPE_METHODS[spec.method].is_exact_inside or _is_identity(spec))
+    )
     if not promised:
         return Check("logits in old window", "info", f"{detail} ({spec.method} changes them by design)")
     return Check("logits in old window", "pass" if difference == 0 else "fail", f"{detail} (must equal the base)")

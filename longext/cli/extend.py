@@ -63,6 +63,10 @@ def extend(
         bool, typer.Option("--replace", help="Start from the bare base theta of a model trained with another RoPE.")
     ] = False,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the weights instead of hard-linking them.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Build the new config with transformers and compare it with the plan."),
+    ] = True,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run `longext verify` on the output.")] = False,
@@ -77,7 +81,9 @@ def extend(
 
     config = config_from(ctx, ExtendConfig, recipe, settings)
     if dry_run:
-        print_table(extension_table(plan_extension(config)))
+        plan = plan_extension(config)
+        print_table(extension_table(plan))
+        _say_warnings(plan.warnings, config.check)
         say("Dry run: nothing was written.")
         return
     if config.output is not None:
@@ -86,8 +92,18 @@ def extend(
     print_table(extension_table(plan))
     for note in left_out(plan.source):
         say(note)
+    _say_warnings(plan.warnings, config.check)
     say(f"Wrote {config.output}. Check it: longext verify {config.output}")
     if verify:
         from longext.cli.verify import run_verification
 
         run_verification(str(config.output), None, logits=True, hashes=True, as_json=False)
+
+
+def _say_warnings(warnings: tuple[str, ...], check: bool) -> None:
+    from longext.reporting.console import say
+
+    for line in warnings:
+        say(f"Warning: {line}")
+    if not check:
+        say("Not compared with what transformers builds (--no-check): longext verify does it later.")

@@ -36,6 +36,7 @@ def inspect(
 
     Example: longext inspect books-5m --method yarn --factor 8
     """
+    from longext.checkpoint.computed import layers_in_words
     from longext.checkpoint.extend import exportable_parameters, plan_rope
     from longext.checkpoint.rope_config import read_model_rope
     from longext.checkpoint.source import resolve_model
@@ -48,16 +49,18 @@ def inspect(
     rope = read_model_rope(directory)
     has_method = config.method != "none"
     spec = plan_rope(dataclasses.replace(config, replace=True), directory, rope)[0] if has_method else rope.spec
-    exportable_parameters(rope, spec)
-    _show(config, rope, spec, has_method, as_json)
+    if has_method:
+        exportable_parameters(rope, spec)
+    _show(config, rope, spec, layers_in_words(rope, directory), as_json)
 
 
-def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: bool, as_json: bool) -> None:
+def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
     from longext.reporting.plots import rope_dimensions
     from longext.reporting.results import output_directory
     from longext.reporting.views import dimension_table
     from longext.rope.analysis import dimension_rows
 
+    has_method = config.method != "none"
     trained = rope.spec.original_max_position_embeddings
     target = round(trained * spec.factor) if has_method else trained
     rows = dimension_rows(rope.spec, spec, target)
@@ -76,18 +79,18 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, has_method: boo
             "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
         },
         as_json=as_json,
-        notes=_notes(rope, len(rows), never),
+        notes=_notes(rope, layers, len(rows), never),
     )
 
 
-def _notes(rope: ModelRope, num_pairs: int, never: list[int]) -> list[str]:
+def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> list[str]:
     fraction = "" if rope.partial_rotary_factor == 1 else f" ({rope.partial_rotary_factor:g} of the head)"
     trained, claimed = rope.spec.original_max_position_embeddings, rope.max_position_embeddings
     which = f": {never[0]} to {never[-1]}" if never else ""
     return [
         f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}",
         f"rope {rope.parameters}",
-        f"trained length {trained:,}, max_position_embeddings {claimed:,}; {rope.describe_layers()}",
+        f"trained length {trained:,}, max_position_embeddings {claimed:,}; {layers}",
         f"{len(never)} of {num_pairs} dimension pairs never complete a turn in training{which}",
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longext.checkpoint import _built
 from longext.checkpoint.extend import extended_config, plan_extension
 from longext.checkpoint.merge import merged_config
 from longext.checkpoint.rope_config import model_rope, read_model_rope
@@ -172,10 +173,8 @@ class HFLanguageModel:
 
     @property
     def rope_type(self) -> str:
-        """`rope_type` of the layers an extension changes."""
-        parameters = self.model.config.get_text_config().rope_parameters
-        kind: str = parameters.get("full_attention", parameters)["rope_type"]
-        return kind
+        """`rope_type` of the layers an extension changes: one that follows the length, if any layer's does."""
+        return rope_type_of(self.model)
 
     def reset_rope(self) -> None:
         """Put every length-dependent rotary module back to its state after loading.
@@ -183,14 +182,9 @@ class HFLanguageModel:
         transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
         was scored before.
         """
-        if self.rope_type not in LENGTH_DEPENDENT:
-            return
-        for module in rotary_modules(self.model):
-            originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
-            for name in originals:
-                prefix = name.removesuffix("original_inv_freq")
-                module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
-                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        if self.rope_type in LENGTH_DEPENDENT:
+            for module in rotary_modules(self.model):
+                _reset(module)
 
     @contextlib.contextmanager
     def frozen_rope(self, length: int) -> Iterator[None]:
@@ -210,19 +204,10 @@ class HFLanguageModel:
     def set_rope(self, config: dict[str, Any]) -> None:
         """Give the loaded model the RoPE of another config.json (as `extended_config` makes it); weights stay.
 
-        Equals loading a checkpoint with that config: rotary modules are built anew from it.
+        Equals loading a checkpoint with that config: what a constructor computes from it is computed anew.
         """
-        new = build_model_config(config)
+        rebuild_rope(self.model, build_model_config(config))
         self.config = config
-        text, new_text = self.model.config.get_text_config(), new.get_text_config()
-        text.rope_parameters = new_text.rope_parameters
-        text.max_position_embeddings = new_text.max_position_embeddings
-        if hasattr(new_text, "original_max_position_embeddings"):
-            text.original_max_position_embeddings = new_text.original_max_position_embeddings
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if _is_rotary(child):
-                    setattr(parent, name, type(child)(config=text).to(self.device))
 
     def describe(self) -> dict[str, Any]:
         """Return the model part of a result record."""
@@ -317,13 +302,56 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
         model.generation_config = own
 
 
-def _is_rotary(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "rope_type")
+def rope_type_of(model: Any) -> str:
+    """Return the rope_type of a model's text part: the one that follows the length, if any; else of full attention."""
+    parameters = model.config.get_text_config().rope_parameters
+    if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
+        return "default"  # HunYuan's fixed base under the name "dynamic"
+    nested = [own for own in parameters.values() if isinstance(own, dict)]
+    kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
+    chosen = parameters.get("full_attention") or (nested or [parameters])[0]
+    kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
+    return kind
 
 
-def rotary_modules(model: nn.Module) -> list[Any]:
-    """Return the rotary embedding modules of a transformers model."""
-    return [module for module in model.modules() if _is_rotary(module)]
+def rotary_modules(model: Any) -> list[Any]:
+    """Return the rotary embedding modules of a transformers model's text part."""
+    return [module for module in _built.rotary_modules(model).values() if hasattr(module, "rope_type")]
+
+
+def _reset(module: Any) -> None:
+    originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
+    for name in originals:
+        prefix = name.removesuffix("original_inv_freq")
+        module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def rebuild_rope(model: Any, config: Any) -> None:
+    """Make a loaded model the one that `config` (a transformers config) builds; its weights stay.
+
+    A second model is built on the meta device; rotary modules, and plain values that constructors computed (softmax
+    scales, lengths), are taken over from there, module by module.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    with torch.device("meta"):
+        twin = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
+    modules, rotary = dict(model.named_modules()), _built.rotary_modules(twin)
+    for name, theirs in twin.named_modules():
+        if name in rotary:
+            parent, _, own_name = name.rpartition(".")
+            device = next(modules[name].buffers()).device
+            setattr(modules[parent], own_name, type(theirs)(config=theirs.config).to(device))
+        elif name in modules:
+            _take_values(modules[name], theirs)
+
+
+def _take_values(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy numbers and configs that the constructor left in a module; what belongs to a mode of use stays."""
+    for key, value in vars(theirs).items():
+        is_value = isinstance(value, (bool, int, float, str, type(None))) or key == "config"
+        if is_value and not key.startswith("_") and key not in ("training", "gradient_checkpointing", "name_or_path"):
+            setattr(ours, key, value)
 
 
 def hold_rope(model: nn.Module, length: int) -> None:
@@ -333,7 +361,7 @@ def hold_rope(model: nn.Module, length: int) -> None:
         last = torch.tensor([[length - 1]], device=weight.device)
         kind = module.rope_type
         for layer_type in kind if isinstance(kind, dict) else [None]:
-            module(last.float(), last, **({"layer_type": layer_type} if layer_type else {}))
+            _built.rotate(module, last, layer_type)
         # transformers updates by name: "default" is never updated
         module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 

@@ -7,7 +7,6 @@ process of its own). Importing this module imports neither torch nor transformer
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import warnings
@@ -28,7 +27,6 @@ _COUNT = re.compile(r"(^|_)(n_)?(layers?|labels)$")
 _MOST = 100_000
 _LONGEST = 300  # characters of a library's message that are shown
 _NAMED = (OSError, ValueError, RuntimeError, ImportError)  # their messages say what is wrong without their kind
-_SPECIAL_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -56,7 +54,9 @@ def build_model_config(config: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: transformers has no such class, or it refuses a value.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
+
+    from longext.checkpoint import _built  # imports torch and transformers
 
     _check_config(config, "config.json")
     model_type = config["model_type"]
@@ -67,8 +67,7 @@ def build_model_config(config: dict[str, Any]) -> Any:
             "transformers."
         )
     with explained(f"transformers cannot read the config.json of this {model_type} model"):
-        # the constructor may edit the nested dicts it is given
-        return AutoConfig.for_model(**decode_floats(json.loads(json.dumps(config))))
+        return _built.load_config(config)
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
@@ -84,18 +83,6 @@ def _check_counts(config: dict[str, Any], where: str) -> None:
         for key, value in section.items():
             if _COUNT.search(key) and isinstance(value, int) and value > _MOST:
                 raise CheckpointError(f"{where}: `{key}` must be at most {_MOST:,}. Restore the model's own.")
-
-
-def decode_floats(value: Any) -> Any:
-    """Return `value` of a parsed config.json with transformers' spelling of NaN and the infinities decoded.
-
-    transformers writes {"__float__": "Infinity"} where JSON has no number (Mamba hybrids: `time_step_limit`).
-    """
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
-            return _SPECIAL_FLOATS.get(value["__float__"], value)
-        return {key: decode_floats(item) for key, item in value.items()}
-    return [decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def extension_table(plan: ExtensionPlan) -> Table:
         ["trained length L", "", f"{spec.original_max_position_embeddings:,}"],
         ["factor s (target / L)", "", f"{spec.factor:g}"],
         *([key, _cell(old.get(key)), _cell(new.get(key))] for key in dict.fromkeys([*old, *new]) if key != "factor"),
-        ["layers", "", plan.rope.describe_layers()],
+        ["layers", "", plan.layers],
         ["weights", f"{len(plan.shards)} file(s), {megabytes(plan.weight_bytes)}", "unchanged"],
     ]
     there = "the trained RoPE" if plan.relation == "extends" else plan.rope.spec.method

@@ -38,9 +38,10 @@ class DimensionRow:
 
 
 def dimension_rows(before: RopeSpec, after: RopeSpec, target_length: int) -> list[DimensionRow]:
-    """Return one row per dimension pair: `before` is the model's RoPE, `after` the method's at `target_length`."""
+    """Return one row per turning dimension pair: `before` is the model's RoPE, `after` the method's at the target."""
     old, _ = compute_inv_freq(before, before.original_max_position_embeddings)
     new, _ = compute_inv_freq(after, target_length)
     turns = turns_in_window(old, before.original_max_position_embeddings)
     turns_after = turns_in_window(new, target_length)
-    return [DimensionRow(i, 2 * math.pi / old[i], turns[i], old[i] / new[i], turns_after[i]) for i in range(len(old))]
+    turning = range(int((old > 0).sum()))  # proportional RoPE has dimensions without a frequency, at the end
+    return [DimensionRow(i, 2 * math.pi / old[i], turns[i], old[i] / new[i], turns_after[i]) for i in turning]

@@ -45,6 +45,9 @@ class RopeSpec:
             in the number of turns (arXiv 2309.00071, eq. 18-19); None takes the method's own default.
         truncate: round the code ramp's ends to whole dimensions (YaRN's code; gpt-oss does not).
         attention_factor: multiplies cos and sin; None takes the method's own rule.
+        mscale, mscale_all_dim: yarn only: DeepSeek's pair, two multipliers of 0.1 ln s; cos and sin get the quotient of
+            their temperatures, and multi-head latent attention the square of the second one as softmax scale.
+        num_rotated: how many dimension pairs have a frequency, if the others have 0 (Gemma 4's proportional RoPE).
         alpha: dynamic NTK only: 1 is the paper's form, s is the other common one.
         low_freq_factor: llama3 only.
         high_freq_factor: llama3 only.
@@ -63,6 +66,9 @@ class RopeSpec:
     ramp: str | None = None
     truncate: bool = True
     attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    num_rotated: int | None = None
     alpha: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -111,9 +117,24 @@ def turns_in_window(inv_freq: Array, window: int) -> Array:
     return window * inv_freq / (2 * math.pi)
 
 
-def yarn_temperature(factor: float) -> float:
-    """Return YaRN's sqrt(1/t) = 0.1 ln s + 1, and 1 for s <= 1 (arXiv 2309.00071, eq. 22)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+    """Return YaRN's sqrt(1/t) = 0.1 m ln s + 1, and 1 for s <= 1 (arXiv 2309.00071, eq. 22; m is DeepSeek's)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_attention_factor(spec: RopeSpec) -> float:
+    """Return what multiplies cos and sin under `yarn`: the given factor, DeepSeek's quotient or YaRN's temperature."""
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return yarn_temperature(spec.factor, spec.mscale) / yarn_temperature(spec.factor, spec.mscale_all_dim)
+    return yarn_temperature(spec.factor)
+
+
+def softmax_scale(spec: RopeSpec) -> float:
+    """Return what multiplies the softmax scale of multi-head latent attention: DeepSeek's mscale_all_dim, squared."""
+    applies = spec.method == "yarn" and spec.mscale_all_dim and not is_identity(spec)
+    return yarn_temperature(spec.factor, spec.mscale_all_dim or 1.0) ** 2 if applies else 1.0
 
 
 def paper_ramp(spec: RopeSpec, inv_freq: Array, low: float, high: float) -> Array:
@@ -152,8 +173,15 @@ def _blend(spec: RopeSpec, gamma: Array) -> Array:
     return (1.0 - gamma) * base / spec.factor + gamma * base
 
 
-def _base(spec: RopeSpec) -> Array:
-    return default_inv_freq(spec.rope_theta, spec.rotary_dim)
+def _base(spec: RopeSpec, rope_theta: float | None = None) -> Array:
+    inv_freq = default_inv_freq(rope_theta or spec.rope_theta, spec.rotary_dim)
+    if spec.num_rotated is not None:
+        inv_freq[spec.num_rotated :] = 0.0
+    return inv_freq
+
+
+def _default_type(spec: RopeSpec) -> str:
+    return "default" if spec.num_rotated is None else "proportional"
 
 
 def _parameters(spec: RopeSpec, rope_type: str, **keys: Any) -> RopeParameters:
@@ -191,7 +219,7 @@ ROPE_METHODS.register(
         reference="arXiv 2104.09864",
         formula="inv_freq_i = theta^(-2i/d)",
         inv_freq=lambda spec, _: (_base(spec), 1.0),
-        export=lambda spec: _parameters(spec, "default"),
+        export=lambda spec: _parameters(spec, _default_type(spec)),
         is_exact_inside=True,
     ),
 )
@@ -203,7 +231,9 @@ ROPE_METHODS.register(
         reference="arXiv 2306.15595, section 3.2",
         formula="inv_freq_i = theta^(-2i/d) / s",
         inv_freq=lambda spec, _: (_base(spec) / spec.factor, 1.0),
-        export=lambda spec: _parameters(spec, "linear", factor=float(spec.factor)),
+        export=lambda spec: _parameters(
+            spec, "linear" if spec.num_rotated is None else "proportional", factor=float(spec.factor)
+        ),
     ),
 )
 
@@ -213,12 +243,13 @@ ROPE_METHODS.register(
 
 def ntk_rope_theta(spec: RopeSpec, factor: float) -> float:
     """Return theta * factor^(d / (d - 2)): the base whose slowest dimension is interpolated by exactly `factor`."""
-    exponent: float = spec.rotary_dim / (spec.rotary_dim - 2)
+    pairs = spec.num_rotated or spec.rotary_dim // 2
+    exponent: float = spec.rotary_dim / (2 * pairs - 2)
     return float(spec.rope_theta * factor**exponent)
 
 
 def _ntk_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return default_inv_freq(ntk_rope_theta(spec, spec.factor), spec.rotary_dim), 1.0
+    return _base(spec, ntk_rope_theta(spec, spec.factor)), 1.0
 
 
 ROPE_METHODS.register(
@@ -228,7 +259,7 @@ ROPE_METHODS.register(
         reference="arXiv 2309.00071, definition 1 (bloc97, 2023)",
         formula="inv_freq_i = theta'^(-2i/d), theta' = theta * s^(d/(d-2))",
         inv_freq=_ntk_inv_freq,
-        export=lambda spec: _parameters(spec, "default", rope_theta=ntk_rope_theta(spec, spec.factor)),
+        export=lambda spec: _parameters(spec, _default_type(spec), rope_theta=ntk_rope_theta(spec, spec.factor)),
     ),
 )
 
@@ -251,8 +282,8 @@ ROPE_METHODS.register(
         title="adjusted base frequency (raised base)",
         reference="arXiv 2309.16039, section 4.1",
         formula="inv_freq_i = theta'^(-2i/d), theta' given",
-        inv_freq=lambda spec, _: (default_inv_freq(_abf_theta(spec), spec.rotary_dim), 1.0),
-        export=lambda spec: _parameters(spec, "default", rope_theta=_abf_theta(spec)),
+        inv_freq=lambda spec, _: (_base(spec, _abf_theta(spec)), 1.0),
+        export=lambda spec: _parameters(spec, _default_type(spec), rope_theta=_abf_theta(spec)),
         options=("new_rope_theta",),
     ),
 )
@@ -301,12 +332,12 @@ def _by_parts_export(spec: RopeSpec) -> RopeParameters:
 
 
 def _yarn_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return _ramp_inv_freq(spec), spec.attention_factor or yarn_temperature(spec.factor)
+    return _ramp_inv_freq(spec), yarn_attention_factor(spec)
 
 
 def _yarn_export(spec: RopeSpec) -> RopeParameters:
     if spec.ramp == "paper":
-        return bake_as_longrope(spec, *_yarn_inv_freq(spec, None))
+        return {**bake_as_longrope(spec, *_yarn_inv_freq(spec, None)), **_mscales(spec)}
     given = spec.attention_factor
     return _parameters(
         spec,
@@ -319,7 +350,13 @@ def _yarn_export(spec: RopeSpec) -> RopeParameters:
         # transformers reads `attention_factor` as the final value; older engines multiply theirs by `attn_factor`.
         attention_factor=None if given is None else float(given),
         attn_factor=None if given is None else float(given) / yarn_temperature(spec.factor),
+        **_mscales(spec),
     )
+
+
+def _mscales(spec: RopeSpec) -> RopeParameters:
+    pair = {"mscale": spec.mscale, "mscale_all_dim": spec.mscale_all_dim}
+    return {key: value for key, value in pair.items() if value is not None}
 
 
 def _llama3_inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
@@ -475,6 +512,11 @@ def check_spec(spec: RopeSpec) -> None:
         raise ConfigError(
             "`high_freq_factor` must be above `low_freq_factor` and both above 0, got "
             f"{spec.high_freq_factor:g} and {spec.low_freq_factor:g}."
+        )
+    if spec.num_rotated is not None and spec.method not in ("none", "linear", "ntk", "abf"):
+        raise ConfigError(
+            f"`{spec.method}` cannot be written for proportional RoPE (some dimensions of a head stay unrotated): use "
+            "linear, ntk or abf."
         )
     if spec.ramp not in (None, "code", "paper"):
         raise ConfigError(f"`ramp` must be 'code' or 'paper', got '{spec.ramp}'.")

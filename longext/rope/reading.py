@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,7 @@ from longext.untrusted import build
 _FOREIGN = {
     "dynamic-yarn": "it has no standard equivalent: load it with its authors' code",
     "ntk-by-parts": "re-export it from the base model with `longext extend --method ntk-by-parts`",
-    "mrope": "multimodal RoPE has three position axes; longext extends text models only",
-    "proportional": "Gemma 4's proportional RoPE is not supported yet",
+    "axial": "its frequencies belong to image rows and columns, not to text positions",
 }
 
 
@@ -80,17 +78,32 @@ def _yarn(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
         "beta_fast": float(parameters.get("beta_fast") or 32.0),
         "beta_slow": float(parameters.get("beta_slow") or 1.0),
         "truncate": bool(parameters.get("truncate", True)),
-        "attention_factor": parameters.get("attention_factor") or _deepseek_temperature(parameters, factor),
+        "attention_factor": parameters.get("attention_factor"),
+        **_mscales(parameters),
     }
 
 
-def _deepseek_temperature(parameters: RopeParameters, factor: float) -> float | None:
-    """DeepSeek's mscale / mscale_all_dim pair as one attention factor, or None where the config has no such pair."""
-    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if not (mscale and all_dim) or factor <= 1:
-        return None
-    growth = 0.1 * math.log(factor)
-    return float((mscale * growth + 1) / (all_dim * growth + 1))
+def _mscales(parameters: RopeParameters) -> dict[str, Any]:
+    """DeepSeek's pair, which grows with the factor."""
+    return {key: float(parameters[key]) for key in ("mscale", "mscale_all_dim") if parameters.get(key) is not None}
+
+
+def _dynamic(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
+    return {
+        "method": "dynamic",
+        "alpha": float(parameters["factor"]),
+        "original_max_position_embeddings": max_length,
+    }
+
+
+def _proportional(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
+    """Gemma 4: `partial_rotary_factor` of a head's pairs have the frequencies of the whole head, the others none."""
+    factor = float(parameters.get("factor") or 1.0)
+    return {
+        "method": "none" if factor == 1 else "linear",
+        "factor": factor,
+        "original_max_position_embeddings": max(1, round(max_length / factor)),
+    }
 
 
 def _longrope(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
@@ -100,8 +113,22 @@ def _longrope(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
         "factor": float(parameters.get("factor") or max_length / original),
         "short_factor": tuple(parameters["short_factor"]),
         "long_factor": tuple(parameters["long_factor"]),
-        "attention_factor": parameters.get("attention_factor"),
+        "attention_factor": _longrope_temperature(parameters),
     }
+
+
+def _longrope_temperature(parameters: RopeParameters) -> float | None:
+    """The factor on cos and sin; Phi-3.5-MoE writes it as two numbers, which its class reads instead."""
+    written = (parameters.get("short_mscale"), parameters.get("long_mscale"))
+    pair = {float(value) for value in written if value is not None}
+    if parameters.get("attention_factor") is not None or not pair:
+        return parameters.get("attention_factor")
+    if len(pair) > 1:
+        raise CheckpointError(
+            "The config's rope_parameters have short_mscale and long_mscale of different values "
+            f"({parameters['short_mscale']:g} and {parameters['long_mscale']:g}); longext writes one for both."
+        )
+    return pair.pop()
 
 
 def _llama3(parameters: RopeParameters, _: int) -> dict[str, Any]:
@@ -110,13 +137,10 @@ def _llama3(parameters: RopeParameters, _: int) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[RopeParameters, int], dict[str, Any]]] = {
-    "default": lambda parameters, _: {"method": "none"},
+    "default": lambda parameters, _: {"method": "none", **_mscales(parameters)},
     "linear": _linear,
-    "dynamic": lambda parameters, length: {
-        "method": "dynamic",
-        "alpha": float(parameters["factor"]),
-        "original_max_position_embeddings": length,
-    },
+    "dynamic": _dynamic,
+    "proportional": _proportional,
     "yarn": _yarn,
     "longrope": _longrope,
     "su": _longrope,

@@ -45,8 +45,7 @@ class Extension:
     @property
     def rope_type(self) -> str:
         """The rope_type of the config (of its full-attention layers)."""
-        kind: str = model_rope(self.config, self.source).parameters["rope_type"]
-        return kind
+        return model_rope(self.config, self.source).rope_type
 
 
 def plan_training_rope(config: FinetuneConfig) -> Extension:
@@ -71,7 +70,7 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
     raw = read_config(source)
     rope = model_rope(raw, source, config.trust_remote_code or None)
     length = config.target_length or rope.max_position_embeddings
-    if length > rope.max_position_embeddings and rope.parameters["rope_type"] != "dynamic":
+    if length > rope.max_position_embeddings and rope.rope_type != "dynamic":
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."

@@ -141,16 +141,19 @@ def local_spec(directory: Path) -> RopeSpec | None:
     return next((read_parameters(kind, rope.spec.rotary_dim, rope.max_position_embeddings) for kind in kinds), None)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
-def test_extended_checkpoint_computes_the_formula(extended: Extended, family, method):
-    source, out, plan = extended(family, method)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_rotary_dimensions_are_those_worked_out_by_hand(extended: Extended, family):
+    _, _, plan = extended(family, "yarn")
     assert plan.spec.rotary_dim == ROTARY_DIM[family]
     assert plan.spec.original_max_position_embeddings == LENGTH
-    assert_computes(load(out), plan.spec, local_spec(source))
+
+
+# One type that moves the base, one that follows the length, one with keys of its own.
+SPELLED = [case for case in CASES if case[1] in ("ntk", "dynamic", "yarn")]
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), SPELLED)
 def test_either_layout_alone_computes_the_formula(extended: Extended, family, method, dropped, tmp_path):
     source, out, plan = extended(family, method)
     assert_computes(build(only(out, dropped, tmp_path / "layout")), plan.spec, local_spec(source))
@@ -167,7 +170,7 @@ def test_extended_checkpoint_reads_back_as_written(extended: Extended, family, m
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ntk", "yarn"])
 @pytest.mark.parametrize("family", PER_LAYER_TYPE)
 def test_local_layers_keep_their_frequencies_bit_for_bit(extended: Extended, family, method):
     source, out, _ = extended(family, method)

@@ -76,7 +76,7 @@ def tiny(tmp_path):
 @pytest.fixture
 def verify(monkeypatch):
     """`verify` without its fresh process (six seconds each): config and weights; the whole of it runs once below."""
-    monkeypatch.setattr("longext.checkpoint.verify._reload", lambda *_: {"frequencies": {}})
+    monkeypatch.setattr("longext.checkpoint.verify._reload", lambda *_: {"computed": {}})
     return lambda directory: verify_checkpoint(str(directory), logits=False)
 
 
