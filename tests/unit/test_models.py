@@ -47,7 +47,9 @@ def test_what_the_door_loads_is_what_transformers_loads(tmp_path, name):
 
 
 def test_a_sharded_checkpoint(tmp_path):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**_MLP, "vocab_size": 64, "hidden_size": 32}))
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**_MLP, "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2})
+    )
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert torch.equal(logits(load_causal_lm(tmp_path)), logits(model))
