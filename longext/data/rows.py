@@ -26,6 +26,7 @@ from longext.data.packing import (
 from longext.data.sft import ExampleEncoder
 from longext.data.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.errors import ConfigError, DataError
+from longext.models.turns import prefix_of
 from longext.registry import did_you_mean
 from longext.untrusted import note
 
@@ -134,7 +135,8 @@ def encode_documents(
 ) -> Iterator[TokenizedText]:
     """Yield each (name, text) as BOS + its tokens + EOS, those of the two that the tokenizer has; no other special.
 
-    A tokenizer whose BOS is its EOS (GPT-2) gets only the EOS. Documents without text are passed over.
+    What the tokenizer itself puts before a text (GLM: two tokens) stands there instead of BOS. A tokenizer whose BOS is
+    its EOS (GPT-2) gets only the EOS. Documents without text are passed over.
 
     Args:
         max_tokens: cut each document to its first `max_tokens` tokens, BOS included.
@@ -143,7 +145,7 @@ def encode_documents(
         options: of the tokenizer's calls.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [] if bos is None or bos == eos else [bos]
+    start = list(prefix_of(tokenizer)) or ([] if bos is None or bos == eos else [bos])
     end = [] if eos is None else [eos]
     for batch in _batches(((name, text) for name, text in documents if text.strip()), batch_characters):
         for name, ids in _encoded(batch, tokenizer, max_tokens, options or {}):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BatchEncoding
 
 import longext.data.packing as packing
 from longext.checkpoint.bundled import BUNDLED_MODELS
@@ -103,13 +103,17 @@ def test_documents_are_tokenised_in_batches_and_read_one_batch_ahead_at_most(tok
 def test_a_tokenizer_whose_bos_is_its_eos_or_that_has_none(tokenizer):
     class Fake:
         bos_token_id = eos_token_id = 5
+        prefix: list[int] = []
 
-        def __call__(self, texts, **_):
-            return {"input_ids": [[1, 2] for _ in texts]}
+        def __call__(self, texts, add_special_tokens=True, **_):
+            ids = [*(self.prefix if add_special_tokens else []), 1, 2]
+            return BatchEncoding({"input_ids": ids if isinstance(texts, str) else [ids for _ in texts]})
 
     assert list(encode_documents([("a", "x")], Fake()))[0].input_ids == [1, 2, 5]
     Fake.bos_token_id = Fake.eos_token_id = None
     assert list(encode_documents([("a", "x")], Fake()))[0].input_ids == [1, 2]
+    Fake.prefix = [8, 9]  # GLM's [gMASK]<sop>: no BOS, two tokens before every text
+    assert list(encode_documents([("a", "x")], Fake()))[0].input_ids == [8, 9, 1, 2]
 
 
 def test_no_text_at_all_is_an_error_and_leaves_nothing(tmp_path, root, tokenizer):
