@@ -96,6 +96,6 @@ BROKEN: dict[str, tuple[Callable[[State], State], tuple[str, ...]]] = {
     "NaN": (_nan, ("'model.layers.1.mlp.up_proj.weight' holds 1 of 384 values that are NaN or infinite",)),
     "integers": (
         lambda s: {k: v.to(torch.int32) if "norm" in k else v for k, v in s.items()},
-        ("'model.layers.0.input_layernorm.weight' holds integers (I32)",),
+        ("'model.layers.0.input_layernorm.weight' is stored as I32",),
     ),
 }

@@ -86,11 +86,11 @@ def is_compressor(directory: str | Path) -> bool:
 
 def check_base_options(config: RuntimeConfig) -> None:
     """Raise ConfigError for options of a plain model where `config.model` is a compressor's directory."""
-    given = {"--revision": config.revision, "--trust-remote-code": config.trust_remote_code or None}
+    given = {"`revision`": config.revision, "`trust_remote_code`": config.trust_remote_code or None}
     wrong = ", ".join(name for name, value in given.items() if value is not None)
     if wrong:
         raise ConfigError(
-            f"{config.model} is a trained compressor, which takes no {wrong}: it names its own model, or --base does."
+            f"{config.model} is a trained compressor, which takes no {wrong}: it names its own model, or `base` does."
         )
 
 

@@ -42,7 +42,7 @@ def check_ratio(spec: CompressorSpec, ratio: int, window: int, *, larger: bool =
     known = ", ".join(map(str, spec.ratios))
     if ratio < 1 or spec.segment % ratio:
         raise ConfigError(
-            f"--ratio {ratio} does not divide the compressor's segments of {spec.segment} tokens (it was trained at "
+            f"A ratio of {ratio} does not divide the compressor's segments of {spec.segment} tokens (it was trained at "
             f"{known})."
         )
     is_possible = COMPRESSORS[spec.arch].nested or (larger and ratio >= min(spec.ratios))

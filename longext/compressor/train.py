@@ -200,7 +200,7 @@ def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] 
     if config.checkpointing:
         backbone.enable_checkpointing(compressor.adapters, config.offload, enable_checkpointing)
     rows = open_documents(config, compressor, tokenizer, length, on_tokens)
-    check_token_cache(rows.cache, backbone.model, tokenizer, str(config.data))
+    check_token_cache(rows.cache, embedding_rows(backbone.model), tokenizer, str(config.data))
     evaluation = load_evaluation(config, spec, rows.length, tokenizer)
     for text in evaluation.texts if evaluation else ():
         check_ids(text, embedding_rows(backbone.model), tokenizer, str(config.eval_data))
@@ -237,7 +237,6 @@ def open_documents(
     spec = compressor.spec
     with main_process_first():
         cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
-    cache.check_ids(compressor.backbone.model.get_input_embeddings().weight.shape[0], config.model)
     # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
     return DocumentRows(
         cache,

@@ -87,15 +87,10 @@ class TokenCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return open_token_cache, (self.directory,)
 
-    def check_ids(self, num_rows: int | None, model: str) -> None:
-        """Raise DataError where a token has no row in an embedding of `num_rows` (None: unknown)."""
-        largest = max(int(self.meta["max_token"]), int(self.meta.get("pad_token_id") or 0))
-        if num_rows is not None and largest >= num_rows:
-            raise DataError(
-                f"The data holds token id {largest}, and {model} has {num_rows} rows of embeddings (0 to "
-                f"{num_rows - 1}): its tokenizer has tokens that the model was never resized for. Resize the model's "
-                "embeddings, or use the tokenizer that belongs to it."
-            )
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that rows of this cache hold, what fills them included."""
+        return max(int(self.meta["max_token"]), int(self.meta.get("pad_token_id") or 0))
 
     @property
     def num_tokens(self) -> int:

@@ -320,11 +320,11 @@ def check_ids(ids: Collection[int], rows: int, tokenizer: Any, what: str) -> Non
         )
 
 
-def check_token_cache(cache: Any, model: Any, tokenizer: Any, what: str) -> None:
-    """Raise DataError where a `TokenCache` holds a token, or fills its rows with one, that the model has no row for.
+def check_token_cache(cache: Any, rows: int | None, tokenizer: Any, what: str) -> None:
+    """Raise DataError where a `TokenCache` holds a token that the model has no row for, once instead of at every batch.
 
-    One pass over the tokens (gigabytes a second) before the first step, instead of a look at every batch.
+    Args:
+        rows: of the embedding; None if it is not known.
     """
-    tokens, filler = cache.tokens, int(cache.meta.get("pad_token_id", 0))
-    largest = max(int(tokens[i : i + _PIECE].max()) for i in range(0, len(tokens), _PIECE))
-    check_ids([max(largest, filler)], embedding_rows(model), tokenizer, what)
+    if rows is not None:
+        check_ids([cache.largest_id], rows, tokenizer, what)

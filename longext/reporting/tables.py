@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,8 @@ def _no_formula(cell: Any) -> Any:
 def named(path: str) -> str:
     """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
     is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
-    return Path(path).expanduser().resolve().name if is_path and path else path
+    # not resolved: a link is called as the user called it
+    return Path(os.path.abspath(Path(path).expanduser())).name if is_path and path else path  # noqa: PTH100
 
 
 def number(value: float) -> str:

@@ -31,7 +31,7 @@ from longext.errors import ConfigError, TrainingError, TrainingStopped
 from longext.evaluation.head import head_is_plain
 from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
 from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
-from longext.models.checks import check_token_cache
+from longext.models.checks import check_token_cache, embedding_rows
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import KEPT, check_fingerprint, last_whole_checkpoint, read_marker
 from longext.training.engine import AttentionEngine, Engine, Rows, StopOnSignal
@@ -217,7 +217,7 @@ def prepare(config: FinetuneConfig, directory: Path, on_tokens: Callable[[int], 
     set_seed(config.seed)
     base, tokenizer = load_for_training(config, extension)
     rows = open_training_rows(config, extension, tokenizer, on_tokens)
-    check_token_cache(rows.cache, base, tokenizer, str(config.data))
+    check_token_cache(rows.cache, embedding_rows(base), tokenizer, str(config.data))
     is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
     model, trainable = make_trainable(base, config, config.model if is_hub_id else str(extension.source.resolve()))
     base = model.get_base_model() if model is not base else base
@@ -236,7 +236,7 @@ def open_training_rows(
     with main_process_first():
         rows = open_rows(resolved, tokenizer, length=length, num_rows=num_rows, on_progress=on_tokens)
     text = extension.config.get("text_config", extension.config)
-    rows.cache.check_ids(text.get("vocab_size"), config.model)
+    check_token_cache(rows.cache, text.get("vocab_size"), tokenizer, str(config.data))
     return rows
 
 

@@ -299,8 +299,9 @@ def test_every_finetune_recipe_is_a_run_that_could_start(name):
     from longext.training.settings import check_finetune_config
 
     config = build_config(FinetuneConfig, shipped_recipes()[name], [], {"device": "cpu"})
-    check_finetune_config(dataclasses.replace(config, quantize="none"))  # 4 bits are refused on a CPU
     processes = 64 if "multinode" in name else config.num_processes
+    # 4 bits are refused on a CPU; torchrun starts the processes of several nodes
+    check_finetune_config(dataclasses.replace(config, quantize="none", num_processes=processes))
     rows = config.batch_size * config.accumulation * processes // config.sequence_parallel
     if processes > 1 and config.task == "pretrain":
         assert rows == 64

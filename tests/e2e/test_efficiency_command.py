@@ -60,8 +60,8 @@ def test_a_plain_model(run, tmp_path):
     [
         (("nowhere",), "No model at 'nowhere'"),
         (("uio", "--lengths", "64,128"), "--lengths must be above the segment's 64 tokens"),
-        (("uio", "--ratio", "3"), "--ratio 3 does not divide"),
-        (("uio", "--revision", "abc", "--trust-remote-code"), "takes no --revision, --trust-remote-code"),
+        (("uio", "--ratio", "3"), "A ratio of 3 does not divide"),
+        (("uio", "--revision", "abc", "--trust-remote-code"), "takes no `revision`, `trust_remote_code`"),
         (("uio", "--lengths", "128,128"), "--lengths must be different"),
         (("uio", "--num-repeats", 0), "`num_repeats` must be >= 1"),
         (("uio", "--window", 1), "`window` must be >= 2"),

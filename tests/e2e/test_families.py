@@ -386,4 +386,4 @@ def test_verify_passes_every_check(base, family, method, tmp_path):
     assert statuses.pop("logits in old window") == "info"  # both methods change them by design
     assert set(statuses.values()) == {"pass"}
     assert {"config", "layouts", "frequencies", "new spelling", "old spelling", "loads", "weights"} <= set(statuses)
-    assert "by SHA-256" in checks[-1].detail
+    assert "by SHA-256" in next(check.detail for check in checks if check.name == "weights")

@@ -197,7 +197,7 @@ def test_bad_models_and_rows_end_in_one_line(run, tmp_path, data):
     fails(run("eval", "longbench", *args), 2, "Missing: model")
     fails(run("eval", "longbench", "books5m", *args), 2, "Did you mean 'books-5m'")
     (data / "lcc.jsonl").write_text((data / "lcc.jsonl").read_text() + "{broken\n")
-    fails(run(*ARGS, *args), 2, "lcc.jsonl, line 3: not valid JSON")
+    fails(run(*ARGS, *args), 2, "lcc.jsonl, line 3 is not valid JSON")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
@@ -222,7 +222,7 @@ def test_given_answers_that_are_missing_or_empty_are_said_and_score_zero(run, tm
     (folder / "hotpotqa.jsonl").write_text('{"answers": ["a"]}\n')
     fails(run(*args), 2, "hotpotqa.jsonl, line 1: no text under 'pred'")
     (folder / "hotpotqa.jsonl").write_text("{\n")
-    fails(run(*args), 2, "hotpotqa.jsonl, line 1: not valid JSON")
+    fails(run(*args), 2, "hotpotqa.jsonl, line 1 is not valid JSON")
     (folder / "hotpotqa.jsonl").write_text("")
     fails(run(*args), 2, "hotpotqa.jsonl has no predictions")
     (folder / "hotpotqa.jsonl").unlink()

@@ -151,7 +151,7 @@ def test_passkey(run, tmp_path, uio, spec):
         (("books-5m", "--memory", "windw:4"), ("'windw:4'", "Did you mean 'window'", "compress-train")),
         (("books-5m", "--memory", "no/such/dir"), ("no/such/dir", "compressor.json", "streaming:4+N")),
         (("books-5m", "--memory", "uio@x"), ("@RATIO", "'x'")),
-        (("--memory", "uio@3", "--lengths", "0,64"), ("ratio 3 does not divide", "32 tokens")),
+        (("--memory", "uio@3", "--lengths", "0,64"), ("ratio of 3 does not divide", "32 tokens")),
         (("--memory", "uio@32", "--segment", 64, "--lengths", "0,64"), ("--segment 64", "32 tokens")),
         (("--memory", "uio", "--lengths", "0,48"), ("multiples of the segment 32", "48")),
         (("--memory", "uio", "--lengths", "64,64"), ("--lengths",)),
@@ -189,6 +189,6 @@ def test_another_model_than_the_compressors_is_refused(run, tmp_path, uio):
 
 
 def test_passkey_refuses_the_same(run, uio):
-    refused(run("passkey", "--memory", "uio@5", "-o", "k"), "ratio 5 does not divide")
+    refused(run("passkey", "--memory", "uio@5", "-o", "k"), "ratio of 5 does not divide")
     refused(run("passkey", "--memory", "window", "-o", "k"), "Missing: model")
     refused(run("passkey", "books-5m", "--memory", "wndow", "-o", "k"), "Did you mean 'window'")

@@ -117,7 +117,7 @@ def test_places_where_no_directory_can_be_made_are_refused(run, tmp_path, name):
 
 def test_a_recipe_with_a_nul_byte_in_its_output_is_refused(run, tmp_path):
     (tmp_path / "r.yaml").write_text('model: books-5m\nmethod: yarn\nfactor: 8\noutput: "a\\0b"\n')
-    fails(run("extend", "-c", "r.yaml"), 2, "NUL byte")
+    fails(run("extend", "-c", "r.yaml"), 2, "NUL character")
 
 
 def test_a_stale_lock_does_no_harm(run, tmp_path):

@@ -66,10 +66,10 @@ def test_notes_say_what_was_not_as_asked(run, compressor):
     ("args", "text"),
     [
         (("books-5m",), "is no trained compressor"),
-        (("uio", "--ratio", "5"), "--ratio 5 does not divide the compressor's segments of 32 tokens"),
+        (("uio", "--ratio", "5"), "A ratio of 5 does not divide the compressor's segments of 32 tokens"),
         (("uio", "--ratio", "4,4"), "got 4,4"),
         (("uio", "--device", "map"), "the model on one device"),
-        (("uio", "--set", "revision=abc"), "takes no --revision"),
+        (("uio", "--set", "revision=abc"), "takes no `revision`"),
         (("uio", "--content", "txt"), "Did you mean 'text'"),
         (("uio", "--content", "text,text"), "--content must be different"),
         (("uio", "--num-samples", 0), "`num_samples` must be >= 1"),

@@ -51,7 +51,7 @@ def test_a_memory_against_its_own_model(run):
         (("--against", "books-5m", "--lengths", "1024"), ("trained length 512", "1024")),
         (("--against", "books-5m", "--lengths", "2"), ("--lengths",)),
         (("--against", "books-5m", "--tolerance", "-1"), ("--tolerance",)),
-        (("--against", "books-5m", "--tolerance", "nan"), ("--tolerance",)),
+        (("--against", "books-5m", "--tolerance", "nan"), ("`tolerance` must be a finite number",)),
         (("--against", "books-5m", "--num-windows", "0"), ("--num-windows",)),
         (("--against", "books-5m", "--data", "no.txt"), ("No data at 'no.txt'",)),
         (("--against", "books-5m", "--max-tokens", "100"), ("the longest has 100",)),

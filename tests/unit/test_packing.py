@@ -31,6 +31,7 @@ from longext.data.packing import (
 )
 from longext.data.rows import cached_tokens, encode_documents, open_rows, tokenizer_hash
 from longext.errors import ConfigError, DataError
+from longext.models.checks import check_token_cache
 
 LENGTHS = (5, 1, 17, 8, 3, 30, 2, 9)  # documents of a small stream: 75 tokens
 
@@ -230,13 +231,13 @@ def test_a_file_altered_at_the_same_size_is_refused_and_replaced(tmp_path, file)
     assert small_cache(directory, trained=lambda k: [True] * k).tokens.tolist() == whole
 
 
-def test_a_token_without_a_row_of_embeddings_is_named(tmp_path):
+def test_a_token_without_a_row_of_embeddings_is_named(tmp_path, tokenizer):
     cache = small_cache(tmp_path / "c")
     largest = int(cache.tokens.max())
-    cache.check_ids(largest + 1, "m")
-    cache.check_ids(None, "m")
-    with pytest.raises(DataError, match=f"token id {largest}, and m has {largest} rows"):
-        cache.check_ids(largest, "m")
+    check_token_cache(cache, largest + 1, tokenizer, "d")
+    check_token_cache(cache, None, tokenizer, "d")
+    with pytest.raises(DataError, match=rf"d holds the token '.+' \({largest}\), and the model has {largest:,} rows"):
+        check_token_cache(cache, largest, tokenizer, "d")
 
 
 @pytest.mark.parametrize("damage", ["tokens.bin", "documents.bin", "labels.bin", "meta.json"])

@@ -29,10 +29,10 @@ class Known:
     device = torch.device("cpu")
 
     def __init__(self, extra=0.0, noise=0.0, bos=(1,)):
-        self.extra, self.noise, self.bos = extra, noise, bos
+        self.extra, self.noise, self.prefix = extra, noise, bos
 
     def encode(self, text, *, add_bos=True):
-        return [*(self.bos if add_bos else ()), *map(ord, text)]
+        return [*(self.prefix if add_bos else ()), *map(ord, text)]
 
     def score(self, input_ids, first):
         tokens = input_ids[:, first:].float()
