@@ -134,7 +134,7 @@ def wait_for_answers(work, process, seconds=120):
 
 @pytest.fixture
 def many(tmp_path):
-    return write_data(tmp_path / "data", {name: rows * 8 for name, rows in TASKS.items()})
+    return write_data(tmp_path / "data", {name: rows * 4 for name, rows in TASKS.items()})
 
 
 def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
