@@ -19,7 +19,8 @@ from longext.checkpoint.computed import Computed, compare, computed_from, formul
 from longext.checkpoint.links import find_change
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
 from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
-from longext.checkpoint.writing import file_hash, read_tensor, stored_blocks
+from longext.checkpoint.writing import read_tensor, stored_blocks
+from longext.checksums import sha256_of
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
 from longext.models.checks import left_over
@@ -300,7 +301,7 @@ def _is_identity(spec: RopeSpec) -> bool:
 def _check_merge(shards: list[Shard], merge: dict[str, Any]) -> Check:
     """Compare every weight file with what `merge` wrote and proved."""
     for shard in shards:
-        if merge["files"].get(shard.path.name) != file_hash(shard.path):
+        if merge["files"].get(shard.path.name) != sha256_of(shard.path):
             return Check("merged weights", "fail", f"{shard.path.name} is not the file that `merge` wrote")
     proof = merge["proof"]
     proven = f"proven then to {proof['max_difference']:.2g}" if proof else "not proven then (--no-check)"

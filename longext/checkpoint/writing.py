@@ -87,12 +87,3 @@ def stored_blocks(shard: Shard, name: str) -> Iterator[bytes]:
             block = file.read(min(_CHUNK, left))
             left -= len(block)
             yield block
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longext.checkpoint.merge import Merge, read_merge, written_tensors
-from longext.checkpoint.writing import file_hash
+from longext.checksums import sha256_of
 from longext.config import MergeConfig, RuntimeConfig
 from longext.errors import ConfigError
 
@@ -55,4 +55,4 @@ def put_in(model: Any, merge: Merge) -> None:
 
 def adapter_facts(merge: Merge) -> dict[str, Any]:
     """Return what a result says of an adapter: its base and the hash of its weights."""
-    return {"base": merge.record["base_model"], "weights_sha256": file_hash(merge.adapter.shard.path)}
+    return {"base": merge.record["base_model"], "weights_sha256": sha256_of(merge.adapter.shard.path)}

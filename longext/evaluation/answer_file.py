@@ -65,7 +65,7 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
     if not is_same:
         raise ConfigError(
             f"{path} holds answers to other prompts or of another model: they are not used. Run with the settings it "
-            "was begun with, or remove it to start over."
+            "was begun with, or choose another -o to start over."
         )
     found = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
     if len(whole) < len(content):

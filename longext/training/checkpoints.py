@@ -85,8 +85,7 @@ def last_whole_checkpoint(directory: Path, *, contents: bool = True) -> tuple[Pa
         damage.append(f"{checkpoint}: {wrong}")
     if damage:
         raise ConfigError(
-            f"No checkpoint is whole. {'; '.join(damage)}. Restore the files, or start over with --force (without "
-            "--resume)."
+            f"No checkpoint is whole. {'; '.join(damage)}. Restore the files, or choose another -o to start over."
         )
     return None, []
 

@@ -168,7 +168,7 @@ def test_another_setting_uses_no_stale_answers_and_says_so(run, tmp_path, asked)
     before = file.read_bytes()
     for change in CHANGES.values():
         message = fails(
-            run(*args, *change), 2, "out.predictions.jsonl", "other prompts or of another model", "remove it"
+            run(*args, *change), 2, "out.predictions.jsonl", "other prompts or of another model", "another -o"
         )
         assert "are not used" in message
     ok(run("extend", "books-5m", "--method", "yarn", "--factor", 2, "-o", "other"))
@@ -191,7 +191,7 @@ def test_another_setting_uses_no_stale_answers_and_says_so(run, tmp_path, asked)
 def test_no_suite_uses_stale_answers(run, tmp_path, data, asked, name, change):
     args = ("eval", *SUITES[name], "-o", "out")
     killed(run, asked, args, 2)
-    fails(run(*args, *change), 2, WHERE.get(name, "out.predictions"), "are not used", "remove it to start over")
+    fails(run(*args, *change), 2, WHERE.get(name, "out.predictions"), "are not used", "another -o to start over")
 
 
 def test_another_command_leaves_an_unfinished_training_alone(run, tmp_path, data):

@@ -71,7 +71,7 @@ def test_a_checkpoint_with_a_file_that_is_not_as_written_is_passed_over(tmp_path
 )
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path, marker):
     (write_checkpoint(tmp_path, 2) / MARKER).write_text(marker)
-    with pytest.raises(ConfigError, match=r"No checkpoint is whole.*checkpoint-2.*--force"):
+    with pytest.raises(ConfigError, match=r"No checkpoint is whole.*checkpoint-2.*another -o"):
         last_whole_checkpoint(tmp_path)
 
 
