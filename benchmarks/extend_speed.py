@@ -80,18 +80,24 @@ def main() -> None:
         root = Path(name)
         big = sparse_checkpoint(root / "big", args.gigabytes * 10**9)
         extend = [*longext, "extend", "--method", "yarn", "--factor", "8"]
-        seconds = timed(*extend, str(big), "-o", str(root / "big-out"))
-        added = added_bytes(root / "big-out", big)
-        print(f"extend {args.gigabytes} GB (sparse): {seconds:.2f} s, {added / 1e6:.2f} MB added")
+        for flags in ([], ["--no-check"]):
+            output = root / f"big-out{len(flags)}"
+            seconds = timed(*extend, str(big), *flags, "-o", str(output))
+            added = added_bytes(output, big)
+            name = " ".join(["extend", *flags])
+            print(f"{name} {args.gigabytes} GB (sparse): {seconds:.2f} s, {added / 1e6:.2f} MB added")
         small = random_checkpoint(root / "small")
         size = (small / "model.safetensors").stat().st_size
-        ours = timed(*extend, str(small), "-o", str(root / "ours"))
         theirs = timed(*load_and_save(small, root / "theirs"))
-        ours_added, theirs_added = added_bytes(root / "ours", small), added_bytes(root / "theirs", small)
+        theirs_added = added_bytes(root / "theirs", small)
         print(f"\n{size / 1e9:.2f} GB checkpoint{'':<8}{'seconds':>9}{'MB added':>10}{'time':>8}{'disk':>10}")
         print(f"{'load + save_pretrained':<26}{theirs:>9.2f}{theirs_added / 1e6:>10.2f}{1:>7.2f}x{1:>9.4f}x")
-        ratios = f"{ours / theirs:>7.2f}x{ours_added / theirs_added:>9.4f}x"
-        print(f"{'longext extend':<26}{ours:>9.2f}{ours_added / 1e6:>10.2f}{ratios}")
+        for flags in ([], ["--no-check"]):
+            output = root / f"ours{len(flags)}"
+            ours = timed(*extend, str(small), *flags, "-o", str(output))
+            added = added_bytes(output, small)
+            ratios = f"{ours / theirs:>7.2f}x{added / theirs_added:>9.4f}x"
+            print(f"{' '.join(['longext extend', *flags]):<26}{ours:>9.2f}{added / 1e6:>10.2f}{ratios}")
 
 
 if __name__ == "__main__":

@@ -363,7 +363,8 @@ def _trouble(args: Arguments, here: Path) -> str | None:
         return "hangs"
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return f"traceback: {type(result.exception).__name__}: {str(result.exception)[:200]}"
-    if result.exit_code not in (0, 1, 2, 130) or "Traceback" in result.output:
+    unforeseen = "Traceback" in result.output or "internal error" in result.output
+    if result.exit_code not in (0, 1, 2, 130) or unforeseen:
         return f"exit code {result.exit_code}: {result.output[-300:]}"
     if _state(here) != before:
         return "changed what lies beside its output"
