@@ -33,17 +33,21 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
         why = _FOREIGN.get(rope_type, f"known types: {', '.join(sorted(_READERS))}")
         raise CheckpointError(f"The config's rope_type '{rope_type}' cannot be extended: {why}.")
     length = parameters.get("original_max_position_embeddings") or max_position_embeddings
-    common = {
-        "rope_theta": float(parameters["rope_theta"]),
-        "rotary_dim": rotary_dim,
-        "original_max_position_embeddings": int(length),
-    }
     try:
+        common = {
+            "rope_theta": float(parameters["rope_theta"]),
+            "rotary_dim": rotary_dim,
+            "original_max_position_embeddings": int(length),
+        }
         return RopeSpec(**{**common, **_READERS[rope_type](parameters, max_position_embeddings)})
     except KeyError as missing:
         raise CheckpointError(
             f"The config's rope_parameters of type '{rope_type}' lack the key {missing}."
         ) from missing
+    except (TypeError, ValueError) as error:  # several bases in a list, as some families have one for each layer
+        raise CheckpointError(
+            f"The config's rope_parameters of type '{rope_type}' cannot be read ({error}). Restore the model's own."
+        ) from error
 
 
 def spec_from_json(values: Any) -> RopeSpec:

@@ -313,3 +313,12 @@ def test_verify_passes_an_untouched_checkpoint_of_transformers_5(tmp_path):
     assert result.ok
     (layouts,) = [check for check in result.checks if check.name == "layouts"]
     assert layouts.status == "info" and "--method none" in layouts.detail
+
+
+def test_a_base_that_is_a_list_is_refused_in_a_line(tmp_path):
+    source = saved("llama", tmp_path / "base")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = [10_000.0] * 4
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        plan_extension(ExtendConfig(model=str(source), method="yarn", factor=4.0))
