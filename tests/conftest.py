@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -41,6 +43,13 @@ def pytest_collection_modifyitems(items):
 
 
 torch.set_num_threads(1)
+
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP ignored, and longext respects that: tests of
+# signals need them as a terminal gives them. Processes that tests start inherit it.
+with contextlib.suppress(ValueError):  # only the main thread may
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 # Building the 22 commands out of their signatures takes 60 ms: once, not for every command that a test runs.
 typer.testing._get_command = functools.cache(typer.testing._get_command)

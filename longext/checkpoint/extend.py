@@ -193,7 +193,7 @@ def engine_notes(parameters: RopeParameters) -> tuple[str, ...]:
 def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[RopeSpec, RopeSpec, str]:
     """Return (the new RoPE, the RoPE the weights were trained with, how the two relate).
 
-    Factors are absolute: target length / pre-training length, whatever was there before (traps R13, R14).
+    Factors are absolute: target length / pre-training length, whatever was there before.
     """
     origin, was_trained = trained_rope(source, rope)
     if config.original_length is not None:

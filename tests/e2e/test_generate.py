@@ -151,7 +151,7 @@ def test_a_memory_goes_on_with_more_text(run, compressor, story, tmp_path):
         (("uio", *PROMPT, "--memory", "none.safetensors"), ("No memory file",)),
         (("uio", *PROMPT, "--memory", "latin.txt"), ("not a memory",)),
         (("uio", *PROMPT, "--ratio", 7), ("does not divide",)),
-        (("uio", *PROMPT, "--revision", "main"), ("--revision", "--base")),
+        (("uio", *PROMPT, "--revision", "main"), ("`revision`", "`base`")),
         (("uio", *PROMPT, "--base", "other"), ("No model at 'other'",)),
     ],
 )
