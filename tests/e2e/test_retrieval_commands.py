@@ -91,7 +91,7 @@ def test_prompts_longer_than_the_model_are_pointed_out(run, tmp_path):
 def test_answers_of_another_run_are_not_taken_up(run, tmp_path, facts):
     (tmp_path / "b.predictions.jsonl").write_text('{"schema": "longext.predictions/1", "fingerprint": "0"}\n{}\n')
     args = ("eval", "babilong", "books-5m", "--data", "facts", "--tasks", "qa1", "-o", "b")
-    message = fails(run(*args), 2, "b.predictions.jsonl", "remove it")
+    message = fails(run(*args), 2, "b.predictions.jsonl", "another -o")
     assert "goes on" not in message
     assert "are not used" in message
     no_leftovers(tmp_path, "b.predictions.jsonl", "facts")
