@@ -109,7 +109,7 @@ def rotate(module: Any, positions: torch.Tensor, kind: str | None) -> Any:
         ids = positions if axes is None else positions.expand(axes, *positions.shape)
         try:
             return module(like, ids, **extra)
-        except Exception as error:
+        except Exception as error:  # a module that wants another number of axes raises what it likes
             last = error
     raise NotBuilt(f"{type(module).__name__}: {one_line(last)}")
 
@@ -209,7 +209,10 @@ def _hooks(decoder: Any, rotary: dict[str, Any], notes: Notes) -> None:
 
     def cut(_module: Any, args: Any, kwargs: Any) -> Any:
         rotations = {id(leaf) for leaves in notes.rotary.values() for leaf in leaves}
-        change = lambda tensor: tensor if id(tensor) in rotations else tensor.detach()  # noqa: E731
+
+        def change(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if id(tensor) in rotations else tensor.detach()
+
         return _map_tensors(args, change), {key: _map_tensors(value, change) for key, value in kwargs.items()}
 
     def note(name: str) -> Callable[..., None]:
@@ -252,7 +255,7 @@ def _watch(model: Any, rotary: dict[str, Any]) -> tuple[Notes, str | None]:
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             _active.pop()
-    except Exception as error:
+    except Exception as error:  # code of any family may run in here; what stopped it is part of the answer
         return notes, one_line(error)
     return notes, None
 
@@ -312,7 +315,7 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
                 found[key] = {str(length): frequencies(module, kind, length) for length in lengths}
     except NotBuilt:
         raise
-    except Exception as error:
+    except Exception as error:  # constructors of any family
         raise NotBuilt(one_line(error)) from error
     scales = _scales(model)
     notes, stopped = _watch(model, rotary) if layers else (Notes(), "it was not run")

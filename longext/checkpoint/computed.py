@@ -90,7 +90,7 @@ def _compute(config: str, lengths: tuple[int, ...], layers: bool) -> Computed:
         found = measure(load_config(json.loads(config)), list(lengths), layers)
     except NotBuilt as error:
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
-    except Exception as error:
+    except Exception as error:  # config classes raise many kinds
         raise CheckpointError(f"transformers cannot read this config: {one_line(error)}") from error
     return computed_from(found)
 

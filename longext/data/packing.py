@@ -43,7 +43,6 @@ _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
-_REBUILD = "Delete the directory to build it again."
 
 Row = dict[str, torch.Tensor]
 

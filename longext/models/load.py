@@ -274,7 +274,7 @@ def explained(what: str, trust_remote_code: bool | None = None) -> Iterator[None
         yield
     except LongextError:
         raise
-    except Exception as error:
+    except Exception as error:  # a loader meets code of every family, and files of every kind
         if _is_out_of_memory(error) or _is_interrupt(error):
             raise
         if "trust_remote_code=True" in str(error):
