@@ -109,7 +109,7 @@ def ask(session, tokenizer) -> int | None:
 def ask_by_distance(loaded, arguments: argparse.Namespace, text: str) -> list[dict]:
     """Return accuracy by the tokens between the key and the question, inside the window's memory and beyond."""
     from longext.compressor.session import Session
-    from longext.evaluation.statistics import wilson_interval
+    from longext.evals.statistics import wilson_interval
 
     tokenizer, spec = loaded.tokenizer, loaded.compressor.spec
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -187,7 +187,7 @@ def time_full_attention(loaded, text: str, lengths: list[int]) -> list[dict]:
 
 def draw(record: dict, path: Path) -> None:
     """Draw seconds per token and resident KV bytes by tokens read."""
-    from longext.reporting.plots import INK, new_figure, save_png, style
+    from longext.report.plots import INK, new_figure, save_png, style
 
     figure = new_figure(9.2, 3.6)
     time_panel, bytes_panel = figure.subplots(1, 2)

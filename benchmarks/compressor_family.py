@@ -80,8 +80,8 @@ def train(arguments: argparse.Namespace, name: str) -> None:
 def measure(arguments: argparse.Namespace, name: str) -> dict:
     """Return sizes, seconds of a step, and for each context NLL and paired differences by book."""
     from longext.compressor.checkpoint import load_compressor
-    from longext.compressor.controls import MEMORY, NO_MEMORY, WRONG
-    from longext.compressor.memory_perplexity import evaluate_memory
+    from longext.evals.memory.controls import MEMORY, NO_MEMORY, WRONG
+    from longext.evals.memory.next_segment import evaluate_memory
 
     output = directory_of(arguments, name)
     cached = output / "family.json"

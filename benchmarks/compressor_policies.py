@@ -96,8 +96,8 @@ def measure(arguments: argparse.Namespace, policy: str, seed: int) -> dict[str, 
     from safetensors.torch import load_file
 
     from longext.compressor.checkpoint import load_compressor
-    from longext.compressor.controls import MEMORY
-    from longext.compressor.memory_perplexity import evaluate_memory
+    from longext.evals.memory.controls import MEMORY
+    from longext.evals.memory.next_segment import evaluate_memory
 
     output = directory_of(arguments, policy, seed)
     cached = output / "policies-nll.json"

@@ -58,8 +58,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     """Load the model, run one variant twice (the first warms up) and report the second."""
     from longext.config import PerplexityConfig, RuntimeConfig
     from longext.data.documents import load_documents
-    from longext.evaluation.model import load_language_model
-    from longext.evaluation.perplexity import TokenizedDocument, evaluate_perplexity, num_forward_tokens
+    from longext.evals.perplexity import TokenizedDocument, evaluate_perplexity, num_forward_tokens
+    from longext.models.hf import load_language_model
 
     protocol = "positional" if variant.endswith("positional") else "sliding"
     config = PerplexityConfig(

@@ -22,16 +22,16 @@ _PUBLIC = {
     "FinetuneConfig": "longext.config",
     "MergeConfig": "longext.config",
     "PlanConfig": "longext.config",
-    "extend_checkpoint": "longext.checkpoint.extend",
+    "extend_checkpoint": "longext.conversion.extend",
     "finetune_checkpoint": "longext.training.longlora",
     "register_attention": "longext.attention.shifted",
-    "merge_adapter": "longext.checkpoint.merge",
+    "merge_adapter": "longext.conversion.merge",
     "plan_training": "longext.planning.fit",
-    "verify_checkpoint": "longext.checkpoint.verify",
-    "load_language_model": "longext.evaluation.model",
-    "evaluate_perplexity": "longext.evaluation.perplexity",
-    "evaluate_passkey": "longext.evaluation.passkey",
-    "compare_methods": "longext.evaluation.compare",
+    "verify_checkpoint": "longext.conversion.verify",
+    "load_language_model": "longext.models.hf",
+    "evaluate_perplexity": "longext.evals.perplexity",
+    "evaluate_passkey": "longext.evals.passkey",
+    "compare_methods": "longext.report.compare",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from longext.checkpoint.extend import extended_config, plan_extension, provenance, write_json
 from longext.config import ExtendConfig
+from longext.conversion.extend import extended_config, plan_extension, provenance, write_json
 from longext.manifest import write_manifest
 
 # projections inside attention, where they are not q, k, v, o

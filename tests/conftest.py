@@ -26,7 +26,7 @@ import typer.testing  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from longext.config import RuntimeConfig  # noqa: E402
-from longext.evaluation.model import HFLanguageModel, load_language_model  # noqa: E402
+from longext.models.hf import HFLanguageModel, load_language_model  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside a developer's checkout; absent in a clone
 
@@ -83,7 +83,7 @@ def reload_here(request, monkeypatch):
 
 
 def _reload_here(request: Path) -> subprocess.CompletedProcess:
-    from longext.checkpoint import _reload
+    from longext.conversion import _reload
 
     with mock.patch.object(sys, "argv", ["_reload.py", str(request)]):
         try:

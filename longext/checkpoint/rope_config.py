@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_of
+from longext.checkpoint.load import load_config
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.models.load import load_config
 from longext.rope.methods import RopeParameters, RopeSpec, rope_parameters
 from longext.rope.reading import read_parameters
 

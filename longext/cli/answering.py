@@ -18,7 +18,7 @@ def kept_answers(path: Path | None, output: Path, config: Any) -> Iterator[None]
         path: file or folder of answers; None where none are kept.
         output: where the results go; `config.output` says whether the user named it.
     """
-    from longext.evaluation.answer_file import remove_answers
+    from longext.models.answer_file import remove_answers
 
     if path is not None and (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{path}, where the answers are kept, is no file or directory. Choose another -o.")
@@ -36,8 +36,8 @@ def kept_answers(path: Path | None, output: Path, config: Any) -> Iterator[None]
 
 def tell_how_to_go_on(path: Path, output: Path, config: Any) -> bool:
     """Say on standard error where the answers are; return False where there are none."""
-    from longext.evaluation.answer_file import holds_answers
-    from longext.reporting.console import say
+    from longext.models.answer_file import holds_answers
+    from longext.report.console import say
 
     if not holds_answers(path):
         return False

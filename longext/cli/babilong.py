@@ -9,7 +9,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evaluation.retrieval_config import BABILongConfig
+from longext.evals.retrieval_config import BABILongConfig
 
 _DEFAULT = BABILongConfig(model="")
 
@@ -60,12 +60,11 @@ def babilong(
 def _run(config: BABILongConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.data.babilong import length_name, read_rows
     from longext.data.json_lines import repeated_note
-    from longext.evaluation.babilong import babilong_record, check_babilong_config, evaluate_babilong
-    from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.predictions import answer_notes
-    from longext.evaluation.retrieval import (
+    from longext.evals.babilong import babilong_record, check_babilong_config, evaluate_babilong
+    from longext.evals.babilong_data import length_name, read_rows
+    from longext.evals.limits import place_bars, require_bars
+    from longext.evals.retrieval import (
         answer_lines,
         cells_of,
         outcome_verdicts,
@@ -73,9 +72,10 @@ def _run(config: BABILongConfig, as_json: bool) -> None:
         pooled_cells,
         window_notes,
     )
-    from longext.reporting.console import progress
-    from longext.reporting.results import output_directory
-    from longext.reporting.retrieval_views import retrieval_heat_map, retrieval_table
+    from longext.models.answers import answer_notes
+    from longext.report.console import progress
+    from longext.report.results import output_directory
+    from longext.report.retrieval_views import retrieval_heat_map, retrieval_table
 
     check_babilong_config(config)
     output = output_directory(config.output, "babilong", config.model)

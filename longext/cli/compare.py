@@ -59,12 +59,12 @@ def compare(
 
 
 def _run(config: CompareConfig, as_json: bool) -> None:
-    from longext.evaluation.compare import compare_methods, csv_rows
-    from longext.reporting.console import progress, say
-    from longext.reporting.html import comparison_figures, comparison_page
-    from longext.reporting.results import output_directory
-    from longext.reporting.tables import csv_text
-    from longext.reporting.views import comparison_tables
+    from longext.report.compare import compare_methods, csv_rows
+    from longext.report.console import progress, say
+    from longext.report.html import comparison_figures, comparison_page
+    from longext.report.results import output_directory
+    from longext.report.tables import csv_text
+    from longext.report.views import comparison_tables
 
     output = output_directory(config.output, "compare", config.model)
     open_output(output, config)

@@ -114,7 +114,7 @@ def _prepare(config: CompressConfig, work: Path, prolonged: Path | None) -> None
     import torch
 
     from longext.compressor.train import prepare_compressor
-    from longext.reporting.console import tokenising
+    from longext.report.console import tokenising
     from longext.training.longlora import CHECKPOINTS, check_resume
 
     run = prepare_compressor(config, tokenising(config.data))
@@ -128,7 +128,7 @@ def _prepare(config: CompressConfig, work: Path, prolonged: Path | None) -> None
 def _show_plan(config: CompressConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.compressor.train import compress_record, prepare_compressor
-    from longext.reporting.compressor_views import plan_table
+    from longext.report.compressor_views import plan_table
 
     record = compress_record(prepare_compressor(config), 0.0)
     table = plan_table(record, config.num_steps)
@@ -137,8 +137,8 @@ def _show_plan(config: CompressConfig, as_json: bool) -> None:
 
 def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> None:
     from longext.compressor.train import compress_record, train_compressor
-    from longext.reporting.compressor_views import plan_table
-    from longext.reporting.console import print_table, progress, say, tokenising
+    from longext.report.compressor_views import plan_table
+    from longext.report.console import print_table, progress, say, tokenising
     from longext.training.loading import training_device
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
 
@@ -179,8 +179,8 @@ def _train(config: CompressConfig, output: Path, work: Path, as_json: bool) -> N
 def _finish(config: CompressConfig, output: Path, result: CompressResult, as_json: bool) -> None:
     """Write manifest, card, table and picture beside the weights; give the directory its name; say what is next."""
     from longext.cli.output import show
-    from longext.reporting.compressor_views import write_compressor_output
-    from longext.reporting.console import say
+    from longext.report.compressor_views import write_compressor_output
+    from longext.report.console import say
 
     written, record = write_compressor_output(config, result)
     close_run(result.directory, output)

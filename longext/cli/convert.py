@@ -37,9 +37,9 @@ def convert(
     settings: Settings = None,
 ) -> None:
     """Read, check against the base, write, say what is next."""
-    from longext.checkpoint.convert import conversion_record, convert_adapter
-    from longext.reporting.console import say, stdout
-    from longext.reporting.results import dump_json
+    from longext.conversion.convert import conversion_record, convert_adapter
+    from longext.report.console import say, stdout
+    from longext.report.results import dump_json
 
     config = config_from(ctx, ConvertConfig, recipe, settings)
     result = convert_adapter(config)

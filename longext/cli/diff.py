@@ -23,9 +23,9 @@ def diff(
 
     Example: longext eval diff results/base results/yarn
     """
-    from longext.evaluation.difference import compare_results
-    from longext.evaluation.scores import read_result
-    from longext.reporting.difference_views import difference_notes, difference_tables
+    from longext.report.difference import compare_results
+    from longext.report.difference_views import difference_notes, difference_tables
+    from longext.report.scores import read_result
 
     found = compare_results(read_result(a), read_result(b))
     tables, notes = difference_tables(found, a, b), difference_notes(found)

@@ -10,7 +10,7 @@ from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
 from longext.cli.output import deliver, open_output
-from longext.evaluation.checks_config import EffectiveConfig
+from longext.evals.checks_config import EffectiveConfig
 
 _DEFAULT = EffectiveConfig(model="", max_length=0)
 
@@ -62,17 +62,17 @@ def effective(
 
 
 def _run(config: EffectiveConfig, as_json: bool) -> None:
-    from longext.evaluation.bars import require_bars
-    from longext.evaluation.effective import (
+    from longext.evals.effective import (
         LENGTH_TESTS,
         check_effective_config,
         effective_record,
         num_prompts,
         search_lengths,
     )
-    from longext.reporting.check_views import effective_figure, effective_table
-    from longext.reporting.console import progress
-    from longext.reporting.results import output_directory
+    from longext.evals.limits import require_bars
+    from longext.report.check_views import effective_figure, effective_table
+    from longext.report.console import progress
+    from longext.report.results import output_directory
 
     check_effective_config(config)
     output = output_directory(config.output, "effective", config.model)

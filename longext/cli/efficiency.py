@@ -55,7 +55,8 @@ def efficiency(
 def _run(config: EfficiencyConfig, as_json: bool) -> None:
     from longext.compressor.base import CompressorSpec
     from longext.compressor.checkpoint import is_compressor, read_description
-    from longext.compressor.efficiency import (
+    from longext.compressor.ratios import check_ratios
+    from longext.evals.memory.efficiency import (
         check_efficiency_config,
         efficiency_record,
         evaluate_efficiency,
@@ -63,11 +64,10 @@ def _run(config: EfficiencyConfig, as_json: bool) -> None:
         ways_of,
         window_notes,
     )
-    from longext.compressor.ratios import check_ratios
-    from longext.reporting.console import progress
-    from longext.reporting.efficiency_views import efficiency_by_length, efficiency_table
-    from longext.reporting.results import output_directory
-    from longext.reporting.tables import named
+    from longext.report.console import progress
+    from longext.report.efficiency_views import efficiency_by_length, efficiency_table
+    from longext.report.results import output_directory
+    from longext.report.tables import named
 
     spec, ratios = None, tuple[int, ...]()
     if is_compressor(config.model):
@@ -101,8 +101,8 @@ def _load(config: EfficiencyConfig) -> tuple[Backbone, Compressor | None, dict[s
     """Return (frozen model, compressor or None, what the record says of them)."""
     from longext.compressor.backbone import Backbone
     from longext.compressor.checkpoint import is_compressor, load_compressor
-    from longext.compressor.reconstruction import describe_compressor
-    from longext.evaluation.model import load_language_model
+    from longext.evals.memory.reconstruction import describe_compressor
+    from longext.models.hf import load_language_model
 
     if not is_compressor(config.model):
         model = load_language_model(config)

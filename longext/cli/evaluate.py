@@ -78,8 +78,8 @@ def perplexity(
 def _run(config: PerplexityConfig, as_json: bool) -> None:
     from longext.cli.models import open_model
     from longext.data.documents import load_documents
-    from longext.evaluation.bars import FAIL_OVER, require_bars
-    from longext.evaluation.perplexity import (
+    from longext.evals.limits import FAIL_OVER, require_bars
+    from longext.evals.perplexity import (
         check_perplexity_config,
         evaluate_perplexity,
         num_forward_tokens,
@@ -88,11 +88,11 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
         perplexity_verdicts,
         tokenize_documents,
     )
-    from longext.reporting.console import progress
-    from longext.reporting.plots import nll_by_position, perplexity_by_length
-    from longext.reporting.results import output_directory
-    from longext.reporting.tables import named
-    from longext.reporting.views import perplexity_table
+    from longext.report.console import progress
+    from longext.report.plots import nll_by_position, perplexity_by_length
+    from longext.report.results import output_directory
+    from longext.report.tables import named
+    from longext.report.views import perplexity_table
 
     check_perplexity_config(config)
     bars = perplexity_bars(config)
@@ -122,8 +122,11 @@ def _run(config: PerplexityConfig, as_json: bool) -> None:
 
 
 def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
-    from longext.compressor.controls import MEMORY
-    from longext.compressor.memory_perplexity import (
+    from longext.compressor.readers import load_reader
+    from longext.data.documents import load_documents
+    from longext.evals.limits import FAIL_OVER, require_bars
+    from longext.evals.memory.controls import MEMORY
+    from longext.evals.memory.next_segment import (
         check_memory_config,
         default_lengths,
         evaluate_memory,
@@ -131,13 +134,10 @@ def _run_next_segment(config: PerplexityConfig, as_json: bool) -> None:
         num_scored_tokens,
         tokenize_for_memory,
     )
-    from longext.compressor.readers import load_reader
-    from longext.data.documents import load_documents
-    from longext.evaluation.bars import FAIL_OVER, require_bars
-    from longext.evaluation.perplexity import perplexity_bars, perplexity_verdicts
-    from longext.reporting.console import progress
-    from longext.reporting.memory_views import memory_perplexity_figure, memory_perplexity_tables
-    from longext.reporting.results import output_directory
+    from longext.evals.perplexity import perplexity_bars, perplexity_verdicts
+    from longext.report.console import progress
+    from longext.report.memory_views import memory_perplexity_figure, memory_perplexity_tables
+    from longext.report.results import output_directory
 
     config = dataclasses.replace(config, lengths=config.lengths or default_lengths(config.segment))
     spec = check_memory_config(config)

@@ -74,9 +74,9 @@ def extend(
     settings: Settings = None,
 ) -> None:
     """Plan, show old -> new, write, say what to do next."""
-    from longext.checkpoint.extend import extend_checkpoint, left_out, plan_extension
-    from longext.reporting.console import print_table, say
-    from longext.reporting.views import extension_table
+    from longext.conversion.extend import extend_checkpoint, left_out, plan_extension
+    from longext.report.console import print_table, say
+    from longext.report.views import extension_table
     from longext.staging import hold_output
 
     config = config_from(ctx, ExtendConfig, recipe, settings)
@@ -101,7 +101,7 @@ def extend(
 
 
 def _say_warnings(warnings: tuple[str, ...], check: bool) -> None:
-    from longext.reporting.console import say
+    from longext.report.console import say
 
     for line in warnings:
         say(f"Warning: {line}")

@@ -136,7 +136,7 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
     import tempfile
 
     from longext.cli.output import show
-    from longext.reporting.training_views import run_table
+    from longext.report.training_views import run_table
     from longext.training.longlora import prepare, run_record
 
     with tempfile.TemporaryDirectory() as directory:
@@ -147,8 +147,8 @@ def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
 
 def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged: Path | None) -> None:
     """Tokenise before several processes start: what is wrong with data or checkpoints is said once, by this one."""
-    from longext.models.load import load_tokenizer
-    from longext.reporting.console import tokenising
+    from longext.checkpoint.load import load_tokenizer
+    from longext.report.console import tokenising
     from longext.training.longlora import CHECKPOINTS, check_resume, open_training_rows
     from longext.training.settings import fingerprint_of
 
@@ -159,8 +159,8 @@ def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged
 
 
 def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
-    from longext.reporting.console import print_table, progress, say, tokenising
-    from longext.reporting.training_views import run_table
+    from longext.report.console import print_table, progress, say, tokenising
+    from longext.report.training_views import run_table
     from longext.training.loading import training_device
     from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
     from longext.training.processes import is_main_process, start_distributed, wait_for_all
@@ -190,8 +190,8 @@ def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extensio
 def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
     """Write manifest, card, table and picture beside the adapter; give the directory its name; say what is next."""
     from longext.cli.output import show
-    from longext.reporting.console import say
-    from longext.reporting.training_output import write_training_output
+    from longext.report.console import say
+    from longext.report.training_output import write_training_output
 
     written, record = write_training_output(config, result)
     close_run(result.directory, output)

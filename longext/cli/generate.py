@@ -72,8 +72,8 @@ def _run(config: GenerateConfig, as_json: bool) -> None:
     import time
 
     from longext.compressor.generation import open_writer
-    from longext.reporting.console import progress, say, stderr, stdout
-    from longext.reporting.results import dump_json
+    from longext.report.console import progress, say, stderr, stdout
+    from longext.report.results import dump_json
 
     writer = open_writer(config)
     started = time.perf_counter()
@@ -111,7 +111,7 @@ def _record(config: GenerateConfig, generated: Generated, seconds: float) -> dic
 
 def describe(generated: Generated) -> str:
     """Return one line: what was read, what it became, how fast the rest was written."""
-    from longext.reporting.views import megabytes
+    from longext.report.views import megabytes
 
     parts = [f"{generated.num_read:,} tokens read"]
     held = generated.memory

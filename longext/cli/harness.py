@@ -9,7 +9,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evaluation.harness_config import HarnessConfig
+from longext.evals.harness.config import HarnessConfig
 
 _DEFAULT = HarnessConfig(model="")
 _COMMAND = "eval harness"
@@ -96,11 +96,11 @@ def _run(config: HarnessConfig, as_json: bool) -> None:
 
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.evaluation import harness as steps
-    from longext.evaluation.bars import require_bars
-    from longext.reporting.console import progress, stderr
-    from longext.reporting.harness_views import harness_table
-    from longext.reporting.results import output_directory
+    from longext.evals.harness import suite as steps
+    from longext.evals.limits import require_bars
+    from longext.report.console import progress, stderr
+    from longext.report.harness_views import harness_table
+    from longext.report.results import output_directory
 
     steps.check_harness_config(config)
     output = output_directory(config.output, "harness", config.model)

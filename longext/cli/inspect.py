@@ -36,10 +36,10 @@ def inspect(
 
     Example: longext inspect books-5m --method yarn --factor 8
     """
-    from longext.checkpoint.computed import layers_in_words
-    from longext.checkpoint.extend import exportable_parameters, plan_rope
     from longext.checkpoint.rope_config import read_model_rope
     from longext.checkpoint.source import resolve_model
+    from longext.conversion.computed import layers_in_words
+    from longext.conversion.extend import exportable_parameters, plan_rope
 
     config = config_from(ctx, ExtendConfig, recipe, settings, {"method": "none"})
     config = dataclasses.replace(config, output=output, force=force)  # a recipe's output is for the checkpoint
@@ -55,9 +55,9 @@ def inspect(
 
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
-    from longext.reporting.plots import rope_dimensions
-    from longext.reporting.results import output_directory
-    from longext.reporting.views import dimension_table
+    from longext.report.plots import rope_dimensions
+    from longext.report.results import output_directory
+    from longext.report.views import dimension_table
     from longext.rope.analysis import dimension_rows
 
     has_method = config.method != "none"

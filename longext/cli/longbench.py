@@ -16,8 +16,8 @@ from longext.cli.output import deliver, open_output, show
 from longext.config import LongBenchConfig
 
 if TYPE_CHECKING:
-    from longext.evaluation.longbench_run import TaskRun
-    from longext.evaluation.protocol import LanguageModel
+    from longext.evals.longbench.run import TaskRun
+    from longext.models.protocol import LanguageModel
 
 _DEFAULT = LongBenchConfig(model="")
 _COMMAND = "eval longbench"
@@ -100,11 +100,11 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
     """Score answers that were given."""
     import time
 
-    from longext.evaluation.bars import require_bars
-    from longext.evaluation.longbench import bar_verdicts, check_bars, check_longbench_config
-    from longext.evaluation.longbench_run import longbench_record, read_answers, score_notes, score_runs
-    from longext.reporting.longbench_views import longbench_bars, longbench_tables
-    from longext.reporting.results import output_directory
+    from longext.evals.limits import require_bars
+    from longext.evals.longbench.run import longbench_record, read_answers, score_notes, score_runs
+    from longext.evals.longbench.suite import bar_verdicts, check_bars, check_longbench_config
+    from longext.report.longbench_views import longbench_bars, longbench_tables
+    from longext.report.results import output_directory
 
     check_longbench_config(config)
     name = config.model or Path(str(config.predictions)).name
@@ -134,11 +134,11 @@ def _run(config: LongBenchConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.models import open_model
     from longext.cli.running import check_directories, open_run, working_directory
-    from longext.evaluation.bars import require_bars
-    from longext.evaluation.longbench import check_bars, check_longbench_config
-    from longext.evaluation.longbench_run import load_tasks, prepare_requests
+    from longext.evals.limits import require_bars
+    from longext.evals.longbench.run import load_tasks, prepare_requests
+    from longext.evals.longbench.suite import check_bars, check_longbench_config
     from longext.manifest import read_manifest
-    from longext.reporting.results import output_directory
+    from longext.report.results import output_directory
 
     check_longbench_config(config)
     output = output_directory(config.output, "longbench", config.model)
@@ -171,11 +171,11 @@ def _answer_and_finish(
     import time
 
     from longext.cli.running import close_run
-    from longext.evaluation import longbench_run as steps
-    from longext.evaluation.longbench import bar_verdicts
-    from longext.reporting.console import progress, say
-    from longext.reporting.longbench_views import longbench_bars, longbench_tables
-    from longext.reporting.results import write_result_files
+    from longext.evals.longbench import run as steps
+    from longext.evals.longbench.suite import bar_verdicts
+    from longext.report.console import progress, say
+    from longext.report.longbench_views import longbench_bars, longbench_tables
+    from longext.report.results import write_result_files
 
     started = time.perf_counter()
     with progress("longbench", sum(len(run.rows) for run in runs), "answers") as advance:
@@ -207,14 +207,14 @@ def _run_lm_eval(config: LongBenchConfig, as_json: bool) -> None:
 
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.evaluation import longbench_harness as steps
-    from longext.evaluation.bars import require_bars
-    from longext.evaluation.harness import harness_notes, open_scorer, partial_folder, run_harness, sample_lines
-    from longext.evaluation.longbench import bar_verdicts, check_bars, check_longbench_config
-    from longext.evaluation.longbench_run import load_tasks, score_notes
-    from longext.reporting.console import progress
-    from longext.reporting.longbench_views import lm_eval_tables, longbench_bars
-    from longext.reporting.results import output_directory
+    from longext.evals.harness.suite import harness_notes, open_scorer, partial_folder, run_harness, sample_lines
+    from longext.evals.limits import require_bars
+    from longext.evals.longbench import lm_eval_backend as steps
+    from longext.evals.longbench.run import load_tasks, score_notes
+    from longext.evals.longbench.suite import bar_verdicts, check_bars, check_longbench_config
+    from longext.report.console import progress
+    from longext.report.longbench_views import lm_eval_tables, longbench_bars
+    from longext.report.results import output_directory
 
     steps.check_lm_eval_config(config)
     check_longbench_config(config)
@@ -258,7 +258,7 @@ def _kept_once_answered(work: Path, output: Path, config: LongBenchConfig) -> It
 
     from longext.cli.answering import tell_how_to_go_on
     from longext.errors import ConfigError
-    from longext.evaluation.longbench_run import GENERATED
+    from longext.evals.longbench.run import GENERATED
     from longext.staging import OutputTaken
 
     try:

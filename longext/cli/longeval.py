@@ -11,12 +11,12 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evaluation.bars import PLACES
-from longext.evaluation.retrieval_config import LongEvalConfig
+from longext.evals.limits import PLACES
+from longext.evals.retrieval_config import LongEvalConfig
 
 if TYPE_CHECKING:
-    from longext.data.longeval import LongEvalCase
-    from longext.evaluation.retrieval import RetrievalCell
+    from longext.evals.longeval_data import LongEvalCase
+    from longext.evals.retrieval import RetrievalCell
 
 _DEFAULT = LongEvalConfig(model="")
 _COMMAND = "eval longeval"
@@ -83,10 +83,10 @@ def longeval(
 
 def _score(config: LongEvalConfig, as_json: bool) -> None:
     """Score answers that were given."""
-    from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.longeval import check_longeval_config, longeval_record, score_published
-    from longext.evaluation.retrieval import cells_of, outcome_verdicts
-    from longext.reporting.results import output_directory
+    from longext.evals.limits import place_bars, require_bars
+    from longext.evals.longeval import check_longeval_config, longeval_record, score_published
+    from longext.evals.retrieval import cells_of, outcome_verdicts
+    from longext.report.results import output_directory
 
     check_longeval_config(config)
     path = Path(str(config.predictions)).expanduser()
@@ -107,24 +107,24 @@ def _run(config: LongEvalConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.longeval import (
+    from longext.evals.limits import place_bars, require_bars
+    from longext.evals.longeval import (
         case_ids,
         check_longeval_config,
         evaluate_longeval,
         load_cases,
         longeval_record,
     )
-    from longext.evaluation.predictions import answer_notes
-    from longext.evaluation.retrieval import (
+    from longext.evals.retrieval import (
         answer_lines,
         cells_of,
         outcome_verdicts,
         partial_predictions,
         window_notes,
     )
-    from longext.reporting.console import progress
-    from longext.reporting.results import output_directory
+    from longext.models.answers import answer_notes
+    from longext.report.console import progress
+    from longext.report.results import output_directory
 
     check_longeval_config(config)
     output = output_directory(config.output, "longeval", config.model)
@@ -166,7 +166,7 @@ def _show(
     notes: list[str],
     as_json: bool,
 ) -> None:
-    from longext.reporting.retrieval_views import accuracy_by_size, prompt_table
+    from longext.report.retrieval_views import accuracy_by_size, prompt_table
 
     title = f"LongEval: {name}"
     deliver(

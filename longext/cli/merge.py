@@ -13,8 +13,8 @@ from longext.cli.output import open_output
 from longext.config import MergeConfig
 
 if TYPE_CHECKING:
-    from longext.checkpoint.merge import MergeResult
-    from longext.reporting.tables import Table
+    from longext.conversion.merge import MergeResult
+    from longext.report.tables import Table
 
 _EXAMPLE = """Merge a LoRA adapter (with trained embeddings and norms) into a standard checkpoint.
 
@@ -48,9 +48,9 @@ def merge(
     settings: Settings = None,
 ) -> None:
     """Plan, write, prove, show."""
-    from longext.checkpoint.merge import plan_merge, write_merge
-    from longext.reporting.console import print_table, progress, say, stdout
-    from longext.reporting.results import dump_json
+    from longext.conversion.merge import plan_merge, write_merge
+    from longext.report.console import print_table, progress, say, stdout
+    from longext.report.results import dump_json
 
     config = config_from(ctx, MergeConfig, recipe, settings)
     if config.output is not None:
@@ -72,8 +72,8 @@ def merge(
 
 def merge_table(result: MergeResult) -> Table:
     """Return what was merged by kind, the RoPE old -> new, and the figures of the proof."""
-    from longext.checkpoint.merge import describe_rope
-    from longext.reporting.tables import Table
+    from longext.conversion.merge import describe_rope
+    from longext.report.tables import Table
 
     record, summary = result.merge.record, result.summary
     rows = [

@@ -11,7 +11,7 @@ def open_model(config: Any) -> Any:
     It is asked as the config says (a `ChatConfig`).
     """
     from longext.config import ChatConfig
-    from longext.evaluation.chat import check_asking, set_asking
+    from longext.models.chat import check_asking, set_asking
 
     if isinstance(config, ChatConfig):
         check_asking(config)
@@ -26,6 +26,6 @@ def _load(config: Any) -> Any:
         from longext.compressor.readers import load_reader
 
         return load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-    from longext.evaluation.model import load_language_model
+    from longext.models.hf import load_language_model
 
     return load_language_model(config, config.method, config.factor)

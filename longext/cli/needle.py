@@ -11,10 +11,10 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evaluation.retrieval_config import NeedleConfig
+from longext.evals.retrieval_config import NeedleConfig
 
 if TYPE_CHECKING:
-    from longext.evaluation.retrieval import Outcome
+    from longext.evals.retrieval import Outcome
 
 _DEFAULT = NeedleConfig(model="")
 
@@ -89,17 +89,17 @@ def needle(
 def _run(config: NeedleConfig, as_json: bool) -> None:
     from longext.cli.answering import kept_answers
     from longext.cli.models import open_model
-    from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.needle import (
+    from longext.evals.limits import place_bars, require_bars
+    from longext.evals.retrieval import answer_lines, outcome_verdicts, partial_predictions
+    from longext.evals.ruler.needle import (
         check_needle_config,
         make_questions,
         needle_notes,
         needle_record,
         timed_needles,
     )
-    from longext.evaluation.retrieval import answer_lines, outcome_verdicts, partial_predictions
-    from longext.reporting.console import progress
-    from longext.reporting.results import output_directory
+    from longext.report.console import progress
+    from longext.report.results import output_directory
 
     check_needle_config(config)
     places = [(task, str(length)) for task in config.tasks for length in sorted(config.lengths)]
@@ -129,9 +129,9 @@ def _show(
     extra: dict[str, str],
     as_json: bool,
 ) -> None:
-    from longext.evaluation.needle import PASS_BAR
-    from longext.evaluation.retrieval import cells_of, pooled_cells
-    from longext.reporting.retrieval_views import needle_depth_maps, retrieval_heat_map, retrieval_table
+    from longext.evals.retrieval import cells_of, pooled_cells
+    from longext.evals.ruler.needle import PASS_BAR
+    from longext.report.retrieval_views import needle_depth_maps, retrieval_heat_map, retrieval_table
 
     title = f"Needles in a haystack: {opt.titled(config)} ({config.scoring})"
     caption = f"RULER counts a length as reached at {100 * PASS_BAR:.1f}% over all of its 13 tasks"

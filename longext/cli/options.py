@@ -11,7 +11,7 @@ import typer
 
 from longext.config import build_config, find_recipe
 from longext.errors import ConfigError
-from longext.evaluation.bars import PLACES
+from longext.evals.limits import PLACES
 
 ConfigT = TypeVar("ConfigT")
 
@@ -171,7 +171,7 @@ def config_with_memory(
 
 def titled(config: Any) -> str:
     """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
-    from longext.reporting.tables import named
+    from longext.report.tables import named
 
     factor = f" {config.factor:g}x" if config.factor else ""
     method = f" + {config.method}{factor}" if config.method else ""

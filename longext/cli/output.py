@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from longext.reporting.tables import Table
+    from longext.report.tables import Table
 
 
 _READ = ("model", "base", "adapter", "data", "eval_data", "memory", "predictions", "include_path", "init")
@@ -53,8 +53,8 @@ def deliver(
     Args:
         tables, figures, extra: as for `write_result_files`.
     """
-    from longext.reporting.console import say
-    from longext.reporting.results import write_results
+    from longext.report.console import say
+    from longext.report.results import write_results
 
     written = write_results(output, command, config, record, tables, figures, extra)
     show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
@@ -74,8 +74,8 @@ def show(
     Args:
         warnings: further notes, on standard error either way.
     """
-    from longext.reporting.console import print_table, say, stdout
-    from longext.reporting.results import dump_json
+    from longext.report.console import print_table, say, stdout
+    from longext.report.results import dump_json
 
     if as_json:
         stdout().out(dump_json(record), highlight=False)

@@ -61,8 +61,8 @@ def passkey(
 
 def _run(config: PasskeyConfig, as_json: bool) -> None:
     from longext.cli.models import open_model
-    from longext.evaluation.bars import place_bars, require_bars
-    from longext.evaluation.passkey import (
+    from longext.evals.limits import place_bars, require_bars
+    from longext.evals.passkey import (
         accuracy_by_length,
         check_passkey_config,
         num_prompts,
@@ -70,10 +70,10 @@ def _run(config: PasskeyConfig, as_json: bool) -> None:
         passkey_verdicts,
         timed_passkey,
     )
-    from longext.reporting.console import progress
-    from longext.reporting.plots import passkey_heat_maps
-    from longext.reporting.results import output_directory
-    from longext.reporting.views import passkey_table
+    from longext.report.console import progress
+    from longext.report.plots import passkey_heat_maps
+    from longext.report.results import output_directory
+    from longext.report.views import passkey_table
 
     check_passkey_config(config)
     bars = place_bars(config.fail_under, [("", str(length)) for length in sorted(config.lengths)], form=_FORM)

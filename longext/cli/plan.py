@@ -68,7 +68,7 @@ def plan(
 
 def _run(config: PlanConfig, as_json: bool) -> None:
     from longext.planning.fit import plan_record, plan_training
-    from longext.reporting.plan_views import plan_tables, probe_table, record_with_probe
+    from longext.report.plan_views import plan_tables, probe_table, record_with_probe
 
     if config.output:
         open_output(Path(config.output), config)
@@ -90,7 +90,7 @@ def _show(config: PlanConfig, result: TrainingPlan, record: dict[str, Any], tabl
     """Print the plan; write it too where a directory was named."""
     notes = [f"note: {note}" for note in result.notes()]
     if config.output:
-        from longext.reporting.plan_views import memory_by_length
+        from longext.report.plan_views import memory_by_length
 
         deliver(
             Path(config.output),

@@ -54,17 +54,17 @@ def reconstruction(
 def _run(config: ReconstructionConfig, as_json: bool) -> None:
     from longext.compressor.base import CompressorSpec
     from longext.compressor.checkpoint import load_compressor, read_description
-    from longext.compressor.reconstruction import (
+    from longext.data.documents import load_documents
+    from longext.evals.memory.reconstruction import (
         check_reconstruction_config,
         draw_segments,
         evaluate_reconstruction,
         ratio_notes,
         reconstruction_record,
     )
-    from longext.data.documents import load_documents
-    from longext.reporting.console import progress
-    from longext.reporting.reconstruction_views import reconstruction_by_ratio, reconstruction_tables
-    from longext.reporting.results import output_directory
+    from longext.report.console import progress
+    from longext.report.reconstruction_views import reconstruction_by_ratio, reconstruction_tables
+    from longext.report.results import output_directory
 
     description = read_description(Path(config.model).expanduser())
     spec = CompressorSpec.from_json(description["spec"])

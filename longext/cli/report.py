@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.output import deliver, open_output
-from longext.evaluation.report_config import ReportConfig
+from longext.report.config import ReportConfig
 
 
 @app.command("report")
@@ -40,12 +40,12 @@ def report(
 
 
 def _run(config: ReportConfig, as_json: bool) -> None:
-    from longext.evaluation.report import csv_rows, make_report, report_record
-    from longext.reporting.report_figures import report_figures
-    from longext.reporting.report_page import report_page
-    from longext.reporting.report_views import report_notes, report_tables, to_markdown
-    from longext.reporting.results import output_directory
-    from longext.reporting.tables import csv_text
+    from longext.report.build import csv_rows, make_report, report_record
+    from longext.report.report_figures import report_figures
+    from longext.report.report_page import report_page
+    from longext.report.report_views import report_notes, report_tables, to_markdown
+    from longext.report.results import output_directory
+    from longext.report.tables import csv_text
     from longext.staging import check_apart
 
     output = output_directory(config.output, "report", None)

@@ -11,14 +11,14 @@ from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
 from longext.cli.output import deliver, open_output
-from longext.evaluation.checks_config import ShortConfig
+from longext.evals.checks_config import ShortConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from longext.evaluation.perplexity import PerplexityAtLength
-    from longext.evaluation.protocol import LanguageModel
-    from longext.evaluation.short_context import ShortWindows
+    from longext.evals.perplexity import PerplexityAtLength
+    from longext.evals.short_context import ShortWindows
+    from longext.models.protocol import LanguageModel
 
 _DEFAULT = ShortConfig(model="")
 
@@ -75,15 +75,15 @@ def _run(config: ShortConfig, as_json: bool) -> None:
     from longext.checkpoint.source import resolve_model
     from longext.data.documents import load_documents
     from longext.errors import ConfigError, LongextError
-    from longext.evaluation.short_context import (
+    from longext.evals.short_context import (
         check_short_config,
         compare_short,
         cut_windows,
         lengths_within,
         short_record,
     )
-    from longext.reporting.check_views import short_notes, short_table
-    from longext.reporting.results import output_directory
+    from longext.report.check_views import short_notes, short_table
+    from longext.report.results import output_directory
 
     check_short_config(config)
     output = output_directory(config.output, "short", config.model)
@@ -129,8 +129,8 @@ def _reference(config: ShortConfig) -> ShortConfig:
 def _score(
     model: LanguageModel, cuts: Sequence[ShortWindows], config: ShortConfig, what: str
 ) -> list[PerplexityAtLength]:
-    from longext.evaluation.short_context import num_short_tokens, score_short
-    from longext.reporting.console import progress
+    from longext.evals.short_context import num_short_tokens, score_short
+    from longext.report.console import progress
 
     with progress(f"short texts, {what}", num_short_tokens(cuts), "tokens") as advance:
         return score_short(model, cuts, config, advance)

@@ -32,10 +32,10 @@ def verify(
 def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool, as_json: bool) -> None:
     """Verify, print the checks, and raise VerificationError where one failed."""
     from longext.checkpoint.source import read_shards, resolve_model
-    from longext.checkpoint.verify import verify_checkpoint
-    from longext.reporting.console import print_table, progress, say, stdout
-    from longext.reporting.results import dump_json
-    from longext.reporting.views import verification_table
+    from longext.conversion.verify import verify_checkpoint
+    from longext.report.console import print_table, progress, say, stdout
+    from longext.report.results import dump_json
+    from longext.report.views import verification_table
 
     total = sum(shard.size for shard in read_shards(resolve_model(model)))
     with progress(f"verify {model}", total, "bytes") as advance:

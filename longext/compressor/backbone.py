@@ -15,8 +15,8 @@ from torch import nn
 from longext.compressor.masks import additive, after_memory
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.errors import ConfigError
-from longext.evaluation.head import decoder_of, scale_logits
-from longext.evaluation.model import LENGTH_DEPENDENT, hold_rope, rotary_modules
+from longext.models.head import decoder_of, scale_logits
+from longext.models.hf import LENGTH_DEPENDENT, hold_rope, rotary_modules
 from longext.training.losses import chunked_cross_entropy
 
 _CACHE_NAMES = ("past_key_values", "layer_past")

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.checks import check_finite, check_tokens
 from longext.checkpoint.header import read_header
+from longext.checkpoint.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
 from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model, same_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.config import RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
-from longext.evaluation.model import HFLanguageModel
-from longext.models.checks import check_finite, check_tokens
-from longext.models.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
+from longext.models.hf import HFLanguageModel
 from longext.untrusted import fields, read_json
 
 DESCRIPTION = "compressor.json"

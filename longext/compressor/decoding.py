@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from longext.checkpoint.checks import not_numbers
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
-from longext.models.checks import not_numbers
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]

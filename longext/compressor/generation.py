@@ -17,7 +17,8 @@ from longext.compressor.session import Session
 from longext.config import GenerateConfig
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
-from longext.evaluation.chat import (
+from longext.models.answers import begins_thought
+from longext.models.chat import (
     chat_frame,
     chat_tokens,
     check_asking,
@@ -26,8 +27,7 @@ from longext.evaluation.chat import (
     user_text,
     uses_template,
 )
-from longext.evaluation.model import HFLanguageModel, load_language_model, plain_generation
-from longext.evaluation.predictions import begins_thought
+from longext.models.hf import HFLanguageModel, load_language_model, plain_generation
 from longext.models.turns import split_thought
 from longext.untrusted import read_text
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.load import MAPPED
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
@@ -27,15 +28,14 @@ from longext.compressor.rotation import check_rotation
 from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
 from longext.config import RuntimeConfig
 from longext.errors import ConfigError
-from longext.evaluation.head import head_is_plain
-from longext.evaluation.model import (
+from longext.models.head import head_is_plain
+from longext.models.hf import (
     LENGTH_DEPENDENT,
     HFLanguageModel,
     load_language_model,
     score_hidden,
 )
-from longext.evaluation.protocol import TokenScores
-from longext.models.load import MAPPED
+from longext.models.protocol import TokenScores
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from longext.attention.sequence import make_sequence_group
+from longext.checkpoint.checks import check_ids, check_token_cache, embedding_rows
 from longext.checkpoint.source import read_config
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.compressor.checkpoint import (
@@ -22,7 +23,6 @@ from longext.compressor.checkpoint import (
     read_description,
     save_compressor,
 )
-from longext.compressor.midway import Evaluation, load_evaluation
 from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.compressor.settings import (
@@ -39,7 +39,7 @@ from longext.data.packing import collate_rows
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
-from longext.models.checks import check_ids, check_token_cache, embedding_rows
+from longext.evals.memory.midway import Evaluation, load_evaluation
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.loading import enable_checkpointing, training_device

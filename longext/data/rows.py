@@ -24,8 +24,8 @@ from longext.data.packing import (
     read_meta,
 )
 from longext.data.sft import ExampleEncoder
-from longext.data.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.errors import ConfigError, DataError
+from longext.models.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.models.turns import prefix_of
 from longext.registry import did_you_mean
 from longext.untrusted import note

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.load import build_model, load_config
 from longext.checkpoint.tying import is_tied
 from longext.errors import ConfigError
-from longext.models.load import build_model, load_config
 from longext.planning.flops import training_flops
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext.checkpoint.load import load_config
 from longext.checkpoint.source import Shard, read_config, read_shards
 from longext.checkpoint.tying import stored_difference
 from longext.errors import CheckpointError
-from longext.models.load import load_config
 from longext.registry import did_you_mean
 
 

@@ -20,18 +20,18 @@ import torch
 
 from longext.attention.sequence import check_heads, make_sequence_group
 from longext.attention.shifted import ATTENTION_VARIANTS
-from longext.checkpoint.adapter_base import describe_adapter, write_base
+from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.source import HUB_ID, read_shards
 from longext.checkpoint.tying import untied
 from longext.config import DataConfig, FinetuneConfig, PerplexityConfig, TrainingConfig
+from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError, TrainingStopped
-from longext.evaluation.head import head_is_plain
-from longext.evaluation.model import LENGTH_DEPENDENT, HFLanguageModel
-from longext.evaluation.perplexity import evaluate_perplexity, tokenize_documents
-from longext.models.checks import check_token_cache, embedding_rows
+from longext.evals.perplexity import evaluate_perplexity, tokenize_documents
+from longext.models.head import head_is_plain
+from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import KEPT, check_fingerprint, last_whole_checkpoint, read_marker
 from longext.training.engine import AttentionEngine, Engine, Rows, StopOnSignal

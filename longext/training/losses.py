@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longext.evaluation.head import decoder_of, scale_logits
+from longext.models.head import decoder_of, scale_logits
 
 IGNORED = -100
 _WORTH_SELECTING = 0.9  # below this share of labelled tokens, they are copied out first

@@ -11,7 +11,7 @@ from torch import nn
 from longext.checkpoint.tying import is_tied
 from longext.config import FinetuneConfig
 from longext.errors import ConfigError, MissingExtraError
-from longext.evaluation.head import decoder_of
+from longext.models.head import decoder_of
 from longext.registry import Registry
 
 

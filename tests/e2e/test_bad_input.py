@@ -185,7 +185,7 @@ def test_output_inside_the_model(run, base):
     fails(run("extend", base, "--method", "yarn", "--factor", 8, "-o", base / "out"), 2, "overlap")
 
 
-@pytest.mark.parametrize("target", ["shutil.copyfile", "longext.checkpoint.extend.write_manifest"])
+@pytest.mark.parametrize("target", ["shutil.copyfile", "longext.conversion.extend.write_manifest"])
 def test_a_full_disk_leaves_nothing(run, base, tmp_path, monkeypatch, target):
     def full(*_args, **_keys):
         raise OSError(errno.ENOSPC, "No space left on device", "some/file")
@@ -199,7 +199,7 @@ def test_ctrl_c_midway_leaves_nothing(run, base, tmp_path, monkeypatch):
     def interrupt(*_args, **_keys):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longext.checkpoint.extend.write_manifest", interrupt)
+    monkeypatch.setattr("longext.conversion.extend.write_manifest", interrupt)
     fails(run("extend", base, *EXTEND), 130, "interrupted")
     no_leftovers(tmp_path, "base")
 
@@ -211,7 +211,7 @@ def test_a_failed_replacement_keeps_the_old_output(run, base, tmp_path, monkeypa
     def interrupt(*_args, **_keys):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longext.checkpoint.extend.write_manifest", interrupt)
+    monkeypatch.setattr("longext.conversion.extend.write_manifest", interrupt)
     fails(run("extend", base, "--method", "linear", "--factor", 2, "-o", "out", "--force"), 130)
     assert (tmp_path / "out/config.json").read_text() == before
     no_leftovers(tmp_path, "base", "out")
@@ -320,7 +320,7 @@ def test_out_of_memory_says_what_to_lower(run, monkeypatch):
     def explode(*_args, **_keys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr("longext.evaluation.model.HFLanguageModel.score", explode)
+    monkeypatch.setattr("longext.models.hf.HFLanguageModel.score", explode)
     fails(run("eval", "ppl", "books-5m", "--lengths", "64", "--stride", "32"), 1, "out of memory", "--batch-tokens")
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk_while_results_are_written(run, tmp_path, monkeypatch):
     def full(*_args, **_keys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("longext.reporting.results.write_manifest", full)
+    monkeypatch.setattr("longext.report.results.write_manifest", full)
     fails(
         run("passkey", "books-5m", "--lengths", "128", "--num-trials", "1", "--depths", "0", "-o", "r"),
         1,

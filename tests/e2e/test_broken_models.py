@@ -16,8 +16,8 @@ from longext.checkpoint.source import fingerprint_weights, sample_weights
 from longext.compressor.checkpoint import find_base
 from longext.config import RuntimeConfig
 from longext.errors import DataError, LongextError, LongextWarning
-from longext.evaluation.model import load_language_model
-from longext.evaluation.predictions import Request, generate_predictions
+from longext.models.answers import Request, generate_predictions
+from longext.models.hf import load_language_model
 
 PPL = ("eval", "ppl", "model", "--lengths", 64, "--stride", 32, "--max-tokens", 200, "--num-bootstrap", 0)
 TRAIN = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0")

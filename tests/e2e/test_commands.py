@@ -254,9 +254,9 @@ def test_every_recipe_loads_and_names_its_command(name):
         PlanConfig,
         build_config,
     )
-    from longext.evaluation.checks_config import EffectiveConfig, ShortConfig
-    from longext.evaluation.harness_config import HarnessConfig
-    from longext.evaluation.retrieval_config import LongEvalConfig, NeedleConfig
+    from longext.evals.checks_config import EffectiveConfig, ShortConfig
+    from longext.evals.harness.config import HarnessConfig
+    from longext.evals.retrieval_config import LongEvalConfig, NeedleConfig
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.extend import extend_checkpoint, plan_extension
 from longext.checkpoint.source import read_shards
-from longext.checkpoint.verify import verify_checkpoint
 from longext.config import ExtendConfig
+from longext.conversion.extend import extend_checkpoint, plan_extension
+from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.methods import compute_inv_freq
 

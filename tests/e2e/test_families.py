@@ -15,10 +15,10 @@ import torch
 from families import CONFIGS, LENGTH, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from longext.checkpoint.extend import ExtensionPlan, extend_checkpoint
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.verify import verify_checkpoint
 from longext.config import ExtendConfig
+from longext.conversion.extend import ExtensionPlan, extend_checkpoint
+from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.methods import RopeSpec, compute_inv_freq
 from longext.rope.reading import read_parameters

@@ -109,7 +109,7 @@ def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
     assert run("finetune", "books-5m", *args, "-o", "out").exit_code == 0
     from longext.config import FinetuneConfig, RuntimeConfig
     from longext.data.rows import open_rows
-    from longext.evaluation.model import load_language_model
+    from longext.models.hf import load_language_model
 
     config = FinetuneConfig(model="books-5m", data="sample", target_length=256)
     loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
@@ -196,7 +196,7 @@ def test_a_model_with_a_head_of_its_own_uses_its_own_loss(run, tmp_path, monkeyp
 
 def test_evaluation_runs_full_attention_in_eval_mode(run, tmp_path, monkeypatch):
     """Every forward of a measurement is watched: eval mode, transformers' own attention, no plan."""
-    from longext.evaluation.model import HFLanguageModel
+    from longext.models.hf import HFLanguageModel
 
     seen = []
     score = HFLanguageModel.score

@@ -13,7 +13,7 @@ from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, save_compressor
 from longext.compressor.generation import TextStream
 from longext.config import RuntimeConfig
-from longext.evaluation.model import load_language_model
+from longext.models.hf import load_language_model
 
 PROMPT = ("--prompt", "The old lighthouse", "--max-new-tokens", 12)
 

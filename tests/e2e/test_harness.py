@@ -16,7 +16,7 @@ from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
 from longext.compressor.readers import load_reader
 from longext.config import RuntimeConfig
-from longext.evaluation.harness_model import Scorer, harness_model
+from longext.evals.harness.model import Scorer, harness_model
 
 STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
 CHOICES = [

@@ -12,9 +12,9 @@ from test_longbench_command import STORY, rows_of, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.evaluation import longbench_harness
-from longext.evaluation.longbench import TaskScore
-from longext.evaluation.longbench_tasks import TASKS
+from longext.evals.longbench import lm_eval_backend as longbench_harness
+from longext.evals.longbench.suite import TaskScore
+from longext.evals.longbench.tasks import TASKS
 
 NEEDED = pytest.mark.skipif(bool(longbench_harness.missing_packages()), reason="needs longext[longbench-lm-eval]")
 ROWS = {  # one kind of metric each

@@ -81,7 +81,7 @@ def test_tables_answers_and_picture(run, tmp_path, data):
 
 
 def test_the_first_answer_is_that_of_greedy(run, tmp_path, data, books):
-    from longext.evaluation.longbench_tasks import fill_prompt, read_prompt
+    from longext.evals.longbench.tasks import fill_prompt, read_prompt
 
     assert run(*ARGS, "--data", data, "--tasks", "hotpotqa", "--limit", 1, "-o", "out").exit_code == 0
     row = rows_of(data / "hotpotqa.jsonl")[0]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
-from longext.compressor.controls import METHODS
+from longext.evals.memory.controls import METHODS
 
 SMALL = ("--max-tokens", 600, "--num-places", 3, "--num-bootstrap", 20)
 

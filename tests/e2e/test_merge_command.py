@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.extend import extend_checkpoint, plan_extension
-from longext.checkpoint.merge import merge_adapter
 from longext.checkpoint.source import read_shards
-from longext.checkpoint.verify import verify_checkpoint
 from longext.config import ExtendConfig, MergeConfig, build_config
+from longext.conversion.extend import extend_checkpoint, plan_extension
+from longext.conversion.merge import merge_adapter
+from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
 
 BOOKS = BUNDLED_MODELS["books-5m"]
@@ -76,7 +76,7 @@ def tiny(tmp_path):
 @pytest.fixture
 def verify(monkeypatch):
     """`verify` without its fresh process (six seconds each): config and weights; the whole of it runs once below."""
-    monkeypatch.setattr("longext.checkpoint.verify._reload", lambda *_: {"computed": {}})
+    monkeypatch.setattr("longext.conversion.verify._reload", lambda *_: {"computed": {}})
     return lambda directory: verify_checkpoint(str(directory), logits=False)
 
 
@@ -439,7 +439,7 @@ def test_a_config_that_contradicts_its_record(run, adapter):
 
 
 def test_a_failed_proof_exits_one_and_leaves_nothing(run, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("longext.checkpoint.merge.merged_tensor", lambda adapter, name, base: base.float())
+    monkeypatch.setattr("longext.conversion.merge.merged_tensor", lambda adapter, name, base: base.float())
     fails(run("merge", "adapter", "-o", "out"), 1, "differs from base + adapter", "limit")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
@@ -457,7 +457,7 @@ def test_what_stops_it_midway_leaves_nothing(run, adapter, tmp_path, monkeypatch
     def stop(*_args, **_keys):
         raise error
 
-    target = "longext.checkpoint.proof._probe" if isinstance(error, MemoryError) else "longext.checkpoint.merge._prove"
+    target = "longext.conversion.proof._probe" if isinstance(error, MemoryError) else "longext.conversion.merge._prove"
     monkeypatch.setattr(target, stop)
     fails(run("merge", "adapter", "-o", "out"), code, *texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

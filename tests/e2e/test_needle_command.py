@@ -35,7 +35,7 @@ def test_match_scoring_keeps_the_answers(run, tmp_path):
 
 
 def test_a_run_cut_off_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    from longext.evaluation import predictions
+    from longext.models import answers as predictions
 
     args = ("eval", "needle", "books-5m", *SMALL, "--tasks", "single", "--max-new-tokens", 10, "-o", "n")
     ok(run(*args))

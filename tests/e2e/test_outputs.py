@@ -22,7 +22,7 @@ from test_commands import ok
 from longext import staging
 from longext.staging import OutputTaken, staged_directory
 
-WRITE = "longext.checkpoint.extend.write_manifest"
+WRITE = "longext.conversion.extend.write_manifest"
 SHORT = ("--lengths", 64, "--stride", 32, "--max-tokens", 64, "--num-bootstrap", 0)
 PPL = ("eval", "ppl", "books-5m", *SHORT, "-o", "out")
 COMMANDS = {
@@ -154,9 +154,9 @@ def test_what_appears_meanwhile_is_left_alone(run, tmp_path, monkeypatch, filled
 
 
 def test_an_evaluation_whose_name_was_taken_is_kept_under_another(run, tmp_path, monkeypatch):
-    import longext.reporting.results  # noqa: F401
+    import longext.report.results  # noqa: F401
 
-    appear(monkeypatch, "longext.reporting.results.write_manifest", lambda: (tmp_path / "out").mkdir())
+    appear(monkeypatch, "longext.report.results.write_manifest", lambda: (tmp_path / "out").mkdir())
     message = fails(run(*PPL), 1, "left alone", "What was to be there is in")
     kept = next(tmp_path.glob("out.kept-*"))
     assert str(kept) in message and (kept / "result.json").is_file()
@@ -255,7 +255,7 @@ def test_a_picture_that_fails_is_a_line(run, tmp_path, monkeypatch, broken):
         raise ValueError("no such\nfont")
 
     module = "views" if broken == "perplexity_table" else "plots"
-    monkeypatch.setattr(f"longext.reporting.{module}.{broken}", explode)
+    monkeypatch.setattr(f"longext.report.{module}.{broken}", explode)
     result = run(*PPL)
     ok(result)
     assert len(result.stderr.splitlines()) == 1
@@ -272,7 +272,7 @@ def test_results_are_there_before_the_first_picture(run, tmp_path, monkeypatch):
         seen.extend(path.name for path in tmp_path.glob(".out.partial-*/*"))
         raise RuntimeError
 
-    monkeypatch.setattr("longext.reporting.plots.perplexity_by_length", look)
+    monkeypatch.setattr("longext.report.plots.perplexity_by_length", look)
     ok(run(*PPL))
     assert {"result.json", "run.json", "recipe.yaml"} <= set(seen)
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import SHARED
 
-from longext.checkpoint.extend import extend_checkpoint
-from longext.checkpoint.verify import verify_checkpoint
 from longext.config import DataConfig, ExtendConfig
+from longext.conversion.extend import extend_checkpoint
+from longext.conversion.verify import verify_checkpoint
 from longext.data.documents import load_documents
 
 

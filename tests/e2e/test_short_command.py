@@ -69,7 +69,7 @@ def test_a_missing_model_is_told_before_the_base_runs(run, tmp_path):
 
 
 def test_another_tokenizer_is_refused(run, monkeypatch, tmp_path):
-    from longext.evaluation.model import HFLanguageModel
+    from longext.models.hf import HFLanguageModel
 
     ok(run("extend", "books-5m", "--method", "linear", "--factor", 2, "-o", "e"))
     real = HFLanguageModel.encode

@@ -190,9 +190,9 @@ def test_two_files_of_one_name_are_not_chosen_from(run, tmp_path):
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path, suite):
-    from longext.data.babilong import read_rows
-    from longext.data.longbench import read_longbench
-    from longext.data.longeval import read_cases
+    from longext.evals.babilong_data import read_rows
+    from longext.evals.longbench.rows import read_longbench
+    from longext.evals.longeval_data import read_cases
 
     file = write(tmp_path, suite)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())

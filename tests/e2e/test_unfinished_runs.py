@@ -12,7 +12,8 @@ from test_commands import ok
 from test_harness import STORY, write_answers, write_choices, write_task
 from test_longbench_command import TASKS, write_data
 
-from longext.evaluation import harness_model, predictions
+from longext.evals.harness import model as harness_model
+from longext.models import answers as predictions
 
 
 class PowerCut(BaseException):

@@ -17,14 +17,14 @@ import torch
 from architectures import LENGTH, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from longext.checkpoint import extend
-from longext.checkpoint.computed import compute
-from longext.checkpoint.extend import extend_checkpoint, extended_config, plan_extension
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
 from longext.checkpoint.source import read_config
 from longext.config import ExtendConfig
+from longext.conversion import extend
+from longext.conversion.computed import compute
+from longext.conversion.extend import extend_checkpoint, extended_config, plan_extension
 from longext.errors import LongextError
-from longext.evaluation.model import HFLanguageModel
+from longext.models.hf import HFLanguageModel
 
 FACTOR, BASE = 4.0, 1e8
 METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3", "longrope", "abf")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.merge import merge_adapter
-from longext.checkpoint.proof import TOLERANCE
 from longext.checkpoint.source import INDEX_NAME, read_shards
 from longext.config import MergeConfig
+from longext.conversion.merge import merge_adapter
+from longext.conversion.proof import TOLERANCE
 from longext.errors import CheckpointError
 
 BOOKS = BUNDLED_MODELS["books-5m"]
@@ -223,7 +223,7 @@ def test_the_proof_crosses_the_trained_length_and_sees_a_wrong_merge(
     real = merge_adapter.__globals__["merged_tensor"]
     one = "model.layers.2.self_attn.v_proj.weight"
     monkeypatch.setattr(
-        "longext.checkpoint.merge.merged_tensor",
+        "longext.conversion.merge.merged_tensor",
         lambda adapter, name, base: base.float() if name == one else real(adapter, name, base),
     )
     with pytest.raises(VerificationError, match="differs from base"):
@@ -239,13 +239,13 @@ def test_the_proof_sees_a_wrong_merge_however_little_the_adapter_changes(tmp_pat
     edit_adapter(adapter, lambda held: [tensor.mul_(1e-4) for key, tensor in held.items() if "lora_B" in key])
     proof = merge(adapter, tmp_path / "out", dtype="float32").proof
     assert 0 < proof.effect < proof.limit
-    monkeypatch.setattr("longext.checkpoint.merge.merged_tensor", lambda adapter, name, base: base.float())
+    monkeypatch.setattr("longext.conversion.merge.merged_tensor", lambda adapter, name, base: base.float())
     with pytest.raises(VerificationError, match="differs from base . adapter in 'model.layers"):
         merge(adapter, tmp_path / "wrong", dtype="float32")
 
 
 def test_the_proof_sees_a_wrong_rope(books_adapter, tmp_path, monkeypatch):
-    from longext.checkpoint.extend import extended_config
+    from longext.conversion.extend import extended_config
     from longext.errors import VerificationError
 
     def plain(plan):
@@ -255,13 +255,13 @@ def test_the_proof_sees_a_wrong_rope(books_adapter, tmp_path, monkeypatch):
             "rope_scaling": None,
         }
 
-    monkeypatch.setattr("longext.checkpoint.merge.extended_config", plain)
+    monkeypatch.setattr("longext.conversion.merge.extended_config", plain)
     with pytest.raises(VerificationError, match="differs from base"):
         merge(books_adapter, tmp_path / "out")
 
 
 def test_rounding_that_costs_too_much_is_refused(tmp_path, monkeypatch):
-    from longext.checkpoint import proof
+    from longext.conversion import proof
     from longext.errors import VerificationError
 
     base = tiny("llama", tmp_path / "base")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from longext.config import PasskeyConfig, RuntimeConfig
-from longext.data.needles import (
+from longext.errors import ConfigError
+from longext.evals.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
+from longext.evals.passkey_prompts import (
     FILLER,
     NAMES,
     QUESTION,
@@ -21,9 +23,7 @@ from longext.data.needles import (
     published_text,
     yarn_prompt,
 )
-from longext.errors import ConfigError
-from longext.evaluation.model import extension_config
-from longext.evaluation.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
+from longext.models.hf import extension_config
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from longext.config import PerplexityConfig, RuntimeConfig
 from longext.data.documents import Document
-from longext.evaluation.model import HFLanguageModel, extension_config
-from longext.evaluation.perplexity import (
+from longext.evals.perplexity import (
     PERPLEXITY_PROTOCOLS,
     TokenizedDocument,
     bucket_edges,
     evaluate_perplexity,
     tokenize_documents,
 )
+from longext.models.hf import HFLanguageModel, extension_config
 
 RTOL = 1e-5
 
@@ -140,7 +140,7 @@ def test_no_score_sees_the_future(books):
 def test_slices_of_the_head_do_not_change_scores(books, monkeypatch):
     ids = torch.tensor([documents(200)[0].input_ids])
     whole = books.score(ids, 1).nll
-    monkeypatch.setattr("longext.evaluation.model._HEAD_BYTES", 7 * 4 * 8192)
+    monkeypatch.setattr("longext.models.hf._HEAD_BYTES", 7 * 4 * 8192)
     torch.testing.assert_close(books.score(ids, 1).nll, whole, rtol=1e-6, atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_bos_follows_the_protocol(books):
 
 
 def test_top1_is_what_greedy_decoding_would_take_also_where_logits_tie():
-    from longext.evaluation.model import _score_logits
+    from longext.models.hf import _score_logits
 
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 2.0], [2.0, 2.0, 2.0]])
     for target in range(3):

@@ -12,15 +12,15 @@ from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_lla
 from families import CONFIGS, tiny_model
 
 from longext.compressor.backbone import Backbone
-from longext.compressor.controls import METHODS, CompressorControls, ReaderControls
 from longext.compressor.documents import split_segments
 from longext.compressor.gradients import Document
 from longext.compressor.memory import join
-from longext.compressor.memory_perplexity import choose_places, evaluate_memory, gather_texts
 from longext.compressor.readers import MEMORIES, Reader
 from longext.compressor.trails import CompressorTrail
 from longext.errors import ConfigError, DataError
-from longext.evaluation.model import HFLanguageModel, score_hidden
+from longext.evals.memory.controls import METHODS, CompressorControls, ReaderControls
+from longext.evals.memory.next_segment import choose_places, evaluate_memory, gather_texts
+from longext.models.hf import HFLanguageModel, score_hidden
 
 RTOL = 2e-6  # scores are float32, and so is the rotation of keys
 

@@ -12,14 +12,15 @@ import torch
 from architectures import LENGTH, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from longext.checkpoint import _built, extend
-from longext.checkpoint.computed import compute
-from longext.checkpoint.extend import extend_checkpoint, plan_extension
+from longext.checkpoint import _built
 from longext.checkpoint.source import read_config
-from longext.checkpoint.verify import verify_checkpoint
 from longext.config import ExtendConfig
+from longext.conversion import extend
+from longext.conversion.computed import compute
+from longext.conversion.extend import extend_checkpoint, plan_extension
+from longext.conversion.verify import verify_checkpoint
 from longext.errors import CheckpointError, LongextError
-from longext.evaluation.model import HFLanguageModel
+from longext.models.hf import HFLanguageModel
 
 MSCALE = {"rope_type": "yarn", "rope_theta": 2e4, "factor": 2.0, "original_max_position_embeddings": 32}
 MSCALE |= {"mscale": 1.0, "mscale_all_dim": 0.8}

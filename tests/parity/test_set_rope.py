@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from longext.checkpoint.extend import extend_checkpoint
 from longext.config import ExtendConfig, RuntimeConfig
-from longext.evaluation.model import extension_config, load_language_model
+from longext.conversion.extend import extend_checkpoint
+from longext.models.hf import extension_config, load_language_model
 
 IDS = torch.arange(3, 803)[None] % 8000
 

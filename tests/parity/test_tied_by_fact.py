@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.merge import merge_adapter
 from longext.checkpoint.tying import is_tied
 from longext.config import FinetuneConfig, MergeConfig, RuntimeConfig
+from longext.conversion.merge import merge_adapter
 from longext.errors import CheckpointError
-from longext.evaluation.model import load_language_model
+from longext.models.hf import load_language_model
 from longext.planning.shape import read_shape
 from longext.training.loading import load_for_training, plan_training_rope
 from longext.training.longlora import finetune_checkpoint

@@ -8,15 +8,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longext.compressor.generation import TextStream
 from longext.config import ChatConfig
-from longext.data.longeval import LongEvalCase
 from longext.errors import ConfigError
-from longext.evaluation import chat
-from longext.evaluation.longeval import evaluate_longeval, longeval_record
-from longext.evaluation.model import HFLanguageModel
-from longext.evaluation.needle import evaluate_needles, make_questions, needle_notes, needle_record
-from longext.evaluation.predictions import Request, answer_notes, generate_predictions
-from longext.evaluation.retrieval_config import LongEvalConfig, NeedleConfig
-from longext.models import turns
+from longext.evals.longeval import evaluate_longeval, longeval_record
+from longext.evals.longeval_data import LongEvalCase
+from longext.evals.retrieval_config import LongEvalConfig, NeedleConfig
+from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_notes, needle_record
+from longext.models import chat, turns
+from longext.models.answers import Request, answer_notes, generate_predictions
+from longext.models.hf import HFLanguageModel
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from longext.errors import ConfigError, LongextError
-from longext.evaluation.bars import (
+from longext.evals.limits import (
     PERPLEXITY,
     POINTS,
     SHARE,
@@ -18,7 +18,7 @@ from longext.evaluation.bars import (
     require_bars,
     verdict,
 )
-from longext.evaluation.retrieval import Outcome, outcome_verdicts
+from longext.evals.retrieval import Outcome, outcome_verdicts
 
 PLACES = [("single", "512"), ("single", "1024"), ("lines", "20")]
 

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from longext.errors import ConfigError
-from longext.evaluation.chat import chat_frame, chat_tokens, render_chat, uses_template
-from longext.evaluation.needle import evaluate_needles, make_questions, needle_record
-from longext.evaluation.retrieval_config import NeedleConfig
+from longext.evals.retrieval_config import NeedleConfig
+from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_record
+from longext.models.chat import chat_frame, chat_tokens, render_chat, uses_template
 
 WITH_BOS = (  # writes BOS, has a system message, and strips messages, as Llama 3's
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] | trim }}</s>{% endfor %}"

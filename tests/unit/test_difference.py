@@ -8,8 +8,8 @@ import json
 import pytest
 
 from longext.errors import DataError
-from longext.evaluation.difference import compare_results
-from longext.evaluation.scores import read_result, scores_of
+from longext.report.difference import compare_results
+from longext.report.scores import read_result, scores_of
 
 
 def record(**changes):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from longext.errors import ConfigError
-from longext.evaluation.checks_config import EffectiveConfig
-from longext.evaluation.effective import (
+from longext.evals.checks_config import EffectiveConfig
+from longext.evals.effective import (
     STEP,
     check_effective_config,
     effective_notes,

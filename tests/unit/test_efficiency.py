@@ -6,8 +6,8 @@ import pytest
 import torch
 from compressors import SEGMENT, VARIANTS, make_compressor, make_document, random_ids, tiny_llama
 
-from longext.compressor.efficiency import bytes_per_position, encode, evaluate_efficiency, ways_of, window_notes
 from longext.config import EfficiencyConfig
+from longext.evals.memory.efficiency import bytes_per_position, encode, evaluate_efficiency, ways_of, window_notes
 
 
 def ways_by_name(compressor, ratios=(4,), window=24):

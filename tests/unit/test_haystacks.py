@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from longext.data.haystacks import NEEDLE_TASKS, Names
-from longext.data.words import ADJECTIVES, NOUNS, draw_different
 from longext.errors import ConfigError
-from longext.evaluation.needle import SCORINGS, evaluate_needles, make_questions, match_share
-from longext.evaluation.protocol import TokenScores
-from longext.evaluation.retrieval import Outcome, cells_of, pooled_cells, share_interval
-from longext.evaluation.retrieval_config import NeedleConfig
+from longext.evals.retrieval import Outcome, cells_of, pooled_cells, share_interval
+from longext.evals.retrieval_config import NeedleConfig
+from longext.evals.ruler.haystacks import NEEDLE_TASKS, Names
+from longext.evals.ruler.needle import SCORINGS, evaluate_needles, make_questions, match_share
+from longext.evals.ruler.words import ADJECTIVES, NOUNS, draw_different
+from longext.models.protocol import TokenScores
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for ([\w-]+) is: ([\w-]+)\.")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.extend import extend_checkpoint
 from longext.checkpoint.source import resolve_model
 from longext.config import DataConfig, ExtendConfig
+from longext.conversion.extend import extend_checkpoint
 from longext.data.documents import load_documents
 from longext.errors import CheckpointError, DataError
 

@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from longext.config import LongBenchConfig
-from longext.data.longbench import LongBenchRow, longbench_files, read_longbench
 from longext.errors import ConfigError, DataError, LongextError
-from longext.evaluation import longbench as bench
-from longext.evaluation import longbench_tasks as tasks
-from longext.evaluation.longbench_run import prompt_limit
-from longext.evaluation.longbench_tasks import TASKS, fill_prompt, read_prompt
+from longext.evals.longbench import suite as bench
+from longext.evals.longbench import tasks
+from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench
+from longext.evals.longbench.run import prompt_limit
+from longext.evals.longbench.tasks import TASKS, fill_prompt, read_prompt
 
 TEMPLATE = "{{ bos_token }}<u>{% for m in messages %}{{ m['content'] }}{% endfor %}</u>"
 

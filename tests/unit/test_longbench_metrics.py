@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from longext.errors import MissingExtraError
-from longext.evaluation import longbench_metrics as metrics
-from longext.evaluation.longbench_metrics import METRICS
+from longext.evals.longbench import metrics
+from longext.evals.longbench.metrics import METRICS
 
 
 @pytest.mark.parametrize(

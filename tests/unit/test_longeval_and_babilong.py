@@ -9,13 +9,14 @@ import re
 import pytest
 from conftest import SHARED
 
-from longext.data import babilong, longeval
 from longext.errors import ConfigError, DataError
-from longext.evaluation.babilong import evaluate_babilong
-from longext.evaluation.babilong import is_right as answers_fact
-from longext.evaluation.chat import uses_template
-from longext.evaluation.longeval import is_right, load_cases, prompt_text, score_published
-from longext.evaluation.retrieval_config import BABILongConfig, LongEvalConfig
+from longext.evals import babilong_data as babilong
+from longext.evals import longeval_data as longeval
+from longext.evals.babilong import evaluate_babilong
+from longext.evals.babilong import is_right as answers_fact
+from longext.evals.longeval import is_right, load_cases, prompt_text, score_published
+from longext.evals.retrieval_config import BABILongConfig, LongEvalConfig
+from longext.models.chat import uses_template
 
 LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)
 ANSWERS = SHARED / "longeval/lines/predictions/longchat-13b-16k"

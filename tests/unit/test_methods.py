@@ -6,9 +6,9 @@ import pytest
 
 from longext.config import ExtendConfig, PerplexityConfig, RuntimeConfig
 from longext.errors import ConfigError
-from longext.evaluation.methods import check_method, described, method_request
-from longext.evaluation.model import load_language_model
-from longext.evaluation.perplexity import check_perplexity_config, stride_of
+from longext.evals.perplexity import check_perplexity_config, stride_of
+from longext.models.hf import load_language_model
+from longext.models.methods import check_method, described, method_request
 from longext.rope.methods import RopeSpec
 
 

@@ -11,11 +11,10 @@ from broken_models import edit_config, edit_weights, make_micro
 from families import CONFIGS, _config, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
-from longext.checkpoint import source
+from longext.checkpoint import checks, load, source
+from longext.checkpoint.load import build_model_config, load_causal_lm, load_config
 from longext.checkpoint.source import read_config, read_shards
 from longext.errors import CheckpointError
-from longext.models import checks, load
-from longext.models.load import build_model_config, load_causal_lm, load_config
 
 _MLP = {"intermediate_size": 48}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}

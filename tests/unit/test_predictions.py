@@ -9,9 +9,9 @@ import torch
 
 from longext.config import RuntimeConfig
 from longext.errors import ConfigError, DataError
-from longext.evaluation.answer_file import tokens_hash
-from longext.evaluation.model import load_language_model
-from longext.evaluation.predictions import Prediction, Request, generate_predictions
+from longext.models.answer_file import tokens_hash
+from longext.models.answers import Prediction, Request, generate_predictions
+from longext.models.hf import load_language_model
 
 STORY = "It was the best of times, it was the worst of times. The old man walked slowly down the road, and then "
 

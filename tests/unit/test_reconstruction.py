@@ -12,7 +12,8 @@ from longext.compressor.base import REPEAT, Segment
 from longext.compressor.decoding import CachedDecoder, greedy
 from longext.compressor.documents import reconstruction_segments
 from longext.compressor.gradients import Document
-from longext.compressor.reconstruction import (
+from longext.errors import DataError
+from longext.evals.memory.reconstruction import (
     CONTENTS,
     _base_nll,
     _score,
@@ -20,7 +21,6 @@ from longext.compressor.reconstruction import (
     reconstruct,
     vocabulary_of,
 )
-from longext.errors import DataError
 
 LENGTH = SEGMENT
 

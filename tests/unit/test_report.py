@@ -9,10 +9,10 @@ import report_records as made
 from report_records import write
 
 from longext.errors import DataError
-from longext.evaluation.difference import compare_results
-from longext.evaluation.report import csv_rows, make_report
-from longext.evaluation.suites import KINDS, SUITES
-from longext.reporting.report_views import report_tables
+from longext.report.build import csv_rows, make_report
+from longext.report.difference import compare_results
+from longext.report.report_views import report_tables
+from longext.report.suites import KINDS, SUITES
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 

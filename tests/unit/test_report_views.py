@@ -8,9 +8,9 @@ import pytest
 import report_records as made
 from test_report import changed, report
 
-from longext.reporting.report_figures import report_figures
-from longext.reporting.report_page import report_page
-from longext.reporting.report_views import report_notes, report_tables, shown_tables, to_markdown
+from longext.report.report_figures import report_figures
+from longext.report.report_page import report_page
+from longext.report.report_views import report_notes, report_tables, shown_tables, to_markdown
 
 EVERY = {
     "perplexity": made.perplexity(),

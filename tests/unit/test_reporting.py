@@ -8,10 +8,10 @@ import math
 
 import pytest
 
-from longext.reporting.console import pace, print_table
-from longext.reporting.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
-from longext.reporting.results import dump_json, output_directory
-from longext.reporting.tables import Table, number, percent
+from longext.report.console import pace, print_table
+from longext.report.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
+from longext.report.results import dump_json, output_directory
+from longext.report.tables import Table, number, percent
 from longext.staging import staged_directory
 
 TABLE = Table("T", ["name", "x"], [["a|b", "1"], ["c", "2"]], frozenset({(1, 1)}), caption="note")
@@ -119,7 +119,7 @@ def test_a_staged_directory_appears_complete_or_not_at_all(tmp_path):
 
 
 def test_text_in_a_table_is_neither_html_nor_a_formula():
-    from longext.reporting.tables import Table, csv_text
+    from longext.report.tables import Table, csv_text
 
     name = '<img src=x onerror="alert(1)">\n| a'
     text = Table(name, ["m", "ppl"], [[name, "1"]], caption=name).to_markdown()
@@ -131,7 +131,7 @@ def test_text_in_a_table_is_neither_html_nor_a_formula():
 
 @pytest.mark.filterwarnings("error")
 def test_pictures_take_any_number_of_variants_and_numbers_that_are_none():
-    from longext.reporting.plots import colours_for, nll_by_position, perplexity_by_length, save_png
+    from longext.report.plots import colours_for, nll_by_position, perplexity_by_length, save_png
 
     names = [f"yarn:beta_fast={n}" for n in range(60)]
     assert set(colours_for(names)) == set(names)
@@ -144,7 +144,7 @@ def test_pictures_take_any_number_of_variants_and_numbers_that_are_none():
 def test_a_progress_display_prints_names_as_they_are(monkeypatch):
     from rich.console import Console
 
-    from longext.reporting import console
+    from longext.report import console
 
     file = io.StringIO()
     monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))

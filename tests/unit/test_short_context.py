@@ -9,9 +9,8 @@ import torch
 
 from longext.data.documents import Document
 from longext.errors import ConfigError, DataError
-from longext.evaluation.checks_config import ShortConfig
-from longext.evaluation.protocol import TokenScores
-from longext.evaluation.short_context import (
+from longext.evals.checks_config import ShortConfig
+from longext.evals.short_context import (
     check_short_config,
     compare_short,
     cut_windows,
@@ -20,6 +19,7 @@ from longext.evaluation.short_context import (
     undecided,
     verdict,
 )
+from longext.models.protocol import TokenScores
 
 
 class Known:

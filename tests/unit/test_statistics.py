@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longext.evaluation.statistics import (
+from longext.evals.statistics import (
     bootstrap_mean,
     leaders,
     mean_interval,

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from longext.evaluation.text_metrics import (
+from longext.evals.text_metrics import (
     bleu,
     bleu_counts,
     bootstrap_corpus_bleu,

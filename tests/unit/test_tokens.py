@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
-from longext.data import tokens
-from longext.data.tokens import control_tokens, count_controls, encode_text
-from longext.evaluation.model import load_tokenizer
+from longext.models import tokens
+from longext.models.hf import load_tokenizer
+from longext.models.tokens import control_tokens, count_controls, encode_text
 
 
 def _words(rng, letters, count):

@@ -9,8 +9,8 @@ import torch
 from families import CONFIGS, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
-from longext.checkpoint.merge import merge_adapter
 from longext.config import FinetuneConfig, MergeConfig, PlanConfig
+from longext.conversion.merge import merge_adapter
 from longext.planning.setup import setup_of
 from longext.planning.shape import read_shape
 from longext.training.tuning import make_trainable, norm_modules

@@ -1,0 +1,519 @@
+"""Extend a checkpoint's context without training: rewrite its config, link its weights, never load them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longext.checkpoint.bundled import is_bundled
+from longext.checkpoint.families import UNLISTED
+from longext.checkpoint.links import belongs_to, left_out_note, mark_files
+from longext.checkpoint.ranges import MAX_FACTOR
+from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
+from longext.checkpoint.source import (
+    INDEX_NAME,
+    Shard,
+    read_config,
+    read_json,
+    read_shards,
+    refuse_adapter,
+    resolve_model,
+)
+from longext.config import ExtendConfig
+from longext.conversion.card import license_of, model_card
+from longext.conversion.computed import compare, compute, describe_layers, warn
+from longext.errors import CheckpointError, ConfigError, LongextError
+from longext.manifest import read_manifest, write_manifest, write_text
+from longext.rope.methods import (
+    ROPE_METHODS,
+    RopeParameters,
+    RopeSpec,
+    bake_as_longrope,
+    compute_inv_freq,
+    rope_parameters,
+)
+from longext.rope.reading import spec_from_json
+from longext.staging import check_output, staged_directory
+from longext.untrusted import fields, is_a
+
+# Small files that travel with a checkpoint, beside config.json (rewritten) and the weights (linked).
+_SIDE_PATTERNS = (
+    "*.json",
+    "*.jsonl",
+    "*.txt",
+    "*.model",
+    "*.py",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
+_LEGACY_INDEX = ".bin.index.json"
+_LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
+_FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtensionPlan:
+    """Everything `extend` is going to do, before it does it.
+
+    Attributes:
+        source: directory of the base model.
+        rope: its RoPE.
+        origin: the RoPE of the weights as they were trained (differs from `rope.spec` on a longext output).
+        spec: the new RoPE.
+        parameters: its standard `rope_parameters`.
+        old_length: `max_position_embeddings` of the base.
+        new_length: the context length the extension is for.
+        relation: "extends", "composes with" or "replaces" the RoPE that was there.
+        shards: the weight files.
+        side_files: small files that are copied.
+        layout: the spelling that is written (`write_rope`).
+        layers: which layers the extension reaches, in words.
+        warnings: what the user should know before using it, one line each.
+    """
+
+    config: ExtendConfig
+    source: Path
+    rope: ModelRope
+    origin: RopeSpec
+    spec: RopeSpec
+    parameters: RopeParameters
+    old_length: int
+    new_length: int
+    relation: str
+    shards: tuple[Shard, ...]
+    side_files: tuple[Path, ...]
+    layout: str = "both"
+    layers: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def config_length(self) -> int:
+        """`max_position_embeddings` to write: dynamic NTK measures a sequence against it, so it stays L there."""
+        return self.spec.original_max_position_embeddings if self.keeps_length else self.new_length
+
+    @property
+    def keeps_length(self) -> bool:
+        """True where the written `max_position_embeddings` is the trained length."""
+        return ROPE_METHODS[self.spec.method].keeps_length
+
+    @property
+    def weight_bytes(self) -> int:
+        """Total size of the weight files."""
+        return sum(shard.size for shard in self.shards)
+
+
+def plan_extension(config: ExtendConfig) -> ExtensionPlan:
+    """Work out an extension from config.json and the safetensors headers, and hold it to what transformers builds.
+
+    Without `config.check` that comparison, which imports torch and transformers, is left out.
+
+    Raises:
+        CheckpointError: the model cannot be read or extended, or would not compute what is planned.
+        ConfigError: a parameter is out of range, or the model's existing RoPE cannot be combined with the method.
+    """
+    ROPE_METHODS[config.method]
+    source = resolve_model(config.model, config.revision)
+    refuse_adapter(source)
+    rope = read_model_rope(source)
+    spec, origin, relation = plan_rope(config, source, rope)
+    parameters = exportable_parameters(rope, spec)
+    new_length = round(spec.original_max_position_embeddings * spec.factor)
+    plan = ExtensionPlan(
+        config=config,
+        source=source,
+        rope=rope,
+        origin=origin,
+        spec=spec,
+        parameters=parameters,
+        old_length=rope.max_position_embeddings,
+        new_length=new_length,
+        relation=relation,
+        shards=tuple(read_shards(source)),
+        side_files=side_files(source),
+        layers=f"{rope.describe_layers()} (as config.json says)",
+        warnings=engine_notes(parameters),
+    )
+    return checked(plan) if config.check else plan
+
+
+def checked(plan: ExtensionPlan) -> ExtensionPlan:
+    """Return `plan` in the spelling whose built model computes it, with its layers as that model has them.
+
+    Raises:
+        CheckpointError: no spelling does; carries the first difference.
+    """
+    lengths = sorted({plan.spec.original_max_position_embeddings, plan.new_length + 1})
+    base = compute(read_config(plan.source), lengths)
+    problem: CheckpointError | None = None
+    for layout in ("both", "new"):
+        chosen = replace(plan, layout=layout)
+        written = extended_config(chosen)
+        # a family with a row has an old spelling that its tests hold; of others it is written if the class reads it
+        is_tried = layout == "both" and plan.rope.family is UNLISTED
+        try:
+            compare(base, compute(written, lengths), plan.rope, plan.spec, lengths)
+            if is_tried:
+                alone = compute(one_spelling(written, plan.rope, "old"), lengths, layers=False)
+                compare(base, alone, plan.rope, plan.spec, lengths)
+        except CheckpointError as error:
+            problem = problem or error
+            continue
+        gains_nothing = warn(base, plan.rope)
+        warnings = (*plan.warnings, gains_nothing) if gains_nothing else plan.warnings
+        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings)
+    assert problem is not None
+    raise problem
+
+
+def engine_notes(parameters: RopeParameters) -> tuple[str, ...]:
+    """Return what llama.cpp makes of these `rope_parameters` if that is not what transformers does."""
+    kind = parameters["rope_type"]
+    if kind == "dynamic":
+        return ("llama.cpp ignores dynamic NTK in silence: it runs this checkpoint with the base's RoPE.",)
+    if kind == "longrope":
+        return ("llama.cpp reads longrope for Phi-3 and MiniCPM alone; for other models it ignores it in silence.",)
+    if kind == "yarn" and parameters.get("attention_factor") is not None:
+        return (
+            "llama.cpp multiplies the attention_factor of this yarn RoPE by 0.1 ln s + 1 once more: its logits differ.",
+        )
+    return ()
+
+
+def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[RopeSpec, RopeSpec, str]:
+    """Return (the new RoPE, the RoPE the weights were trained with, how the two relate).
+
+    Factors are absolute: target length / pre-training length, whatever was there before.
+    """
+    origin, was_trained = trained_rope(source, rope)
+    if config.original_length is not None:
+        if config.original_length < 1:
+            raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
+        origin = replace(origin, original_max_position_embeddings=config.original_length)
+    is_plain = origin.method in ("none", "dynamic") or origin.factor == 1
+    composes = origin.method == config.method and not is_plain
+    if not (is_plain or composes or config.replace):
+        raise ConfigError(
+            f"{config.model} was trained with {origin.method} RoPE (factor {origin.factor:g} of "
+            f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
+            f"Use `{origin.method}` with a larger factor, or start from the bare base theta: longext extend --replace."
+        )
+    spec = _new_spec(config, origin if composes else _bare(origin))
+    if composes and spec.factor < origin.factor:
+        raise ConfigError(
+            f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
+            f"{origin.original_max_position_embeddings} tokens of pre-training: give more, not {spec.factor:g}."
+        )
+    if composes:
+        relation = "composes with"
+    else:
+        relation = "extends" if is_plain and was_trained else "replaces"
+    return spec, origin, relation
+
+
+def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
+    """Return the RoPE the weights were trained with, and False where the config holds a later, training-free one.
+
+    longext's own run.json remembers it, as long as nobody changed the config since. After training (a merged
+    adapter) it is the RoPE that is there, spelled as the method that made it.
+    """
+    extension = _record(source, rope)
+    if extension is None or extension.get("trained"):
+        return written_rope(source, rope), True
+    return spec_from_json(extension["origin"]), False
+
+
+def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
+    """Return the RoPE that the config holds: as run.json spells it where the two agree, else as it reads."""
+    extension = _record(source, rope)
+    return rope.spec if extension is None else spec_from_json(extension["spec"])
+
+
+def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
+    """The extension record in run.json, unless somebody changed the config since."""
+    extension: dict[str, Any] | None = read_manifest(source).get("extension")
+    if not extension or not {"spec", "origin"} <= set(extension) or extension["rope_parameters"] != rope.parameters:
+        return None
+    return extension
+
+
+def _bare(spec: RopeSpec) -> RopeSpec:
+    """The unscaled RoPE under a scaled one: its base theta and pre-training length, and what belongs to the model."""
+    return RopeSpec(
+        mscale=spec.mscale,
+        mscale_all_dim=spec.mscale_all_dim,
+        num_rotated=spec.num_rotated,
+        method="none",
+        rope_theta=spec.rope_theta,
+        rotary_dim=spec.rotary_dim,
+        original_max_position_embeddings=spec.original_max_position_embeddings,
+    )
+
+
+def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
+    """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
+    typed: dict[str, Any] = {
+        "beta_fast": config.beta_fast,
+        "beta_slow": config.beta_slow,
+        "ramp": config.ramp,
+        "truncate": config.truncate,
+        "attention_factor": config.attention_factor,
+        "alpha": config.alpha,
+        "low_freq_factor": config.low_freq_factor,
+        "high_freq_factor": config.high_freq_factor,
+        "new_rope_theta": config.rope_theta,
+    }
+    given = {key: value for key, value in typed.items() if value is not None}
+    if config.factors is not None:
+        given.update(read_factors(Path(config.factors)))
+    allowed = ROPE_METHODS[config.method].options
+    for key in given:
+        if key not in allowed and not (config.method == "longrope" and key == "factor"):
+            flag = {"new_rope_theta": "rope_theta", "short_factor": "factors", "long_factor": "factors"}.get(key, key)
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+            raise ConfigError(f"`{config.method}` has no parameter `{flag}`: {takes}.")
+    factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
+    if config.method == "none" and factor != 1:
+        raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
+    ramp = given.get("ramp") or start.ramp or ROPE_METHODS[config.method].ramp
+    if "truncate" in given and ramp == "paper":
+        raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
+    return replace(start, **{**given, "method": config.method, "factor": factor})
+
+
+def resolve_factor(config: ExtendConfig, original: int, from_file: float | None) -> float:
+    """Return s from `--factor` or `--target-length`; exact, never rounded up.
+
+    Raises:
+        ConfigError: none or both given, a factor below 1, or a target below the trained length.
+    """
+    if config.factor is not None and config.target_length is not None:
+        raise ConfigError("Give either --factor or --target-length, not both.")
+    if config.target_length is not None:
+        if config.target_length < original:
+            raise ConfigError(
+                f"--target-length must be at least the trained length {original}, got {config.target_length}. "
+                "If the model was trained on less than its config says, state `original_length`."
+            )
+        return config.target_length / original
+    factor = config.factor if config.factor is not None else from_file
+    if factor is None and config.method == "none":
+        return 1.0
+    if factor is None:
+        raise ConfigError(f"Give --factor (for example 8) or --target-length (for example {8 * original}).")
+    if factor > MAX_FACTOR:
+        raise ConfigError(f"--factor must be at most {MAX_FACTOR:g}, got {factor:g}.")
+    if not factor >= 1:
+        raise ConfigError(f"--factor must be >= 1 (target length / trained length {original}), got {factor:g}.")
+    return float(factor)
+
+
+def read_factors(path: Path) -> dict[str, Any]:
+    """Return LongRoPE factors from a JSON file: `long_factor`, optional `short_factor`, `factor`, `attention_factor`.
+
+    Raises:
+        ConfigError: missing file, broken JSON, no `long_factor`, or values that are not positive numbers.
+    """
+    try:
+        values = read_json(path, "a factor file")
+    except CheckpointError as error:
+        raise ConfigError(f"--factors {path}: {error}") from error
+    known = {"long_factor", "short_factor", "factor", "attention_factor"}
+    if "long_factor" not in values or set(values) - known:
+        raise ConfigError(
+            f"--factors {path}: needs the key long_factor, may have {', '.join(sorted(known))}; got {sorted(values)}."
+        )
+    fields(values, f"--factors {path}", dict.fromkeys(("factor", "attention_factor"), (float, None)), ConfigError)
+    for name in ("long_factor", "short_factor"):
+        numbers = values.get(name, [1.0])
+        if not isinstance(numbers, list) or not all(is_a(x, float) and x > 0 for x in numbers):
+            raise ConfigError(f"--factors {path}: `{name}` must be a list of numbers above 0.")
+    given = {key: value for key, value in values.items() if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in given.items()}
+
+
+def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
+    """Return rope_parameters that this model type's config accepts, baked as `longrope` where it takes nothing else.
+
+    Raises:
+        ConfigError: a length-dependent method on a family that cannot carry it.
+    """
+    _refuse_keys(rope, spec)
+    parameters = rope_parameters(spec)
+    accepted = rope.family.rope_types
+    if accepted is None or parameters["rope_type"] in accepted:
+        return _with_carried(parameters, rope, spec)
+    if ROPE_METHODS[spec.method].keeps_length:
+        raise ConfigError(
+            f"`{spec.method}` depends on the sequence length, and a {rope.model_type} config accepts only "
+            f"{', '.join(sorted(accepted))}. Use ntk, ntk-by-parts, yarn or longrope."
+        )
+    return _with_carried(bake_as_longrope(spec, *compute_inv_freq(spec)), rope, spec)
+
+
+def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
+    """Refuse what cannot be carried over to another RoPE: unknown keys, bases by layer under some methods."""
+    if rope.unknown:
+        raise ConfigError(
+            f"The model's rope_parameters hold `{rope.unknown[0]}`, which longext has no meaning for: it may be wrong "
+            "under a new RoPE. If the model does not need it, delete it from config.json."
+        )
+    bases = sorted(set(rope.layer_theta) - {0.0})
+    if spec.method == "abf" and len(bases) > 1:
+        found = ", ".join(f"{base:g}" for base in bases)
+        raise ConfigError(f"`abf` gives all layers one base, this model's have {found}. Use ntk, which raises each.")
+    if bases and not math.isclose(rope.spec.rope_theta, spec.rope_theta, rel_tol=1e-9):
+        raise ConfigError(
+            "The bases of this model's layers were raised by an extension: extend its base model instead."
+        )
+
+
+def _with_carried(parameters: RopeParameters, rope: ModelRope, spec: RopeSpec) -> RopeParameters:
+    """Add the keys that stay true under any RoPE."""
+    kept = dict(rope.carried)
+    if "llama_4_scaling_beta" in kept:  # queries grow with the logarithm of the position over this length
+        kept["original_max_position_embeddings"] = spec.original_max_position_embeddings
+    return {**parameters, **kept}
+
+
+def extend_checkpoint(config: ExtendConfig) -> ExtensionPlan:
+    """Write the extended checkpoint to `config.output` and return what was done.
+
+    The output appears under its name only when it is complete. Weight files are hard-linked (copied across devices).
+
+    Raises:
+        ConfigError, CheckpointError: as `plan_extension`; or the output exists.
+    """
+    if config.output is None:
+        raise ConfigError("Give an output directory with -o.")
+    output = Path(config.output)
+    plan = plan_extension(config)
+    check_output(output, config.force, protected=plan.source)
+    write_extension(plan, output)
+    return plan
+
+
+def write_extension(plan: ExtensionPlan, output: Path) -> None:
+    """Write `plan` to `output`: links, rewritten config and tokenizer length, model card, run.json."""
+    with staged_directory(output, plan.config.force) as staging:
+        force_copy = plan.config.copy or is_bundled(plan.source)
+        for shard in plan.shards:
+            place_file(shard.path, staging / shard.path.name, force_copy)
+        for file in plan.side_files:
+            place_file(file, staging / file.name, force_copy or file.stat().st_size < _LINKED_FROM)
+        if (plan.source / INDEX_NAME).is_file():
+            shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
+        write_json(staging / "config.json", extended_config(plan))
+        raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
+        raise_length(staging / "generation_config.json", "max_length", plan.new_length)
+        record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
+        card = model_card(record, plan.layers, license_of(plan.source))
+        write_text(staging / "README.md", card)
+        write_manifest(staging, "extend", plan.config, extension=record)
+
+
+def extended_config(plan: ExtensionPlan) -> dict[str, Any]:
+    """Return the new config.json: the base's, with the new RoPE in both layouts."""
+    config: dict[str, Any] = write_rope(
+        read_config(plan.source), plan.rope, plan.spec, plan.parameters, plan.config_length, plan.layout
+    )
+    return config
+
+
+def provenance(plan: ExtensionPlan) -> dict[str, Any]:
+    """Return what a later `extend` or `verify` needs: the trained RoPE, the new one, and how it was written."""
+    return {
+        "base_model": plan.config.model,
+        "base_revision": plan.config.revision,
+        "base_path": str(plan.source.resolve()),
+        "relation": plan.relation,
+        "trained": False,
+        "origin": dataclasses.asdict(plan.origin),
+        "spec": dataclasses.asdict(plan.spec),
+        "rope_parameters": plan.parameters,
+        "old_rope_parameters": plan.rope.parameters,
+        "old_length": plan.old_length,
+        "new_length": plan.new_length,
+        "formula": ROPE_METHODS[plan.spec.method].formula,
+        "reference": ROPE_METHODS[plan.spec.method].reference,
+        "checked": plan.config.check,
+        "layout": plan.layout,
+        "warnings": list(plan.warnings),
+    }
+
+
+def place_file(source: Path, target: Path, force_copy: bool = False) -> str:
+    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy. Never a symlink.
+
+    Returns:
+        "linked", "cloned" or "copied".
+    """
+    source = source.resolve()  # Hub caches hold symlinks to blobs
+    if not force_copy:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return "linked"
+    if _clone(source, target):
+        return "cloned"
+    shutil.copyfile(source, target)
+    return "copied"
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Copy-on-write clone where the filesystem offers it (Linux FICLONE); False where it does not."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        with source.open("rb") as reader, target.open("wb") as writer:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def side_files(source: Path) -> tuple[Path, ...]:
+    """Return the small files that travel with the checkpoint in `source`: tokenizer, generation config, license."""
+    return tuple(file for file in _side_files(source) if belongs_to(file, source))
+
+
+def _side_files(source: Path) -> list[Path]:
+    files = {file for pattern in _SIDE_PATTERNS for file in source.glob(pattern) if file.is_file()}
+    return sorted(file for file in files if file.name not in _NOT_COPIED and not file.name.endswith(_LEGACY_INDEX))
+
+
+def left_out(source: Path) -> list[str]:
+    """Return a line on the small files in `source` that do not travel, as they are links out of it."""
+    return left_out_note(_side_files(source), source)
+
+
+def raise_length(path: Path, key: str, length: int) -> None:
+    """Raise a length limit beside the config, so that nothing stops at the old length; never lower it."""
+    if not path.is_file():
+        return
+    config = read_json(path, "a JSON file")
+    if isinstance(config.get(key), (int, float)) and config[key] < length:
+        config[key] = length
+        write_json(path, config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
+    path.unlink(missing_ok=True)
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(path, text + "\n")
+    except (TypeError, ValueError) as error:
+        raise LongextError(f"Cannot write {path.name}: {error}") from error

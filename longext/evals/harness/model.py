@@ -1,0 +1,282 @@
+"""A `LanguageModel` as lm-evaluation-harness asks one: log-probabilities, rolling log-probabilities, greedy answers.
+
+Tokens, windows and truncation are those of the harness's own model for transformers (`HFLM`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.errors import ConfigError, DataError
+from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
+from longext.models.answers import Prediction, Request, generate_predictions
+from longext.models.batching import batch_size, batched_by
+from longext.models.chat import render_chat, tokenizer_of, user_text, with_prefix
+from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
+from longext.models.protocol import LanguageModel
+from longext.models.turns import control_tokens
+
+_MAX_NEW_TOKENS = 256  # lm-eval's, where a task names none
+_HEEDED = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample", "temperature"}
+Owner = tuple[str, int]  # task, document
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Scorer:
+    """What a harness asks of a model, through `LanguageModel`.
+
+    Attributes:
+        model: what is measured.
+        window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
+        batch_tokens: tokens of a forward pass.
+        on_progress: called with the number of documents just finished.
+        folder: where answers are kept, for a run that is cut off: one file for each kind of request.
+        needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
+        truncated: documents that lost tokens.
+        ignored: generation settings of tasks that have no effect here.
+        prompt_tokens: document -> tokens of its prompt as read, where answers are generated.
+        without_system: the chat template refused system messages, and they were left out.
+        is_chat: texts come rendered by the chat template.
+        predictions: the answers generated.
+        prompt_hashes: of every input.
+        spelled: a text of a task spells control tokens.
+    """
+
+    model: LanguageModel
+    window: int | None
+    batch_tokens: int | None = None
+    on_progress: Progress | None = None
+    folder: Path | None = None
+    needs_system: bool = False
+    is_chat: bool = False
+    truncated: set[Owner] = field(default_factory=set)
+    ignored: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: dict[Owner, int] = field(default_factory=dict)
+    without_system: bool = False
+    predictions: list[Prediction] = field(default_factory=list)
+    prompt_hashes: set[str] = field(default_factory=set)
+    spelled: bool = False
+    _done: set[Owner] = field(default_factory=set)
+    _calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def prefix(self) -> int:
+        """The token before a text that has no context: BOS, else EOS."""
+        tokenizer = tokenizer_of(self.model)
+        token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if token is None:
+            raise ConfigError(f"The tokenizer of {self.model.name} has neither BOS nor EOS to put before a text.")
+        return token
+
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Return token ids; the tokenizer's prefix in front, but no second one where the text begins with it."""
+        ids = self.model.encode(text if self.is_chat else self._written(text), add_bos=False)
+        if add_special_tokens is None:
+            return with_prefix(self.model, ids)
+        return [*self.model.prefix, *ids] if add_special_tokens else ids
+
+    def _written(self, text: str) -> str:
+        """Return a text of a task as it is put; see `user_text`."""
+        text = user_text(self.model, text)
+        self.spelled = self.spelled or any(own in text for own in control_tokens(tokenizer_of(self.model)))
+        return text
+
+    def render(self, messages: list[dict[str, str]], answer_begun: bool) -> str:
+        """Return messages in the chat template; see `render_chat`."""
+        messages = [{**own, "content": self._written(own["content"])} for own in messages]
+        others = [message for message in messages if message["role"] != "system"]
+        try:
+            return render_chat(self.model, messages, answer_begun=answer_begun)
+        except ConfigError:
+            if self.needs_system or len(others) == len(messages):
+                raise
+            self.without_system = True
+            return render_chat(self.model, others, answer_begun=answer_begun)
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner], kind: str = "loglikelihood"
+    ) -> list[tuple[float, bool]]:
+        """Return, for every (context, continuation) in tokens, log p(continuation | context) and if greedy gives it.
+
+        Batches depend on all pairs, not on those still open: a run taken up again computes what a whole one does.
+        """
+        texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
+        lengths = [len(continuation) for _, continuation in pairs]
+        self.prompt_hashes.update(map(tokens_hash, texts))
+        path = self._file(kind)
+        found = _kept_scores(self.model, texts, lengths, path)
+        self._finished([owners[i] for i in found])
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        budget = batch_size(self.batch_tokens, max(map(len, texts), default=1), self.model.device)
+        for batch in batched_by(order, budget, lambda i: len(texts[i])):
+            if all(i in found for i in batch):
+                continue
+            made = self._score(batch, texts, lengths)
+            if path is not None:
+                append_answers(path, [{"id": i, "value": made[i][0], "is_greedy": made[i][1]} for i in batch])
+            found.update(made)
+            self._finished([owners[i] for i in batch])
+        return [found[i] for i in range(len(texts))]
+
+    def _score(
+        self, batch: Sequence[int], texts: Sequence[list[int]], lengths: Sequence[int]
+    ) -> dict[int, tuple[float, bool]]:
+        first = len(texts[batch[0]]) - max(lengths[i] for i in batch)
+        scores = self.model.score(torch.tensor([texts[i] for i in batch]), first)
+        return {
+            i: (
+                -float(scores.nll[row, -lengths[i] :].double().sum()),
+                bool(scores.is_top1[row, -lengths[i] :].all()),
+            )
+            for row, i in enumerate(batch)
+        }
+
+    def rolling(self, texts: Sequence[str], owners: Sequence[Owner]) -> list[float]:
+        """Return log p of whole texts, cut into windows that do not overlap (a model that reads any length: one)."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pairs, places = [], []
+        for place, text in enumerate(texts):
+            tokens = self.encode(text)
+            size = self._room or max(1, len(tokens))
+            for window in get_rolling_token_windows(tokens, self.prefix, max_seq_len=size, context_len=1):
+                pairs.append(make_disjoint_window(window))
+                places.append(place)
+        totals = [0.0] * len(texts)
+        found = self.log_likelihoods(pairs, [owners[place] for place in places], "loglikelihood_rolling")
+        for place, (value, _) in zip(places, found, strict=True):
+            totals[place] += value
+        return totals
+
+    def answers(self, prompts: Sequence[tuple[str, dict[str, Any]]], owners: Sequence[Owner]) -> list[str]:
+        """Return the greedy answer to every (prompt, generation settings of its task)."""
+        requests: dict[str, Request] = {}
+        ids = []
+        for (text, settings), owner in zip(prompts, owners, strict=True):
+            # repeats of a prompt have one greedy answer
+            ids.append(json.dumps([text, settings], sort_keys=True, default=str))
+            if ids[-1] not in requests:
+                requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
+            self.prompt_tokens[owner] = len(requests[ids[-1]].input_ids)
+        path = self._file("generate_until")
+        made = generate_predictions(
+            self.model, list(requests.values()), path, self.on_progress, self.batch_tokens, is_chat=None
+        )
+        self.predictions += made
+        self.prompt_hashes.update(prediction.prompt_sha256 for prediction in made)
+        texts = {prediction.id: prediction.text for prediction in made}
+        return [texts[id] for id in ids]
+
+    def _file(self, kind: str) -> Path | None:
+        """Return the file of the next call of a kind of request."""
+        self._calls[kind] += 1
+        number = f"-{self._calls[kind]}" if self._calls[kind] > 1 else ""
+        return None if self.folder is None else self.folder / f"{kind}{number}.jsonl"
+
+    @property
+    def _room(self) -> int | None:
+        """Tokens before a predicted one. A RoPE that follows the length sees that one too, and stays in the window."""
+        follows = isinstance(self.model, HFLanguageModel) and self.model.rope_type in LENGTH_DEPENDENT
+        return None if self.window is None else self.window - follows
+
+    def _window(self, context: list[int], continuation: list[int], owner: Owner) -> list[int]:
+        tokens, room = context + continuation, self._room
+        if not continuation:
+            raise DataError(f"{owner[0]}: document {owner[1]} has a choice of no tokens.")
+        if room is None or len(tokens) <= room + 1:
+            return tokens
+        if len(continuation) > room:
+            raise DataError(
+                f"{owner[0]}: document {owner[1]} has a choice of {len(continuation)} tokens, and the model reads "
+                f"{room} at once (--max-length)."
+            )
+        self.truncated.add(owner)
+        return tokens[-(room + 1) :]
+
+    def _request(self, id: str, text: str, settings: dict[str, Any], owner: Owner) -> Request:
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
+        if asked["do_sample"]:
+            self.ignored["sampling"] += 1
+        self.ignored.update(key for key in settings if key not in _HEEDED)
+        stop = handle_stop_sequences(list(asked["until"]), tokenizer_of(self.model).eos_token)
+        tokens = self.encode(text) or [self.prefix]
+        if self.window is not None:
+            room = self.window - asked["max_gen_toks"]
+            if room < 1:
+                raise ConfigError(
+                    f"{owner[0]} asks for answers of {asked['max_gen_toks']} tokens, which leaves no room for a prompt "
+                    f"in {self.window} (--max-length)."
+                )
+            if len(tokens) > room:
+                self.truncated.add(owner)
+                tokens = tokens[-room:]
+        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s))
+
+    def _finished(self, owners: Sequence[Owner]) -> None:
+        new = set(owners) - self._done
+        self._done |= new
+        if new and self.on_progress:
+            self.on_progress(len(new))
+
+
+def _kept_scores(
+    model: LanguageModel, texts: Sequence[list[int]], lengths: Sequence[int], path: Path | None
+) -> dict[int, tuple[float, bool]]:
+    """Return the scores in `path` by the number of their text."""
+    if path is None:
+        return {}
+    asked = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
+    found = {}
+    for number, row in open_answers(path, fingerprint_of(model, asked)):
+        try:
+            found[int(row["id"])] = float(row["value"]), bool(row["is_greedy"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number} is no score that longext wrote. Remove the file.") from error
+    return found
+
+
+def harness_model(scorer: Scorer) -> Any:
+    """Return lm-eval's model object around `scorer`."""
+    from lm_eval.api.model import TemplateLM
+
+    class _Model(TemplateLM):  # type: ignore[misc]
+        tokenizer = tokenizer_of(scorer.model)
+        eot_token_id = tokenizer.eos_token_id
+        tokenizer_name = scorer.model.name  # names lm-eval's cache of prompts, which is not used
+        prefix_token_id = property(lambda self: scorer.prefix)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return scorer.encode(string, add_special_tokens)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return scorer.render(chat_history, answer_begun=not add_generation_prompt)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self.owners = _owners(requests)
+            result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return result
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            return scorer.log_likelihoods([(context, tokens) for _, context, tokens in requests], self.owners)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            return scorer.rolling([request.args[0] for request in requests], _owners(requests))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return scorer.answers([request.args for request in requests], _owners(requests))
+
+    return _Model()
+
+
+def _owners(requests: Any) -> list[Owner]:
+    return [(request.task_name, request.doc_id) for request in requests]

@@ -1,0 +1,410 @@
+"""Auto-encoding quality: how much of a segment comes back from its memory (ICAE, arXiv 2307.06945; UIO, 2406.18173).
+
+Shape legend: B segments in a batch, l tokens of a segment, s sink tokens, n segments in all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longext.compressor.base import Compressor, CompressorSpec, Segment
+from longext.compressor.checkpoint import LoadedCompressor, check_base_options
+from longext.compressor.decoding import greedy, memory_decoder
+from longext.compressor.documents import reconstruction_segments
+from longext.compressor.gradients import Document as Segments
+from longext.compressor.memory import Memory
+from longext.compressor.ratios import check_ratios
+from longext.config import ReconstructionConfig
+from longext.data.documents import Document, data_hash
+from longext.errors import ConfigError, DataError
+from longext.evals.statistics import bootstrap_mean
+from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, corpus_bleu, rouge_l, words
+from longext.models.batching import batched_by
+from longext.models.protocol import result_record
+from longext.registry import Registry
+
+_BATCH_TOKENS = {"cpu": 2_048}  # segments decode together: on a CPU few rows already fill it
+_BATCH_TOKENS_ACCELERATOR = 32_768
+_LOGITS_AT_ONCE = 1_024
+_NUM_EXAMPLES = 3
+_WORD_STARTS = (
+    "\u0120",
+    "\u010a",
+    "\u2581",
+    " ",
+    "\n",
+)  # space and line break of byte-level BPE, space of SentencePiece
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+DEFINITION = (
+    "disjoint segments of l tokens drawn from the documents; the memory of each, then the repeat token and greedy "
+    "decoding up to l tokens or EOS; the sink tokens, which stay readable, are given and not scored; BLEU-4 (no "
+    "smoothing) and ROUGE-L (F1) over the whitespace words of the decoded text; bits saved = (cross-entropy of the "
+    "same reader without the memory - with it) / ln 2, per token, both after the repeat token, teacher-forced"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the content controls need of a tokenizer.
+
+    Attributes:
+        plain: ids of all tokens but the special ones.
+        begins_word: for every id, whether it starts with a space or a line break.
+    """
+
+    plain: Tokens
+    begins_word: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Content:
+    """One kind of text to reconstruct.
+
+    Attributes:
+        summary: for tables.
+        make: (segment int64 [l], vocabulary, rng) -> segment int64 [l].
+    """
+
+    summary: str
+    make: Callable[[Tokens, Vocabulary, np.random.Generator], Tokens]
+
+
+CONTENTS: Registry[Content] = Registry("content")
+
+
+def _shuffled_words(tokens: Tokens, vocabulary: Vocabulary, rng: np.random.Generator) -> Tokens:
+    starts = np.flatnonzero(vocabulary.begins_word[tokens])
+    parts = [part for part in np.split(tokens, starts) if len(part)]
+    return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+
+
+CONTENTS.register("text", Content("the segments as they are", lambda tokens, _, __: tokens))
+CONTENTS.register("shuffled", Content("the same tokens, their words in random order", _shuffled_words))
+CONTENTS.register(
+    "random",
+    Content(
+        "tokens drawn evenly from the vocabulary",
+        lambda tokens, vocabulary, rng: rng.choice(vocabulary.plain, len(tokens)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over the segments: mean (for `bleu` that of the corpus), 95 % bootstrap interval and median segment."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    median: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What came back of one kind of content at one ratio.
+
+    Attributes:
+        slots: of a segment's memory.
+        num_segments, num_tokens: how many were scored.
+        metrics: `bleu`, `sentence_bleu`, `rouge_l`, `exact_prefix` (share of tokens before the first wrong one),
+            `exact_match`; teacher-forced `accuracy` (share of tokens that are the first choice), `ce_memory`, `ce_none`
+            (no memory), `ce_base` (the model by itself on the text, no repeat token; all in nats) and `bits_saved`.
+        examples: the first segments and what came back, as text.
+        seconds: wall time.
+    """
+
+    content: str
+    ratio: int
+    slots: int
+    num_segments: int
+    num_tokens: int
+    metrics: dict[str, Estimate]
+    examples: list[dict[str, str]]
+    seconds: float
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSpec, window: int) -> tuple[int, ...]:
+    """Return the ratios to measure (those of the compressor where none is asked for).
+
+    Raises:
+        ConfigError: unknown content, or a ratio that the compressor cannot make.
+    """
+    check_base_options(config)
+    for name in config.content:
+        CONTENTS[name]
+    if not config.content or len(set(config.content)) < len(config.content):
+        raise ConfigError(f"--content must be different of {', '.join(CONTENTS)}, got {','.join(config.content)}.")
+    return check_ratios(config.ratio or spec.ratios, spec, window)
+
+
+def ratio_notes(ratios: Sequence[int], spec: CompressorSpec) -> list[str]:
+    """Return a line where a ratio is not one of training."""
+    new = [str(ratio) for ratio in ratios if ratio not in spec.ratios]
+    trained = ", ".join(map(str, spec.ratios))
+    return [f"Ratio {', '.join(new)}: not trained (trained: {trained})."] if new else []
+
+
+def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
+    """Return what the controls need; `size` is the number of embeddings."""
+    count = min(size, len(tokenizer))
+    names = tokenizer.convert_ids_to_tokens(list(range(count)))
+    special = set(tokenizer.all_special_ids)
+    return Vocabulary(
+        np.array([i for i in range(count) if i not in special], dtype=np.int64),
+        np.array([str(name).startswith(_WORD_STARTS) for name in names]),
+    )
+
+
+def draw_segments(documents: Sequence[Sequence[int]], length: int, num_samples: int, seed: int) -> tuple[Tokens, int]:
+    """Return (segments int64 [n, l], how many there were to draw from); disjoint, at multiples of `length`.
+
+    Raises:
+        DataError: no document has a whole segment.
+    """
+    places = [(d, start) for d, ids in enumerate(documents) for start in range(0, len(ids) - length + 1, length)]
+    if not places:
+        longest = max((len(ids) for ids in documents), default=0)
+        raise DataError(f"No document has a segment of {length} tokens: the longest has {longest}.")
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(places), min(num_samples, len(places)), replace=False)
+    rows = [documents[d][start : start + length] for d, start in (places[i] for i in chosen)]
+    return np.array(rows, dtype=np.int64), len(places)
+
+
+# --- one batch --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of B segments: hypotheses, and per segment sums over its scored tokens, float64 [B]."""
+
+    hypotheses: list[list[int]]
+    correct: Floats
+    nll_memory: Floats
+    nll_none: Floats
+
+
+@torch.no_grad()
+def reconstruct(compressor: Compressor, tokens: torch.Tensor, ratio: int, stop: Sequence[int] = ()) -> list[list[int]]:
+    """Return what greedy decoding gives for segments [B, l] from their memories, sink tokens included."""
+    asked, memory = _encoded(compressor, tokens, ratio)
+    return _decode(compressor, asked, memory, stop)
+
+
+def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[Segment, Memory]:
+    """Return (the segment that asks for the text, what it reads)."""
+    segments = Segments(reconstruction_segments(tokens, ratio, compressor.spec.sink), compressor)
+    store = segments.new_store()
+    store.put(0, segments.write(0, store))
+    return segments.segments[1], store.view(0, 1)
+
+
+def _decode(compressor: Compressor, asked: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:
+    length, given = asked.tokens.shape[1], asked.sink.shape[1]
+    decoder = memory_decoder(compressor, asked.sink, memory, asked.ratio, room=length)
+    made = greedy(decoder, asked.tokens[:, : 1 + given], length - given, stop)
+    return [[*start, *rest] for start, rest in zip(asked.sink.tolist(), made, strict=True)]
+
+
+@torch.no_grad()
+def _score(compressor: Compressor, tokens: torch.Tensor, ratio: int, stop: Sequence[int]) -> _Scores:
+    asked, memory = _encoded(compressor, tokens, ratio)
+    nothing = compressor.fixed(asked.sink)
+    with_memory, correct = _token_scores(compressor, compressor.read(asked, memory), tokens)
+    without, _ = _token_scores(compressor, compressor.read(asked, nothing), tokens)
+    return _Scores(_decode(compressor, asked, memory, stop), correct, with_memory, without)
+
+
+def _token_scores(compressor: Compressor, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[Floats, Floats]:
+    """Return (summed NLL in nats, tokens that are the first choice), float64 [B], of tokens s .. l - 1."""
+    first = compressor.spec.sink
+    wanted = tokens[:, first:]
+    states, labels = hidden[:, first:].flatten(0, 1), wanted.flatten()
+    nll, correct = [], []
+    for part, targets in zip(states.split(_LOGITS_AT_ONCE), labels.split(_LOGITS_AT_ONCE), strict=True):
+        logits = compressor.backbone.logits(part).float()
+        correct.append(logits.argmax(-1) == targets)
+        nll.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    sums = (torch.cat(values).view(wanted.shape).double().sum(1).cpu().numpy() for values in (nll, correct))
+    return next(sums), next(sums)
+
+
+@torch.no_grad()
+def _base_nll(compressor: Compressor, tokens: torch.Tensor, start: int) -> Floats:
+    """Return the summed NLL, float64 [B], that the frozen model by itself gives tokens s .. l - 1, `start` in front."""
+    shifted = torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], 1)
+    return _token_scores(compressor, compressor.backbone.run(compressor.backbone.embed(shifted)), tokens)[0]
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_reconstruction(
+    loaded: LoadedCompressor,
+    segments: Tokens,
+    ratios: Sequence[int],
+    config: ReconstructionConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Reconstruction]:
+    """Return one result per content and ratio, for the same segments [n, l].
+
+    Args:
+        on_progress: called with the number of segments just reconstructed.
+    """
+    compressor, tokenizer = loaded.compressor, loaded.tokenizer
+    vocabulary = vocabulary_of(tokenizer, compressor.backbone.embedding.weight.shape[0])
+    results = []
+    for name in config.content:
+        rng = np.random.default_rng(config.seed)
+        made = np.stack([CONTENTS[name].make(row, vocabulary, rng) for row in segments])
+        base = np.concatenate([_base_nll(compressor, b, _start(tokenizer)) for b in _batches(made, compressor, config)])
+        for ratio in sorted(ratios):
+            results.append(_evaluate(loaded, name, made, base, ratio, config, on_progress))
+    return results
+
+
+def _start(tokenizer: Any) -> int:
+    """Return what stands before a text: BOS, else EOS, else token 0."""
+    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def _batches(segments: Tokens, compressor: Compressor, config: ReconstructionConfig) -> Iterator[torch.Tensor]:
+    device = compressor.backbone.device
+    budget = config.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ACCELERATOR)
+    for batch in batched_by(list(segments), max(1, budget // segments.shape[1]), len):
+        yield torch.from_numpy(np.stack(batch)).to(device)
+
+
+def _evaluate(
+    loaded: LoadedCompressor,
+    content: str,
+    segments: Tokens,
+    base: Floats,
+    ratio: int,
+    config: ReconstructionConfig,
+    on_progress: Callable[[int], None] | None,
+) -> Reconstruction:
+    started = time.perf_counter()
+    compressor, sink = loaded.compressor, loaded.compressor.spec.sink
+    eos = sorted(loaded.plain.ending_tokens)
+    scores = []
+    for batch in _batches(segments, compressor, config):
+        scores.append(_score(compressor, batch, ratio, eos))
+        if on_progress:
+            on_progress(len(batch))
+    hypotheses = [row for score in scores for row in score.hypotheses]
+    decode = loaded.plain.decode
+    texts = [(decode(h[sink:]), decode(r[sink:])) for h, r in _pairs(hypotheses, segments)]
+    scored = segments.shape[1] - sink
+    with_memory, without, correct = (
+        np.concatenate([getattr(score, name) for score in scores]) / scored
+        for name in ("nll_memory", "nll_none", "correct")
+    )
+    per_segment = {
+        **_prefixes(hypotheses, segments, sink),
+        "accuracy": correct,
+        "ce_memory": with_memory,
+        "ce_none": without,
+        "ce_base": base / scored,
+        "bits_saved": (without - with_memory) / np.log(2),
+    }
+    metrics = _text_metrics(texts, config) | {name: _estimate(values, config) for name, values in per_segment.items()}
+    return Reconstruction(
+        content=content,
+        ratio=ratio,
+        slots=compressor.slots(ratio),
+        num_segments=len(segments),
+        num_tokens=len(segments) * scored,
+        metrics=metrics,
+        examples=[{"text": reference, "decoded": hypothesis} for hypothesis, reference in texts[:_NUM_EXAMPLES]],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _pairs(hypotheses: list[list[int]], segments: Tokens) -> Iterator[tuple[list[int], list[int]]]:
+    return zip(hypotheses, segments.tolist(), strict=True)
+
+
+def _prefixes(hypotheses: list[list[int]], segments: Tokens, sink: int) -> dict[str, Floats]:
+    """Return the shares of tokens before the first difference, and where there is none, float64 [n] each."""
+    shares = []
+    for hypothesis, reference in _pairs(hypotheses, segments):
+        same = [a == b for a, b in zip(hypothesis[sink:], reference[sink:], strict=False)]
+        shares.append((same.index(False) if False in same else len(same)) / (len(reference) - sink))
+    prefix = np.array(shares)
+    return {"exact_prefix": prefix, "exact_match": (prefix == 1).astype(np.float64)}
+
+
+def _text_metrics(texts: Sequence[tuple[str, str]], config: ReconstructionConfig) -> dict[str, Estimate]:
+    pairs = [(words(hypothesis), words(reference)) for hypothesis, reference in texts]
+    counts = np.stack([bleu_counts(*pair) for pair in pairs])
+    interval = bootstrap_corpus_bleu(counts, num_samples=config.num_bootstrap, seed=config.seed)
+    low, high = interval or (None, None)
+    sentence = bleu(counts)
+    return {
+        "bleu": Estimate(corpus_bleu(counts), low, high, float(np.median(sentence))),
+        "sentence_bleu": _estimate(sentence, config),
+        "rouge_l": _estimate(np.array([rouge_l(*pair) for pair in pairs]), config),
+    }
+
+
+def _estimate(values: Floats, config: ReconstructionConfig) -> Estimate:
+    interval = bootstrap_mean(values, np.ones(len(values)), num_samples=config.num_bootstrap, seed=config.seed)
+    low, high = interval or (None, None)
+    return Estimate(float(values.mean()), low, high, float(np.median(values)))
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def describe_compressor(loaded: LoadedCompressor) -> dict[str, Any]:
+    """Return what a result says of a compressor: its base model's entry, its spec and a directory."""
+    spec = loaded.compressor.spec
+    return {
+        **loaded.plain.describe(),
+        "compressor": {"directory": str(loaded.directory), **spec.to_json()},
+        "num_trained_parameters": sum(p.numel() for p in loaded.compressor.parameters()),
+    }
+
+
+def reconstruction_record(
+    loaded: LoadedCompressor,
+    documents: Sequence[Document],
+    num_available: int,
+    config: ReconstructionConfig,
+    results: Sequence[Reconstruction],
+) -> dict[str, Any]:
+    """Return the JSON record of a reconstruction evaluation."""
+    return result_record(
+        "reconstruction",
+        describe_compressor(loaded),
+        {
+            "id": "reconstruction/greedy",
+            "definition": DEFINITION,
+            "reference": "auto-encoding of ICAE, arXiv 2307.06945, and UIO-LLMs, arXiv 2406.18173",
+            "content": {name: CONTENTS[name].summary for name in config.content},
+            "num_bootstrap": config.num_bootstrap,
+            "seed": config.seed,
+        },
+        {
+            "source": config.data,
+            "split": config.split,
+            "sha256": data_hash(documents),
+            "num_documents": len(documents),
+            "num_segments_available": num_available,
+            "max_tokens": config.max_tokens,
+        },
+        results=[asdict(result) for result in results],
+    )

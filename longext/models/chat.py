@@ -1,0 +1,208 @@
+"""How a model is asked: chat templates, what is put around a message, and what a record says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longext.config import ChatConfig
+from longext.errors import ConfigError
+from longext.models.answer_file import hash_of
+from longext.models.protocol import LanguageModel
+from longext.models.turns import Asking, neutralised, parse_arguments, template_hash, think_marks
+
+_MESSAGE = "longext's message"  # stands for a message while a template is taken apart
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """What a chat template puts around a user's message.
+
+    Attributes:
+        before: the text in front, the tokenizer's prefix included where the template writes it.
+        after: the text behind, up to where the assistant's answer begins.
+        begins: the template writes the prefix itself.
+        thinks: what is behind ends with the beginning of a thought.
+    """
+
+    before: str
+    after: str
+    begins: bool
+    thinks: bool = False
+
+
+def asking_of(config: ChatConfig) -> Asking:
+    """Return how a config asks to put questions.
+
+    Raises:
+        ConfigError: a --template-arg that is none.
+    """
+    return Asking(parse_arguments(config.template_arg), config.strip_thinking, config.neutralise_control_tokens)
+
+
+def check_asking(config: ChatConfig) -> None:
+    """Raise ConfigError for a --template-arg that is none, or one that no template will take."""
+    if asking_of(config).template_arguments and config.chat_template is False:
+        raise ConfigError("--template-arg is for the chat template, and --no-chat-template leaves it out: drop one.")
+
+
+def set_asking(model: LanguageModel, config: ChatConfig) -> None:
+    """Let a model be asked as `config` says.
+
+    Raises:
+        ConfigError: as `stripped_marks`; or template variables for a tokenizer without a template.
+    """
+    asking = asking_of(config)
+    if asking.template_arguments and not has_template(model):
+        raise ConfigError(f"--template-arg is for a chat template, and the tokenizer of {model.name} has none.")
+    plain_of(model).asking = asking
+    stripped_marks(model)
+
+
+def plain_of(model: LanguageModel) -> Any:
+    """Return a plain model, or the model that a reader reads with."""
+    return getattr(model, "plain", model)
+
+
+def tokenizer_of(model: LanguageModel) -> Any:
+    """Return the tokenizer of a plain model, or of the model that a reader reads with."""
+    return plain_of(model).tokenizer
+
+
+def settings_of(model: LanguageModel) -> Asking:
+    """Return how questions are put to a model."""
+    asking: Asking = getattr(plain_of(model), "asking", Asking())
+    return asking
+
+
+def has_template(model: LanguageModel) -> bool:
+    """Return True where the model's tokenizer has a chat template."""
+    return bool(getattr(tokenizer_of(model), "chat_template", None))
+
+
+def uses_template(model: LanguageModel, asked: bool | None) -> bool:
+    """Return True where prompts go through the chat template: as asked, or (None) where the tokenizer has one.
+
+    Raises:
+        ConfigError: it is asked for, and there is none.
+    """
+    if asked and not has_template(model):
+        raise ConfigError(
+            f"The tokenizer of {model.name} has no chat template: leave --chat-template out, or put the model's own "
+            "beside its tokenizer (chat_template.jinja)."
+        )
+    return has_template(model) if asked is None else asked
+
+
+def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_begun: bool = False) -> str:
+    """Return messages in the chat template, up to where the assistant's answer begins.
+
+    Args:
+        answer_begun: the last message is the beginning of the answer, and stays open.
+
+    Raises:
+        ConfigError: the template refuses the messages (a system message, two turns of one role).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer_of(model).apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not answer_begun,
+            continue_final_message=answer_begun,
+            **settings_of(model).template_arguments,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"The chat template of {model.name} refuses these messages ({reason}); --no-chat-template asks without it."
+        ) from error
+    return text
+
+
+def user_text(model: LanguageModel, text: str) -> str:
+    """Return a text as it goes into a prompt: control tokens that it spells are written as text where that is asked."""
+    return neutralised(tokenizer_of(model), text) if settings_of(model).neutralise else text
+
+
+def chat_tokens(model: LanguageModel, text: str) -> list[int]:
+    """Return the tokens of a user's message in the chat template of the model's tokenizer, its prefix there once."""
+    return with_prefix(model, model.encode(render_chat(model, [{"role": "user", "content": text}]), add_bos=False))
+
+
+def with_prefix(model: LanguageModel, ids: list[int]) -> list[int]:
+    """Return tokens with the tokenizer's prefix in front, unless they begin with it."""
+    prefix = list(model.prefix)
+    return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+
+def chat_frame(model: LanguageModel) -> ChatFrame:
+    """Return what the chat template puts around a user's message.
+
+    Raises:
+        ConfigError: the template does not write the message once, as it is.
+    """
+    whole = render_chat(model, [{"role": "user", "content": _MESSAGE}])
+    if whole.count(_MESSAGE) != 1:
+        raise ConfigError(
+            f"The chat template of {model.name} does not write a message once, as it is; --no-chat-template asks "
+            "without it."
+        )
+    before, after = whole.split(_MESSAGE)
+    ids, marks = model.encode(whole, add_bos=False), think_marks(tokenizer_of(model))
+    return ChatFrame(
+        before,
+        after,
+        begins=with_prefix(model, ids) == ids,
+        thinks=marks is not None and after.rstrip().endswith(marks[0]),
+    )
+
+
+def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
+    """Return the marks of thoughts that are taken off answers, None where answers stay as they are.
+
+    Raises:
+        ConfigError: --strip-thinking, and the tokenizer knows no such marks.
+    """
+    asked, marks = settings_of(model).strip_thinking, think_marks(tokenizer_of(model))
+    if asked and marks is None:
+        raise ConfigError(
+            f"The tokenizer of {model.name} has no marks of thoughts (<think>), neither as tokens nor in a chat "
+            "template: leave --strip-thinking out."
+        )
+    return None if asked is False else marks
+
+
+# --- what a record says -----------------------------------------------------------------------------------------------
+
+
+def asked_facts(model: LanguageModel, is_chat: bool, prompt_hashes: Iterable[str]) -> dict[str, Any]:
+    """Return what the protocol of a record holds of how a model was asked, and what of its answers was read."""
+    marks = stripped_marks(model)
+    return {
+        **template_facts(model, is_chat),
+        "strip_thinking": list(marks) if marks else None,
+        "prompts_sha256": hash_of(prompt_hashes),
+    }
+
+
+def template_facts(model: LanguageModel, is_chat: bool) -> dict[str, Any]:
+    """Return what the protocol of a record holds of the chat template.
+
+    Its hash is over its text, its arguments and what it makes of a message: a template that writes the date has
+    another one each day.
+    """
+    asking = settings_of(model)
+    rendered = render_chat(model, [{"role": "user", "content": _MESSAGE}]) if is_chat else ""
+    return {
+        "template_sha256": template_hash(tokenizer_of(model), asking.template_arguments, rendered) if is_chat else None,
+        "template_arguments": dict(asking.template_arguments) if is_chat else None,
+        "neutralise_control_tokens": asking.neutralise,
+    }
+
+
+def control_baseline(model: LanguageModel, is_chat: bool) -> Sequence[int]:
+    """Return what of a prompt is the tokenizer's and the template's: the tokens of a question of one letter."""
+    return chat_tokens(model, "a") if is_chat else model.prefix

@@ -1,0 +1,436 @@
+"""A Hugging Face causal model as a `LanguageModel`: logits only where they are scored, a fresh RoPE for every call."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longext.checkpoint import _built
+from longext.checkpoint.checks import check_finite, check_ids, check_scores, check_tokens, embedding_rows, not_numbers
+from longext.checkpoint.load import (
+    MAPPED,
+    build_model_config,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from longext.checkpoint.rope_config import model_rope, read_model_rope
+from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
+from longext.config import RuntimeConfig
+from longext.conversion.extend import extended_config, plan_extension
+from longext.conversion.merge import merged_config
+from longext.errors import ConfigError
+from longext.models.adapted import adapter_facts, plan_adapter, put_in
+from longext.models.head import decoder_of, head_is_plain, scale_logits
+from longext.models.methods import method_request
+from longext.models.protocol import TokenScores
+from longext.models.tokens import encode_text
+from longext.models.turns import Asking, ending_tokens, prefix_of
+
+_HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
+_HEAD_BYTES_ACCELERATOR = 256 * 2**20
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that follow the length of the sequence
+
+
+class HFLanguageModel:
+    """A transformers model, its tokenizer and the config it was built from.
+
+    Args:
+        name: what the user called it.
+        model: a causal LM in eval mode.
+        tokenizer: its tokenizer.
+        config: config.json as a dict; `set_rope` swaps it.
+        directory: where it (of an adapter: its tokenizer) was loaded from.
+        adapter: what a result says of the adapter that was merged into it; None for a model as it is.
+
+    Attributes:
+        asking: how questions are put to it: template variables, thoughts, control tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        config: dict[str, Any],
+        directory: Path,
+        adapter: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.directory = directory
+        self.adapter = adapter
+        self.asking = Asking()
+        self._head_is_plain: bool | None = None
+        self._rows = embedding_rows(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def trained_length(self) -> int:
+        """The pre-training length the loaded RoPE refers to."""
+        return model_rope(self.config, self.directory).spec.original_max_position_embeddings
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens the tokenizer puts before a text: mostly a BOS or nothing."""
+        return prefix_of(self.tokenizer)
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer: the model's, the tokenizer's EOS, the chat template's end of a turn."""
+        return ending_tokens(self.model, self.tokenizer, self.asking.template_arguments)
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return token ids; with `add_bos` the tokenizer's own prefix in front, whatever tokens it is.
+
+        Raises:
+            DataError: the text spells a token that the model has no row for.
+        """
+        ids = encode_text(self.tokenizer, text)
+        check_ids(ids, self._rows, self.tokenizer, "The text")
+        if add_bos:
+            ids[:0] = self.prefix
+        return ids
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(input_ids), skip_special_tokens=True)
+        return text
+
+    # --- scoring ------------------------------------------------------------------------------------------------
+
+    # not inference_mode: RoPE buffers that are updated in here may be updated in training afterwards
+    @torch.no_grad()
+    def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
+        """Score tokens first .. T-1 of int64 [B, T]; logits exist for those positions only, a slice at a time.
+
+        Equals log_softmax of the full float32 logits at those positions.
+
+        Raises:
+            LongextError: a score is not a finite number.
+        """
+        assert first >= 1, "the first token of a window has nothing to be predicted from"
+        self.reset_rope()
+        input_ids = input_ids.to(self.device)
+        targets = input_ids[:, first:]
+        if self._head_is_plain is None:
+            self._head_is_plain = head_is_plain(self.model)
+        if self._head_is_plain:
+            hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
+            return score_hidden(self.model, hidden, targets, first)
+        keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
+        scores = _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+        check_scores(scores.nll, first)
+        return scores
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of one prompt, with a KV cache.
+
+        Length-dependent RoPE (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a
+        change of length would keep their old rotation, and the result would equal no single forward pass.
+        """
+        ids = torch.tensor([list(input_ids)], device=self.device)
+        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model, self.ending_tokens):
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_token(),
+                logits_processor=[watch := NanWatch()],
+            )
+        watch.check()
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        return new
+
+    def pad_token(self) -> int | None:
+        """Return the token that fills prompts: the tokenizer's, else (or if the model has no row for it) its EOS."""
+        pad: int | None = self.tokenizer.pad_token_id
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos if pad is None or pad >= self._rows else pad
+
+    # --- RoPE ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rope_type(self) -> str:
+        """`rope_type` of the layers an extension changes: one that follows the length, if any layer's does."""
+        return rope_type_of(self.model)
+
+    def reset_rope(self) -> None:
+        """Put every length-dependent rotary module back to its state after loading.
+
+        transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
+        was scored before.
+        """
+        if self.rope_type in LENGTH_DEPENDENT:
+            for module in rotary_modules(self.model):
+                _reset(module)
+
+    @contextlib.contextmanager
+    def frozen_rope(self, length: int) -> Iterator[None]:
+        """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
+        self.reset_rope()
+        modules = rotary_modules(self.model) if self.rope_type in LENGTH_DEPENDENT else []
+        kinds = [module.rope_type for module in modules]
+        try:
+            if modules:
+                hold_rope(self.model, length)
+            yield
+        finally:
+            for module, kind in zip(modules, kinds, strict=True):
+                module.rope_type = kind
+            self.reset_rope()
+
+    def set_rope(self, config: dict[str, Any]) -> None:
+        """Give the loaded model the RoPE of another config.json (as `extended_config` makes it); weights stay.
+
+        Equals loading a checkpoint with that config: what a constructor computes from it is computed anew.
+        """
+        rebuild_rope(self.model, build_model_config(config))
+        self.config = config
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model part of a result record."""
+        text = self.model.config.get_text_config()
+        return {
+            "id": self.name,
+            "config_sha256": _sha256(json.dumps(self.config, sort_keys=True)),
+            "tokenizer_sha256": _tokenizer_hash(self.directory),
+            "rope_parameters": text.rope_parameters,
+            "max_position_embeddings": text.max_position_embeddings,
+            "attention": f"full ({text._attn_implementation})",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": _device_name(self.device),
+            "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "prefix": list(self.prefix),
+            "ending_tokens": sorted(self.ending_tokens),
+            **({"adapter": self.adapter} if self.adapter else {}),
+        }
+
+
+def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first: int = 1) -> TokenScores:
+    """Score int64 [B, n] given the last hidden states [B, n, D] before each, a few MB of float32 logits at a time.
+
+    Args:
+        first: place of the first target in its window, for messages.
+
+    Raises:
+        LongextError: a score is not a finite number.
+    """
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    head = model.get_output_embeddings()
+    budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
+    rows = max(1, budget // (4 * head.weight.shape[0]))
+    parts = [
+        _score_logits(scale_logits(model, head(states)), tokens)
+        for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+    ]
+    shape = targets.shape
+    nll = torch.cat([part.nll for part in parts]).view(shape)
+    check_scores(nll, first)
+    return TokenScores(nll, torch.cat([part.is_top1 for part in parts]).view(shape))
+
+
+def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """Score [..., V] logits; overwrites them, so that no second tensor of their size exists."""
+    logits = logits.float()
+    targets = targets.to(logits.device)  # a mapped model may end on another device than it starts
+    best = logits.amax(-1)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    is_top1 = chosen == best
+    # half-precision logits tie often; greedy decoding then takes the first index
+    is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
+    nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
+    return TokenScores(nll, is_top1)
+
+
+class NanWatch:
+    """A logits processor that changes nothing and remembers logits that are not numbers (generation would go on)."""
+
+    def __init__(self) -> None:
+        self._found: torch.Tensor | None = None
+        self._length = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Look at logits [B, V]; nothing waits for the device."""
+        found = scores.isnan().any()
+        self._found = found if self._found is None else self._found | found
+        self._length = input_ids.shape[1]
+        return scores
+
+    def check(self) -> None:
+        """Raise LongextError where there were such logits."""
+        if self._found is not None and bool(self._found):
+            raise not_numbers(f"after {self._length:,} tokens")
+
+
+@contextlib.contextmanager
+def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+    """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
+
+    What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
+    would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
+        yield
+    finally:
+        model.generation_config = own
+
+
+def rope_type_of(model: Any) -> str:
+    """Return the rope_type of a model's text part: the one that follows the length, if any; else of full attention."""
+    parameters = model.config.get_text_config().rope_parameters
+    if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
+        return "default"  # HunYuan's fixed base under the name "dynamic"
+    nested = [own for own in parameters.values() if isinstance(own, dict)]
+    kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
+    chosen = parameters.get("full_attention") or (nested or [parameters])[0]
+    kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
+    return kind
+
+
+def rotary_modules(model: Any) -> list[Any]:
+    """Return the rotary embedding modules of a transformers model's text part."""
+    return [module for module in _built.rotary_modules(model).values() if hasattr(module, "rope_type")]
+
+
+def _reset(module: Any) -> None:
+    originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
+    for name in originals:
+        prefix = name.removesuffix("original_inv_freq")
+        module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def rebuild_rope(model: Any, config: Any) -> None:
+    """Make a loaded model the one that `config` (a transformers config) builds; its weights stay.
+
+    A second model is built on the meta device; rotary modules, and plain values that constructors computed (softmax
+    scales, lengths), are taken over from there, module by module.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    with torch.device("meta"):
+        twin = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
+    modules, rotary = dict(model.named_modules()), _built.rotary_modules(twin)
+    for name, theirs in twin.named_modules():
+        if name in rotary:
+            parent, _, own_name = name.rpartition(".")
+            device = next(modules[name].buffers()).device
+            setattr(modules[parent], own_name, type(theirs)(config=theirs.config).to(device))
+        elif name in modules:
+            _take_values(modules[name], theirs)
+
+
+def _take_values(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy numbers and configs that the constructor left in a module; what belongs to a mode of use stays."""
+    for key, value in vars(theirs).items():
+        is_value = isinstance(value, (bool, int, float, str, type(None))) or key == "config"
+        if is_value and not key.startswith("_") and key not in ("training", "gradient_checkpointing", "name_or_path"):
+            setattr(ours, key, value)
+
+
+def hold_rope(model: nn.Module, length: int) -> None:
+    """Give every rotary module for good the rotation that it has for a sequence of `length` tokens."""
+    for module in rotary_modules(model):
+        weight = next(model.parameters())
+        last = torch.tensor([[length - 1]], device=weight.device)
+        kind = module.rope_type
+        for layer_type in kind if isinstance(kind, dict) else [None]:
+            _built.rotate(module, last, layer_type)
+        # transformers updates by name: "default" is never updated
+        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+
+
+def load_language_model(
+    config: RuntimeConfig, method: str | None = None, factor: float | None = None
+) -> HFLanguageModel:
+    """Load `config.model` for evaluation, optionally with an extension method applied in memory.
+
+    An adapter directory is its base with the adapter merged in, as `longext merge` would write it.
+
+    Args:
+        method: a name in `ROPE_METHODS`, with parameters as "dynamic:alpha=4", exactly as `longext extend` would write
+            it; None or "none" for the model as it is.
+        factor: the method's factor.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        ConfigError: unknown device, dtype or method, or a method for an adapter.
+    """
+    directory = resolve_model(config.model, config.revision)
+    method = None if method == "none" else method
+    merge = plan_adapter(config, method) if is_adapter(directory) else None
+    weights = merge.base if merge else directory
+    read_shards(weights)  # before minutes of loading
+    read_model_rope(weights, config.trust_remote_code)
+    raw = extension_config(config, method, factor) if method else read_config(weights)
+    raw = merged_config(merge) if merge else raw
+    is_mapped = config.device == MAPPED
+    device = resolve_device("auto" if is_mapped else config.device)
+    if merge and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        directory = weights
+    tokenizer = load_tokenizer(directory, config.trust_remote_code)
+    model = load_causal_lm(
+        weights,
+        config=build_model_config(raw) if method or merge else None,
+        dtype=resolve_dtype(config.dtype, device),
+        device=device,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        device_map="auto" if is_mapped else None,
+        filled_later=() if merge is None or merge.stays_tied else (merge.adapter.head,),
+    )
+    check_tokens(tokenizer, model, directory)
+    if merge:
+        put_in(model, merge)
+        check_finite(model, directory)
+    facts = adapter_facts(merge) if merge else None
+    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts)
+
+
+def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
+    """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
+    request = method_request(method, config.model, config.revision, factor)
+    if request.factor is None and request.target_length is None and request.factors is None:
+        raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
+    return extended_config(plan_extension(request))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokenizer_hash(directory: Path) -> str | None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    return None

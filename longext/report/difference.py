@@ -1,0 +1,146 @@
+"""Two results of one kind beside each other: every score in both, and what else differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longext.errors import DataError
+from longext.report.comparable import other_template
+from longext.report.scores import leaves, numbers_of, scores_of
+
+_COMPARED = ("model", "protocol", "data", "versions")
+_TOKENIZER = "model.tokenizer_sha256"
+# What answers are like: no count of what was asked
+_OF_ANSWERS = frozenset({"num_correct", "num_empty", "num_new_tokens"})
+_SOURCE = "data.source"  # where the data lay; their hash says what they are
+
+
+@dataclass(frozen=True)
+class ScorePair:
+    """One score of both results; `change` is relative to A, None where A is 0."""
+
+    score: str
+    a: float
+    b: float
+    difference: float
+    change: float | None
+
+
+@dataclass(frozen=True)
+class FieldPair:
+    """One field of model, protocol, data or versions that differs; None where a result has no such field."""
+
+    field: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What `compare_results` found.
+
+    Attributes:
+        scores: those in both, in the order of A.
+        only_a, only_b: names of the scores that one result has.
+        fields: what differs in model, protocol, data and versions.
+        comparable: kind, protocol id and data hash agree, and so do the chat templates of models of one tokenizer.
+        reasons: why not; empty where comparable.
+        cautions: what else may make the scores differ although both are comparable by that rule.
+    """
+
+    kind: str
+    scores: list[ScorePair]
+    only_a: list[str]
+    only_b: list[str]
+    fields: list[FieldPair]
+    comparable: bool
+    reasons: list[str]
+    cautions: list[str]
+
+    def to_json(self, a: str, b: str) -> dict[str, Any]:
+        """Return the JSON of `longext eval diff`; `a` and `b` are what the user called the results."""
+        return {
+            "kind": "diff",
+            "of": self.kind,
+            "a": a,
+            "b": b,
+            **{k: v for k, v in asdict(self).items() if k != "kind"},
+        }
+
+
+def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
+    """Return every score in both records and every field that differs.
+
+    Raises:
+        DataError: they are results of different kinds.
+    """
+    if a["kind"] != b["kind"]:
+        raise DataError(f"A is a result of kind '{a['kind']}', B of kind '{b['kind']}': give two of one kind.")
+    own, other = scores_of(a), scores_of(b)
+    fields = _differing_fields(a, b)
+    reasons = [
+        f"the {what} differs" if left is not None and right is not None else f"the {what} is missing in one"
+        for what, left, right in (
+            ("protocol id", _protocol_ids(a), _protocol_ids(b)),
+            ("data hash", _data_hash(a), _data_hash(b)),
+        )
+        if left != right
+    ]
+    if other_template(_value_in(a), _value_in(b)):
+        reasons.append("another template")
+    return Difference(
+        kind=a["kind"],
+        scores=[_pair(name, value, other[name]) for name, value in own.items() if name in other],
+        only_a=[name for name in own if name not in other],
+        only_b=[name for name in other if name not in own],
+        fields=fields,
+        comparable=not reasons,
+        reasons=reasons,
+        cautions=_cautions(fields, a, b),
+    )
+
+
+def _pair(name: str, a: float, b: float) -> ScorePair:
+    return ScorePair(name, a, b, b - a, (b - a) / abs(a) if a else None)
+
+
+# --- what else differs ------------------------------------------------------------------------------------------------
+
+
+def _differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[FieldPair]:
+    left, right = (dict(leaves({key: record.get(key) for key in _COMPARED})) for record in (a, b))
+    return [
+        FieldPair(name, left.get(name), right.get(name))
+        for name in dict.fromkeys([*left, *right])
+        if left.get(name) != right.get(name)
+    ]
+
+
+def _protocol_ids(record: Mapping[str, Any]) -> Any:
+    """Return the protocol id; those of the parts where a protocol has several."""
+    return {name: value for name, value in leaves(record["protocol"] or {}) if name.split(".")[-1] == "id"} or None
+
+
+def _value_in(record: Mapping[str, Any]) -> Callable[[str], Any]:
+    fields = dict(leaves({key: record.get(key) or {} for key in ("model", "protocol")}))
+    return fields.get
+
+
+def _data_hash(record: Mapping[str, Any]) -> Any:
+    return (record["data"] or {}).get("sha256")
+
+
+def _cautions(fields: list[FieldPair], a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    names = [own.field for own in fields]
+    settings = [name for name in names if name.startswith(("protocol.", "data.")) and name != _SOURCE]
+    cautions = [f"settings differ: {', '.join(settings)}"] if settings else []
+    if _TOKENIZER in names:
+        cautions.append("the tokenizers differ: lengths and values per token are of different tokens")
+    left, right = (
+        {score.name: score.value for score in numbers_of(own) if score.is_count and score.keys[-1] not in _OF_ANSWERS}
+        for own in (a, b)
+    )
+    counts = dict.fromkeys(name.split(".")[-1] for name in left if name in right and left[name] != right[name])
+    return [*cautions, *([f"counts differ: {', '.join(counts)}"] if counts else [])]
