@@ -116,7 +116,11 @@ def make_report(names: Sequence[str]) -> Report:
     Raises:
         DataError: as `find_results`.
     """
-    results, left_out = find_results(names)
+    return build_report(*find_results(names))
+
+
+def build_report(results: list[Result], left_out: list[str]) -> Report:
+    """Return the report of results: what is comparable side by side; `left_out` are lines on what cannot be shown."""
     parts = [part for result in results for part in parts_of(result)]
     spelled = model_names(parts)
     groups = []
