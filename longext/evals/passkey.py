@@ -23,9 +23,10 @@ from longext.evals.passkey_prompts import (
     yarn_prompt,
 )
 from longext.evals.statistics import wilson_interval
+from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
 from longext.models.batching import batch_size, batched_by
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:

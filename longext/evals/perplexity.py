@@ -20,8 +20,9 @@ from longext.data.documents import Document, data_hash
 from longext.errors import DataError
 from longext.evals.base import Outcome, Work
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.batching import batch_size, batched_by
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
 from longext.untrusted import note
 

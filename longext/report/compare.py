@@ -36,9 +36,9 @@ from longext.evals.perplexity import (
 )
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
+from longext.manifest import result_record
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import described, method_request
-from longext.models.protocol import result_record
 from longext.report.config import CompareConfig
 
 

@@ -39,8 +39,9 @@ from longext.evals.memory.controls import (
 )
 from longext.evals.perplexity import TokenizedDocument
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
 if TYPE_CHECKING:
     from longext.evals.suites.ppl import Perplexity
