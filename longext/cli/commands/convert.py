@@ -1,7 +1,8 @@
 """Turn an adapter's pickle files into safetensors.
 
-These are adapter_model.bin and LongLoRA's trainable_params.bin. They are read as tensors alone: a pickle that asks for anything else is refused, and nothing of it runs. The result is
-an adapter directory as `finetune` writes one: `merge`, every evaluation and plain transformers take it.
+These are adapter_model.bin and LongLoRA's trainable_params.bin. They are read as tensors alone: a pickle that asks
+for anything else is refused, and nothing of it runs. The result is an adapter directory as `finetune` writes one:
+`merge`, every evaluation and plain transformers take it.
 
 Example: longext convert llama-2-7b-longlora-32k --base meta-llama/Llama-2-7b-hf --method linear --factor 8 -o adapter
 """

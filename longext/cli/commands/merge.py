@@ -1,8 +1,9 @@
 """Merge a LoRA adapter into a standard checkpoint.
 
-Embeddings and norms that were trained with it are merged too. Computed in float32, written one tensor at a time; the RoPE the adapter was trained with goes into config.json. Then
-logits(base + adapter) and logits(merged) are compared: the check loads the model in float32 (4 bytes a parameter),
-twice, one after the other. Nothing appears under the output's name unless they agree.
+Embeddings and norms that were trained with it are merged too. Computed in float32, written one tensor at a time; the
+RoPE the adapter was trained with goes into config.json. Then logits(base + adapter) and logits(merged) are compared:
+the check loads the model in float32 (4 bytes a parameter), twice, one after the other. Nothing appears under the
+output's name unless they agree.
 
 Example: longext merge runs/books-4k -o out/books-4k-merged
 """

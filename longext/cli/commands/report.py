@@ -1,6 +1,7 @@
 """Put results of any evaluations side by side.
 
-A table for what is comparable, pictures, HTML, Markdown, CSV. Results whose protocol or data differ are in tables of their own, with the fields that differ.
+A table for what is comparable, pictures, HTML, Markdown, CSV. Results whose protocol or data differ are in tables of
+their own, with the fields that differ.
 
 Example: longext report results/ -o report
 """

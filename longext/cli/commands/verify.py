@@ -1,6 +1,7 @@
 """Check a checkpoint against its formula and its base.
 
-It is reloaded with plain transformers in a fresh process; its frequencies, logits and weights are compared. Exits 1 and names the culprit key on a mismatch.
+It is reloaded with plain transformers in a fresh process; its frequencies, logits and weights are compared. Exits 1
+and names the culprit key on a mismatch.
 
 Example: longext verify out/books-5m-4k
 """
