@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longext.evals.statistics import leaders
 from longext.evals.views import ALWAYS, NEVER, ONE, SEVERAL, Column, HeatMap, Score, Section, View, read
-from longext.manifest import command_line, versions
-from longext.models.protocol import RESULT_SCHEMA
+from longext.manifest import result_record
 from longext.report.comparable import (
     Caution,
     Conflict,
@@ -25,11 +24,6 @@ from longext.report.comparable import (
 from longext.report.find import Part, Result, label_parts, model_names, parts_of
 from longext.report.scores import numbers_of
 from longext.report.suites import sections
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from longext.report.tables import Table
 
 _COUNTS = ("num_trials", "num_rows", "num_documents", "num_segments", "num_tokens")
 _ROW_FIELDS = ("task", "method", "way", "content", "metric", "filter", "ratio", "start", "length", "depth")
@@ -192,32 +186,6 @@ def build_report(results: Sequence[Result], left_out: Sequence[str] = ()) -> Rep
     return Report(results=list(results), groups=groups, model=model, left_out=list(left_out))
 
 
-class Rendered:
-    """The tables and pictures of results, each made when it is first read."""
-
-    def __init__(self, results: Sequence[Result]) -> None:
-        self.report = build_report(results)
-
-    @cached_property
-    def tables(self) -> list[Table]:
-        """The tables of all sections."""
-        from longext.report.layout import report_tables
-
-        return report_tables(self.report)
-
-    @cached_property
-    def figures(self) -> dict[str, Figure]:
-        """The pictures by file name, without its ending."""
-        from longext.report.draw import report_pictures
-
-        return {name: picture.figure for name, picture in report_pictures(self.report).items()}
-
-
-def render(results: Sequence[Result]) -> Rendered:
-    """Return the tables and pictures of results: of one, what its command shows; of several, those of a report."""
-    return Rendered(results)
-
-
 def _group(
     parts: list[Part], number: int, first: list[Part], names: Mapping[str, str], *, is_single: bool
 ) -> Group:
@@ -309,23 +277,20 @@ def _marked(view: View, cells: list[Cell]) -> list[Cell]:
 
 def report_record(report: Report) -> dict[str, Any]:
     """Return the JSON record of a report."""
-    return {
-        "schema": RESULT_SCHEMA,
-        "kind": "report",
-        "command": command_line(),
-        "versions": versions(),
-        "results": [
+    return result_record(
+        "report",
+        results=[
             {"result": result.name, "kind": result.record["kind"], "command": result.record.get("command")}
             for result in report.results
         ],
-        "left_out": report.left_out,
-        "tables": [
+        left_out=report.left_out,
+        tables=[
             _table_record(group, shown)
             for group in report.groups
             for shown in group.shown
             if not isinstance(shown.view, HeatMap)
         ],
-    }
+    )
 
 
 def _table_record(group: Group, shown: Shown) -> dict[str, Any]:
