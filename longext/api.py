@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 _FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]+)")
 _ADVICE = " Give it as an argument or flag, or in the recipe (-c FILE)."
-_SPELLINGS = (("-o directory", "output directory"), ("another -o", "another output"), ("with -o", "as output"))
+_SPELLINGS = (
+    ("the command line: ", ""),
+    ("-o directory", "output directory"),
+    ("another -o", "another output"),
+    ("with -o", "as output"),
+)
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
@@ -78,7 +83,9 @@ def load(
     from longext.compressor.checkpoint import is_compressor
     from longext.evals.base import Eval, ReadingConfig
     from longext.evals.models import open_model
+    from longext.models.methods import check_method
 
+    check_method(method, factor)
     given: dict[str, Any] = {"method": method, "factor": factor, "memory": memory, "segment": segment}
     if memory is None and is_compressor(str(model)):
         given = {"method": method, "factor": factor, "memory": str(model)}
