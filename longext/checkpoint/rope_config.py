@@ -16,8 +16,8 @@ from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_o
 from longext.checkpoint.load import load_config
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeParameters, RopeSpec, rope_parameters
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeParameters, RopeSpec, rope_parameters
 
 FULL_ATTENTION = "full_attention"
 _OLD_TYPES = {"su": "longrope", "mrope": "default"}

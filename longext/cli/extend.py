@@ -10,8 +10,9 @@ import typer
 from longext.cli import app
 from longext.cli.options import Force, Model, Output, Recipe, Revision, Settings, config_from
 from longext.conversion.config import ExtendConfig
+from longext.rope.spec import extension_methods, parameter_help
 
-_METHODS = "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf"
+_METHODS = ", ".join(extension_methods())
 _EXAMPLE = """Extend a checkpoint's context without training.
 
 The weights are hard-linked, never loaded; the output is a standard checkpoint that plain transformers loads.
@@ -31,33 +32,19 @@ def extend(
     original_length: Annotated[
         int | None, typer.Option(help="Pre-training length, where the config does not say it.")
     ] = None,
-    rope_theta: Annotated[float | None, typer.Option(help="abf: the raised base.")] = None,
-    beta_fast: Annotated[
-        float | None, typer.Option(help="yarn, ntk-by-parts: turns from which a dimension is kept (32).")
-    ] = None,
-    beta_slow: Annotated[
-        float | None, typer.Option(help="yarn, ntk-by-parts: turns below which it is interpolated (1).")
-    ] = None,
-    ramp: Annotated[
-        str | None, typer.Option(help="yarn, ntk-by-parts: paper (linear in turns) or code (linear in index).")
-    ] = None,
+    rope_theta: Annotated[float | None, typer.Option(help=parameter_help("rope_theta"))] = None,
+    beta_fast: Annotated[float | None, typer.Option(help=parameter_help("beta_fast"))] = None,
+    beta_slow: Annotated[float | None, typer.Option(help=parameter_help("beta_slow"))] = None,
+    ramp: Annotated[str | None, typer.Option(help=parameter_help("ramp"))] = None,
     truncate: Annotated[
         bool | None,
-        typer.Option("--truncate/--no-truncate", help="Code ramp: whole-dimension ends (default) or exact."),
+        typer.Option("--truncate/--no-truncate", help=parameter_help("truncate")),
     ] = None,
-    attention_factor: Annotated[
-        float | None, typer.Option(help="yarn, ntk-by-parts, longrope: multiplier of cos and sin (yarn: 0.1 ln s + 1).")
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="dynamic: 1 is the paper's form, the factor is the other common one.")
-    ] = None,
-    low_freq_factor: Annotated[
-        float | None, typer.Option(help="llama3: turns below which a dimension is interpolated (1).")
-    ] = None,
-    high_freq_factor: Annotated[float | None, typer.Option(help="llama3: turns from which it is kept (4).")] = None,
-    factors: Annotated[
-        str | None, typer.Option(help="longrope: JSON file with long_factor and optional short_factor.")
-    ] = None,
+    attention_factor: Annotated[float | None, typer.Option(help=parameter_help("attention_factor"))] = None,
+    alpha: Annotated[float | None, typer.Option(help=parameter_help("alpha"))] = None,
+    low_freq_factor: Annotated[float | None, typer.Option(help=parameter_help("low_freq_factor"))] = None,
+    high_freq_factor: Annotated[float | None, typer.Option(help=parameter_help("high_freq_factor"))] = None,
+    factors: Annotated[str | None, typer.Option(help=parameter_help("factors"))] = None,
     revision: Revision = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Start from the bare base theta of a model trained with another RoPE.")

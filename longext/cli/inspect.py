@@ -15,7 +15,7 @@ from longext.errors import ConfigError
 
 if TYPE_CHECKING:
     from longext.checkpoint.rope_config import ModelRope
-    from longext.rope.methods import RopeSpec
+    from longext.rope.spec import RopeSpec
 
 
 @app.command("inspect")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.options import DataConfig, RopeConfig, RuntimeConfig
+from longext.rope.spec import extension_methods
 from longext.settings import LENGTH, MANY, option, setting
 
 
@@ -52,7 +53,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
     )
     method: str = option(
         "none",
-        "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has.",
+        f"{', '.join(extension_methods())}; none trains the RoPE the model has.",
         panel="Method",
     )
     task: str = option("pretrain", "pretrain (plain text) or sft (instructions, chats).")
