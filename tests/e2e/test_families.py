@@ -21,8 +21,8 @@ from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extend_checkpoint
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
-from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.rope.reading import read_parameters
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
 TOLERANCE = 1e-6  # relative; float32 frequencies
 BEYOND = 200  # tokens, past every trained window here
