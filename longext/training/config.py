@@ -52,9 +52,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
         None, "In training: s2 (default; pose: full), full, short, s2-wrapped.", panel="Running"
     )
     method: str = option(
-        "none",
-        f"{', '.join(extension_methods())}; none trains the RoPE the model has.",
-        panel="Method",
+        "none", "RoPE method (none: train the RoPE the model has).", names=extension_methods, panel="Method"
     )
     task: str = option("pretrain", "pretrain (plain text) or sft (instructions, chats).")
     prompt: str = option("auto", "sft: auto (chat template, else plain), chat, plain, llama2.")
