@@ -41,7 +41,7 @@ def spec_for(method: str, head_dim: int, theta: float, factor: float, length: in
 def options_for(method: str, rotary_dim: int, folder: Path) -> dict[str, Any]:
     """Return the keys of `ExtendConfig` for a method's plainest example; a file of factors goes to `folder`."""
     fields = example(method, rotary_dim)
-    keys = {parameter.name: parameter.key() for parameter in ROPE_METHODS[method].parameters}
+    keys = {parameter.name: parameter.key for parameter in ROPE_METHODS[method].parameters}
     options = {keys[name]: value for name, value in fields.items() if keys[name] != "factors"}
     factors = {name: value for name, value in fields.items() if keys[name] == "factors"}
     if factors:

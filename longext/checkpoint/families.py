@@ -1,8 +1,8 @@
-"""What differs between model families: how config.json spells RoPE, how layers are built and what projections are called.
+"""What differs between model families: how config.json spells RoPE, what layers are made of, names of projections.
 
-One row per family, tested one by one; their config.json is read without transformers. Any other model type works too, as
-long as transformers knows it: its defaults are then looked up there, which takes a second or two. Only `longext plan`
-needs the sizes of layers, and knows families that have a `Layout`.
+One row per family, tested one by one; their config.json is read without transformers. Any other model type works too,
+as long as transformers knows it: its defaults are then looked up there, which takes a second or two. But `longext plan`
+knows only families that have a `Layout`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ WITHOUT_ROPE = {
 }
 
 
-# A family without a row: everything may be left to the defaults of transformers. Some (LFM 2) call their output out_proj.
+# A family without a row: everything may be left to the defaults of transformers. LFM 2 has an out_proj.
 UNLISTED = Family(omits_partial=True, omits_head_dim=True, projections={**_SEPARATE, "o": "out_proj"})
 
 

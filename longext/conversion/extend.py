@@ -264,9 +264,9 @@ def _bare(spec: RopeSpec) -> RopeSpec:
 def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
     method = ROPE_METHODS[config.method]
-    takes = {parameter.key(): parameter.name for parameter in method.parameters}
+    takes = {parameter.key: parameter.name for parameter in method.parameters}
     for other in ROPE_METHODS.values():
-        for key in (parameter.key() for parameter in other.parameters):
+        for key in (parameter.key for parameter in other.parameters):
             if key not in takes and getattr(config, key, None) is not None:
                 names = f"it takes {', '.join(takes)}" if takes else "it takes none"
                 raise ConfigError(f"`{config.method}` has no parameter `{key}`: {names}.")

@@ -1,6 +1,6 @@
 """The sizes of a decoder, from its config.json alone: what the closed forms of cost are made of.
 
-The families that have a `Layout` are read without transformers. Keys that a file leaves to defaults are looked up there.
+Families that have a `Layout` are read without transformers. Keys that a file leaves to defaults are looked up there.
 """
 
 from __future__ import annotations

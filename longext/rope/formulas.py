@@ -11,13 +11,15 @@ from longext.rope.spec import ROPE_METHODS, Array, Parameter, RopeParameters, Ro
 
 RAMP_FORMULA = "inv_freq_i = (1 - g_i) * theta_i / s + g_i * theta_i"
 ATTENTION_FACTOR = Parameter(
-    name="attention_factor", help="multiplier of cos and sin (the default of yarn is 0.1 ln s + 1)", above=0
+    "attention_factor", "multiplier of cos and sin (the default of yarn is 0.1 ln s + 1)", above=0
 )
 RAMP_PARAMETERS = (
-    Parameter(name="beta_fast", help="turns from which a dimension is kept (32)"),
-    Parameter(name="beta_slow", help="turns below which a dimension is interpolated (1)"),
-    Parameter(name="ramp", help="paper (linear in turns) or code (linear in the index)", choices=("code", "paper")),
-    Parameter(name="truncate", help="the code ramp has whole-dimension ends (default) or exact ones"),
+    Parameter("beta_fast", "turns in L from which a dimension is kept (32)"),
+    Parameter("beta_slow", "turns in L below which a dimension is interpolated (1)"),
+    # "code" is what YaRN's code and every checkpoint do, "paper" is arXiv 2309.00071, eq. 18-19
+    Parameter("ramp", "paper (linear in turns) or code (linear in the index)", choices=("code", "paper")),
+    # YaRN's code rounds; gpt-oss does not
+    Parameter("truncate", "the code ramp has whole-dimension ends (default) or exact ones"),
     ATTENTION_FACTOR,
 )
 
@@ -29,15 +31,13 @@ def _pairs(rotary_dim: int) -> Array:
     return np.arange(rotary_dim // 2, dtype=np.float64)
 
 
-def default_inv_freq(rope_theta: float, rotary_dim: int) -> Array:
-    """Return theta^(-2i/d) for i = 0 .. d/2 - 1 (arXiv 2104.09864, eq. 15), float64 [rotary_dim / 2]."""
-    frequencies: Array = rope_theta ** -(2 * _pairs(rotary_dim) / rotary_dim)
-    return frequencies
-
-
 def base_inv_freq(spec: RopeSpec, rope_theta: float | None = None) -> Array:
-    """Return the frequencies without a method, those of unrotated dimensions 0; of another base if one is given."""
-    inv_freq = default_inv_freq(rope_theta or spec.rope_theta, spec.rotary_dim)
+    """Return theta^(-2i/d) for i = 0 .. d/2 - 1 (arXiv 2104.09864, eq. 15), 0 for unrotated pairs; float64 [d / 2].
+
+    Args:
+        rope_theta: another base than the model's own.
+    """
+    inv_freq: Array = (rope_theta or spec.rope_theta) ** -(2 * _pairs(spec.rotary_dim) / spec.rotary_dim)
     if spec.num_rotated is not None:
         inv_freq[spec.num_rotated :] = 0.0
     return inv_freq
@@ -82,7 +82,7 @@ def ramp_of(spec: RopeSpec) -> str | None:
     return spec.ramp or ROPE_METHODS[spec.method].ramp
 
 
-def ramp_inv_freq(spec: RopeSpec) -> Array:
+def ramp_inv_freq(spec: RopeSpec, _: int | None = None) -> Array:
     """Return the frequencies of the ramp that the spec or its method names, between beta_slow and beta_fast turns."""
     return blend(spec, code_ramp(spec) if ramp_of(spec) == "code" else paper_ramp(spec, spec.beta_slow, spec.beta_fast))
 
@@ -93,7 +93,7 @@ def blend(spec: RopeSpec, gamma: Array) -> Array:
     return (1.0 - gamma) * base / spec.factor + gamma * base
 
 
-def check_ends(spec: RopeSpec, low: str, high: str) -> None:
+def check_ends(spec: RopeSpec, low: str = "beta_slow", high: str = "beta_fast") -> None:
     """Raise ConfigError unless the ramp from `low` to `high` (names of fields) goes up from above 0."""
     lower, upper = getattr(spec, low), getattr(spec, high)
     if not upper > lower > 0:

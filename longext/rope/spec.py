@@ -1,9 +1,7 @@
 """A RoPE as data (`RopeSpec`), what a method says of itself (`RopeMethod`), and the methods by name (`ROPE_METHODS`).
 
-Each file of `longext/rope/methods` is one method, two functions of one `RopeSpec`:
-
-* `inv_freq(spec, sequence_length) -> (float64 array [rotary_dim / 2], attention_factor)` is the paper;
-* `export(spec) -> dict` is what `config.json` carries, always a rope type that plain transformers knows.
+Each file of `longext/rope/methods` is one method: functions of one `RopeSpec`, of which `inv_freq` is the paper in
+float64 and `export` what `config.json` carries, always a rope type that plain transformers knows.
 
 tests/parity/test_rope_parity.py holds the two together through transformers' own initialisers. NumPy is imported by the
 first array, not by these modules: the help of `longext extend` lists the methods and what they take.
@@ -32,7 +30,7 @@ RopeParameters = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """One RoPE: the model's own constants and a method's parameters.
+    """One RoPE: the model's own constants and a method's parameters (what those mean: `RopeMethod.parameters`).
 
     Attributes:
         method: a name in `ROPE_METHODS`.
@@ -40,19 +38,10 @@ class RopeSpec:
         rotary_dim: how many dimensions of a head are rotated (head_dim x partial_rotary_factor).
         original_max_position_embeddings: L, the length the model was pre-trained on.
         factor: s = target length / L, always against the pre-training length.
-        beta_fast: dimensions that make at least this many turns in L are left alone (ramp methods).
-        beta_slow: dimensions that make at most this many turns in L are fully interpolated (ramp methods).
-        ramp: "code" is linear in the dimension index (what YaRN's code and every checkpoint do), "paper" is linear
-            in the number of turns (arXiv 2309.00071, eq. 18-19); None takes the method's own default.
-        truncate: round the code ramp's ends to whole dimensions (YaRN's code; gpt-oss does not).
-        attention_factor: multiplies cos and sin; None takes the method's own rule.
+        ramp: None takes the method's own default, and so does attention_factor.
         mscale, mscale_all_dim: yarn only: DeepSeek's pair, two multipliers of 0.1 ln s; cos and sin get the quotient of
             their temperatures, and multi-head latent attention the square of the second one as softmax scale.
         num_rotated: how many dimension pairs have a frequency, if the others have 0 (Gemma 4's proportional RoPE).
-        alpha: dynamic NTK only: 1 is the paper's form, s is the other common one.
-        low_freq_factor, high_freq_factor: llama3 only: the ends of its ramp in turns.
-        new_rope_theta: abf only: the raised base.
-        short_factor, long_factor: longrope only: per-dimension divisors up to L tokens, and beyond.
     """
 
     method: str
@@ -76,61 +65,57 @@ class RopeSpec:
     long_factor: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Parameter:
     """What a method can be given beside the factor.
 
     Attributes:
         name: the field of `RopeSpec`, which has the default.
         help: what it means, with the default.
-        flag: what recipes and flags call it; the name if empty.
-        above: the value must be above this.
-        least: the value must be at least this.
+        flag: what recipes and flags call it, if not by its name.
+        above, least: the value must be above, or at least, this.
         choices: what a text may be.
     """
 
     name: str
     help: str
-    flag: str = ""
-    above: float | None = None
-    least: float | None = None
+    flag: str | None = None
+    above: float = -math.inf
+    least: float = -math.inf
     choices: tuple[str, ...] = ()
 
+    @property
     def key(self) -> str:
-        """Return what recipes and flags call it."""
+        """What recipes and flags call it."""
         return self.flag or self.name
 
     def check(self, value: Any) -> None:
         """Raise ConfigError for a value out of bounds; None stands for the default."""
-        if value is None:
-            return
-        if self.choices and value not in self.choices:
+        if self.choices and value not in (None, *self.choices):
             raise ConfigError(f"`{self.name}` must be {' or '.join(map(repr, self.choices))}, got '{value}'.")
-        if self.above is not None and not value > self.above:
-            raise ConfigError(f"`{self.name}` must be above {self.above:g}, got {value:g}.")
-        if self.least is not None and not value >= self.least:
-            raise ConfigError(f"`{self.name}` must be >= {self.least:g}, got {value:g}.")
+        if isinstance(value, (int, float)) and not (value > self.above and value >= self.least):
+            bound = f"above {self.above:g}" if self.above > self.least else f">= {self.least:g}"
+            raise ConfigError(f"`{self.name}` must be {bound}, got {value:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeMethod:
-    """One method. The defaults are those of a method that scales all layers at every length alike.
+    """One method; the defaults are those of one that scales every sequence alike.
 
     Attributes:
         title: how the field calls it.
         reference: the paper or page that defines it.
-        formula: the formula in plain text, for cards and tables.
+        formula: in plain text, for cards and tables.
         rope_type: the type of transformers that it is written as, unless its parameters ask for another.
-        inv_freq: (spec, sequence_length or None) -> (float64 array [rotary_dim / 2], attention_factor).
+        inv_freq: (spec, sequence_length or None) -> float64 array [rotary_dim / 2].
         export: spec -> rope_parameters of a standard rope type.
-        colour: of its lines in charts, the same in all; empty for a spare one.
-        parameters: what may be given beside the factor.
-        examples: sets of `RopeSpec` fields that tests hold to transformers, the plainest first; a value may be a
-            function of rotary_dim (factors by dimension).
-        read: rope type -> the fields of a `RopeSpec` that (rope_parameters, max_position_embeddings) of it describe, for
-            the types whose reader is this method.
-        check: raises ConfigError for parameters that do not go together.
+        attention_factor: spec -> what multiplies cos and sin.
         softmax_scale: spec -> what multiplies the softmax scale of multi-head latent attention.
+        parameters: what may be given beside the factor.
+        check: raises ConfigError for parameters that do not go together.
+        read: rope type -> the reader of it: (rope_parameters, max_position_embeddings) -> fields of a `RopeSpec`.
+        examples: `RopeSpec` fields that tests hold to transformers, the plainest first; a function gets rotary_dim.
+        colour: of its lines in charts, the same in all; empty for a spare one.
         caveat: what a user of the extended checkpoint has to know, for its card.
         ramp: the ramp it takes if the spec names none ("code" or "paper"); None for methods without that choice.
         is_scaling: all it does grows with the factor, so that factor 1 is `none`, bit for bit.
@@ -144,14 +129,15 @@ class RopeMethod:
     reference: str
     formula: str
     rope_type: str
-    inv_freq: Callable[[RopeSpec, int | None], tuple[Array, float]]
+    inv_freq: Callable[[RopeSpec, int | None], Array]
     export: Callable[[RopeSpec], RopeParameters]
-    colour: str = ""
-    parameters: tuple[Parameter, ...] = ()
-    examples: tuple[Mapping[str, Any], ...] = ()
-    read: Mapping[str, Callable[[RopeParameters, int], dict[str, Any]]] = field(default_factory=dict)
-    check: Callable[[RopeSpec], None] = lambda spec: None
+    attention_factor: Callable[[RopeSpec], float] = lambda spec: 1.0
     softmax_scale: Callable[[RopeSpec], float] = lambda spec: 1.0
+    parameters: tuple[Parameter, ...] = ()
+    check: Callable[[RopeSpec], None] = lambda spec: None
+    read: Mapping[str, Callable[[RopeParameters, int], dict[str, Any]]] = field(default_factory=dict)
+    examples: tuple[Mapping[str, Any], ...] = ()
+    colour: str = ""
     caveat: str = ""
     ramp: str | None = None
     is_scaling: bool = True
@@ -176,7 +162,7 @@ def methods_that(fits: Callable[[RopeMethod], bool]) -> str:
 
 def parameter_help(flag: str) -> str:
     """Return a line on a parameter: which methods take it, and what it means."""
-    takers = {name: each for name in ROPE_METHODS for each in ROPE_METHODS[name].parameters if each.key() == flag}
+    takers = {name: each for name in ROPE_METHODS for each in ROPE_METHODS[name].parameters if each.key == flag}
     return f"{', '.join(takers)}: {next(iter(takers.values())).help}."
 
 
@@ -189,7 +175,8 @@ def compute_inv_freq(spec: RopeSpec, sequence_length: int | None = None) -> tupl
     Raises:
         ConfigError: an unknown method, or a parameter out of range.
     """
-    return _method_of(spec).inv_freq(spec, sequence_length)
+    method = _method_of(spec)
+    return method.inv_freq(spec, sequence_length), method.attention_factor(spec)
 
 
 def rope_parameters(spec: RopeSpec) -> RopeParameters:

@@ -21,7 +21,7 @@ from longext.rope.spec import ROPE_METHODS, Parameter, RopeMethod
 
 def inv_freq(spec, _):
     wavelengths = 2 * np.pi * spec.factor * spec.beta_slow / base_inv_freq(spec)
-    return 2 * np.pi / np.round(wavelengths), 1.0
+    return 2 * np.pi / np.round(wavelengths)
 
 
 ROPE_METHODS.register(
@@ -32,8 +32,8 @@ ROPE_METHODS.register(
         formula="2 pi / round(s lambda_i)",
         rope_type="longrope",
         inv_freq=inv_freq,
-        export=lambda spec: bake_as_longrope(spec, *inv_freq(spec, None)),
-        parameters=(Parameter(name="beta_slow", help="stretches all waves", above=0),),
+        export=lambda spec: bake_as_longrope(spec, inv_freq(spec, None), 1.0),
+        parameters=(Parameter("beta_slow", "stretches all waves", above=0),),
         examples=({},),
     ),
 )
@@ -66,7 +66,7 @@ def test_a_file_in_the_folder_is_a_method_everywhere(longext):
     assert code == 0
     words = " ".join(text.split())
     assert "whole-waves" in words
-    assert "ntk-by-parts, whole-waves, yarn: turns below which" in words
+    assert "ntk-by-parts, whole-waves, yarn: turns in L below which" in words
     code, text = longext("extend", "books-5m", "--method", "whole-waves", "--factor", 4, "-o", "out")
     assert code == 0, text
     code, text = longext("verify", "out", "--json")

@@ -96,7 +96,7 @@ def test_every_method_is_documented_with_its_paper_its_type_and_its_parameters()
         assert f"`{method.rope_type}`" in written, name
         assert f"| `{name}` |" in readme, name
         for parameter in method.parameters:
-            assert name in named[parameter.key().replace("_", "-")], (name, parameter.name)
+            assert name in named[parameter.key.replace("_", "-")], (name, parameter.name)
 
 
 def test_the_example_recipe_loads(tmp_path):

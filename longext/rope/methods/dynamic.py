@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from longext.rope.formulas import default_inv_freq, parameters_of
+from longext.rope.formulas import base_inv_freq, parameters_of
 from longext.rope.methods.ntk import ntk_rope_theta
 from longext.rope.spec import ROPE_METHODS, Array, Parameter, RopeMethod, RopeSpec
 
 
-def _inv_freq(spec: RopeSpec, sequence_length: int | None) -> tuple[Array, float]:
+def _inv_freq(spec: RopeSpec, sequence_length: int | None) -> Array:
     length = spec.original_max_position_embeddings
     stretch = max(sequence_length or length, length) / length
-    return default_inv_freq(ntk_rope_theta(spec, spec.alpha * stretch - (spec.alpha - 1)), spec.rotary_dim), 1.0
+    return base_inv_freq(spec, ntk_rope_theta(spec, spec.alpha * stretch - (spec.alpha - 1)))
 
 
 ROPE_METHODS.register(
@@ -29,9 +29,7 @@ ROPE_METHODS.register(
                 "original_max_position_embeddings": max_length,
             }
         },
-        parameters=(
-            Parameter(name="alpha", help="1 is the paper's form, the factor is the other common one", least=1),
-        ),
+        parameters=(Parameter("alpha", "1 is the paper's form, the factor is the other common one", least=1),),
         examples=({}, {"alpha": 8.0}),
         colour="#56b4e9",
         caveat=(

@@ -28,7 +28,7 @@ ROPE_METHODS.register(
         reference="arXiv 2306.15595, section 3.2",
         formula="inv_freq_i = theta^(-2i/d) / s",
         rope_type="linear",
-        inv_freq=lambda spec, _: (base_inv_freq(spec) / spec.factor, 1.0),
+        inv_freq=lambda spec, _: base_inv_freq(spec) / spec.factor,
         export=lambda spec: parameters_of(
             spec, "linear" if spec.num_rotated is None else "proportional", factor=float(spec.factor)
         ),

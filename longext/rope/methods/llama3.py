@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from longext.rope.formulas import RAMP_FORMULA, blend, check_ends, paper_ramp, parameters_of
-from longext.rope.spec import ROPE_METHODS, Array, Parameter, RopeMethod, RopeParameters, RopeSpec
+from longext.rope.spec import ROPE_METHODS, Parameter, RopeMethod, RopeParameters, RopeSpec
 
 _ENDS = ("low_freq_factor", "high_freq_factor")
-
-
-def _inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return blend(spec, paper_ramp(spec, spec.low_freq_factor, spec.high_freq_factor)), 1.0
 
 
 def _export(spec: RopeSpec) -> RopeParameters:
@@ -30,7 +26,7 @@ ROPE_METHODS.register(
         reference="Llama 3.1 release (rope_type llama3)",
         formula=f"{RAMP_FORMULA}, g linear in turns from low_freq_factor (0) to high_freq_factor (1)",
         rope_type="llama3",
-        inv_freq=_inv_freq,
+        inv_freq=lambda spec, _: blend(spec, paper_ramp(spec, spec.low_freq_factor, spec.high_freq_factor)),
         export=_export,
         read={
             "llama3": lambda parameters, _: {
@@ -40,8 +36,8 @@ ROPE_METHODS.register(
         },
         check=lambda spec: check_ends(spec, *_ENDS),
         parameters=(
-            Parameter(name="low_freq_factor", help="turns below which a dimension is interpolated (1)"),
-            Parameter(name="high_freq_factor", help="turns from which a dimension is kept (4)"),
+            Parameter("low_freq_factor", "turns below which a dimension is interpolated (1)"),
+            Parameter("high_freq_factor", "turns from which a dimension is kept (4)"),
         ),
         examples=({}, {"low_freq_factor": 2.0, "high_freq_factor": 8.0}),
         colour="#d55e00",

@@ -36,9 +36,9 @@ def _check(spec: RopeSpec) -> None:
             )
 
 
-def _inv_freq(spec: RopeSpec, sequence_length: int | None) -> tuple[Array, float]:
+def _inv_freq(spec: RopeSpec, sequence_length: int | None) -> Array:
     is_long = sequence_length is not None and sequence_length > spec.original_max_position_embeddings
-    return base_inv_freq(spec) / _factors(spec)[is_long], _attention_factor(spec)
+    return base_inv_freq(spec) / _factors(spec)[is_long]
 
 
 def _export(spec: RopeSpec) -> RopeParameters:
@@ -88,12 +88,13 @@ ROPE_METHODS.register(
         formula="inv_freq_i = theta^(-2i/d) / lambda_i, lambda = short_factor up to L tokens, long_factor beyond",
         rope_type="longrope",
         inv_freq=_inv_freq,
+        attention_factor=_attention_factor,
         export=_export,
         read={"longrope": _read, "su": _read},
         check=_check,
         parameters=(
-            Parameter(name="short_factor", flag="factors", help=_FILE),
-            Parameter(name="long_factor", flag="factors", help=_FILE),
+            Parameter("short_factor", _FILE, flag="factors"),
+            Parameter("long_factor", _FILE, flag="factors"),
             ATTENTION_FACTOR,
         ),
         examples=(_EXAMPLE, {**_EXAMPLE, "attention_factor": 1.0}, {**_EXAMPLE, "attention_factor": 1.3}),

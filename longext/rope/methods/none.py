@@ -12,7 +12,7 @@ ROPE_METHODS.register(
         reference="arXiv 2104.09864",
         formula="inv_freq_i = theta^(-2i/d)",
         rope_type="default",
-        inv_freq=lambda spec, _: (base_inv_freq(spec), 1.0),
+        inv_freq=lambda spec, _: base_inv_freq(spec),
         export=lambda spec: parameters_of(spec, default_type(spec)),
         read={"default": lambda parameters, _: {"method": "none", **mscales(parameters)}},
         examples=({},),

@@ -20,7 +20,7 @@ ROPE_METHODS.register(
         reference="arXiv 2309.00071, definition 1 (bloc97, 2023)",
         formula="inv_freq_i = theta'^(-2i/d), theta' = theta * s^(d/(d-2))",
         rope_type="default",
-        inv_freq=lambda spec, _: (base_inv_freq(spec, ntk_rope_theta(spec, spec.factor)), 1.0),
+        inv_freq=lambda spec, _: base_inv_freq(spec, ntk_rope_theta(spec, spec.factor)),
         export=lambda spec: parameters_of(spec, default_type(spec), rope_theta=ntk_rope_theta(spec, spec.factor)),
         examples=({},),
         colour="#e69f00",

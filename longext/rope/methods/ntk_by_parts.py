@@ -12,18 +12,14 @@ from longext.rope.formulas import (
     ramp_inv_freq,
     ramp_of,
 )
-from longext.rope.spec import ROPE_METHODS, Array, RopeMethod, RopeParameters, RopeSpec
-
-
-def _inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return ramp_inv_freq(spec), spec.attention_factor or 1.0
+from longext.rope.spec import ROPE_METHODS, RopeMethod, RopeParameters, RopeSpec
 
 
 def _export(spec: RopeSpec) -> RopeParameters:
     if ramp_of(spec) == "code":
         return ROPE_METHODS["yarn"].export(replace(spec, attention_factor=spec.attention_factor or 1.0))
-    if spec.attention_factor not in (None, 1.0):
-        return bake_as_longrope(spec, *_inv_freq(spec, None))
+    if spec.attention_factor is not None and spec.attention_factor != 1:
+        return bake_as_longrope(spec, ramp_inv_freq(spec), spec.attention_factor)
     return ROPE_METHODS["llama3"].export(replace(spec, low_freq_factor=spec.beta_slow, high_freq_factor=spec.beta_fast))
 
 
@@ -34,9 +30,10 @@ ROPE_METHODS.register(
         reference="arXiv 2309.00071, section 3.2",
         formula=f"{RAMP_FORMULA}, g linear in turns from beta_slow (0) to beta_fast (1)",
         rope_type="llama3",
-        inv_freq=_inv_freq,
+        inv_freq=ramp_inv_freq,
+        attention_factor=lambda spec: spec.attention_factor or 1.0,
         export=_export,
-        check=lambda spec: check_ends(spec, "beta_slow", "beta_fast"),
+        check=check_ends,
         parameters=RAMP_PARAMETERS,
         examples=({}, {"ramp": "code"}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"attention_factor": 1.1}),
         colour="#009e73",

@@ -14,7 +14,7 @@ from longext.rope.formulas import (
     parameters_of,
     ramp_inv_freq,
 )
-from longext.rope.spec import ROPE_METHODS, Array, RopeMethod, RopeParameters, RopeSpec
+from longext.rope.spec import ROPE_METHODS, RopeMethod, RopeParameters, RopeSpec
 
 
 def _temperature(factor: float, mscale: float = 1.0) -> float:
@@ -36,13 +36,9 @@ def _softmax_scale(spec: RopeSpec) -> float:
     return _temperature(spec.factor, spec.mscale_all_dim) ** 2 if spec.mscale_all_dim else 1.0
 
 
-def _inv_freq(spec: RopeSpec, _: int | None) -> tuple[Array, float]:
-    return ramp_inv_freq(spec), _attention_factor(spec)
-
-
 def _export(spec: RopeSpec) -> RopeParameters:
     if spec.ramp == "paper":
-        return {**bake_as_longrope(spec, *_inv_freq(spec, None)), **mscales(vars(spec))}
+        return {**bake_as_longrope(spec, ramp_inv_freq(spec), _attention_factor(spec)), **mscales(vars(spec))}
     given = spec.attention_factor
     return parameters_of(
         spec,
@@ -79,10 +75,11 @@ ROPE_METHODS.register(
         reference="arXiv 2309.00071, section 3.4; the ramp of its released code",
         formula=f"{RAMP_FORMULA}, g linear in the dimension index; cos, sin * (0.1 ln s + 1)",
         rope_type="yarn",
-        inv_freq=_inv_freq,
+        inv_freq=ramp_inv_freq,
+        attention_factor=_attention_factor,
         export=_export,
         read={"yarn": _read},
-        check=lambda spec: check_ends(spec, "beta_slow", "beta_fast"),
+        check=check_ends,
         softmax_scale=_softmax_scale,
         parameters=RAMP_PARAMETERS,
         examples=(
