@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from longext.checkpoint.families import FAMILIES
 from longext.errors import CheckpointError
 from longext.untrusted import shown
 
@@ -49,7 +50,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "auto_map": (dict, "an object"),
     "tie_word_embeddings": (bool, "true or false"),
 }
-_DERIVE_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "gpt_neox", "phi3", "olmo", "olmo2", "olmo3", "stablelm")
+_DERIVE_HEAD_DIM = tuple(name for name, family in FAMILIES.items() if not family.omits_head_dim)
 _ADVICE = "Restore the file from the original model."
 
 

@@ -22,8 +22,8 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.rope_config import ModelRope
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeSpec, compute_inv_freq, softmax_scale
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeSpec, compute_inv_freq, softmax_scale
 
 _TOLERANCE = 2e-6  # relative; float32 frequencies, read out of float32 cosines
 _ZERO = 1e-12  # rad per token: no rotation

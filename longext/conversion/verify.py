@@ -24,8 +24,8 @@ from longext.checksums import sha256_of
 from longext.conversion.computed import Computed, compare, computed_from, formula_problem
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
-from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.rope.reading import spec_from_json
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
 _FLOAT32_LIMIT = 8 * 2**30  # larger checkpoints are compared in their own dtype
 _RELOAD = Path(__file__).with_name("_reload.py")

@@ -21,7 +21,7 @@ from longext.conversion.extend import extended_config, plan_extension, provenanc
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.options import RopeConfig, RuntimeConfig
-from longext.rope.methods import ROPE_METHODS
+from longext.rope.spec import ROPE_METHODS
 from longext.training.config import FinetuneConfig
 from longext.training.processes import local_rank
 from longext.training.tuning import TUNINGS, is_inside_attention, quantisation
