@@ -24,8 +24,9 @@ from longext.evals.passkey import (
 from longext.evals.perplexity import Progress
 from longext.evals.ruler.needle import check_needle_config, evaluate_needles, make_questions
 from longext.evals.statistics import wilson_interval
+from longext.manifest import result_record
 from longext.models.chat import template_facts, uses_template
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 
 STEP = 64  # lengths are multiples of it

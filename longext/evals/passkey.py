@@ -26,10 +26,11 @@ from longext.evals.passkey_prompts import (
 )
 from longext.evals.perplexity import Progress, check_lengths
 from longext.evals.statistics import wilson_interval
+from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
 from longext.models.batching import batch_size, batched_by
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.untrusted import read_text
 

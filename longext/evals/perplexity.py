@@ -21,9 +21,10 @@ from longext.errors import ConfigError, DataError
 from longext.evals.config import PerplexityConfig
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.batching import batch_size, batched_by
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
 from longext.registry import Registry
 from longext.untrusted import note

@@ -25,8 +25,9 @@ from longext.evals.perplexity import (
     evaluate_perplexity,
 )
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
 _MINIMUM = 8  # tokens of a window
 _MIN_DOCUMENTS = 8  # fewer are no sample: windows are resampled then, as `eval ppl` does

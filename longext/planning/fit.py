@@ -10,6 +10,7 @@ from typing import Any
 
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError
+from longext.manifest import result_record
 from longext.planning.config import PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
@@ -270,30 +271,29 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     sizes = ("intermediate_size", "vocab_size", "tied", "num_parameters", "counted")
     shape |= {name: getattr(plan.shape, name) for name in sizes}
     num_tokens = plan.config.num_tokens
-    return {
-        "schema": "longext.result/1",
-        "kind": "plan",
-        "model": plan.config.model,
-        "shape": shape,
-        "setup": {**dataclasses.asdict(plan.setup), "group": plan.setup.group},
-        "device": dataclasses.asdict(plan.device),
-        "trainable_parameters": plan.setup.trainable(plan.shape),
-        "memory": _memory_record(plan.memory),
-        "fits": plan.fits,
-        "longest_length": plan.longest,
-        "flops": _flops_record(plan),
-        "utilisation": plan.config.utilisation,
-        "seconds_per_batch": plan.seconds,
-        "tokens_per_second": plan.tokens_per_second,
-        "hours": plan.hours(num_tokens) if num_tokens else None,
-        "kv_cache_bytes": kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        "ladder": [_rung_record(rung) for rung in plan.ladder],
-        "by_length": [
+    return result_record(
+        "plan",
+        model=plan.config.model,
+        shape=shape,
+        setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
+        device=dataclasses.asdict(plan.device),
+        trainable_parameters=plan.setup.trainable(plan.shape),
+        memory=_memory_record(plan.memory),
+        fits=plan.fits,
+        longest_length=plan.longest,
+        flops=_flops_record(plan),
+        utilisation=plan.config.utilisation,
+        seconds_per_batch=plan.seconds,
+        tokens_per_second=plan.tokens_per_second,
+        hours=plan.hours(num_tokens) if num_tokens else None,
+        kv_cache_bytes=kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
+        ladder=[_rung_record(rung) for rung in plan.ladder],
+        by_length=[
             {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
             for setup, memory in plan.by_length
         ],
-        "notes": plan.notes(),
-    }
+        notes=plan.notes(),
+    )
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:

@@ -35,9 +35,9 @@ from longext.evals.perplexity import (
     stride_of,
     tokenize_documents,
 )
+from longext.manifest import result_record
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import described, method_request
-from longext.models.protocol import result_record
 from longext.report.config import CompareConfig
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
 from longext.compressor.config import CompressConfig
-from longext.manifest import command_line, versions
+from longext.manifest import command_line, result_record, versions
 from longext.report.plots import new_figure, style
 from longext.report.results import Written, write_result_files
 from longext.report.tables import Table, markdown_text
@@ -117,15 +117,14 @@ def write_compressor_output(config: CompressConfig, result: CompressResult) -> t
     """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
     record = result.record
     losses = [line for line in result.metrics if "loss" in line]
-    full = {
-        "schema": "longext.result/1",
-        "kind": "compress-train",
-        "compress": record,
-        "final_loss": losses[-1]["loss"],
-        "gradient_checks": [line for line in result.metrics if "cosine" in line],
-        "perplexity": [line for line in result.metrics if "perplexity" in line],
-        "versions": versions(),
-    }
+    full = result_record(
+        "compress-train",
+        data={"sha256": record["data"].get("data_sha256")},
+        compress=record,
+        final_loss=losses[-1]["loss"],
+        gradient_checks=[line for line in result.metrics if "cosine" in line],
+        perplexity=[line for line in result.metrics if "perplexity" in line],
+    )
     spec = record["spec"]
     ratios = "/".join(str(ratio) for ratio in spec["ratios"])
     title = f"{Path(config.model).name}: {spec['arch']}, {ratios}x, {config.objectives}, gradient {config.gradient}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
 from longext.conversion.card import adapter_use
-from longext.manifest import command_line, versions
+from longext.manifest import command_line, result_record, versions
 from longext.report.results import Written, write_result_files
 from longext.report.tables import Table, markdown_text
 from longext.report.training_views import perplexity_table, run_table, training_curve
@@ -49,14 +49,13 @@ def write_training_output(config: FinetuneConfig, result: FinetuneResult) -> tup
     """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
     directory, record = result.directory, result.record
     losses = [line for line in result.metrics if "loss" in line]
-    full = {
-        "schema": "longext.result/1",
-        "kind": "finetune",
-        "finetune": record,
-        "final_loss": losses[-1]["loss"],
-        "perplexity": [line for line in result.metrics if "perplexity" in line],
-        "versions": versions(),
-    }
+    full = result_record(
+        "finetune",
+        data={"sha256": record["data"].get("data_sha256")},
+        finetune=record,
+        final_loss=losses[-1]["loss"],
+        perplexity=[line for line in result.metrics if "perplexity" in line],
+    )
     tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
     title = f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
 

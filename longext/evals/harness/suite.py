@@ -33,10 +33,11 @@ from longext.evals.harness.model import Progress, Scorer, harness_model
 from longext.evals.limits import POSITIVE, check_names, read_bars, verdict
 from longext.evals.longbench.run import context_length
 from longext.evals.statistics import stderr_interval
+from longext.manifest import result_record
 from longext.models.answers import answer_notes
 from longext.models.chat import asked_facts, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import did_you_mean
 
 _RANDOM_SEED = 0  # lm-eval's seed of Python's `random`, which some tasks draw their documents with

@@ -23,7 +23,7 @@ from longext.compressor.memory import MemoryStore
 from longext.errors import ConfigError
 from longext.evals.config import EfficiencyConfig
 from longext.evals.perplexity import check_lengths
-from longext.models.protocol import result_record
+from longext.manifest import result_record
 from longext.planning.tracker import MemoryTracker
 
 DEFINITION = (

@@ -38,8 +38,9 @@ from longext.evals.memory.controls import (
 )
 from longext.evals.perplexity import TokenizedDocument, check_lengths
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
 NEXT_SEGMENT = "next-segment"
 DEFAULT_LENGTHS = (0, 512, 1024, 2048, 4096)

@@ -31,12 +31,13 @@ from longext.evals.ruler.haystacks import (
     noise_sentences,
     text_sentences,
 )
+from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.answers import Prediction, answer_notes
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_frame, user_text, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.untrusted import read_text
 
