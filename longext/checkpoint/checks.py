@@ -10,13 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.source import Shard
+from longext.checkpoint.weights import TORCH_NAMES, Shard, is_float, tensors_of
 from longext.errors import CheckpointError, DataError, LongextError, LongextWarning
 
 if TYPE_CHECKING:
     import torch
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 2**24  # numbers checked at a time
 _MARGIN = 64  # how far a config.json may be above its files: quantised weights are packed, layers may share theirs
 _SUMMED = 2**18  # numbers in a sum: a CPU widens them first
@@ -55,8 +54,9 @@ def check_sizes(config: Any, shards: Collection[Shard], directory: Path) -> None
     transformers would build it, and give what is missing random numbers, before anybody could say so.
     """
     text = config.get_text_config()
-    held = sum(math.prod(shape) for shard in shards for _, shape, *_ in shard.tensors.values())
-    count = sum(len(shard.tensors) for shard in shards)
+    tensors = tensors_of(shards)
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    count = len(tensors)
     hidden = _number(text, "hidden_size")
     limits = {
         "num_hidden_layers": _MARGIN * count,  # each stores a tensor of its own
@@ -170,14 +170,12 @@ def _why_missing(missing: list[str], unexpected: list[str]) -> str:
 def check_float_weights(model: Any, shards: Iterable[Shard]) -> None:
     """Raise CheckpointError at a weight that is stored as integers and would be taken for numbers of the model."""
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for shard in shards:
-        for name, (dtype, *_) in shard.tensors.items():
-            is_integer = dtype[0] in "IUB" and dtype not in _FLOATS
-            if is_integer and (name in floats or name.endswith((".weight", ".bias"))):
-                raise CheckpointError(
-                    f"{shard.path}: '{name}' holds integers ({dtype}), not weights: a quantised model without its "
-                    "`quantization_config`, or a damaged file. Give the model in float32, bfloat16 or float16."
-                )
+    for name, tensor in tensors_of(shards).items():
+        if not is_float(tensor.dtype) and (name in floats or name.endswith(".bias")):
+            raise CheckpointError(
+                f"{tensor.path}: '{name}' holds integers ({tensor.dtype}), not weights: a quantised model without its "
+                "`quantization_config`, or a damaged file. Give the model in float32, bfloat16 or float16."
+            )
 
 
 def check_finite(model: Any, directory: Path) -> None:
@@ -194,7 +192,7 @@ def check_stored(shards: Iterable[Shard]) -> None:
     for shard in shards:
         with safe_open(shard.path, framework="pt") as file:
             for name, (dtype, *_) in shard.tensors.items():
-                if dtype in _FLOATS and not _is_finite(tensor := file.get_tensor(name)):
+                if dtype in TORCH_NAMES and not _is_finite(tensor := file.get_tensor(name)):
                     raise CheckpointError(f"{shard.path}: '{name}' {_not_finite(tensor)}")
 
 

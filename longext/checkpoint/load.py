@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.checks import check_complete, check_finite, check_float_weights, check_sizes, check_stored
-from longext.checkpoint.source import Shard, read_config, read_shards
+from longext.checkpoint.source import read_config
 from longext.checkpoint.tying import follow_weights
+from longext.checkpoint.weights import Shard, read_shards
 from longext.errors import CheckpointError, ConfigError, LongextError
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ def verify(
 
 def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool, as_json: bool) -> None:
     """Verify, print the checks, and raise VerificationError where one failed."""
-    from longext.checkpoint.source import read_shards, resolve_model
+    from longext.checkpoint.source import resolve_model
+    from longext.checkpoint.weights import read_shards
     from longext.conversion.verify import verify_checkpoint
     from longext.report.console import print_table, progress, say, stdout
     from longext.report.results import dump_json

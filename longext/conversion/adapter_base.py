@@ -15,15 +15,8 @@ from typing import Any
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, is_bundled
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import (
-    HUB_ID,
-    INDEX_NAME,
-    read_config,
-    read_json,
-    read_shards,
-    resolve_model,
-    same_weights,
-)
+from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model
+from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import (

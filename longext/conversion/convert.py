@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.links import belongs_to
-from longext.checkpoint.source import Shard, read_shard, read_shards, resolve_model
-from longext.checkpoint.writing import TORCH_NAMES, read_tensor
+from longext.checkpoint.source import resolve_model
+from longext.checkpoint.weights import TORCH_NAMES, StoredTensor, read_shard, read_shards, tensors_of
 from longext.conversion.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -74,14 +74,14 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     name, revision, base = find_base(config.base, config.revision, source, settings)
     check_output(output, config.force, protected=base)
     plan = _plan(config, source, name, revision, base)
-    shards = read_shards(base)
+    stored = tensors_of(read_shards(base))
     tensors = _read_all(source, pickles)
-    notes = _fit(tensors, settings, base, shards)
+    notes = _fit(tensors, settings, base, stored)
     record = {**provenance(plan), "trained": True}
     with staged_directory(output, config.force) as staging:
         _write(staging, tensors, settings)
         describe_adapter(staging, output, "convert", config, extended_config(plan), record, "finished")
-        read_adapter(staging, base, shards)
+        read_adapter(staging, base, stored)
         write_base(staging, base, extended_config(plan))
         for file in [] if notes else (file for file in tokenizer_files(source) if belongs_to(file, source)):
             place_file(file, staging / file.name, force_copy=True)
@@ -109,7 +109,7 @@ def _read_all(source: Path, pickles: list[Path]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     if (source / ADAPTER_WEIGHTS).is_file():
         shard = read_shard(source / ADAPTER_WEIGHTS)
-        tensors.update({key: read_tensor(shard, key) for key in shard.tensors})
+        tensors.update({key: stored.read() for key, stored in shard.tensors.items()})
         pickles = [file for file in pickles if file.name != PICKLED_WEIGHTS]  # the same once more
     for file in pickles:
         for name, tensor in read_pickle(file).items():
@@ -159,15 +159,17 @@ def _peft_key(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
-def _fit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path, shards: list[Shard]) -> list[str]:
+def _fit(
+    tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path, stored: dict[str, StoredTensor]
+) -> list[str]:
     """Make whole tensors the modules_to_save of the adapter; drop the rows of tokens that the base has not."""
     whole = [key for key in tensors if not is_lora_key(key)]
-    shapes = {name: entry[1] for shard in shards for name, entry in shard.tensors.items()}
-    locate = locate_in(set(shapes))
+    locate = locate_in(set(stored))
     notes = []
     for key in whole:
-        expected = shapes.get(locate(key.removeprefix(PREFIX)) or "")
-        extra = tensors[key].shape[0] - expected[0] if expected and tensors[key].shape[1:] == expected[1:] else 0
+        own = stored.get(locate(key.removeprefix(PREFIX)) or "")
+        is_alike = own is not None and own.shape and tensors[key].shape[1:] == own.shape[1:]
+        extra = tensors[key].shape[0] - own.shape[0] if own is not None and is_alike else 0
         if extra > 0 and tensors[key].ndim == 2:
             tensors[key] = tensors[key][:-extra].contiguous()
             notes.append(
@@ -176,10 +178,10 @@ def _fit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path,
             )
     modules = {key.removeprefix(PREFIX).rpartition(".")[0] for key in whole}
     settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *modules}) or None
-    embedding, head, tied = read_ends(base, shards)
-    if tied and PREFIX + embedding in whole:
+    ends = read_ends(base, stored)
+    if ends.is_tied and PREFIX + ends.embedding in whole:
         settings["ensure_weight_tying"] = True
-        tensors.setdefault(PREFIX + head, tensors[PREFIX + embedding].clone())
+        tensors.setdefault(PREFIX + ends.head, tensors[PREFIX + ends.embedding].clone())
     return notes
 
 

@@ -17,15 +17,8 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
-from longext.checkpoint.source import (
-    INDEX_NAME,
-    Shard,
-    read_config,
-    read_json,
-    read_shards,
-    refuse_adapter,
-    resolve_model,
-)
+from longext.checkpoint.source import read_config, read_json, refuse_adapter, resolve_model
+from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
@@ -414,8 +407,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
         write_json(staging / "config.json", extended_config(plan))
-        raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
-        raise_length(staging / "generation_config.json", "max_length", plan.new_length)
+        raise_lengths(staging, plan.new_length)
         record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
         card = model_card(record, plan.layers, license_of(plan.source))
         write_text(staging / "README.md", card)
@@ -499,14 +491,12 @@ def left_out(source: Path) -> list[str]:
     return left_out_note(_side_files(source), source)
 
 
-def raise_length(path: Path, key: str, length: int) -> None:
-    """Raise a length limit beside the config, so that nothing stops at the old length; never lower it."""
-    if not path.is_file():
-        return
-    config = read_json(path, "a JSON file")
-    if isinstance(config.get(key), (int, float)) and config[key] < length:
-        config[key] = length
-        write_json(path, config)
+def raise_lengths(directory: Path, length: int) -> None:
+    """Raise the limits beside a config, so that nothing stops at the old length; never lower them."""
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
+        config = read_json(directory / name, "a JSON file") if (directory / name).is_file() else {}
+        if isinstance(config.get(key), (int, float)) and config[key] < length:
+            write_json(directory / name, {**config, key: length})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,7 +31,8 @@ from longext.checkpoint.load import (
     resolve_dtype,
 )
 from longext.checkpoint.rope_config import model_rope, read_model_rope
-from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
+from longext.checkpoint.source import is_adapter, read_config, resolve_model
+from longext.checkpoint.weights import read_shards
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
