@@ -107,7 +107,6 @@ def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool 
     section = "text_config" if isinstance(config.get("text_config"), dict) else None
     text: dict[str, Any] = dict(text_section(config, section))
     model_type = str(text.get("model_type") or config.get("model_type") or "")
-    _refuse_bad_types(directory, text)
     _refuse_without_rope(directory, model_type, text, is_whole="text_config" not in config)
     if _needs_defaults(text, family_of(model_type)):
         text, section = _with_defaults(config, directory, trust_remote_code)
@@ -120,15 +119,6 @@ def text_section(config: dict[str, Any], section: str | None) -> dict[str, Any]:
     for key in section.split(".") if section else ():
         config = config[key]
     return config
-
-
-def _refuse_bad_types(directory: Path, text: dict[str, Any]) -> None:
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.get(key) is not None and not isinstance(text[key], dict):
-            raise CheckpointError(
-                f"{directory / 'config.json'}: `{key}` must be an object or null, found {text[key]!r:.80}. "
-                "Restore the file from the original model."
-            )
 
 
 def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any], is_whole: bool) -> None:
