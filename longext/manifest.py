@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the run.json in `directory`, or an empty dict where there is none that longext wrote.
+    """Return the run.json in `directory`, or an empty dict if there is none that longext wrote.
 
     Raises:
         CheckpointError: it has longext's schema, and a value in it is of another type than longext writes.

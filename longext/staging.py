@@ -66,7 +66,7 @@ def resolve_output(output: Path) -> Path:
 
 
 def check_output(output: Path, force: bool, *, protected: Path | None = None) -> None:
-    """Raise ConfigError where writing `output` would lose something or cannot work.
+    """Raise ConfigError if writing `output` would lose something or cannot work.
 
     Args:
         output: the directory to be written. A link to a directory stands for its target.
@@ -88,14 +88,14 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
 
 
 def check_apart(output: Path, read: Path) -> None:
-    """Raise ConfigError where replacing `output` would delete what the command reads."""
+    """Raise ConfigError if replacing `output` would delete what the command reads."""
     target, source = resolve_output(output), resolve_output(read)
     if target == source or target in source.parents:
         raise ConfigError(f"The output {output} is or holds {read}, which this command reads. Choose another -o.")
 
 
 def _check_place(output: Path, target: Path) -> None:
-    """Raise ConfigError where `output` is something else than a directory, or none can be made or replaced there."""
+    """Raise ConfigError if `output` is something else than a directory, or none can be made or replaced there."""
     for path in (output, *output.absolute().parents):
         if path.is_symlink() and not path.exists():
             raise ConfigError(f"The output {output} is no directory: {path} is a link to nothing. Choose another -o.")
@@ -126,7 +126,7 @@ def _is_mount(path: Path) -> bool:
 
 
 def _overlap(target: Path, protected: Path) -> bool:
-    """True where one of two directories holds the other, compared as names and as files on disk."""
+    """True if one of two directories holds the other, compared as names and as files on disk."""
     source = resolve_output(protected)
     if source in (target, *target.parents) or target in source.parents:
         return True
@@ -138,7 +138,7 @@ def _overlap(target: Path, protected: Path) -> bool:
 
 
 def _identity(path: Path) -> _Identity | None:
-    """Return (device, inode) of what stands at `path`, None where nothing does."""
+    """Return (device, inode) of what stands at `path`, None if nothing does."""
     with contextlib.suppress(OSError):
         found = path.lstat()
         return found.st_dev, found.st_ino
@@ -146,7 +146,7 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def is_taken(output: Path) -> bool:
-    """Return True where something stands at `output`, or a command is at work on it."""
+    """Return True if something stands at `output`, or a command is at work on it."""
     return os.path.lexists(output) or os.path.lexists(_lock_name(output))
 
 

@@ -153,7 +153,7 @@ def read_text(path: Openable, kind: Kind = DataError, limit: int | None = None) 
 
 
 def decode(content: bytes, where: str, kind: Kind = DataError) -> str:
-    """Return UTF-8 text (LongextError of `kind`, with the byte and of several lines the line, where it is none)."""
+    """Return UTF-8 text (LongextError of `kind`, with the byte and of several lines the line, if it is none)."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -199,7 +199,7 @@ def check_stored(shards: Iterable[Shard]) -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
         return True
-    # one pass without a temporary: both ends are NaN where one value is, and infinite where one is
+    # one pass without a temporary: both ends are NaN if one value is, and infinite if one is
     ends = [end for piece in tensor.detach().reshape(-1).split(_PIECE) for end in piece.aminmax()]
     return all(bool(end.isfinite()) for end in ends)
 
@@ -262,7 +262,7 @@ def embedding_rows(model: Any) -> int:
 
 
 def check_tokens(tokenizer: Any, model: Any, directory: Path) -> None:
-    """Raise CheckpointError where text can become a token that the model has no row for (chat tokens, never resized).
+    """Raise CheckpointError if text can become a token that the model has no row for (chat tokens, never resized).
 
     Rows that no token uses are common (padded vocabularies) and fine. Fillers and stand-ins for pictures without a row
     are let through, since texts do not hold them; `check_ids` refuses a text that spells one.
@@ -304,7 +304,7 @@ def _tell_named_ids(model: Any, rows: int, directory: Path) -> None:
 
 
 def check_ids(ids: Collection[int], rows: int, tokenizer: Any, what: str) -> None:
-    """Raise DataError where `ids` hold a token that the model has no row for.
+    """Raise DataError if `ids` hold a token that the model has no row for.
 
     Args:
         rows: of the embedding (`embedding_rows`).
@@ -319,7 +319,7 @@ def check_ids(ids: Collection[int], rows: int, tokenizer: Any, what: str) -> Non
 
 
 def check_token_cache(cache: Any, rows: int | None, tokenizer: Any, what: str) -> None:
-    """Raise DataError where a `TokenCache` holds a token that the model has no row for, once instead of at every batch.
+    """Raise DataError if a `TokenCache` holds a token that the model has no row for, once instead of at every batch.
 
     Args:
         rows: of the embedding; None if it is not known.

@@ -21,7 +21,7 @@ def belongs_to(file: Path, directory: Path) -> bool:
 
 
 def left_out_note(files: Iterable[Path], directory: Path) -> list[str]:
-    """Return one line that names those of the files that are links out of `directory`, none where there are none."""
+    """Return one line that names those of the files that are links out of `directory`, none if there are none."""
     found = sorted(f"{file.name} -> {file.readlink()}" for file in files if not belongs_to(file, directory))
     if not found:
         return []
@@ -44,7 +44,7 @@ def _mark(path: Path) -> dict[str, Any]:
 
 
 def find_change(paths: Iterable[Path], marks: dict[str, dict[str, Any]]) -> str | None:
-    """Return what was written to since `mark_files`, and how that shows; None where nothing was.
+    """Return what was written to since `mark_files`, and how that shows; None if nothing was.
 
     Copies have times of their own: the time counts for a file with several names (hard links).
     """

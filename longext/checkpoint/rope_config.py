@@ -31,7 +31,7 @@ class ModelRope:
 
     Attributes:
         model_type: transformers' name of the text model.
-        section: the key of the nested text config (dots between keys), or None where the config is flat.
+        section: the key of the nested text config (dots between keys), or None if the config is flat.
         head_dim: size of an attention head.
         partial_rotary_factor: the fraction of a head that is rotated.
         max_position_embeddings: the length the config claims.
@@ -144,7 +144,7 @@ _ROPE_BY_DEFAULT = frozenset(
 
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
-    """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
+    """True if the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
     if family is UNLISTED or (family.alternates and "layer_types" not in text):
         return True
     follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
@@ -193,7 +193,7 @@ _LENGTH_KEY, _LACKS_HEAD_DIM = "longext_length_key", "longext_lacks_head_dim"
 
 
 def _section_of(raw: dict[str, Any], config: Any, text: Any, prefix: str = "") -> str | None:
-    """The dotted key under which the file has the text config, or None where it is flat."""
+    """The dotted key under which the file has the text config, or None if it is flat."""
     for key, value in raw.items():
         inner = getattr(config, key, None) if isinstance(value, dict) else None
         if inner is None or not hasattr(inner, "to_dict"):
@@ -290,7 +290,7 @@ def _flat_parameters(
 ) -> tuple[RopeParameters, dict[str, RopeParameters], str]:
     """Return (parameters of the layers an extension changes, of the others by layer type, the former's type).
 
-    Follows transformers 5: where a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
+    Follows transformers 5: if a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
     """
     new = text.get("rope_parameters") or {}
     nested = {kind: dict(value) for kind, value in new.items() if isinstance(value, dict)}

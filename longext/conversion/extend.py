@@ -97,7 +97,7 @@ class ExtensionPlan:
 
     @property
     def keeps_length(self) -> bool:
-        """True where the written `max_position_embeddings` is the trained length."""
+        """True if the written `max_position_embeddings` is the trained length."""
         return ROPE_METHODS[self.spec.method].keeps_length
 
     @property
@@ -215,7 +215,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
 
 
 def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
-    """Return the RoPE the weights were trained with, and False where the config holds a later, training-free one.
+    """Return the RoPE the weights were trained with, and False if the config holds a later, training-free one.
 
     longext's own run.json remembers it, as long as nobody changed the config since. After training (a merged
     adapter) it is the RoPE that is there, spelled as the method that made it.
@@ -227,7 +227,7 @@ def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
 
 
 def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
-    """Return the RoPE that the config holds: as run.json spells it where the two agree, else as it reads."""
+    """Return the RoPE that the config holds: as run.json spells it if the two agree, else as it reads."""
     extension = _record(source, rope)
     return rope.spec if extension is None else spec_from_json(extension["spec"])
 
@@ -336,7 +336,7 @@ def read_factors(path: Path) -> dict[str, Any]:
 
 
 def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
-    """Return rope_parameters that this model type's config accepts, baked as `longrope` where it takes nothing else.
+    """Return rope_parameters that this model type's config accepts, baked as `longrope` if it takes nothing else.
 
     Raises:
         ConfigError: a length-dependent method on a family that cannot carry it.
@@ -462,7 +462,7 @@ def place_file(source: Path, target: Path, force_copy: bool = False) -> str:
 
 
 def _clone(source: Path, target: Path) -> bool:
-    """Copy-on-write clone where the filesystem offers it (Linux FICLONE); False where it does not."""
+    """Copy-on-write clone if the filesystem offers it (Linux FICLONE); False if it does not."""
     try:
         import fcntl
     except ImportError:

@@ -44,7 +44,7 @@ class Proof:
         limit: what was allowed: TOLERANCE of the largest logit.
         max_logit: that largest |logit|.
         effect: largest |logit difference| between the adapter's model and its base.
-        rounding_kl: mean KL(adapter, merged) in nats: what the rounding costs; None where nothing was rounded.
+        rounding_kl: mean KL(adapter, merged) in nats: what the rounding costs; None if nothing was rounded.
         rounding_top1: share of tokens with the same most likely successor, or None.
     """
 
@@ -86,7 +86,7 @@ def prove_merge(
     """Compare base + adapter with the merged checkpoint; the models are loaded in float32, one after the other.
 
     Weights: peft's merge, rounded to the written type, against every written tensor. Logits: of base + adapter (of
-    peft's rounded merge, where something was rounded) against those of the merged checkpoint.
+    peft's rounded merge, if something was rounded) against those of the merged checkpoint.
 
     Args:
         base: directory of the base's weights.

@@ -50,7 +50,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True where no check failed."""
+        """True if no check failed."""
         return all(check.status != "fail" for check in self.checks)
 
 
@@ -67,7 +67,7 @@ def verify_checkpoint(
     Args:
         base: the model it was made from; by default the one its run.json names.
         logits: load the weights and compare logits inside the trained window with the base's.
-        hashes: compare every weight file with the base's (skipped per file where both are one file on disk).
+        hashes: compare every weight file with the base's (skipped per file if both are one file on disk).
         on_progress: called with the bytes just compared.
 
     Raises:
@@ -270,7 +270,7 @@ def _check_logits(scratch: Path, spec: RopeSpec, base: RopeSpec, was_trained: bo
 
 
 def _is_identity(spec: RopeSpec) -> bool:
-    """True where nothing changes up to L tokens: factor 1, or LongRoPE whose short factors are 1."""
+    """True if nothing changes up to L tokens: factor 1, or LongRoPE whose short factors are 1."""
     plain, _ = compute_inv_freq(dataclasses.replace(spec, method="none"))
     ours, temperature = compute_inv_freq(spec, spec.original_max_position_embeddings)
     return temperature == 1.0 and bool((plain == ours).all())

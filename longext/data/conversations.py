@@ -331,7 +331,7 @@ def _joined(content: Any) -> Any:
 
 
 def _is_given(value: Any) -> bool:
-    """Return False for what a table writes where there is nothing."""
+    """Return False for what a table writes for nothing."""
     if isinstance(value, str):
         return bool(value.strip()) and value.strip() not in ("[]", "{}", "null")
     return value is not None and value not in ([], {})

@@ -449,7 +449,7 @@ def make_prompt(name: str, tokenizer: Any, controls: ControlTokens) -> Render:
 
 
 def resolve_prompt(name: str, tokenizer: Any) -> str:
-    """Return the format meant by `prompt`: "auto" is the chat template where the tokenizer has one, else "plain".
+    """Return the format meant by `prompt`: "auto" is the chat template if the tokenizer has one, else "plain".
 
     Raises:
         ConfigError: unknown name, or "chat" without a template.

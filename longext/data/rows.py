@@ -69,7 +69,7 @@ def cached_tokens(
     length: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenCache:
-    """Return the tokens of `config.data`, from the cache where the same data, tokenizer and settings were seen before.
+    """Return the tokens of `config.data`, from the cache if the same data, tokenizer and settings were seen before.
 
     Caches lie under `cache_root()`, one directory for each key. Processes that build one at the same time do so
     independently; the first to finish provides it.

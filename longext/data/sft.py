@@ -47,7 +47,7 @@ class SftReport:
 
 
 def shorten(trained: NDArray[np.bool_], material: Sequence[Span], length: int, keep: int) -> NDArray[np.intp] | None:
-    """Return which tokens stay so that at most `length` do, int [<= length] rising, or None where that cannot be.
+    """Return which tokens stay so that at most `length` do, int [<= length] rising, or None if that cannot be.
 
     Tokens go from the middle of the longest material (token spans), then of the next longest, `keep` tokens of each
     staying at either end; trained tokens and those outside the material never go.
@@ -70,7 +70,7 @@ class ExampleEncoder:
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed).
-        length: the most tokens of an example; `config.max_tokens` where that is less.
+        length: the most tokens of an example; `config.max_tokens` if that is less.
         config: `prompt` and `max_tokens` are read.
 
     Raises:

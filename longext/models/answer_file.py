@@ -41,7 +41,7 @@ def hash_of(hashes: Iterable[str]) -> str:
 def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]]]:
     """Return (line number, answer) of what `path` holds, dropping a line that was cut off.
 
-    The file is begun where there is none, or where it holds no answer yet.
+    The file is started if there is none, or none with an answer.
 
     Raises:
         ConfigError: its answers have another fingerprint.
@@ -93,12 +93,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def holds_answers(path: Path) -> bool:
-    """Return True where a file of answers, or one in a folder, has more than its header."""
+    """Return True if a file of answers, or one in a folder, has more than its header."""
     return any(len(read_bytes(file, limit=None).splitlines()) > 1 for file in _files(path))
 
 
 def remove_answers(path: Path) -> None:
-    """Remove a file of answers, or those in a folder and the folder where nothing else is in it."""
+    """Remove a file of answers, or those in a folder and the folder if nothing else is in it."""
     for file in _files(path):
         file.unlink()
     if path.is_dir() and not any(path.iterdir()):

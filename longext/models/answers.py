@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: batched, written as they come, and taken up again where a run was cut off."""
+"""Greedy answers to many prompts: batched, written as they come, and taken up again if a run was cut off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         id: its name, unique among the requests of a run.
-        input_ids: the prompt, BOS included where it has one.
+        input_ids: the prompt, BOS included if it has one.
         max_new_tokens: where the answer ends at the latest.
         stop: strings that end the answer; the answer is what stands before the first of them.
         stop_ids: tokens that end the answer, beside those that end every answer of the model.
@@ -49,7 +49,7 @@ class Prediction:
     """The answer to one request.
 
     Attributes:
-        text: without what ended it, and without a thought where those are taken off; "" if a thought has no end.
+        text: without what ended it, and without a thought if those are taken off; "" if a thought has no end.
         num_new_tokens: what was generated, the ending token included.
         is_cut: the budget ended it.
         num_thought_tokens: tokens of the thought that was taken off.
@@ -220,7 +220,7 @@ class _Reading:
 
 
 def begins_thought(model: LanguageModel, prompt: Sequence[int], marks: tuple[str, str]) -> bool:
-    """Return True where a prompt ends with the beginning of a thought."""
+    """Return True if a prompt ends with the beginning of a thought."""
     end = model.tokenizer.decode(list(prompt[-_MARK_TOKENS:]), skip_special_tokens=False)
     return str(end).rstrip().endswith(marks[0])
 

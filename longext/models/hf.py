@@ -33,6 +33,7 @@ from longext.checkpoint.load import (
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, resolve_model
 from longext.checkpoint.weights import read_shards
+from longext.checksums import sha256_of
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
@@ -241,13 +242,13 @@ class HFLanguageModel:
         text = self.model.config.get_text_config()
         return {
             "id": self.name,
-            "config_sha256": _sha256(json.dumps(self.config, sort_keys=True)),
+            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             "tokenizer_sha256": _tokenizer_hash(self.directory),
             "rope_parameters": text.rope_parameters,
             "max_position_embeddings": text.max_position_embeddings,
             "attention": f"full ({text._attn_implementation})",
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": _device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "prefix": list(self.prefix),
@@ -307,7 +308,7 @@ class NanWatch:
         return scores
 
     def check(self) -> None:
-        """Raise LongextError where there were such logits."""
+        """Raise LongextError if there were such logits."""
         if self._found is not None and bool(self._found):
             raise not_numbers(f"after {self._length:,} tokens")
 
@@ -441,28 +442,14 @@ def load_language_model(
     return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
 
 
-def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
-    """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
-    return extended_config(_extension_plan(config, method, factor))
-
-
 def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:
+    """The extension that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
     return plan_extension(request)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _tokenizer_hash(directory: Path) -> str | None:
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    return None
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((sha256_of(file) for file in files if file.is_file()), None)

@@ -16,8 +16,8 @@ _AGREED = 16  # tokens on either side of a seam that both windows must have alik
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **options: Any) -> list[int]:
     """Return the tokens of `text` without special ones put around it: those of one call of `tokenizer`.
 
-    A long text is tokenised in windows that overlap. They are joined where both have the same tokens on either side;
-    if there is no such place, the text is tokenised as a whole after all.
+    A long text is tokenised in windows that overlap. They are joined at a place with the same
+    tokens on either side in both; if there is none, the text is tokenised as a whole after all.
 
     Args:
         max_tokens: return only the first `max_tokens`; what comes after them is not tokenised.

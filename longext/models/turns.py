@@ -112,7 +112,7 @@ def ending_tokens(model: Any, tokenizer: Any, arguments: Mapping[str, Any] | Non
 def turn_ends(tokenizer: Any, arguments: Mapping[str, Any]) -> frozenset[int]:
     """Return the control tokens that follow an assistant's message in a rendered conversation.
 
-    That is `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, or the next role's marker where a template closes nothing.
+    That is `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, or the next role's marker if a template closes nothing.
     Plain text that a template writes there is no token, and ends nothing.
     """
     template = getattr(tokenizer, "chat_template", None)
