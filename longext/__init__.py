@@ -11,13 +11,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "load": "longext.api",
+    "evaluate": "longext.api",
+    "compare": "longext.api",
+    "extend": "longext.api",
+    "merge": "longext.api",
+    "generate": "longext.api",
+    "plan": "longext.api",
     "ROPE_METHODS": "longext.rope.methods",
     "RopeSpec": "longext.rope.methods",
     "compute_inv_freq": "longext.rope.methods",
     "rope_parameters": "longext.rope.methods",
     "ExtendConfig": "longext.conversion.config",
-    "PerplexityConfig": "longext.evals.config",
-    "PasskeyConfig": "longext.evals.config",
+    "Perplexity": "longext.evals.suites.ppl",
+    "Passkey": "longext.evals.suites.passkey",
     "CompareConfig": "longext.report.config",
     "FinetuneConfig": "longext.training.config",
     "MergeConfig": "longext.conversion.config",

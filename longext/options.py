@@ -61,30 +61,12 @@ class RuntimeConfig:
     attention: str | None = option(None, "transformers attention: sdpa, eager, flash_attention_2, ...", panel="Running")
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
     trust_remote_code: bool = option(False, "Run model code from the checkpoint.", panel="Running")
+    threads: int | None = option(None, "CPU threads (default: the cores that are free).", ge=1, panel="Running")
     seed: int = option(0, "Seed of prompts and bootstrap.", ge=0, le=2**63 - 1, panel="Running")
     output: str | None = option(
         None, "Results directory (default: results/<name>-<time>).", "--output", "-o", panel="Output"
     )
     force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingConfig(RuntimeConfig):
-    """What is applied to a model before it is evaluated, and how it reads: a method in memory, a memory by segments."""
-
-    method: str | None = option(
-        None, "Apply this extension method in memory first; parameters as name:key=value.", panel="Method"
-    )
-    factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
-    )
-    memory: str | None = option(
-        None,
-        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
-        panel="Method",
-    )
-    segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError, TrainingStopped
-from longext.evals.config import PerplexityConfig
 from longext.evals.perplexity import evaluate_perplexity, tokenize_documents
+from longext.evals.suites.ppl import Perplexity
 from longext.models.head import head_is_plain
 from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
 from longext.options import DataConfig
@@ -292,7 +292,7 @@ def _evaluation(run: Run, metrics: Metrics) -> list[Evaluate]:
     if config.eval_data is None:
         return []
     lengths = config.eval_lengths or default_lengths(run.extension)
-    request = PerplexityConfig(
+    request = Perplexity(
         model=config.model,
         data=config.eval_data,
         text_field=config.text_field,

@@ -30,7 +30,7 @@ from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
 from longext.evals.config import HarnessConfig
 from longext.evals.harness.model import Progress, Scorer, harness_model
-from longext.evals.limits import POSITIVE, check_names, read_bars, verdict
+from longext.evals.limits import POSITIVE, check_names, read_limits, verdict
 from longext.evals.statistics import stderr_interval
 from longext.manifest import result_record
 from longext.models.answers import answer_notes
@@ -124,7 +124,7 @@ def harness_metadata(config: HarnessConfig) -> dict[str, Any]:
 
 
 def _bars(config: HarnessConfig) -> dict[str, float]:
-    return read_bars(config.fail_under, form="TASK=SCORE or TASK:METRIC=SCORE", scale=POSITIVE)
+    return read_limits(config.fail_under, form="TASK=SCORE or TASK:METRIC=SCORE", scale=POSITIVE)
 
 
 def load_harness_tasks(config: HarnessConfig) -> Tasks:
