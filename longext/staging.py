@@ -140,8 +140,8 @@ def _overlap(target: Path, protected: Path) -> bool:
 def _identity(path: Path) -> _Identity | None:
     """Return (device, inode) of what stands at `path`, None if nothing does."""
     with contextlib.suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
+        status = path.lstat()
+        return status.st_dev, status.st_ino
     return None
 
 
@@ -185,16 +185,16 @@ def hold_name(output: Path) -> bool:
     if target in _held:
         return False
     _check_place(output, target)
-    made = [folder for folder in target.parents if not folder.exists()]
+    folders = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(target, output)
     except BaseException as error:
-        _remove_empty(made)
+        _remove_empty(folders)
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP):
             raise ConfigError(f"Cannot write {output}: {error.strerror}. Choose another -o.") from error
         raise
-    _held[target] = _Held(file, made)
+    _held[target] = _Held(file, folders)
     if file is not None:
         _tidy(target)
     _held[target].look(target)
@@ -204,9 +204,9 @@ def hold_name(output: Path) -> bool:
 def release_outputs(*outputs: Path) -> None:
     """Let go of the locks on `outputs`, or of all that this process holds."""
     for target in [resolve_output(output) for output in outputs] or list(_held):
-        held = _held.pop(target)
-        _unlock(target, held.file)
-        _remove_empty(held.made)
+        lock = _held.pop(target)
+        _unlock(target, lock.file)
+        _remove_empty(lock.made)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -332,9 +332,9 @@ def staged_directory(output: Path, force: bool = False, *, keep: bool = False) -
 
 
 def _keep(staging: Path, target: Path) -> Path:
-    kept = target.with_name(f"{target.name}.kept-{secrets.token_hex(4)}")
-    staging.rename(kept)
-    return kept
+    place = target.with_name(f"{target.name}.kept-{secrets.token_hex(4)}")
+    staging.rename(place)
+    return place
 
 
 @contextlib.contextmanager
@@ -371,21 +371,21 @@ def replace_directory(finished: Path, output: Path) -> None:
         raise OutputTaken(f"{error} What was to be there is in {finished}.") from error
 
 
-def _replace(staging: Path, target: Path, held: _Held) -> None:
+def _replace(staging: Path, target: Path, lock: _Held) -> None:
     """Move `staging` to `target`; what was found there is set aside first and deleted only when the new one stands.
 
     A rename of a directory fails (POSIX) if its new name is taken by anything but an empty directory, so whatever
     appears at the last moment is safe.
     """
-    if _identity(target) != held.found:
+    if _identity(target) != lock.found:
         raise OutputTaken(_taken(target))
-    if not held.was_filled:
+    if not lock.was_filled:
         _rename(staging, target)
         return
     aside = target.with_name(f".{target.name}.old-{_machine()}-{secrets.token_hex(4)}")
     target.rename(aside)
     try:
-        if _identity(aside) != held.found:
+        if _identity(aside) != lock.found:
             raise OutputTaken(_taken(target))
         _rename(staging, target)
     except BaseException:

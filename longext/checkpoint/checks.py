@@ -55,20 +55,22 @@ def check_sizes(config: Any, shards: Collection[Shard], directory: Path) -> None
     """
     text = config.get_text_config()
     tensors = tensors_of(shards)
-    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    num_values = sum(math.prod(tensor.shape) for tensor in tensors.values())
     count = len(tensors)
     hidden = _number(text, "hidden_size")
     limits = {
         "num_hidden_layers": _MARGIN * count,  # each stores a tensor of its own
-        "vocab_size": _MARGIN * held / max(1, hidden),
-        "intermediate_size": _MARGIN * held / max(1, hidden),
-        **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _MARGIN * held),
+        "vocab_size": _MARGIN * num_values / max(1, hidden),
+        "intermediate_size": _MARGIN * num_values / max(1, hidden),
+        **dict.fromkeys(
+            ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _MARGIN * num_values
+        ),
     }
     for key, most in limits.items():
         if _number(text, key) > most:
             raise CheckpointError(
                 f"{directory / 'config.json'}: `{key}` {_number(text, key):,} does not belong to these files, which "
-                f"hold {count:,} tensors of {held:,} numbers in all. Restore the config.json that was saved with them."
+                f"hold {count:,} tensors of {num_values:,} numbers. Restore the config.json that was saved with them."
             )
 
 
@@ -96,9 +98,9 @@ def check_complete(model: Any, info: dict[str, Any], directory: Path, config: An
             f"{directory} lacks '{missing[0]}' ({len(missing)} weight(s) missing): {_why_missing(missing, unexpected)}"
         )
     if mismatched:
-        name, stored, wanted = mismatched[0]
+        name, stored, expected = mismatched[0]
         raise CheckpointError(
-            f"{directory}: '{name}' is {_shape(stored)} in the files and {_shape(wanted)} by config.json "
+            f"{directory}: '{name}' is {_shape(stored)} in the files and {_shape(expected)} by config.json "
             f"({len(mismatched)} such weight(s)): restore the config.json that was saved with these weights."
         )
     if unexpected:
@@ -133,8 +135,8 @@ def left_over(keys: Iterable[str], text: Mapping[str, Any], is_part: bool) -> li
 
 
 def _layer(key: str) -> int | None:
-    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
+    return int(match[1]) if match else None
 
 
 def _beyond(keys: Iterable[str], config: Any) -> str:
@@ -145,9 +147,9 @@ def _beyond(keys: Iterable[str], config: Any) -> str:
 
 def _why_missing(missing: list[str], unexpected: list[str]) -> str:
     """Return the likely reason, and what to do."""
-    wanted = set(missing)
+    expected = set(missing)
     for mark, wrapper in _WRAPPERS.items():
-        if any(mark in key and key.replace(mark, "") in wanted for key in unexpected):
+        if any(mark in key and key.replace(mark, "") in expected for key in unexpected):
             return (
                 f"the files call it with '{mark}' in its name, as {wrapper} does. Save the model without that wrapper, "
                 f"or rename the tensors without '{mark}'."

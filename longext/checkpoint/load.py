@@ -185,10 +185,10 @@ def load_causal_lm(
 
 def _refuse_kernels(config: Any, attention: str | None, trusted: bool) -> None:
     """Refuse a config.json that names attention code on the Hub: transformers would fetch and run it."""
-    asked = getattr(config.get_text_config(), "_attn_implementation", None)
-    if attention is None and not trusted and isinstance(asked, str) and "/" in asked:
+    kernel = getattr(config.get_text_config(), "_attn_implementation", None)
+    if attention is None and not trusted and isinstance(kernel, str) and "/" in kernel:
         raise CheckpointError(
-            f"config.json asks for attention code from the Hub (attn_implementation '{asked}'), which is not run "
+            f"config.json asks for attention code from the Hub (attn_implementation '{kernel}'), which is not run "
             "unasked. Remove that key."
         )
 
@@ -333,10 +333,10 @@ def _conversion_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"^(\S+)\s*\| CONVERSION \|.*?([^\n]*)\nError", report.text, re.M | re.S)
-        if found is None:
+        match = re.search(r"^(\S+)\s*\| CONVERSION \|.*?([^\n]*)\nError", report.text, re.M | re.S)
+        if match is None:
             raise
-        raise RuntimeError(f"the stored weights do not make up '{found[1]}': {found[2][:_LONGEST]}") from error
+        raise RuntimeError(f"the stored weights do not make up '{match[1]}': {match[2][:_LONGEST]}") from error
     finally:
         logger.removeHandler(report)
         logger.setLevel(level)

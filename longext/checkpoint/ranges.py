@@ -127,12 +127,12 @@ def _check_values(values: Mapping[str, Any], rules: Mapping[str, _Rule], listed:
 def _ropes(level: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, flat dict) of every RoPE: of all layers, or one for each layer type."""
     for key in ("rope_parameters", "rope_scaling"):
-        found = level.get(key) or {}
-        nested = {kind: rope for kind, rope in found.items() if isinstance(rope, dict)}
-        if nested and not {"rope_type", "type"} & set(found):
+        section = level.get(key) or {}
+        nested = {kind: rope for kind, rope in section.items() if isinstance(rope, dict)}
+        if nested and not {"rope_type", "type"} & set(section):
             yield from ((f"{key}.{kind}", rope) for kind, rope in nested.items())
-        elif found:
-            yield key, found
+        elif section:
+            yield key, section
 
 
 def _check_heads(level: Mapping[str, Any], where: str) -> None:
@@ -152,7 +152,9 @@ def _check_heads(level: Mapping[str, Any], where: str) -> None:
         head_dim = hidden // heads
     if isinstance(head_dim, int):
         parameters = level.get("rope_parameters") or {}
-        share = next((own[key] for key in _SHARES for own in (level, parameters) if _is_number(own.get(key))), 1.0)
+        share = next(
+            (values[key] for key in _SHARES for values in (level, parameters) if _is_number(values.get(key))), 1.0
+        )
         if int(head_dim * share) % 2 or head_dim % 2 or int(head_dim * share) < 2:
             raise _refusal(where, "head_dim", head_dim, "an even number of which an even part is rotated")
 

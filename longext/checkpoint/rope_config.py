@@ -182,7 +182,7 @@ def _with_defaults(
         )
     values[_LENGTH_KEY] = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     values[_LACKS_HEAD_DIM] = "head_dim" in text.to_dict() and text.to_dict()["head_dim"] is None
-    kinds = [kind for kind, own in values["rope_parameters"].items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in values["rope_parameters"].items() if isinstance(rope, dict)]
     if kinds and getattr(text, "is_heterogeneous", False):
         with contextlib.suppress(Exception):  # only full-attention layers may have a head size of their own
             values["head_dim"] = text.per_layer_config[_extended_kind(values["rope_parameters"])].head_dim
@@ -278,7 +278,7 @@ def _spec(
 
 def _extended_kind(parameters: dict[str, Any]) -> str | None:
     """The layer type whose RoPE an extension changes: that of the layers without a window."""
-    kinds = [kind for kind, own in parameters.items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in parameters.items() if isinstance(rope, dict)]
     if FULL_ATTENTION in kinds:
         return FULL_ATTENTION
     global_kinds = [kind for kind in kinds if not any(word in kind for word in _WINDOWED)]
@@ -301,7 +301,7 @@ def _flat_parameters(
                 f"{directory}: rope_parameters has layer types {', '.join(nested)}; none of them is the one RoPE of "
                 "the layers without a window, so there is none to extend."
             )
-        return _normal(nested[kind]), {other: own for other, own in nested.items() if other != kind}, kind
+        return _normal(nested[kind]), {other: rope for other, rope in nested.items() if other != kind}, kind
     scaling = text.get("rope_scaling")
     chosen = dict(scaling) if scaling else dict(new)
     theta = text.get(family.theta_key)

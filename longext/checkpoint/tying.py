@@ -39,10 +39,10 @@ def follow_weights(model: Any) -> None:
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a parsed config.json that says the output matrix is one of its own."""
     text = config.get("text_config")
-    made = {**config, "tie_word_embeddings": False}
+    changed = {**config, "tie_word_embeddings": False}
     if isinstance(text, dict) and "tie_word_embeddings" in text:
-        made["text_config"] = {**text, "tie_word_embeddings": False}
-    return made
+        changed["text_config"] = {**text, "tie_word_embeddings": False}
+    return changed
 
 
 def stored_difference(

@@ -172,10 +172,10 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
     usual = LoraConfig().to_dict()
     changes = {key: value for key, value in config.items() if key not in _UNDERSTOOD and value != usual.get(key)}
-    found = {key: value for key, value in changes.items() if value not in (None, False, [], {})}
+    refused = {key: value for key, value in changes.items() if value not in (None, False, [], {})}
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        found["init_lora_weights"] = config["init_lora_weights"]
-    for key, value in found.items():
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    for key, value in refused.items():
         raise CheckpointError(f"{directory} has {key} = {value!r}: {_SUPPORTED}. Merge it with PEFT itself.")
     return config
 
@@ -282,15 +282,17 @@ def _expected_layout(directory: Path, base: Path, trust_remote_code: bool, untie
 def _check_patterns(directory: Path, names: list[str]) -> None:
     """Refuse expressions in the adapter's config that are none, or on which peft would hang."""
     config = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
-    found = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    expressions = [
+        (key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)
+    ]
     for key in ("rank_pattern", "alpha_pattern"):
-        found += [(key, rf"(.*\.)?({pattern})$") for pattern in config.get(key) or {}]
+        expressions += [(key, rf"(.*\.)?({pattern})$") for pattern in config.get(key) or {}]
     layers = config.get("layers_pattern") or []
-    found += [
+    expressions += [
         ("layers_pattern", rf".*\.[^.]*{pattern}\.(\d+)\.")
         for pattern in ([layers] if isinstance(layers, str) else layers)
     ]
-    check_patterns(found, names, str(directory / ADAPTER_CONFIG))
+    check_patterns(expressions, names, str(directory / ADAPTER_CONFIG))
 
 
 def _meta_model(base: Path, trust_remote_code: bool, untied: bool = False) -> Any:
@@ -383,8 +385,8 @@ def locate_in(files: set[str]) -> Callable[[str], str | None]:
     def locate(name: str) -> str | None:
         if name in files:
             return name
-        found = plain.get(_without_wrappers(name), [])
-        return found[0] if len(found) == 1 else None
+        candidates = plain.get(_without_wrappers(name), [])
+        return candidates[0] if len(candidates) == 1 else None
 
     return locate
 

@@ -100,8 +100,8 @@ def _plan(config: ConvertConfig, source: Path, name: str, revision: str | None, 
             f"{source} does not say which RoPE it was trained with: give --method and --factor (LongLoRA: linear and "
             "the context length over the base's, rounded up), or --method none for the base's own RoPE."
         )
-    asked = ExtendConfig(model=name, method="none", revision=revision)
-    return plan_rope(source, base, asked, base_is_given=True)[0]
+    request = ExtendConfig(model=name, method="none", revision=revision)
+    return plan_rope(source, base, request, base_is_given=True)[0]
 
 
 def _read_all(source: Path, pickles: list[Path]) -> dict[str, torch.Tensor]:
@@ -131,23 +131,23 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
-            held = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {asks[1]}" if asks else " ".join(str(error).split())[:120]
         raise CheckpointError(
             f"{file} is not a plain file of tensors ({why}): nothing of it was run. Ask its authors for safetensors."
         ) from error
-    if not isinstance(held, dict) or not held:
-        raise CheckpointError(f"{file} holds {type(held).__name__}, not tensors by name.")
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{file} holds {type(content).__name__}, not tensors by name.")
     names = {getattr(torch, name) for name in TORCH_NAMES.values()}
-    for name, tensor in held.items():
+    for name, tensor in content.items():
         is_plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         if not is_plain or tensor.dtype not in names:
             raise CheckpointError(f"{file}: {name!r} is not a dense tensor of floating-point numbers.")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file}: '{name}' has NaN or infinite values: the adapter is broken.")
-    return {name: tensor.detach().contiguous() for name, tensor in held.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
 
 
 def _peft_key(name: str) -> str:
@@ -167,9 +167,9 @@ def _fit(
     locate = locate_in(set(stored))
     notes = []
     for key in whole:
-        own = stored.get(locate(key.removeprefix(PREFIX)) or "")
-        is_alike = own is not None and own.shape and tensors[key].shape[1:] == own.shape[1:]
-        extra = tensors[key].shape[0] - own.shape[0] if own is not None and is_alike else 0
+        base_tensor = stored.get(locate(key.removeprefix(PREFIX)) or "")
+        is_alike = base_tensor is not None and base_tensor.shape and tensors[key].shape[1:] == base_tensor.shape[1:]
+        extra = tensors[key].shape[0] - base_tensor.shape[0] if base_tensor is not None and is_alike else 0
         if extra > 0 and tensors[key].ndim == 2:
             tensors[key] = tensors[key][:-extra].contiguous()
             notes.append(

@@ -331,8 +331,8 @@ def read_factors(path: Path) -> dict[str, Any]:
         numbers = values.get(name, [1.0])
         if not isinstance(numbers, list) or not all(is_a(x, float) and x > 0 for x in numbers):
             raise ConfigError(f"--factors {path}: `{name}` must be a list of numbers above 0.")
-    given = {key: value for key, value in values.items() if value is not None}
-    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in given.items()}
+    entries = {key: value for key, value in values.items() if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in entries.items()}
 
 
 def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
@@ -363,8 +363,8 @@ def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
         )
     bases = sorted(set(rope.layer_theta) - {0.0})
     if spec.method == "abf" and len(bases) > 1:
-        found = ", ".join(f"{base:g}" for base in bases)
-        raise ConfigError(f"`abf` gives all layers one base, this model's have {found}. Use ntk, which raises each.")
+        listed = ", ".join(f"{base:g}" for base in bases)
+        raise ConfigError(f"`abf` gives all layers one base, this model's have {listed}. Use ntk, which raises each.")
     if bases and not math.isclose(rope.spec.rope_theta, spec.rope_theta, rel_tol=1e-9):
         raise ConfigError(
             "The bases of this model's layers were raised by an extension: extend its base model instead."
@@ -373,10 +373,10 @@ def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
 
 def _with_carried(parameters: RopeParameters, rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     """Add the keys that stay true under any RoPE."""
-    kept = dict(rope.carried)
-    if "llama_4_scaling_beta" in kept:  # queries grow with the logarithm of the position over this length
-        kept["original_max_position_embeddings"] = spec.original_max_position_embeddings
-    return {**parameters, **kept}
+    carried = dict(rope.carried)
+    if "llama_4_scaling_beta" in carried:  # queries grow with the logarithm of the position over this length
+        carried["original_max_position_embeddings"] = spec.original_max_position_embeddings
+    return {**parameters, **carried}
 
 
 def extend_checkpoint(config: ExtendConfig) -> ExtensionPlan:

@@ -161,9 +161,9 @@ def read_merge(config: MergeConfig, output: Path | None = None) -> Merge:
         assert output is not None
         check_output(output, config.force, protected=protected)
     shards = read_shards(base)
-    asked = ExtendConfig(model=name, method="none", revision=revision)
+    request = ExtendConfig(model=name, method="none", revision=revision)
     extension, record, config_directory, notes = plan_rope(
-        directory, base, asked, base_is_given=config.base is not None, trust_remote_code=config.trust_remote_code
+        directory, base, request, base_is_given=config.base is not None, trust_remote_code=config.trust_remote_code
     )
     tensors = tensors_of(shards)
     adapter = read_adapter(directory, base, tensors, config.trust_remote_code)
@@ -207,9 +207,9 @@ def _stays_tied(adapter: Adapter, sources: dict[str, StoredTensor]) -> bool:
     return bool(first.allclose(second, rtol=1e-6, atol=0))
 
 
-def _written_dtype(source: StoredTensor, wanted: str) -> str:
+def _written_dtype(source: StoredTensor, dtype: str) -> str:
     """The base's own type, or the one that the user wants if it is a float."""
-    return source.dtype if wanted == "auto" or source.dtype not in TORCH_NAMES else _STORED_NAMES[wanted]
+    return source.dtype if dtype == "auto" or source.dtype not in TORCH_NAMES else _STORED_NAMES[dtype]
 
 
 def merged_config(merge: Merge) -> dict[str, Any]:
@@ -297,8 +297,8 @@ def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
     directory = merge.adapter.path.parent
-    own = [file for file in tokenizer_files(directory) if belongs_to(file, directory)]
-    for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
+    replacing = [file for file in tokenizer_files(directory) if belongs_to(file, directory)]
+    for name, file in {file.name: file for file in (*merge.extension.side_files, *replacing)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))
     raise_lengths(staging, merge.extension.new_length)

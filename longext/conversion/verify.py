@@ -220,7 +220,7 @@ def _check_frequencies(
     answer: dict[str, Any], rope: ModelRope, spec: RopeSpec, lengths: list[int], base_rope: ModelRope | None
 ) -> list[Check]:
     """Hold what each spelling's model computes to the formula and, if there is a base, to what the base computes."""
-    computed = {name: computed_from(found) for name, found in answer["computed"].items()}
+    computed = {name: computed_from(measured) for name, measured in answer["computed"].items()}
     base, checks = computed.pop("base", None), []
     for layout, ours in computed.items():
         name = {"both": "frequencies", "new": "new spelling", "old": "old spelling"}[layout]
@@ -243,9 +243,9 @@ def _base_problem(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpe
 
 
 def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:
-    found = answer["loading_problems"]
-    left = left_over(found.pop("unexpected_keys", ()), text, answer["is_part"])
-    problems = {**found, "unexpected_keys": left} if left else found
+    reported = answer["loading_problems"]
+    left = left_over(reported.pop("unexpected_keys", ()), text, answer["is_part"])
+    problems = {**reported, "unexpected_keys": left} if left else reported
     if problems:
         kind, keys = next(iter(problems.items()))
         return Check("loads", "fail", f"{kind.replace('_', ' ')}: {keys[0]} ({len(keys)} in all)")
@@ -327,9 +327,9 @@ def _check_weights(
         if on_progress:
             on_progress(shard.size)
     how = f"{hashed} by SHA-256" if hashed else "one file on disk with the base"
-    kept = len(set(ours) - touched)
-    changed = f"; {len(ours) - kept} changed by the adapter" if touched else ""
-    return Check("weights", "pass", f"{kept} tensors identical to the base's ({how}){changed}")
+    unchanged = len(set(ours) - touched)
+    changed = f"; {len(ours) - unchanged} changed by the adapter" if touched else ""
+    return Check("weights", "pass", f"{unchanged} tensors identical to the base's ({how}){changed}")
 
 
 def _is_same(ours: StoredTensor, theirs: StoredTensor) -> bool:

@@ -139,9 +139,9 @@ def _readable(path: Path) -> Path:
 
 def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
     """Return the data files in a folder; hidden files and folders (.git, .ipynb_checkpoints) hold none."""
-    found = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _READERS and not file.is_dir())
-    shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    files = [_readable(file) for file in shown if file.stem.upper() != "README"]
+    candidates = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _READERS and not file.is_dir())
+    visible = (file for file in candidates if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    files = [_readable(file) for file in visible if file.stem.upper() != "README"]
     if not files:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}

@@ -435,8 +435,8 @@ class PackedExamples(TokenRows):
 
 
 def _spell_names(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4:,} more"
+    listed = ", ".join(names[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4:,} more"
 
 
 def pack_lengths(lengths: NDArray[np.int64], length: int, seed: int) -> list[list[int]]:
@@ -466,8 +466,8 @@ def check_positions(positions: str, length: int, target_length: int | None) -> N
     if positions not in POSITIONS:
         raise ConfigError(f"Unknown positions '{positions}'. {did_you_mean(positions, POSITIONS)}")
     if positions == "pose" and (target_length is None or target_length < length):
-        given = "no target_length" if target_length is None else f"target_length {target_length:,}"
-        raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {given}.")
+        described = "no target_length" if target_length is None else f"target_length {target_length:,}"
+        raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {described}.")
 
 
 def pose_positions(

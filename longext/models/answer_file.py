@@ -64,17 +64,17 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
             f"{path} holds answers to other prompts or of another model: they are not used. Run with the settings it "
             "was begun with, or choose another -o to start over."
         )
-    found = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
+    answers = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return found
+    return answers
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}:{number}"
-    found: dict[str, Any] = parse_json(decode(line, where), where, want=dict, constant=float)
-    return found
+    value: dict[str, Any] = parse_json(decode(line, where), where, want=dict, constant=float)
+    return value
 
 
 def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -108,12 +108,12 @@ def generate_predictions(
     for batch in _batches(model, requests, batch_tokens):
         if all(request.id in done for request in batch):
             continue
-        made = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
+        new = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
         if path is not None:
-            append_answers(path, [dataclasses.asdict(prediction) for prediction in made])
-        done.update({prediction.id: prediction for prediction in made})
+            append_answers(path, [dataclasses.asdict(prediction) for prediction in new])
+        done.update({prediction.id: prediction for prediction in new})
         if on_progress:
-            on_progress(len(made))
+            on_progress(len(new))
     return [done[request.id] for request in requests]
 
 
@@ -121,8 +121,8 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
     """Return for every control token how often a prompt has it of itself; nothing for None."""
     if is_chat is None:
         return {}
-    own = Counter(control_baseline(model, is_chat))
-    return {token: own[token] for token in control_tokens(model.tokenizer).values()}
+    counts = Counter(control_baseline(model, is_chat))
+    return {token: counts[token] for token in control_tokens(model.tokenizer).values()}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -281,11 +281,11 @@ def answer_notes(predictions: Collection[Prediction], *, empty: bool = True) -> 
     Args:
         empty: tell of empty answers.
     """
-    cut = sum(own.is_cut for own in predictions)
-    none = sum(not own.text.strip() for own in predictions)
-    thoughts = sum(own.num_thought_tokens > 0 for own in predictions)
-    opened = sum(own.is_thought_open for own in predictions)
-    spelled = sum(own.spells_control for own in predictions)
+    cut = sum(answer.is_cut for answer in predictions)
+    none = sum(not answer.text.strip() for answer in predictions)
+    thoughts = sum(answer.num_thought_tokens > 0 for answer in predictions)
+    opened = sum(answer.is_thought_open for answer in predictions)
+    spelled = sum(answer.spells_control for answer in predictions)
     notes = []
     if cut:
         notes.append(f"{_share(cut, predictions)} ended at the budget of new tokens, not at their own end.")

@@ -65,18 +65,18 @@ def has_template(model: LanguageModel) -> bool:
     return bool(getattr(model.tokenizer, "chat_template", None))
 
 
-def uses_template(model: LanguageModel, asked: bool | None) -> bool:
-    """Return True if prompts go through the chat template: as asked, or (None) if the tokenizer has one.
+def uses_template(model: LanguageModel, chosen: bool | None) -> bool:
+    """Return True if prompts go through the chat template: as chosen, or (None) if the tokenizer has one.
 
     Raises:
         ConfigError: it is asked for, and there is none.
     """
-    if asked and not has_template(model):
+    if chosen and not has_template(model):
         raise ConfigError(
             f"The tokenizer of {model.name} has no chat template: leave --chat-template out, or put the model's own "
             "beside its tokenizer (chat_template.jinja)."
         )
-    return has_template(model) if asked is None else asked
+    return has_template(model) if chosen is None else chosen
 
 
 def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_begun: bool = False) -> str:
@@ -150,13 +150,13 @@ def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
     Raises:
         ConfigError: --strip-thinking, and the tokenizer knows no such marks.
     """
-    asked, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
-    if asked and marks is None:
+    strip, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
+    if strip and marks is None:
         raise ConfigError(
             f"The tokenizer of {model.name} has no marks of thoughts (<think>), neither as tokens nor in a chat "
             "template: leave --strip-thinking out."
         )
-    return None if asked is False else marks
+    return None if strip is False else marks
 
 
 # --- what a record says -----------------------------------------------------------------------------------------------

@@ -266,13 +266,13 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     Raises:
         LongextError: a score is not a finite number.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     head = model.get_output_embeddings()
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
     rows = max(1, budget // (4 * head.weight.shape[0]))
     parts = [
         _score_logits(scale_logits(model, head(states)), tokens)
-        for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+        for states, tokens in zip(flat.split(rows), flat_targets.split(rows), strict=True)
     ]
     shape = targets.shape
     nll = torch.cat([part.nll for part in parts]).view(shape)
@@ -302,8 +302,8 @@ class NanWatch:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at logits [B, V]; nothing waits for the device."""
-        found = scores.isnan().any()
-        self._found = found if self._found is None else self._found | found
+        has_nan = scores.isnan().any()
+        self._found = has_nan if self._found is None else self._found | has_nan
         self._length = input_ids.shape[1]
         return scores
 
@@ -322,12 +322,12 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    settings = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def rope_type_of(model: Any) -> str:
@@ -335,8 +335,8 @@ def rope_type_of(model: Any) -> str:
     parameters = model.config.get_text_config().rope_parameters
     if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
         return "default"  # HunYuan's fixed base under the name "dynamic"
-    nested = [own for own in parameters.values() if isinstance(own, dict)]
-    kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
+    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
+    kinds = [rope["rope_type"] for rope in nested or [parameters] if rope.get("rope_type")]
     chosen = parameters.get("full_attention") or (nested or [parameters])[0]
     kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
     return kind

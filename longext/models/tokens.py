@@ -95,7 +95,7 @@ def control_tokens(tokenizer: Any) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return frozenset(marked - {own for own in (tokenizer.unk_token_id,) if own not in ends})
+    return frozenset(marked - {token for token in (tokenizer.unk_token_id,) if token not in ends})
 
 
 def count_controls(ids: Iterable[int], controls: frozenset[int]) -> int:
