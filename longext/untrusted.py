@@ -100,16 +100,19 @@ def open_file(path: Openable, kind: Kind = DataError) -> IO[bytes]:
 
 def _require_regular(path: Path, mode: int, kind: Kind) -> None:
     if not stat.S_ISREG(mode):
-        raise kind(f"{path} is {_file_kind(mode)}, not a file. Give a regular file.")
+        raise kind(f"{path} is {file_kind(mode)}, not a file. Give a regular file.")
 
 
-def _file_kind(mode: int) -> str:
-    kinds: dict[str, Callable[[int], bool]] = {
-        "a folder": stat.S_ISDIR,
-        "a FIFO": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
+def file_kind(mode: int) -> str:
+    """Return what a mode of `stat` is, with an article."""
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a link",
     }
-    return next((name for name, fits in kinds.items() if fits(mode)), "a device")
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def check_directory(directory: Path, kind: Kind = CheckpointError) -> None:
@@ -124,7 +127,7 @@ def check_directory(directory: Path, kind: Kind = CheckpointError) -> None:
         except OSError:
             continue  # a broken link: whoever needs it says so
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise kind(f"{entry} is {_file_kind(mode)}, not a file. Put the file itself there, or remove it.")
+            raise kind(f"{entry} is {file_kind(mode)}, not a file. Put the file itself there, or remove it.")
 
 
 def read_bytes(path: Openable, kind: Kind = DataError, limit: int | None = METADATA_LIMIT) -> bytes:
