@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from longext.models.methods import is_unchanged, method_request
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
 
 
 def open_model(config: Any) -> Any:
@@ -19,6 +24,16 @@ def open_model(config: Any) -> Any:
     if isinstance(config, ChatConfig):
         set_asking(model, config)
     return model
+
+
+def context_length(model: LanguageModel, config: Any) -> int:
+    """Return how many positions a model has, with the extension that the `method` of a config applied to it."""
+    plain: Any = getattr(model, "plain", model)
+    positions: int = plain.model.config.get_text_config().max_position_embeddings
+    if config.method is None or is_unchanged(config.method):
+        return positions
+    request = method_request(config.method, config.model, factor=config.factor)
+    return max(positions, request.target_length or 0, int(plain.trained_length * (request.factor or 1)))
 
 
 def _load(config: Any) -> Any:

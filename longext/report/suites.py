@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longext.evals.babilong_data import length_name
+from longext.evals.suites.babilong import length_name
 from longext.report.scores import Score, numbers_of
 
 Column = int | float | str

@@ -31,7 +31,7 @@ from longext.errors import ConfigError, DataError, LongextError, MissingExtraErr
 from longext.evals.config import HarnessConfig
 from longext.evals.harness.model import Progress, Scorer, harness_model
 from longext.evals.limits import POSITIVE, check_names, read_limits, verdict
-from longext.evals.longbench.run import context_length
+from longext.evals.models import context_length
 from longext.evals.statistics import stderr_interval
 from longext.manifest import result_record
 from longext.models.answers import answer_notes

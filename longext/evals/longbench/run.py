@@ -38,10 +38,10 @@ from longext.evals.longbench.suite import (
     wanted_tasks,
 )
 from longext.evals.longbench.tasks import TASKS, prompt_hash, read_prompt
+from longext.evals.models import context_length
 from longext.manifest import result_record
 from longext.models.answers import Prediction, Request, answer_notes, generate_predictions
 from longext.models.chat import asked_facts, uses_template
-from longext.models.methods import is_unchanged, method_request
 from longext.models.protocol import LanguageModel
 
 GENERATED = "generated"  # answers of an unfinished run
@@ -87,16 +87,6 @@ def _jieba_note(config: LongBenchConfig) -> list[str]:
     if config.tasks or config.longbench_e or has_jieba():
         return []
     return [f"{', '.join(needing)} are scored on the words that jieba finds (pip install jieba): left out."]
-
-
-def context_length(model: LanguageModel, config: LongBenchConfig) -> int:
-    """Return how many positions the model has, with the extension that was applied to it."""
-    plain: Any = getattr(model, "plain", model)
-    positions: int = plain.model.config.get_text_config().max_position_embeddings
-    if config.method is None or is_unchanged(config.method):
-        return positions
-    asked = method_request(config.method, config.model, factor=config.factor)
-    return max(positions, asked.target_length or 0, int(plain.trained_length * (asked.factor or 1)))
 
 
 def prompt_limit(model: LanguageModel, config: LongBenchConfig) -> int | None:

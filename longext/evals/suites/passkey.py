@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.base import Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
 from longext.models.methods import check_method
 from longext.registry import Registry
@@ -90,12 +90,7 @@ class Passkey(ReadingConfig, Eval):
     filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
     num_needles: int = option(1, "Needles in the text; one of them is asked for.", ge=1, le=10)
     num_digits: int = option(5, "Digits of a key.", ge=2, le=12)
-    fail_under: tuple[str, ...] = option(
-        (),
-        f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
-        repeats=True,
-        panel="Output",
-    )
+    fail_under: tuple[str, ...] = fail_under(_FORM)
 
     @property
     def label(self) -> str:
