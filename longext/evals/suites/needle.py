@@ -265,7 +265,7 @@ def match_share(expected: Sequence[str], answer: str) -> float:
 def score_exactly(
     model: LanguageModel, questions: Sequence[NeedleQuestion], size: int, advance: Advance = silent
 ) -> list[QuestionScore]:
-    """Return the share of values whose every token is the model's first choice, `size` prompts of one length at once."""
+    """Return the share of values whose every token is the model's first choice, `size` prompts at once."""
     import torch
 
     scores = []
