@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.evals.base import Advance, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import ALL, PLACES, Place, PlaceLimit, place_limits
 from longext.evals.models import context_length
+from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
@@ -273,3 +274,38 @@ def _answer_lines(
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+# --- tables and pictures ----------------------------------------------------------------------------------------------
+
+MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
+
+
+def by_task(title: str, of: str, axis: str = PROMPT, **more: Any) -> Lines:
+    """Return the view of scores by length, a block for each task."""
+    return Lines(title, of=of, panel="task", axis=axis, **more)
+
+
+def pooled(title: str, **more: Any) -> Lines:
+    """Return the view of all tasks together; they are drawn task by task in another view."""
+    return Lines(title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, **more)
+
+
+def task_map(title: str, of: str, **more: Any) -> HeatMap:
+    """Return the picture of a single result: tasks by lengths."""
+    return HeatMap(title, of=of, rows="task", name="tasks", table=NEVER, picture=ONE, **more)
+
+
+def depth_map(title: str, of: str, **more: Any) -> HeatMap:
+    """Return the view of depths by lengths."""
+    return HeatMap(title, of=of, name="depths", rows="depth", rows_name="depth", spell_row=_spell_depth, **more)
+
+
+def _spell_depth(depth: float | None) -> str:
+    return "random" if depth is None else f"{depth:.0%}"
+
+
+def depths_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the depths of a record, which must agree for its scores to share a table with others."""
+    depths = {row.get("depth") for row in record["results"]} - {None}
+    return {"depths": sorted(depths)} if depths else {}

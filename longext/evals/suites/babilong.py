@@ -16,7 +16,17 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import Place
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, pooled_cells, text_hash
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    pooled,
+    pooled_cells,
+    task_map,
+    text_hash,
+)
+from longext.evals.views import SEVERAL, Column, Section
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, option
@@ -142,6 +152,10 @@ PROMPTS.register("instruction", (True, False))
 PROMPTS.register("plain", (False, False))
 
 
+def _folder(column: Column) -> str:
+    return length_name(int(column))
+
+
 @register("babilong")
 @dataclass(frozen=True, kw_only=True)
 class BABILong(RetrievalEval):
@@ -154,6 +168,20 @@ class BABILong(RetrievalEval):
 
     kind: ClassVar[str] = "babilong"
     unit: ClassVar[str] = "rows"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="babilong",
+            title="BABILong",
+            kind="babilong",
+            views=(
+                by_task(
+                    "BABILong accuracy by length", "results.score", "length of the text", spell=_folder, picture=SEVERAL
+                ),
+                pooled("BABILong accuracy by length, all tasks together", spell=_folder),
+                task_map("BABILong accuracy by length", "results.score", spell=_folder),
+            ),
+        ),
+    )
 
     data: str = option("", "Folder with <length>/<task>.jsonl, as 4k/qa1.jsonl.", panel="Data")
     tasks: tuple[str, ...] = option(("qa1", "qa2", "qa3", "qa4", "qa5"), "Of qa1 to qa5, comma-separated.")

@@ -17,6 +17,7 @@ from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, regi
 from longext.evals.limits import verdict
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
+from longext.evals.views import ANY, NEVER, ONE, PROMPT, Bars, Detail, Lines, Section, either
 from longext.manifest import result_record
 from longext.options import ChatConfig
 from longext.registry import Registry
@@ -204,6 +205,37 @@ class Effective(ReadingConfig, ChatConfig, Eval):
     """The longest length at which retrieval reaches a limit: lengths double, then the step that failed is halved."""
 
     kind: ClassVar[str] = "effective-length"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="effective-length",
+            title="Effective length",
+            kind="effective-length",
+            picture="effective",
+            views=(
+                Bars(
+                    "Longest length above the limit, tokens",
+                    of=ANY,
+                    unit="count",
+                    columns=lambda score: score.keys[-1].removesuffix("_length"),
+                    picture=NEVER,
+                ),
+                Lines(
+                    "Accuracy at the lengths tried",
+                    of="results.accuracy",
+                    name="tried",
+                    axis=PROMPT,
+                    table=ONE,
+                    details=(
+                        Detail("limit", "passed", either("pass", "fail")),
+                        Detail("interval above", "clearly", either("yes", "no")),
+                        Detail("right", "num_correct"),
+                        Detail("of", "num_trials"),
+                        Detail("tried as", "order"),
+                    ),
+                ),
+            ),
+        ),
+    )
 
     max_length: int = option(help="Longest length to try, a multiple of 64.", ge=2, le=LENGTH)
     min_length: int = option(128, "First length to try, a multiple of 64.")

@@ -19,8 +19,17 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, Work, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, mean_at, text_hash
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    cells_of,
+    mean_at,
+    text_hash,
+)
 from longext.evals.ruler.words import NUM_NAMES, draw_different, draw_name
+from longext.evals.views import Detail, Section
 from longext.manifest import result_record
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry
@@ -110,6 +119,22 @@ class LongEval(RetrievalEval):
 
     kind: ClassVar[str] = "longeval"
     unit: ClassVar[str] = "cases"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="longeval",
+            title="LongEval",
+            kind="longeval",
+            views=(
+                by_task(
+                    "LongEval accuracy by number of lines or topics",
+                    "results.score",
+                    "number of lines or topics",
+                    heading="size",
+                    details=(MEAN_TOKENS, Detail("cases", "num_trials")),
+                ),
+            ),
+        ),
+    )
     limit_form: ClassVar[str] = _FORM
 
     data: str | None = option(

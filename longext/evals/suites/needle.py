@@ -17,7 +17,19 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, check_tasks, register, silent
 from longext.evals.limits import Place, check_lengths
 from longext.evals.passkey_prompts import PromptTokens
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, pooled_cells, score_of
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    cells_of,
+    depth_map,
+    depths_of,
+    pooled,
+    pooled_cells,
+    score_of,
+    task_map,
+)
 from longext.evals.ruler.haystacks import (
     NAME_TYPES,
     NEEDLE_TASKS,
@@ -32,6 +44,7 @@ from longext.evals.ruler.haystacks import (
     noise_sentences,
     text_sentences,
 )
+from longext.evals.views import NEVER, ONE, SEVERAL, Section
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import chat_frame, user_text
 from longext.registry import Registry
@@ -71,6 +84,26 @@ class Needle(RetrievalEval):
     """RULER's needle tasks (arXiv 2404.06654) by length, at exact token lengths."""
 
     kind: ClassVar[str] = "needle"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="needle",
+            title="Needles (RULER)",
+            kind="needle",
+            measured=depths_of,
+            views=(
+                by_task("Needles found by prompt length", "by_task.score", picture=SEVERAL),
+                pooled("Needles found by prompt length, all tasks together"),
+                task_map("Needles found by prompt length", "by_task.score"),
+                depth_map(
+                    "Needles found by length and depth",
+                    of="results.score",
+                    panel="task",
+                    table=NEVER,
+                    picture=ONE,
+                ),
+            ),
+        ),
+    )
 
     tasks: tuple[str, ...] = option(
         ("single", "multikey", "multivalue", "multiquery"),

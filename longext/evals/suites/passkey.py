@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
+from longext.evals.retrieval import depth_map, depths_of
+from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
@@ -78,6 +80,28 @@ class Passkey(ReadingConfig, Eval):
     """Retrieval accuracy by length and depth."""
 
     kind: ClassVar[str] = "passkey"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="passkey",
+            title="Passkey",
+            kind="passkey",
+            measured=depths_of,
+            views=(
+                Lines(
+                    "Passkey accuracy by prompt length",
+                    of="by_length.accuracy",
+                    axis=PROMPT,
+                    picture=SEVERAL,
+                    details=(MEAN_TOKENS, Detail("trials", "num_trials")),
+                ),
+                depth_map(
+                    "Passkey accuracy by length and depth",
+                    of="results.accuracy",
+                    table=ONE,
+                ),
+            ),
+        ),
+    )
 
     lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
     depths: tuple[float, ...] = option(

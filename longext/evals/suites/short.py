@@ -18,6 +18,7 @@ from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, regi
 from longext.evals.limits import check_lengths, verdict
 from longext.evals.models import open_model
 from longext.evals.suites.ppl import Perplexity
+from longext.evals.views import SCORED, TOKENS, Detail, Lines, Section, either
 from longext.manifest import result_record
 from longext.models.methods import check_method, is_unchanged
 from longext.options import DataConfig
@@ -76,6 +77,31 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
     """
 
     kind: ClassVar[str] = "short-context"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="short-context",
+            title="Short texts",
+            kind="short-context",
+            picture="short",
+            views=(
+                Lines(
+                    "Change of perplexity against the base",
+                    of="results.change",
+                    unit="change",
+                    lower_is_better=True,
+                    axis=TOKENS,
+                    value="change",
+                    details=(
+                        Detail("ppl", "ppl", "{:.2f}"),
+                        Detail("base ppl", "base_ppl", "{:.2f}"),
+                        Detail("verdict", "passed", either("pass", "FAIL")),
+                        Detail("windows", "num_windows", "{:,}"),
+                        SCORED,
+                    ),
+                ),
+            ),
+        ),
+    )
 
     against: str | None = option(None, "The model it was made from (default with --memory or --method: MODEL itself).")
     tolerance: float = option(0.02, "Largest relative increase of perplexity that passes.", ge=0)
