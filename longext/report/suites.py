@@ -6,15 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from longext.evals.base import EVALS
-from longext.evals.views import ALWAYS, NEVER, SEVERAL, Bars, Column, Detail, Lines, Score, Section
+from longext.evals.views import ALWAYS, NEVER, SEVERAL, TOKENS, Bars, Column, Detail, Lines, Score, Section, either
 from longext.report.scores import numbers_of
 
-_TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
 _MACHINE = frozenset({"model.device", "model.num_threads", "model.dtype", "model.attention"})
-_TOKENS, _PROMPT, _BEFORE = "context length (tokens)", "prompt length (tokens)", "context before the segment (tokens)"
-_TRIALS = Detail("trials", "num_trials")
-_MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
-_SCORED = Detail("tokens scored", "num_tokens", "{:,}")
 
 
 def _key(place: int) -> Callable[[Score], str]:
@@ -39,10 +34,6 @@ def _times(column: Column) -> str:
     return f"{column}x"
 
 
-def _yes(word: str, other: str) -> Callable[[bool], str]:
-    return lambda value: word if value else other
-
-
 def _estimate(form: str) -> Callable[[Mapping[str, Any]], str]:
     def text(value: Mapping[str, Any]) -> str:
         between = "" if value.get("low") is None else f" ({form} to {form})".format(value["low"], value["high"])
@@ -63,7 +54,7 @@ def _efficiency(key: str, title: str, unit: str, lower: bool = True, **more: Any
         unit=unit,
         lower_is_better=lower,
         variant=_way,
-        axis=_TOKENS,
+        axis=TOKENS,
         exact=True,
         **more,
     )
@@ -193,7 +184,7 @@ _HARNESS = Section(
             scale="metric",
             value="value",
             details=(
-                Detail("better", "higher_is_better", _yes("more", "less")),
+                Detail("better", "higher_is_better", either("more", "less")),
                 Detail("shots", "num_fewshot"),
                 Detail("documents", "num_documents"),
                 Detail("cut", "num_truncated"),

@@ -20,6 +20,7 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, Work, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
 from longext.evals.retrieval import (
+    MEAN_TOKENS,
     Question,
     QuestionScore,
     RetrievalEval,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
-from longext.evals.retrieval import depth_map, depths_of
+from longext.evals.retrieval import MEAN_TOKENS, depth_map, depths_of
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry

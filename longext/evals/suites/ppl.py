@@ -226,7 +226,8 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
                         Detail("last quarter", "nll_last_quarter", "{:.3f}"),
                         Detail("positions", "num_readable", "{:,}"),
                     ),
-                    note="quarters of the segment: NLL, nats per token; positions: before the segment, that the memory reads",
+                    note="quarters of the segment: NLL, nats per token; positions: before the segment, that the "
+                    "memory reads",
                 ),
                 Lines(
                     "NLL of the memory minus that of its own controls, nats (below 0: the memory is better)",
