@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
+from longext.attention.shifted import check_model, register_attention
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
 from longext.checkpoint.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.checkpoint.rope_config import model_rope, write_rope
