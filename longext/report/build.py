@@ -187,9 +187,7 @@ def build_report(results: Sequence[Result], left_out: Sequence[str] = ()) -> Rep
     return Report(results=list(results), groups=groups, model=model, left_out=list(left_out))
 
 
-def _group(
-    parts: list[Part], number: int, first: list[Part], names: Mapping[str, str], *, is_single: bool
-) -> Group:
+def _group(parts: list[Part], number: int, first: list[Part], names: Mapping[str, str], *, is_single: bool) -> Group:
     labels = label_parts(parts, names)
     section = parts[0].section
     shown = [Shown(view=view, cells=_cells(view, parts, labels, is_single)) for view in section.views]

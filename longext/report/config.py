@@ -43,7 +43,7 @@ class ReportConfig:
     output: str | None = option(
         None, "Directory of the report (default: results/report-<time>).", "--output", "-o", panel="Output"
     )
-    force: bool = option(False, "Replace the output directory if it exists.", panel="Output")
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,9 +242,7 @@ def _places(columns: Sequence[Any], cells: Sequence[Cell], shift: float) -> list
     return [float(cell.column) * 2**shift for cell in cells]
 
 
-def _line(
-    axes: Any, picture: Picture, x: Sequence[float], cells: Sequence[Cell], look: Look, *, is_band: bool
-) -> None:
+def _line(axes: Any, picture: Picture, x: Sequence[float], cells: Sequence[Cell], look: Look, *, is_band: bool) -> None:
     scale = 100.0 if picture.shown.view.unit in _PERCENT else 1.0
     y = [scale * cell.score.value for cell in cells]
     same = {"color": look.colour, "gid": picture.series(cells[0].label)}
@@ -466,9 +464,7 @@ def _category(cell: Cell, cells: Sequence[Cell]) -> str:
     return f"{cell.panel} {cell.column}" if several else str(cell.column)
 
 
-def _draw_bars(
-    axes: Any, picture: Picture, cells: Sequence[Cell], colours: Callable[[Cell], tuple[str, str]]
-) -> None:
+def _draw_bars(axes: Any, picture: Picture, cells: Sequence[Cell], colours: Callable[[Cell], tuple[str, str]]) -> None:
     categories, labels = _categories(cells), picture.labels
     unit = picture.shown.view.unit
     height = 0.84 / len(labels)

@@ -298,7 +298,9 @@ def _plain_label(part: Part, names: Mapping[str, str]) -> str:
 
 def _shortest(paths: Sequence[str]) -> list[str]:
     """Return the last component of each path, and as many more as tell different paths apart."""
-    return ["/".join(_ending(Path(path).parts, [Path(other).parts for other in paths if other != path])) for path in paths]
+    return [
+        "/".join(_ending(Path(path).parts, [Path(other).parts for other in paths if other != path])) for path in paths
+    ]
 
 
 def _ending(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

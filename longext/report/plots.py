@@ -116,5 +116,3 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, format="png")
-
-

@@ -332,9 +332,7 @@ _BABILONG = Section(
     title="BABILong",
     kind="babilong",
     views=(
-        _by_task(
-            "BABILong accuracy by length", "results.score", "length of the text", spell=_folder, picture=SEVERAL
-        ),
+        _by_task("BABILong accuracy by length", "results.score", "length of the text", spell=_folder, picture=SEVERAL),
         _pooled("BABILong accuracy by length, all tasks together", spell=_folder),
         _task_map("BABILong accuracy by length", "results.score", spell=_folder),
     ),

@@ -1,6 +1,7 @@
-"""Put results side by side: verdict, tables of what is comparable, pictures; HTML, Markdown, CSV.
+"""Put results of any evaluations side by side.
 
-Results whose protocol or data differ get tables of their own, with the fields that differ.
+A verdict in words, a table for what is comparable, pictures, HTML, Markdown, CSV. Results whose protocol or data differ
+are in tables of their own, with the fields that differ.
 
 Example: longext report results/ -o report
 """
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
-from longext.cli.output import deliver_files, open_output
 from longext.report.config import ReportConfig
 
 
 def run(config: ReportConfig, as_json: bool) -> None:
-    """Read the results and write their report."""
+    """Read the results, compare what is comparable, write and show."""
+    from longext.cli.output import deliver_files, open_output
     from longext.report.build import build_report, report_record
     from longext.report.find import find_results
     from longext.report.notes import report_notes, verdict
