@@ -142,7 +142,11 @@ def _cautions(fields: list[FieldPair], a: Mapping[str, Any], b: Mapping[str, Any
     if _TOKENIZER in names:
         cautions.append("the tokenizers differ: lengths and values per token are of different tokens")
     left, right = (
-        {score.name: score.value for score in numbers_of(record) if score.is_count and score.keys[-1] not in _OF_ANSWERS}
+        {
+            score.name: score.value
+            for score in numbers_of(record)
+            if score.is_count and score.keys[-1] not in _OF_ANSWERS
+        }
         for record in (a, b)
     )
     counts = dict.fromkeys(name.split(".")[-1] for name in left if name in right and left[name] != right[name])
