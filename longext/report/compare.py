@@ -13,7 +13,7 @@ from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.errors import ConfigError
-from longext.evals.base import Eval
+from longext.evals.base import Eval, Progress
 from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
@@ -48,12 +48,12 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
 
 
 def compare_methods(
-    config: CompareConfig, progress: Callable[[str, int, str], Any], announce: Callable[[str], None] | None = None
+    config: CompareConfig, progress: Progress, announce: Callable[[str], None] | None = None
 ) -> Comparison:
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
     Args:
-        progress: (what, total, unit) -> context manager that yields advance(n).
+        progress: opens a progress display for each evaluation.
         announce: called with one line when a method is done.
 
     Raises:
@@ -79,14 +79,13 @@ def compare_methods(
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
         model.set_rope(plain if plan is None else extended_config(plan))
+        of_method = _progress_of(f"{name} ({index}/{len(plans)})", progress)
         measured = {
             key: run_eval(
                 _with_method(task, name, config, key),
                 model,
                 data=documents if key != "passkey" else None,
-                progress=lambda what, total, unit, at=f"{name} ({index}/{len(plans)})": progress(
-                    f"{at} {what}", total, unit
-                ),
+                progress=of_method,
             )
             for key, task in tasks.items()
         }
@@ -115,6 +114,10 @@ def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
     """The fields that `config` and `kind` have in common, but for those that differ by evaluation."""
     names = {field.name for field in dataclasses.fields(kind)} - _OF_TASKS
     return {key: value for key, value in vars(config).items() if key in names}
+
+
+def _progress_of(name: str, progress: Progress) -> Progress:
+    return lambda what, total, unit: progress(f"{name} {what}", total, unit)
 
 
 def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:
