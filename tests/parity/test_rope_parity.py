@@ -77,6 +77,19 @@ def test_the_parameters_that_an_example_sets_are_the_methods_own(case):
     assert example(case[0], 64, case[1]).keys() <= parameters <= {field.name for field in fields(RopeSpec)}
 
 
+@pytest.mark.parametrize("name", ROPE_METHODS)
+def test_a_method_is_what_it_says_of_itself(name):
+    method, keys = ROPE_METHODS[name], example(name, 64)
+    plain, _ = compute_inv_freq(spec_for("none", 64, 1e4, 1.0))
+    inside, beyond = (compute_inv_freq(spec_for(name, 64, 1e4, 4.0, **keys), n)[0] for n in (LENGTH, 4 * LENGTH))
+    at_one, temperature = compute_inv_freq(spec_for(name, 64, 1e4, 1.0, **keys))
+    assert method.is_exact_inside == (inside == plain).all()
+    assert method.follows_length == (inside != beyond).any()
+    is_unchanged = np.allclose(at_one, plain, rtol=1e-9) and temperature == 1.0
+    assert method.is_scaling == (is_unchanged and not method.follows_length)
+    assert [other for other in ROPE_METHODS if ROPE_METHODS[other].colour == method.colour] == [name]
+
+
 def yarn_authors_inv_freq(dim, base, length, scale, beta_fast=32, beta_slow=1):
     """The ramp of the YaRN authors' code, written out from its description (float64, one dimension at a time)."""
     low = math.floor(dim * math.log(length / (beta_fast * 2 * math.pi)) / (2 * math.log(base)))
