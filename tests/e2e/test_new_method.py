@@ -10,7 +10,7 @@ import pytest
 from longext.errors import ConfigError
 from longext.rope.spec import ROPE_METHODS
 
-# interpolated, then wavelengths rounded to whole positions, the idea of Resonance RoPE
+# interpolated, then wavelengths rounded as Resonance RoPE does, so coarsely that some pairs share one
 TOY = '''"""Whole wavelengths."""
 
 import numpy as np
@@ -21,7 +21,7 @@ from longext.rope.spec import ROPE_METHODS, Parameter, RopeMethod
 
 def inv_freq(spec, _):
     wavelengths = 2 * np.pi * spec.factor * spec.beta_slow / base_inv_freq(spec)
-    return 2 * np.pi / np.round(wavelengths)
+    return 2 * np.pi / (16 * np.round(wavelengths / 16))
 
 
 ROPE_METHODS.register(
