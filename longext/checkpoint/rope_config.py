@@ -31,7 +31,7 @@ class ModelRope:
 
     Attributes:
         model_type: transformers' name of the text model.
-        section: the key of the nested text config (dots between keys), or None where the config is flat.
+        section: the key of the nested text config (dots between keys), or None if the config is flat.
         head_dim: size of an attention head.
         partial_rotary_factor: the fraction of a head that is rotated.
         max_position_embeddings: the length the config claims.
@@ -107,7 +107,6 @@ def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool 
     section = "text_config" if isinstance(config.get("text_config"), dict) else None
     text: dict[str, Any] = dict(text_section(config, section))
     model_type = str(text.get("model_type") or config.get("model_type") or "")
-    _refuse_bad_types(directory, text)
     _refuse_without_rope(directory, model_type, text, is_whole="text_config" not in config)
     if _needs_defaults(text, family_of(model_type)):
         text, section = _with_defaults(config, directory, trust_remote_code)
@@ -120,15 +119,6 @@ def text_section(config: dict[str, Any], section: str | None) -> dict[str, Any]:
     for key in section.split(".") if section else ():
         config = config[key]
     return config
-
-
-def _refuse_bad_types(directory: Path, text: dict[str, Any]) -> None:
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.get(key) is not None and not isinstance(text[key], dict):
-            raise CheckpointError(
-                f"{directory / 'config.json'}: `{key}` must be an object or null, found {text[key]!r:.80}. "
-                "Restore the file from the original model."
-            )
 
 
 def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any], is_whole: bool) -> None:
@@ -148,7 +138,7 @@ def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any],
 
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
-    """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
+    """True if the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
     if family is UNLISTED or (family.alternates and "layer_types" not in text):
         return True
     follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
@@ -186,7 +176,7 @@ def _with_defaults(
         )
     values[_LENGTH_KEY] = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     values[_LACKS_HEAD_DIM] = "head_dim" in text.to_dict() and text.to_dict()["head_dim"] is None
-    kinds = [kind for kind, own in values["rope_parameters"].items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in values["rope_parameters"].items() if isinstance(rope, dict)]
     if kinds and getattr(text, "is_heterogeneous", False):
         with contextlib.suppress(Exception):  # only full-attention layers may have a head size of their own
             values["head_dim"] = text.per_layer_config[_extended_kind(values["rope_parameters"])].head_dim
@@ -197,7 +187,7 @@ _LENGTH_KEY, _LACKS_HEAD_DIM = "longext_length_key", "longext_lacks_head_dim"
 
 
 def _section_of(raw: dict[str, Any], config: Any, text: Any, prefix: str = "") -> str | None:
-    """The dotted key under which the file has the text config, or None where it is flat."""
+    """The dotted key under which the file has the text config, or None if it is flat."""
     for key, value in raw.items():
         inner = getattr(config, key, None) if isinstance(value, dict) else None
         if inner is None or not hasattr(inner, "to_dict"):
@@ -282,7 +272,7 @@ def _spec(
 
 def _extended_kind(parameters: dict[str, Any]) -> str | None:
     """The layer type whose RoPE an extension changes: that of the layers without a window."""
-    kinds = [kind for kind, own in parameters.items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in parameters.items() if isinstance(rope, dict)]
     if FULL_ATTENTION in kinds:
         return FULL_ATTENTION
     global_kinds = [kind for kind in kinds if not any(word in kind for word in _WINDOWED)]
@@ -294,7 +284,7 @@ def _flat_parameters(
 ) -> tuple[RopeParameters, dict[str, RopeParameters], str]:
     """Return (parameters of the layers an extension changes, of the others by layer type, the former's type).
 
-    Follows transformers 5: where a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
+    Follows transformers 5: if a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
     """
     new = text.get("rope_parameters") or {}
     nested = {kind: dict(value) for kind, value in new.items() if isinstance(value, dict)}
@@ -305,7 +295,7 @@ def _flat_parameters(
                 f"{directory}: rope_parameters has layer types {', '.join(nested)}; none of them is the one RoPE of "
                 "the layers without a window, so there is none to extend."
             )
-        return _normal(nested[kind]), {other: own for other, own in nested.items() if other != kind}, kind
+        return _normal(nested[kind]), {other: rope for other, rope in nested.items() if other != kind}, kind
     scaling = text.get("rope_scaling")
     chosen = dict(scaling) if scaling else dict(new)
     theta = text.get(family.theta_key)

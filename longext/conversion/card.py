@@ -16,6 +16,7 @@ from longext.untrusted import METADATA_LIMIT, read_text, spelled
 
 _LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
+_UNTRAINED = "The weights of `{}`, unchanged, with another rotary position embedding. No training was done."
 _CARD = Template("""---
 $front
 ---
@@ -124,13 +125,13 @@ def model_card(
     text = _CARD.substitute(
         front="\n".join(front),
         name=Path(base).name,
-        summary=_untrained_summary(base) if merge is None else _merged_summary(base, merge),
+        summary=_UNTRAINED.format(base) if merge is None else _merged_summary(base, merge),
         links=_LINKS if merge is None else "",
         old=f"{record['old_length']:,}",
         new=f"{length:,}",
         title=method.title,
-        old_rope=_short(record["old_rope_parameters"]),
-        new_rope=_short(record["rope_parameters"]),
+        old_rope=describe_rope(record["old_rope_parameters"]),
+        new_rope=describe_rope(record["rope_parameters"]),
         relation=record["relation"],
         layers=layers,
         formula="\n".join(formula_lines(record)),
@@ -200,15 +201,11 @@ def adapter_card(record: dict[str, Any]) -> str:
     return _ADAPTER_CARD.substitute(
         base=record["base_model"],
         length=f"{record['new_length']:,}",
-        rope=_short(record["rope_parameters"]),
+        rope=describe_rope(record["rope_parameters"]),
         use=adapter_use(record),
         command=command_line(),
         version=versions()["longext"],
     )
-
-
-def _untrained_summary(base: str) -> str:
-    return f"The weights of `{base}`, unchanged, with another rotary position embedding. No training was done."
 
 
 def _merged_summary(base: str, merge: dict[str, Any]) -> str:
@@ -226,7 +223,6 @@ def _merged_summary(base: str, merge: dict[str, Any]) -> str:
     )
 
 
-def _short(parameters: dict[str, Any]) -> str:
-    """`rope_parameters` on one line, long lists shortened."""
-    shown = {k: f"[{len(v)} numbers]" if isinstance(v, list) else v for k, v in parameters.items()}
-    return json.dumps(shown)
+def describe_rope(parameters: dict[str, Any]) -> str:
+    """Return `rope_parameters` on one line, long lists shortened."""
+    return json.dumps({k: f"[{len(v)} numbers]" if isinstance(v, list) else v for k, v in parameters.items()})

@@ -14,8 +14,9 @@ from typing import Any
 
 from longext.checkpoint.families import EMBEDDING_NAMES, FAMILIES, HEAD_NAMES, Family, Layout, family_of
 from longext.checkpoint.load import load_config
-from longext.checkpoint.source import Shard, read_config, read_shards
+from longext.checkpoint.source import read_config
 from longext.checkpoint.tying import stored_difference
+from longext.checkpoint.weights import StoredTensor, read_shards, tensors_of
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
 
@@ -206,25 +207,23 @@ def _has_sliding_layers(text: Mapping[str, Any]) -> bool:
     return window and (not kinds or any(kind != "full_attention" for kind in kinds))
 
 
-def _holds_another_head(shards: list[Shard], directory: Path) -> bool:
+def _holds_another_head(tensors: Mapping[str, StoredTensor], directory: Path) -> bool:
     """True if the files hold an output matrix that is not the embedding, whatever the config says."""
-    names = [name for shard in shards for name in shard.tensors]
-    heads = [name for name in names if name.endswith(_HEADS)]
-    entries = [name for name in names if name.endswith(_EMBEDDINGS)]
-    return bool(heads and entries) and bool(stored_difference(shards, entries[0], heads[0], True, directory))
+    heads = [name for name in tensors if name.endswith(_HEADS)]
+    entries = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+    return bool(heads and entries) and bool(stored_difference(tensors, entries[0], heads[0], True, directory))
 
 
 def _with_count(shape: ModelShape, directory: Path) -> ModelShape:
     """Add the exact count from the safetensors headers, where the directory has weights."""
     if not any(directory.glob("*.safetensors*")):
         return shape
-    counted, shards = 0, read_shards(directory)
-    if shape.tied and _holds_another_head(shards, directory):
+    counted, tensors = 0, tensors_of(read_shards(directory))
+    if shape.tied and _holds_another_head(tensors, directory):
         shape = dataclasses.replace(shape, tied=False)
-    for shard in shards:
-        for name, (_, dimensions, *_) in shard.tensors.items():
-            is_copy = shape.tied and name.endswith(_HEADS)
-            is_language = not any(part in name for part in _NOT_LANGUAGE)
-            if is_language and not is_copy and not name.endswith(_NOT_PARAMETERS):
-                counted += math.prod(dimensions)
+    for name, tensor in tensors.items():
+        is_copy = shape.tied and name.endswith(_HEADS)
+        is_language = not any(part in name for part in _NOT_LANGUAGE)
+        if is_language and not is_copy and not name.endswith(_NOT_PARAMETERS):
+            counted += math.prod(tensor.shape)
     return dataclasses.replace(shape, counted=counted)

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from longext.attention.sequence import check_heads, make_sequence_group
-from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
-from longext.checkpoint.source import HUB_ID, read_shards
+from longext.checkpoint.source import HUB_ID
 from longext.checkpoint.tying import untied
+from longext.checkpoint.weights import read_shards
 from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
-from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import RopeConfig
 from longext.rope.spec import ROPE_METHODS

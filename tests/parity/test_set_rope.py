@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from extensions import books_config
 from rope_examples import options_for
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,7 @@ from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import resolve_model
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
-from longext.models.hf import extension_config, load_language_model
+from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
 
@@ -29,7 +30,7 @@ def test_set_rope_equals_the_written_checkpoint(books, method, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = saved(IDS, use_cache=False).logits
-        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), asked, factor))
+        books.set_rope(books_config(asked, factor))
         books.reset_rope()
         assert torch.equal(books.model(IDS, use_cache=False).logits, expected)
         loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), asked, factor)
@@ -40,7 +41,7 @@ def test_set_rope_and_back_is_the_identity(books):
     with torch.inference_mode():
         before = books.model(IDS, use_cache=False).logits
         plain = books.config
-        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), "yarn", 8.0))
+        books.set_rope(books_config("yarn", 8.0))
         assert not torch.equal(books.model(IDS, use_cache=False).logits, before)
         books.set_rope(plain)
         assert torch.equal(books.model(IDS, use_cache=False).logits, before)
@@ -49,7 +50,7 @@ def test_set_rope_and_back_is_the_identity(books):
 def test_yarn_at_factor_one_leaves_logits_alone(books):
     with torch.inference_mode():
         before = books.model(IDS, use_cache=False).logits
-        books.set_rope(extension_config(RuntimeConfig(model="books-5m"), "yarn", 1.0))
+        books.set_rope(books_config("yarn", 1.0))
         assert torch.equal(books.model(IDS, use_cache=False).logits, before)
 
 

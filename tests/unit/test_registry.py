@@ -11,7 +11,7 @@ from longext.registry import Registry, did_you_mean
 
 BASKET = {
     "__init__": "from longext.registry import Registry\nFRUIT = Registry('fruit', 'fruit_basket', order=['pear'])\n",
-    "blood_orange": "\"\"\"Red inside.\n\nMore.\"\"\"\nfrom fruit_basket import FRUIT\nFRUIT.register('blood-orange', 1)\n",
+    "blood_orange": '"""Red inside.\n\nMore."""\nfrom fruit_basket import FRUIT\nFRUIT.register(\'blood-orange\', 1)\n',
     "apple": "from fruit_basket import FRUIT\nFRUIT.register('apple', 'green', 'For cider.')\n",
     "pear": '"""Soft."""\n',
     "rotten": '"""Bad."""\nraise RuntimeError("imported")\n',
