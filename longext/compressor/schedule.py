@@ -1,8 +1,8 @@
 """Which memories a segment reads, and at which positions: [sink | memories | overlap | segment].
 
-Training, sessions, readers, evaluations and the checks of sizes all ask here, so another schedule (ratios that grow with
-the distance, memories that are thinned out) is written here and nowhere else. That is why the questions name the
-segment that reads: today its number decides only which memories have left.
+Training, sessions, readers, evaluations and the checks of sizes all ask here, so that another schedule (ratios that
+grow with the distance, memories that are thinned out) is written here and nowhere else. That is why the questions name
+the segment that reads: today its number decides only which memories have left.
 
 Shape legend: l tokens of a segment, k = l / ratio slots of its memory; segments and memories are numbered from 0.
 """
