@@ -30,11 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longext.checkpoint.source import resolve_model
 from longext.compressor import gradients
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import CompressorSpec, build_compressor
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document, backprop
+from longext.compressor.base import build_compressor
+from longext.compressor.gradients import backprop
 from longext.compressor.memory import join, num_slots
 from longext.compressor.policies import parse_policy
+from longext.compressor.segments import split_segments
+from longext.compressor.spec import CompressorSpec
 from longext.planning.tracker import MemoryTracker
 
 POLICIES = ("full", "window:2", "released:2", "exact", "exact/1")
@@ -85,11 +86,11 @@ def make_compressor(arguments):
     return compressor
 
 
-def make_document(compressor, count: int, arguments) -> Document:
+def make_document(compressor, count: int, arguments) -> Sweep:
     """Return a document of `count` segments of random tokens; positions beyond the model's window do for a timing."""
     generator = torch.Generator().manual_seed(count)
     ids = torch.randint(3, 8192, (1, count * arguments.segment), generator=generator).to(arguments.device)
-    return Document(split_segments(ids, ids, compressor.spec, [arguments.ratio] * count), compressor, 1 / ids.numel())
+    return Sweep(split_segments(ids, ids, compressor.spec, [arguments.ratio] * count), compressor, 1 / ids.numel())
 
 
 # --- the reservoir of the published code ------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def peak_of(document: Document, run: Callable[[], int]) -> int:
     return tracker.peak
 
 
-def now(document: Document) -> float:
+def now(document: Sweep) -> float:
     """Return the time once the device is done; CPU time where one thread does all the work."""
     if document.compressor.backbone.device.type == "cuda":
         torch.cuda.synchronize()

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor, CompressorSpec, build_compressor
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document, backprop
+from longext.compressor.base import Compressor, build_compressor
+from longext.compressor.gradients import backprop
 from longext.compressor.policies import parse_policy
+from longext.compressor.segments import split_segments
+from longext.compressor.spec import CompressorSpec
 
 SEGMENT = 16
 # architecture -> memory kind
@@ -68,11 +69,11 @@ def make_compressor(variant: str, model: Any = None, **keys: Any) -> Compressor:
     return compressor
 
 
-def make_document(compressor: Compressor, ids: torch.Tensor, scale: float = 0.01) -> Document:
+def make_document(compressor: Compressor, ids: torch.Tensor, scale: float = 0.01) -> Sweep:
     """A document whose segments take the spec's ratios in turn."""
     ratios = compressor.spec.ratios
     count = -(-ids.shape[1] // compressor.spec.segment)
-    return Document(
+    return Sweep(
         split_segments(ids, ids, compressor.spec, [ratios[t % len(ratios)] for t in range(count)]), compressor, scale
     )
 

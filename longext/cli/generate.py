@@ -12,7 +12,7 @@ from longext.compressor.config import GenerateConfig
 from longext.manifest import result_record
 
 if TYPE_CHECKING:
-    from longext.compressor.generation import Generated
+    from longext.compressor.reading.generation import Generated
 
 _DEFAULT = GenerateConfig(model="")
 
@@ -72,7 +72,7 @@ def generate(
 def _run(config: GenerateConfig, as_json: bool) -> None:
     import time
 
-    from longext.compressor.generation import open_writer
+    from longext.compressor.reading.generation import open_writer
     from longext.report.console import progress, say, stderr, stdout
     from longext.report.results import dump_json
 

@@ -23,7 +23,7 @@ def open_model(config: Any) -> Any:
 
 def _load(config: Any) -> Any:
     if config.memory:
-        from longext.compressor.readers import load_reader
+        from longext.compressor.reading.readers import load_reader
 
         return load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
     from longext.models.hf import load_language_model

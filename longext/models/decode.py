@@ -71,6 +71,7 @@ def continue_rows(
     count: int,
     ends: Collection[int] = (),
     choose: Callable[[torch.Tensor], torch.Tensor] = best_tokens,
+    num_rows: int = 1,
 ) -> list[list[int]]:
     """Return the continuations of B rows: `count` tokens, fewer up to and with one of `ends`.
 
@@ -80,6 +81,7 @@ def continue_rows(
         next_logits: -> logits [B, V] of what follows all that was taken.
         take: given the next tokens, int64 [B, 1].
         choose: logits [B, V] -> int64 [B].
+        num_rows: B.
     """
     made: list[torch.Tensor] = []
     ended: torch.Tensor | None = None
@@ -90,7 +92,7 @@ def continue_rows(
         take(tokens[:, None])
         ends_now = torch.isin(tokens, stop.to(tokens.device))
         ended = ends_now if ended is None else ended | ends_now
-    rows = torch.stack(made, 1).tolist() if made else []
+    rows = torch.stack(made, 1).tolist() if made else [[] for _ in range(num_rows)]
     return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
@@ -107,9 +109,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, with a KV cache; greedy unless `settings` say otherwise.
 
-    What follows a row's end is only there to fill. Shorter prompts are padded on the left. Length-dependent RoPE (dynamic
-    NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a change of length would keep their old
-    rotation, and the result would equal no single forward pass.
+    What follows a row's end is only there to fill. Shorter prompts are padded on the left. Length-dependent RoPE
+    (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a change of length would keep their
+    old rotation, and the result would equal no single forward pass.
 
     Args:
         ends: tokens that end a row.
@@ -119,16 +121,15 @@ def generate(
         LongextError: logits that are not numbers.
     """
     longest = max(map(len, prompts))
-    pad = model.pad_token()
-    fill = pad or 0  # masked: which token fills is without effect
-    rows = [[fill] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    pad = model.pad_token() or 0  # masked: which token fills is without effect
+    rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with model.frozen_rope(longest + max_new_tokens), _plain_generation(model.model, ends):
         output = model.model.generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad if len(prompts) == 1 else fill,
+            pad_token_id=pad,
             logits_processor=[watch := _NanWatch()],
             **{"do_sample": False, **settings},
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longext.compressor.generation import TextStream
+from longext.compressor.reading.generation import TextStream
 from longext.errors import ConfigError
 from longext.evals.config import LongEvalConfig, NeedleConfig
 from longext.evals.longeval import evaluate_longeval, longeval_record
