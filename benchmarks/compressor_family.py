@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace, name: str) -> dict:
 
 def step_seconds(arguments: argparse.Namespace, compressor) -> float:
     """Return the CPU seconds of one step's gradient, the best of three."""
-    from longext.compressor.gradients import backprop
+    from longext.compressor.gradients import Sweep, backprop
     from longext.compressor.policies import parse_policy
     from longext.compressor.segments import split_segments
 

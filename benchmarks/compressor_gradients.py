@@ -31,7 +31,7 @@ from longext.checkpoint.source import resolve_model
 from longext.compressor import gradients
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import build_compressor
-from longext.compressor.gradients import backprop
+from longext.compressor.gradients import Sweep, backprop
 from longext.compressor.memory import join, num_slots
 from longext.compressor.policies import parse_policy
 from longext.compressor.segments import split_segments
@@ -96,7 +96,7 @@ def make_document(compressor, count: int, arguments) -> Sweep:
 # --- the reservoir of the published code ------------------------------------------------------------------------------
 
 
-def released_reservoir(document: Document, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+def released_reservoir(document: Sweep, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
     """Add the gradient that UIO-LLMs' published training loop gives; return (sum of losses, backwards of zeros).
 
     What its `train.py` does, and our `reservoir:S` does not (arXiv 2406.18173 describes neither point 2 nor 4):
@@ -188,7 +188,7 @@ def pull_back(hidden: list[torch.Tensor], leaves: list[torch.Tensor]) -> bool:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(document: Document, repeats: int) -> dict[str, tuple[float, int, int]]:
+def measure(document: Sweep, repeats: int) -> dict[str, tuple[float, int, int]]:
     """Return policy -> (best seconds, peak bytes, encoder backwards of zeros)."""
     runs = {policy: runner(document, policy) for policy in POLICIES}
     peaks = {policy: peak_of(document, run) for policy, run in runs.items()}
@@ -203,7 +203,7 @@ def measure(document: Document, repeats: int) -> dict[str, tuple[float, int, int
     return {policy: (best[policy], peaks[policy], zeros[policy]) for policy in POLICIES}
 
 
-def runner(document: Document, policy: str) -> Callable[[], int]:
+def runner(document: Sweep, policy: str) -> Callable[[], int]:
     """Return what takes the gradient once, with the same draws every time, and counts backwards of zeros."""
     name, _, size = policy.partition(":")
     if name == "released":
@@ -220,7 +220,7 @@ def runner(document: Document, policy: str) -> Callable[[], int]:
     return run
 
 
-def peak_of(document: Document, run: Callable[[], int]) -> int:
+def peak_of(document: Sweep, run: Callable[[], int]) -> int:
     """Return the most bytes above weights and tokens while the gradient is taken (gradients of weights included)."""
     compressor = document.compressor
     compressor.zero_grad()

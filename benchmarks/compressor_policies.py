@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace, policy: str, seed: int) -> dict[str, 
 def time_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Return the best of interleaved measurements of one step's gradient, in seconds, by policy."""
     from longext.compressor.checkpoint import load_compressor
-    from longext.compressor.gradients import backprop
+    from longext.compressor.gradients import Sweep, backprop
     from longext.compressor.policies import parse_policy
     from longext.compressor.segments import split_segments
 

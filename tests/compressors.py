@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, build_compressor
-from longext.compressor.gradients import backprop
+from longext.compressor.gradients import Sweep, backprop
 from longext.compressor.policies import parse_policy
 from longext.compressor.segments import split_segments
 from longext.compressor.spec import CompressorSpec
@@ -88,7 +88,7 @@ def flat_gradient(compressor: Compressor) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in compressor.parameters()])
 
 
-def gradient_of(compressor: Compressor, document: Document, policy: str, seed: int = 0) -> tuple[float, torch.Tensor]:
+def gradient_of(compressor: Compressor, document: Sweep, policy: str, seed: int = 0) -> tuple[float, torch.Tensor]:
     """(loss, gradient) of a document under a policy."""
     compressor.zero_grad()
     parsed = parse_policy(policy, compressor.recurrent)

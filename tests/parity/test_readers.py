@@ -13,6 +13,7 @@ from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_lla
 from families import CONFIGS, tiny_model
 
 from longext.compressor.backbone import Backbone
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import join
 from longext.compressor.reading.readers import MEMORIES, Reader
 from longext.compressor.reading.trails import CompressorTrail

@@ -20,6 +20,7 @@ from families import tiny_model
 from longext.compressor.architectures.beacon import beacon_mask
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
+from longext.compressor.gradients import Sweep
 from longext.compressor.independent import causal_mask, prefix_mask
 from longext.compressor.memory import MemoryStore, num_bytes, num_slots
 from longext.compressor.objectives import Batch, Objectives, compare_gradients

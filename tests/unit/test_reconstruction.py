@@ -8,6 +8,7 @@ import torch
 from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_llama
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.compressor.gradients import Sweep
 from longext.compressor.reading.decoder import CachedDecoder, greedy
 from longext.compressor.segments import REPEAT, Segment, reconstruction_segments
 from longext.errors import DataError

@@ -16,6 +16,7 @@ from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import BaseModel, LoadedCompressor
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import num_slots
 from longext.compressor.reading.session import Session
 from longext.compressor.segments import split_segments

@@ -16,6 +16,7 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import check_base_options
+from longext.compressor.gradients import Sweep
 from longext.compressor.reading.decoder import CachedDecoder, memory_decoder
 from longext.compressor.schedule import Schedule
 from longext.compressor.segments import split_segments

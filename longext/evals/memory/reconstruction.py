@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import LoadedCompressor, check_base_options
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import Memory
 from longext.compressor.reading.decoder import greedy, memory_decoder
 from longext.compressor.segments import Segment, reconstruction_segments
