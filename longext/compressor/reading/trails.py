@@ -143,7 +143,8 @@ class CompressorTrail(Trail):
 
     Args:
         past: int64 [B, t l], tokens already gone past; recurrent memories of them are not written.
-        parts: memories leave in blocks, one of so many parts at once (None: one by one).
+        parts: memories leave in blocks, one of so many parts at once, and keys then stay as they were turned: what is
+            kept is all there is to save. None: one by one.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ class CompressorTrail(Trail):
         self.compressor, self.backbone, self.ratio = compressor, compressor.backbone, ratio
         self.schedule = compressor.schedule(ratio, parts)
         self.state = TrailState()
-        self._may_turn = compressor.is_soft
+        self.settles = parts is not None
+        self._may_turn = False
         if past is not None:
             self._go_past(past)
 
@@ -207,15 +209,9 @@ class CompressorTrail(Trail):
             advance(self.schedule.segment)
 
     def settle(self, advance: Callable[[int], object] = lambda _: None) -> None:
-        """Write and move now what a later segment may read, memories of the overlap too.
-
-        Args:
-            advance: told l when a memory has been written.
-        """
-        first, last = self.schedule.first(self.state.num_segments), self.state.num_segments
-        memory = self._at(first, last, advance)
-        places = self.schedule.places(first, last)[:-1]
-        self.state = dataclasses.replace(self.state, memory=memory, places=tuple(places))
+        """Write now what a later segment may read, memories of the overlap too; `advance` as in `write`."""
+        last = self.state.num_segments
+        self._at(self.schedule.first(last), last, advance)
 
     def _readable(self) -> Memory:
         """Return [sink | memories] as the next segment reads them; () for the first, which holds the sink itself."""
@@ -226,17 +222,24 @@ class CompressorTrail(Trail):
         self._drop(first)
         if not self.compressor.recurrent:
             self._encode(last, advance)
-        state, wanted = self.state, self.schedule.places(first, last)
-        memory = tuple(tensor[..., : wanted[-1], :] for tensor in state.memory)
-        deltas = [place - now for place, now in zip(wanted[:-1], state.places, strict=False)]
+        places = self.schedule.places(first, self.state.last)[:-1]
+        memory = self._turned(places)
+        if self.settles:
+            self.state = dataclasses.replace(self.state, memory=memory, places=tuple(places))
+        end = self.schedule.places(first, last)[-1]
+        return tuple(tensor[..., :end, :] for tensor in memory)
+
+    def _turned(self, places: list[int]) -> Memory:
+        """Return [sink | memories] with the first slot of each memory at one of `places`."""
+        state = self.state
+        deltas = [place - now for place, now in zip(places, state.places, strict=True)]
         if self.compressor.is_soft or not any(deltas):
-            return memory
+            return state.memory
         if not self._may_turn:
             self.backbone.check_rotation()
             self._may_turn = True
-        slots = [self.num_fixed, *(self.schedule.slots(s) for s in range(first, last))]
-        moves = torch.tensor([0, *deltas]).repeat_interleave(torch.tensor(slots))
-        return self.backbone.rerotate(memory, moves)
+        slots = [self.num_fixed, *(self.schedule.slots(s) for s in range(state.first, state.last))]
+        return self.backbone.rerotate(state.memory, torch.tensor([0, *deltas]).repeat_interleave(torch.tensor(slots)))
 
     def _drop(self, first: int) -> None:
         """Forget the memories before `first`; the others keep their rotation."""
