@@ -11,10 +11,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ROPE_METHODS": "longext.rope.methods",
-    "RopeSpec": "longext.rope.methods",
-    "compute_inv_freq": "longext.rope.methods",
-    "rope_parameters": "longext.rope.methods",
+    "load": "longext.api",
+    "evaluate": "longext.api",
+    "compare": "longext.api",
+    "extend": "longext.api",
+    "merge": "longext.api",
+    "generate": "longext.api",
+    "plan": "longext.api",
+    "ROPE_METHODS": "longext.rope.spec",
+    "RopeSpec": "longext.rope.spec",
+    "compute_inv_freq": "longext.rope.spec",
+    "rope_parameters": "longext.rope.spec",
     "ExtendConfig": "longext.conversion.config",
     "Perplexity": "longext.evals.suites.ppl",
     "Passkey": "longext.evals.suites.passkey",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.options import RopeConfig
-from longext.settings import option
+from longext.rope.spec import extension_methods
+from longext.settings import option, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class ExtendConfig(RopeConfig):
     """`longext extend`: one checkpoint, one method, one length."""
 
     model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
-    method: str = option(help="linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf.", panel="Method")
+    method: str = option(names=extension_methods, panel="Method")
     output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
     copy: bool = option(False, "Copy the weights instead of hard-linking them.")
@@ -21,6 +22,14 @@ class ExtendConfig(RopeConfig):
         True, "Build the new config with transformers and compare it with the plan.", "--check", "--no-check"
     )
     force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+    @property
+    def named_output(self) -> str:
+        """Return the output directory: as given, else in this folder, after model, method and length."""
+        if self.output is not None:
+            return self.output
+        size = f"{self.factor:g}x" if self.factor else str(self.target_length or "")
+        return "-".join(part for part in (shown_name(self.model).replace("/", "-"), self.method, size) if part)
 
 
 @dataclass(frozen=True, kw_only=True)

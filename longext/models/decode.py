@@ -147,8 +147,8 @@ class _NanWatch:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at logits [B, V]; nothing waits for the device."""
-        found = scores.isnan().any()
-        self._found = found if self._found is None else self._found | found
+        has_nan = scores.isnan().any()
+        self._found = has_nan if self._found is None else self._found | has_nan
         self._length = input_ids.shape[1]
         return scores
 
@@ -167,9 +167,9 @@ def _plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    settings = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings

@@ -1,4 +1,4 @@
-"""Settings of `compare` and `report`."""
+"""Settings of `compare`, `report` and `eval diff`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ class CompareConfig(RuntimeConfig, DataConfig):
 class ReportConfig:
     """`longext report`: results side by side."""
 
-    results: tuple[str, ...]
-    output: str | None = None
-    force: bool = False
+    results: tuple[str, ...] = option(
+        help="Result directories, directories that hold some, or result.json files.", argument=True, repeats=True
+    )
+    output: str | None = option(
+        None, "Directory of the report (default: results/report-<time>).", "--output", "-o", panel="Output"
+    )
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """`longext eval diff`: two results."""
+
+    a: str = option(help="Result directory, or its result.json.", argument=True)
+    b: str = option(help="Another of the same kind.", argument=True)
