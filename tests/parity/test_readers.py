@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_llama
+from compressors import SEGMENT, VARIANTS, compressor_reader, document_nll, make_compressor, random_ids, tiny_llama
 from families import CONFIGS, tiny_model
 
 from longext.compressor.backbone import Backbone
@@ -32,12 +32,6 @@ def reader(spec, segment=SEGMENT, model=None):
     name, _, argument = spec.partition(":")
     open_trail, size = MEMORIES[name].open(Backbone(plain.model), argument, segment)
     return Reader(plain, spec, segment, open_trail, size=size)
-
-
-def compressor_reader(compressor, ratio=4):
-    plain = HFLanguageModel("tiny", compressor.backbone.model, None, {}, Path())
-    trail = lambda: CompressorTrail(compressor, ratio)  # noqa: E731
-    return Reader(plain, "c", SEGMENT, trail, compressor=compressor, ratio=ratio)
 
 
 @torch.no_grad()
@@ -218,28 +212,6 @@ def test_evicted_tokens_live_on_in_what_saw_them():
 
 
 # --- compressors ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def document_nll(compressor, ids, ratio):
-    """Per-token NLL of each segment through `Sweep`, as training reads it."""
-    segments = split_segments(ids, ids, compressor.spec, [ratio] * (ids.shape[1] // SEGMENT + 1))
-    document = Sweep(segments, compressor)
-    store = document.new_store()
-    for t in range(len(segments) - 1):
-        store.put(t, document.write(t, store))
-    sums = []
-    for t, segment in enumerate(segments):
-        first, last = document.schedule.span(t)
-        memory = store.view(first, last) if t else ()  # the first segment holds the sink itself
-        hidden = compressor.read(segment, memory)
-        targets = (
-            torch.cat([segment.tokens[:, 1:], segments[t + 1].tokens[:, :1]], 1)
-            if t + 1 < len(segments)
-            else (segment.tokens[:, 1:])
-        )
-        sums.append(score_hidden(compressor.backbone.model, hidden[:, : targets.shape[1]], targets).nll)
-    return torch.cat(sums, 1)
 
 
 @pytest.mark.parametrize("overlap", [0, 3, 20])
