@@ -40,7 +40,7 @@ def _load(config: Any) -> Any:
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)
     if getattr(config, "memory", None):
-        from longext.compressor.readers import load_reader
+        from longext.compressor.reading.readers import load_reader
 
         return load_reader(config, config.memory, segment=config.segment, method=method, factor=factor)
     from longext.models.hf import load_language_model
