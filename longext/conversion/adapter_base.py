@@ -60,8 +60,6 @@ def record_of(adapter: Path) -> tuple[dict[str, Any], Path | None]:
     homes = [adapter, adapter.resolve().parent.parent] if (adapter / _RUN_MARKER).is_file() else [adapter]
     for home in homes:
         record = read_manifest(home).get("extension") or {}
-        if not isinstance(record, dict) or not isinstance(record.get("base_path", ""), str):
-            raise CheckpointError(f"{home / 'run.json'} has no readable record of an extension. Restore or remove it.")
         if record or (home / "config.json").is_file():
             return record, home if (home / "config.json").is_file() else None
     return {}, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +190,3 @@ def _write(directory: Path, tensors: dict[str, torch.Tensor], settings: dict[str
 
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(directory / ADAPTER_CONFIG, settings)
-
-
-def conversion_record(conversion: Conversion) -> dict[str, Any]:
-    """Return what `--json` prints of a conversion."""
-    return asdict(conversion)

@@ -444,21 +444,15 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
     }
 
 
-def place_file(source: Path, target: Path, force_copy: bool = False) -> str:
-    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy. Never a symlink.
-
-    Returns:
-        "linked", "cloned" or "copied".
-    """
+def place_file(source: Path, target: Path, force_copy: bool = False) -> None:
+    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy; no symlink."""
     source = source.resolve()  # Hub caches hold symlinks to blobs
     if not force_copy:
         with contextlib.suppress(OSError):
             os.link(source, target)
-            return "linked"
-    if _clone(source, target):
-        return "cloned"
-    shutil.copyfile(source, target)
-    return "copied"
+            return
+    if not _clone(source, target):
+        shutil.copyfile(source, target)
 
 
 def _clone(source: Path, target: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from longext.checkpoint.load import load_causal_lm, load_config, quiet_transformers
+from longext.checkpoint.load import is_out_of_memory, load_causal_lm, load_config, quiet_transformers
 from longext.checkpoint.source import read_config
 from longext.checkpoint.weights import TORCH_NAMES, read_shards, tensors_of
 from longext.errors import CheckpointError, LongextError, VerificationError
@@ -261,9 +261,9 @@ def _enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise LongextError(
-                "not enough memory to prove the merge: it loads the model in float32 (4 bytes a parameter), twice, "
-                "one after the other. Use a larger machine, or --no-check and `longext verify` elsewhere."
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise LongextError(
+            "not enough memory to prove the merge: it loads the model in float32 (4 bytes a parameter), twice, "
+            "one after the other. Use a larger machine, or --no-check and `longext verify` elsewhere."
+        ) from error

@@ -302,13 +302,13 @@ class NanWatch:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at logits [B, V]; nothing waits for the device."""
-        has_nan = scores.isnan().any()
-        self._found = has_nan if self._found is None else self._found | has_nan
+        found = scores.isnan().any()
+        self._found = found if self._found is None else self._found | found
         self._length = input_ids.shape[1]
         return scores
 
     def check(self) -> None:
-        """Raise LongextError if there were such logits."""
+        """Raise LongextError where there were such logits."""
         if self._found is not None and bool(self._found):
             raise not_numbers(f"after {self._length:,} tokens")
 
@@ -322,12 +322,12 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    settings = model.generation_config
+    own = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
-        model.generation_config = settings
+        model.generation_config = own
 
 
 def rope_type_of(model: Any) -> str:
