@@ -99,16 +99,16 @@ def check_model_config(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: names the key, what was found and what it may be.
     """
+    _check_level(config, str(path))
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        _check_level(text, f"{path}: text_config")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         # config classes list something for each layer or label, whatever family's: too many fill the memory
         counts = ((key, value) for key, value in section.items() if _COUNT.search(key) and isinstance(value, int))
         for key, value in counts:
             if value > _MOST:
                 raise _refusal(str(path), key, value, f"at most {_MOST:,}")
-    _check_level(config, str(path))
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        _check_level(text, f"{path}: text_config")
 
 
 def _check_level(level: Mapping[str, Any], where: str) -> None:
