@@ -35,8 +35,7 @@ from longext.compressor.settings import (
     spec_of,
     token_source,
 )
-from longext.data.packing import collate_rows
-from longext.data.pieces import DocumentRows
+from longext.data.packing import DocumentRows, collate_rows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
 from longext.evals.memory.midway import Evaluation, load_evaluation

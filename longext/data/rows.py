@@ -10,18 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from longext.data.cache import TokenCache, TokenizedText, build_token_cache, open_token_cache, read_meta
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
-from longext.data.packing import (
-    PackedExamples,
-    PackedRows,
-    TokenCache,
-    TokenizedText,
-    TokenRows,
-    build_token_cache,
-    check_positions,
-    open_token_cache,
-    read_meta,
-)
+from longext.data.packing import PackedExamples, PackedRows, TokenRows, check_positions
 from longext.data.sft import ExampleEncoder
 from longext.errors import ConfigError, DataError
 from longext.models.tokens import LONG, control_tokens, count_controls, encode_text

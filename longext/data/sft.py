@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longext.data.cache import TokenizedText
 from longext.data.conversations import Conversation, read_conversation
 from longext.data.documents import Row
-from longext.data.packing import TokenizedText
 from longext.data.prompts import ControlTokens, RenderedExample, Span, make_prompt, resolve_prompt, whole_offsets
 from longext.errors import ConfigError, DataError
 from longext.training.config import FinetuneConfig
