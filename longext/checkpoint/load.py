@@ -1,4 +1,4 @@
-"""The one door for models: configs, tokenizers and weights come in through transformers here, whole or not at all.
+"""The one place for models: configs, tokenizers and weights come in through transformers here, whole or not at all.
 
 No other module calls `from_pretrained` of a config, tokenizer or model (conversion/_reload.py does the same in a
 process of its own). Importing this module imports neither torch nor transformers.
@@ -103,7 +103,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     if not plain:
         raise CheckpointError(
             f"{directory} has no tokenizer: its vocabulary is empty but for special tokens. Copy the model's own "
-            "tokenizer.json (or tokenizer.model) beside config.json."
+            "tokenizer.json (or tokenizer.model) next to config.json."
         )
     return tokenizer
 
@@ -125,7 +125,7 @@ def load_causal_lm(
 ) -> Any:
     """Return the causal LM in `directory` with every weight from its files, all of them finite.
 
-    The check for finite values reads every weight once, where it lies (about 6 GB/s on one CPU core).
+    The check for finite values reads every weight once, on its device (about 6 GB/s on one CPU core).
 
     Args:
         config: transformers' config object; by default that of the directory.
@@ -258,7 +258,7 @@ def explained(what: str, trust_remote_code: bool | None = None) -> Iterator[None
     """Turn whatever a library raises into one CheckpointError, "WHAT: the reason"; memory and Ctrl-C pass through.
 
     Args:
-        trust_remote_code: as asked for; None for a command that has no option for it.
+        trust_remote_code: the user's choice; None for a command that has no option for it.
     """
     try:
         yield

@@ -36,7 +36,7 @@ from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
-# Small files that travel with a checkpoint, beside config.json (rewritten) and the weights (linked).
+# Small files that travel with a checkpoint; config.json is rewritten, the weights are linked.
 _SIDE_PATTERNS = (
     "*.json",
     "*.jsonl",
@@ -486,7 +486,7 @@ def left_out(source: Path) -> list[str]:
 
 
 def raise_lengths(directory: Path, length: int) -> None:
-    """Raise the limits beside a config, so that nothing stops at the old length; never lower them."""
+    """Raise the limits in other files than config.json, so that nothing stops at the old length; never lower them."""
     for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
         config = read_json(directory / name, "a JSON file") if (directory / name).is_file() else {}
         if isinstance(config.get(key), (int, float)) and config[key] < length:

@@ -136,7 +136,7 @@ def build_token_cache(
 
     Args:
         texts: read once, one at a time; either all of them have `trained` or none.
-        meta: asked for further keys of meta.json when every text has been read.
+        meta: called for further keys of meta.json when every text has been read.
         on_progress: called with the number of tokens written so far.
         source: what the texts come from, for messages.
 

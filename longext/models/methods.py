@@ -12,7 +12,7 @@ from longext.settings import build_config
 
 
 def method_request(text: str, model: str, revision: str | None = None, factor: float | None = None) -> ExtendConfig:
-    """Return the `extend` request that "name" or "name:key=value:key=value" stands for.
+    """Return the `extend` request that "name" or "name:key=value:key=value" means.
 
     Args:
         factor: of a method that does not spell its own.
