@@ -36,8 +36,7 @@ from longext.compressor.settings import (
     token_source,
 )
 from longext.compressor.spec import CompressorSpec
-from longext.data.packing import collate_rows
-from longext.data.pieces import DocumentRows
+from longext.data.packing import DocumentRows, collate_rows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
 from longext.evals.memory.midway import Evaluation, load_evaluation
