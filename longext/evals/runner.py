@@ -34,6 +34,7 @@ def run_eval(
     task: Eval,
     model: LanguageModel | None = None,
     *,
+    data: Any = None,
     progress: Progress = no_progress,
     answers: Path | None = None,
 ) -> Measured:
@@ -41,6 +42,7 @@ def run_eval(
 
     Args:
         model: already open, instead of the one that `task` names.
+        data: already read, instead of what `task` names.
         progress: opens a progress display.
         answers: where answers are kept while the run lasts.
 
@@ -48,7 +50,7 @@ def run_eval(
         ConfigError, DataError, CheckpointError: something given cannot be used.
     """
     task.check()
-    data = task.load_data()
+    data = task.load_data() if data is None else data
     limits = task.limits(data)
     opened = model if model is not None else task.open_model()
     outcome = task.measure(opened, data, Work(progress=progress, answers=answers))
