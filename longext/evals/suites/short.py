@@ -22,7 +22,7 @@ from longext.evals.views import SCORED, TOKENS, Detail, Lines, Section, either
 from longext.manifest import result_record
 from longext.models.methods import check_method, is_unchanged
 from longext.options import DataConfig
-from longext.settings import LENGTH, MANY, option
+from longext.settings import LENGTH, MANY, option, shown_name
 
 if TYPE_CHECKING:
     from longext.data.documents import Document
@@ -168,7 +168,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         with work.progress("short texts, the model", num_tokens, "tokens") as advance:
             rows = score_short(model, cuts, self, advance)
         record = short_record(model.describe(), base_facts, data, self, compare_short(rows, base_rows, cuts, self))
-        return Outcome(record=record, notes=_notes(record))
+        return Outcome(record=record, notes=[*_notes(record), f"The base is {shown_name(self.reference.model)}."])
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
         """Return the tolerance at each length."""
