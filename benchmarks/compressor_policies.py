@@ -84,8 +84,8 @@ def train(arguments: argparse.Namespace, policy: str, seed: int) -> None:
 
 def validation_books(arguments: argparse.Namespace, tokenizer) -> list[list[int]]:
     """Return the token ids of the validation documents."""
-    from longext.config import DataConfig
     from longext.data.documents import load_documents
+    from longext.options import DataConfig
 
     documents = load_documents(DataConfig(data=arguments.validation, max_documents=8))
     return [tokenizer(d.text, add_special_tokens=False, verbose=False).input_ids for d in documents]

@@ -86,7 +86,7 @@ def ours(length: int) -> Any:
     """Return a training step as `longext finetune` runs it."""
     from longext.attention.layout import Layout
     from longext.attention.shifted import PLAN, AttentionPlan, register_attention
-    from longext.config import FinetuneConfig
+    from longext.training.config import FinetuneConfig
     from longext.training.loading import enable_checkpointing, narrow_hidden_states
     from longext.training.losses import chunked_loss, shift
     from longext.training.tuning import make_trainable

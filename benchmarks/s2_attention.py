@@ -16,10 +16,10 @@ import time
 import torch
 
 from longext.checkpoint.source import resolve_model
-from longext.config import FinetuneConfig
 from longext.planning.flops import training_flops
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import read_shape
+from longext.training.config import FinetuneConfig
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import longext
-from longext.config import to_recipe
 from longext.errors import CheckpointError
+from longext.settings import to_recipe
 from longext.untrusted import fields, read_json, spelled
 
 MANIFEST_NAME = "run.json"

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from longext.config import ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extended_config, plan_extension, provenance, write_json
 from longext.manifest import write_manifest
 

@@ -25,8 +25,8 @@ import torch  # noqa: E402
 import typer.testing  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from longext.config import RuntimeConfig  # noqa: E402
 from longext.models.hf import HFLanguageModel, load_language_model  # noqa: E402
+from longext.options import RuntimeConfig
 
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside a developer's checkout; absent in a clone
 

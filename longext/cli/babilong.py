@@ -9,7 +9,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evals.retrieval_config import BABILongConfig
+from longext.evals.config import BABILongConfig
 
 _DEFAULT = BABILongConfig(model="")
 

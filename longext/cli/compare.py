@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.output import deliver, open_output
-from longext.config import CompareConfig
+from longext.report.config import CompareConfig
 
 _DEFAULT = CompareConfig(model="")
 

@@ -11,7 +11,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
-from longext.config import CompressConfig
+from longext.compressor.config import CompressConfig
 from longext.errors import ConfigError
 from longext.staging import release_outputs
 

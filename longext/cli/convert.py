@@ -8,7 +8,7 @@ import typer
 
 from longext.cli import app
 from longext.cli.options import Force, Json, Output, Recipe, Settings, config_from
-from longext.config import ConvertConfig
+from longext.conversion.config import ConvertConfig
 
 _EXAMPLE = """Turn an adapter's pickle files into safetensors (adapter_model.bin, LongLoRA's trainable_params.bin).
 

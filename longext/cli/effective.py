@@ -10,7 +10,7 @@ from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
 from longext.cli.output import deliver, open_output
-from longext.evals.checks_config import EffectiveConfig
+from longext.evals.config import EffectiveConfig
 
 _DEFAULT = EffectiveConfig(model="", max_length=0)
 

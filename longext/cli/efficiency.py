@@ -10,7 +10,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.config import EfficiencyConfig
+from longext.evals.config import EfficiencyConfig
 
 if TYPE_CHECKING:
     from longext.compressor.backbone import Backbone

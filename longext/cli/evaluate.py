@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.output import deliver, open_output
-from longext.config import PerplexityConfig
+from longext.evals.config import PerplexityConfig
 
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")

@@ -9,7 +9,7 @@ import typer
 
 from longext.cli import app
 from longext.cli.options import Force, Model, Output, Recipe, Revision, Settings, config_from
-from longext.config import ExtendConfig
+from longext.conversion.config import ExtendConfig
 
 _METHODS = "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf"
 _EXAMPLE = """Extend a checkpoint's context without training.

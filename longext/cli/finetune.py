@@ -25,9 +25,9 @@ from longext.cli.options import (
     config_from,
 )
 from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
-from longext.config import FinetuneConfig
 from longext.errors import ConfigError
 from longext.staging import release_outputs
+from longext.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from longext.training.loading import Extension

@@ -8,7 +8,7 @@ import typer
 
 from longext.cli import app
 from longext.cli import options as opt
-from longext.config import GenerateConfig
+from longext.compressor.config import GenerateConfig
 
 if TYPE_CHECKING:
     from longext.compressor.generation import Generated

@@ -9,7 +9,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evals.harness.config import HarnessConfig
+from longext.evals.config import HarnessConfig
 
 _DEFAULT = HarnessConfig(model="")
 _COMMAND = "eval harness"

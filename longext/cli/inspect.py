@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
 from longext.cli.output import deliver, open_output
-from longext.config import ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
 
 if TYPE_CHECKING:

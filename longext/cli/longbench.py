@@ -13,7 +13,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output, show
-from longext.config import LongBenchConfig
+from longext.evals.config import LongBenchConfig
 
 if TYPE_CHECKING:
     from longext.evals.longbench.run import TaskRun

@@ -11,8 +11,8 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
+from longext.evals.config import LongEvalConfig
 from longext.evals.limits import PLACES
-from longext.evals.retrieval_config import LongEvalConfig
 
 if TYPE_CHECKING:
     from longext.evals.longeval_data import LongEvalCase

@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli.options import Force, Json, Output, Recipe, Settings, TrustRemoteCode, config_from
 from longext.cli.output import open_output
-from longext.config import MergeConfig
+from longext.conversion.config import MergeConfig
 
 if TYPE_CHECKING:
     from longext.conversion.merge import MergeResult

@@ -10,8 +10,8 @@ def open_model(config: Any) -> Any:
 
     It is asked as the config says (a `ChatConfig`).
     """
-    from longext.config import ChatConfig
     from longext.models.chat import check_asking, set_asking
+    from longext.options import ChatConfig
 
     if isinstance(config, ChatConfig):
         check_asking(config)

@@ -11,7 +11,7 @@ import typer
 from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.output import deliver, open_output
-from longext.evals.retrieval_config import NeedleConfig
+from longext.evals.config import NeedleConfig
 
 if TYPE_CHECKING:
     from longext.evals.retrieval import Outcome

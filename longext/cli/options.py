@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from longext.config import build_config, find_recipe
 from longext.errors import ConfigError
 from longext.evals.limits import PLACES
+from longext.settings import build_config, find_recipe
 
 ConfigT = TypeVar("ConfigT")
 

@@ -9,7 +9,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.output import deliver, open_output
-from longext.config import PasskeyConfig
+from longext.evals.config import PasskeyConfig
 
 _DEFAULT = PasskeyConfig(model="")
 _FORM = "SCORE or LENGTH=SCORE"

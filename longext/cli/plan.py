@@ -10,7 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.cli.output import deliver, open_output, show
-from longext.config import PlanConfig
+from longext.planning.config import PlanConfig
 
 if TYPE_CHECKING:
     from longext.planning.fit import TrainingPlan

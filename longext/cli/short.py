@@ -11,7 +11,7 @@ from longext.cli import options as opt
 from longext.cli.evaluate import eval_app
 from longext.cli.models import open_model
 from longext.cli.output import deliver, open_output
-from longext.evals.checks_config import ShortConfig
+from longext.evals.config import ShortConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

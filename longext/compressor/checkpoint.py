@@ -17,9 +17,9 @@ from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model, same_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
-from longext.config import RuntimeConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.models.hf import HFLanguageModel
+from longext.options import RuntimeConfig
 from longext.untrusted import fields, read_json
 
 DESCRIPTION = "compressor.json"

@@ -12,9 +12,9 @@ import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
+from longext.compressor.config import GenerateConfig
 from longext.compressor.sampling import check_sampling
 from longext.compressor.session import Session
-from longext.config import GenerateConfig
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
 from longext.models.answers import begins_thought

@@ -26,7 +26,6 @@ from longext.compressor.decoding import CachedDecoder
 from longext.compressor.ratios import find_ratio
 from longext.compressor.rotation import check_rotation
 from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
-from longext.config import RuntimeConfig
 from longext.errors import ConfigError
 from longext.models.head import head_is_plain
 from longext.models.hf import (
@@ -36,6 +35,7 @@ from longext.models.hf import (
     score_hidden,
 )
 from longext.models.protocol import TokenScores
+from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 from longext.compressor.base import COMPRESSORS, CompressorSpec, check_spec
+from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
-from longext.config import CompressConfig, FinetuneConfig
 from longext.errors import ConfigError
 from longext.evals.memory.next_segment import check_context_lengths
+from longext.training.config import FinetuneConfig
 from longext.training.processes import is_sharded
 from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint, world_size
 

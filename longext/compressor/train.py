@@ -23,6 +23,7 @@ from longext.compressor.checkpoint import (
     read_description,
     save_compressor,
 )
+from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.compressor.settings import (
@@ -34,7 +35,6 @@ from longext.compressor.settings import (
     spec_of,
     token_source,
 )
-from longext.config import CompressConfig
 from longext.data.packing import collate_rows
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens

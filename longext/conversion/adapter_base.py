@@ -24,8 +24,8 @@ from longext.checkpoint.source import (
     resolve_model,
     same_weights,
 )
-from longext.config import ExtendConfig
 from longext.conversion.adapter import ADAPTER_CONFIG
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import (
     ExtensionPlan,
     place_file,

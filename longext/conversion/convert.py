@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from longext.checkpoint.links import belongs_to
 from longext.checkpoint.source import Shard, read_shard, read_shards, resolve_model
 from longext.checkpoint.writing import TORCH_NAMES, read_tensor
-from longext.config import ConvertConfig, ExtendConfig, RopeConfig
 from longext.conversion.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,8 +29,10 @@ from longext.conversion.adapter import (
 )
 from longext.conversion.adapter_base import describe_adapter, find_base, plan_rope, tokenizer_files, write_base
 from longext.conversion.card import adapter_card
+from longext.conversion.config import ConvertConfig, ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extended_config, place_file, plan_extension, provenance, write_json
 from longext.errors import CheckpointError, ConfigError
+from longext.options import RopeConfig
 from longext.staging import check_output, staged_directory
 
 if TYPE_CHECKING:

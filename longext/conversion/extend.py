@@ -26,9 +26,9 @@ from longext.checkpoint.source import (
     refuse_adapter,
     resolve_model,
 )
-from longext.config import ExtendConfig
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
+from longext.conversion.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
 from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.methods import (

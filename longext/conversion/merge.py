@@ -18,7 +18,6 @@ from longext.checkpoint.links import belongs_to, left_out_note
 from longext.checkpoint.source import INDEX_NAME, Shard, read_json, read_shards
 from longext.checkpoint.tying import untied
 from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
-from longext.config import ExtendConfig, MergeConfig
 from longext.conversion.adapter import (
     Adapter,
     changes_something,
@@ -29,6 +28,7 @@ from longext.conversion.adapter import (
 )
 from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
 from longext.conversion.card import license_of, model_card
+from longext.conversion.config import ExtendConfig, MergeConfig
 from longext.conversion.extend import (
     ExtensionPlan,
     extended_config,

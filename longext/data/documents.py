@@ -12,8 +12,8 @@ from typing import Any
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.checkpoint.source import HUB_ID
-from longext.config import DataConfig
 from longext.errors import DataError, MissingExtraError
+from longext.options import DataConfig
 from longext.untrusted import json_lines, open_file, read_json, read_text, spelled, type_name
 
 SAMPLE = "sample"

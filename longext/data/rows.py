@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from longext.config import FinetuneConfig
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
 from longext.data.packing import (
     PackedExamples,
@@ -28,6 +27,7 @@ from longext.errors import ConfigError, DataError
 from longext.models.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.models.turns import prefix_of
 from longext.registry import did_you_mean
+from longext.training.config import FinetuneConfig
 from longext.untrusted import note
 
 TASKS = ("pretrain", "sft")

@@ -9,6 +9,7 @@ from typing import Any
 
 from longext.errors import ConfigError
 from longext.evals.babilong_data import BABILONG_TASKS, PROMPTS, BABILongRow, prompt_text
+from longext.evals.config import BABILongConfig
 from longext.evals.retrieval import (
     Outcome,
     Progress,
@@ -18,7 +19,6 @@ from longext.evals.retrieval import (
     pooled_cells,
     text_hash,
 )
-from longext.evals.retrieval_config import BABILongConfig
 from longext.models.answers import Prediction
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.models.methods import check_method

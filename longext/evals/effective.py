@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from longext.config import PasskeyConfig
 from longext.errors import ConfigError
-from longext.evals.checks_config import EffectiveConfig
+from longext.evals.config import EffectiveConfig, NeedleConfig, PasskeyConfig
 from longext.evals.limits import verdict
 from longext.evals.passkey import (
     PASSKEY_PROTOCOLS,
@@ -23,7 +22,6 @@ from longext.evals.passkey import (
     evaluate_passkey,
 )
 from longext.evals.perplexity import Progress
-from longext.evals.retrieval_config import NeedleConfig
 from longext.evals.ruler.needle import check_needle_config, evaluate_needles, make_questions
 from longext.evals.statistics import wilson_interval
 from longext.models.chat import template_facts, uses_template

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from longext.errors import ConfigError, DataError
+from longext.evals.config import LongEvalConfig
 from longext.evals.longeval_data import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.evals.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
-from longext.evals.retrieval_config import LongEvalConfig
 from longext.models.answers import Prediction
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.models.methods import check_method

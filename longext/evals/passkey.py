@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-from longext.config import PasskeyConfig
 from longext.errors import ConfigError, DataError
+from longext.evals.config import PasskeyConfig
 from longext.evals.limits import PlaceBar, place_verdicts
 from longext.evals.passkey_prompts import (
     FILLER,

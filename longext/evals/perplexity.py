@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
+from longext.evals.config import PerplexityConfig
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
 from longext.evals.statistics import bootstrap_mean
 from longext.models.batching import batch_size, batched_by

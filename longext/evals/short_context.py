@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
-from longext.evals.checks_config import ShortConfig
+from longext.evals.config import PerplexityConfig, ShortConfig
 from longext.evals.limits import verdict as bar_verdict
 from longext.evals.perplexity import (
     PerplexityAtLength,

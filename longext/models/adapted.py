@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from longext.checksums import sha256_of
-from longext.config import MergeConfig, RuntimeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import Merge, read_merge, written_tensors
 from longext.errors import ConfigError
+from longext.options import RuntimeConfig
 
 
 def plan_adapter(config: RuntimeConfig, method: str | None) -> Merge:

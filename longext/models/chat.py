@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longext.config import ChatConfig
 from longext.errors import ConfigError
 from longext.models.answer_file import hash_of
 from longext.models.protocol import LanguageModel
 from longext.models.turns import Asking, neutralised, parse_arguments, template_hash, think_marks
+from longext.options import ChatConfig
 
 _MESSAGE = "longext's message"  # stands for a message while a template is taken apart
 

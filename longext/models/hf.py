@@ -24,7 +24,6 @@ from longext.checkpoint.load import (
 )
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
-from longext.config import RuntimeConfig
 from longext.conversion.extend import extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
@@ -34,6 +33,7 @@ from longext.models.methods import method_request
 from longext.models.protocol import TokenScores
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
+from longext.options import RuntimeConfig
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from longext.config import ExtendConfig, build_config
+from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
 from longext.rope.methods import ROPE_METHODS, RopeSpec
+from longext.settings import build_config
 
 
 def method_request(text: str, model: str, revision: str | None = None, factor: float | None = None) -> ExtendConfig:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longext.checkpoint.source import resolve_model
-from longext.config import PlanConfig
 from longext.errors import ConfigError
+from longext.planning.config import PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
 from longext.planning.memory import MemoryPlan, kv_cache_bytes, plan_memory

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.config import PlanConfig
 from longext.errors import ConfigError
+from longext.planning.config import PlanConfig
 from longext.planning.shape import ModelShape
 from longext.registry import did_you_mean
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
-from longext.config import CompareConfig, PasskeyConfig, PerplexityConfig
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.data.documents import data_hash, load_documents
 from longext.errors import ConfigError
+from longext.evals.config import PasskeyConfig, PerplexityConfig
 from longext.evals.passkey import (
     PASSKEY_PROTOCOLS,
     PasskeyCell,
@@ -38,6 +38,7 @@ from longext.evals.perplexity import (
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import described, method_request
 from longext.models.protocol import result_record
+from longext.report.config import CompareConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
-from longext.config import CompressConfig
+from longext.compressor.config import CompressConfig
 from longext.manifest import command_line, versions
 from longext.report.plots import new_figure, style
 from longext.report.results import Written, write_result_files

@@ -1,8 +1,36 @@
-"""The config of `longext report` (no torch)."""
+"""Settings of `compare` and `report`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from longext.options import DataConfig, RuntimeConfig
+from longext.settings import LENGTH, MANY, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(RuntimeConfig, DataConfig):
+    """`longext compare`: every method on the same documents, seeds and protocol."""
+
+    methods: tuple[str, ...] = option(
+        ("none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn"),
+        "Methods, comma-separated; parameters as name:key=value.",
+    )
+    factor: float = option(8.0, "Target length / trained length.", le=MANY, panel="Method")
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
+    stride: int | None = option(
+        None, "Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."
+    )
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Needle depths from 0 (start) to 1 (end), comma-separated."
+    )
+    num_trials: int = option(4, "Prompts per length and depth.", le=MANY)
+    num_buckets: int = option(16, "Position buckets (positional).", ge=1, le=MANY)
+    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
+    passkey: bool = option(True, "Include the passkey test.", "--passkey", "--no-passkey")
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

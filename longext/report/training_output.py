@@ -7,12 +7,12 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
-from longext.config import FinetuneConfig
 from longext.conversion.card import adapter_use
 from longext.manifest import command_line, versions
 from longext.report.results import Written, write_result_files
 from longext.report.tables import Table, markdown_text
 from longext.report.training_views import perplexity_table, run_table, training_curve
+from longext.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from longext.training.longlora import FinetuneResult

@@ -23,17 +23,19 @@ from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.source import HUB_ID, read_shards
 from longext.checkpoint.tying import untied
-from longext.config import DataConfig, FinetuneConfig, PerplexityConfig, TrainingConfig
 from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.documents import load_documents
 from longext.data.packing import collate_rows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError, TrainingStopped
+from longext.evals.config import PerplexityConfig
 from longext.evals.perplexity import evaluate_perplexity, tokenize_documents
 from longext.models.head import head_is_plain
 from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
+from longext.options import DataConfig
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import KEPT, check_fingerprint, last_whole_checkpoint, read_marker
+from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.engine import AttentionEngine, Engine, Rows, StopOnSignal
 from longext.training.loading import (
     Extension,

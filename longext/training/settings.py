@@ -14,9 +14,10 @@ import torch
 
 from longext.attention.backends import BACKENDS
 from longext.attention.shifted import ATTENTION_VARIANTS
-from longext.config import FinetuneConfig, RopeConfig, TrainingConfig
 from longext.errors import ConfigError, MissingExtraError
+from longext.options import RopeConfig
 from longext.rope.methods import ROPE_METHODS
+from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import Extension, attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes

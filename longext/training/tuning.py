@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from longext.checkpoint.tying import is_tied
-from longext.config import FinetuneConfig
 from longext.errors import ConfigError, MissingExtraError
 from longext.models.head import decoder_of
 from longext.registry import Registry
+from longext.training.config import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.config import MergeConfig, RuntimeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 BOOKS = BUNDLED_MODELS["books-5m"]
 TRAIN = ("--data", "sample", "--method", "linear", "--target-length", "1024", "--positions", "pose", "--window", "64")

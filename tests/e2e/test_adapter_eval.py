@@ -13,9 +13,10 @@ from test_bad_input import fails
 from test_commands import ok, result_of
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.config import MergeConfig, RuntimeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 BOOKS = BUNDLED_MODELS["books-5m"]
 CPU = RuntimeConfig(model="", device="cpu")

@@ -14,10 +14,10 @@ from test_bad_input import fails
 
 from longext.checkpoint.source import fingerprint_weights, sample_weights
 from longext.compressor.checkpoint import find_base
-from longext.config import RuntimeConfig
 from longext.errors import DataError, LongextError, LongextWarning
 from longext.models.answers import Request, generate_predictions
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 PPL = ("eval", "ppl", "model", "--lengths", 64, "--stride", 32, "--max-tokens", 200, "--num-bootstrap", 0)
 TRAIN = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0")

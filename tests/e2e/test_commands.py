@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from longext.config import shipped_recipes
+from longext.settings import shipped_recipes
 
 SMALL = ("--lengths", "96,192", "--max-tokens", "400", "--num-bootstrap", "20")
 
@@ -243,20 +243,22 @@ def test_version_and_module_entry(run):
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_recipe_loads_and_names_its_command(name):
-    from longext.config import (
-        CompareConfig,
-        CompressConfig,
-        ExtendConfig,
-        FinetuneConfig,
+    from longext.compressor.config import CompressConfig
+    from longext.conversion.config import ExtendConfig
+    from longext.evals.config import (
+        EffectiveConfig,
+        HarnessConfig,
         LongBenchConfig,
+        LongEvalConfig,
+        NeedleConfig,
         PasskeyConfig,
         PerplexityConfig,
-        PlanConfig,
-        build_config,
+        ShortConfig,
     )
-    from longext.evals.checks_config import EffectiveConfig, ShortConfig
-    from longext.evals.harness.config import HarnessConfig
-    from longext.evals.retrieval_config import LongEvalConfig, NeedleConfig
+    from longext.planning.config import PlanConfig
+    from longext.report.config import CompareConfig
+    from longext.settings import build_config
+    from longext.training.config import FinetuneConfig
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
@@ -283,8 +285,9 @@ def test_every_recipe_loads_and_names_its_command(name):
 @pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("compress/")])
 def test_every_compress_recipe_is_a_run_that_could_start(name):
     """The spec and the document fit the positions of the model that is meant."""
+    from longext.compressor.config import CompressConfig
     from longext.compressor.settings import check_compress_config, document_length, spec_of
-    from longext.config import CompressConfig, build_config
+    from longext.settings import build_config
 
     config = build_config(CompressConfig, shipped_recipes()[name], [], {"device": "cpu"})
     check_compress_config(config)
@@ -295,7 +298,8 @@ def test_every_compress_recipe_is_a_run_that_could_start(name):
 @pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("finetune/")])
 def test_every_finetune_recipe_is_a_run_that_could_start(name):
     """What the command checks before it reads the model; the rows of a step are LongLoRA's 64 where GPUs are meant."""
-    from longext.config import FinetuneConfig, build_config
+    from longext.settings import build_config
+    from longext.training.config import FinetuneConfig
     from longext.training.settings import check_finetune_config
 
     config = build_config(FinetuneConfig, shipped_recipes()[name], [], {"device": "cpu"})

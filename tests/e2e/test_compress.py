@@ -248,8 +248,8 @@ def test_a_description_that_lacks_something_is_refused(run, tmp_path):
 def test_float16_weights_are_trained_in_bfloat16(tmp_path):
     """Gradients in float16 would need loss scaling."""
     from longext.compressor.checkpoint import BaseModel
+    from longext.compressor.config import CompressConfig
     from longext.compressor.train import _training_dtype
-    from longext.config import CompressConfig
 
     base = BaseModel("base", None, tmp_path, "")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")

@@ -14,7 +14,7 @@ from test_bad_input import fails
 from test_commands import ok
 from transformers import AutoModelForCausalLM
 
-from longext.config import MergeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 
 IDS = torch.randint(3, 60, (1, 100), generator=torch.Generator().manual_seed(0))

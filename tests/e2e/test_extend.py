@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.source import read_shards
-from longext.config import ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
@@ -314,7 +314,7 @@ def test_the_card_has_formula_numbers_command_and_base(base, tmp_path):
 
 
 def test_the_recipe_beside_an_output_makes_it_again(base, tmp_path):
-    from longext.config import build_config
+    from longext.settings import build_config
 
     extend(base, tmp_path / "out", beta_fast=16.0)
     config = build_config(ExtendConfig, tmp_path / "out/recipe.yaml", [], {"output": str(tmp_path / "again")})

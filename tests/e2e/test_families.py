@@ -16,7 +16,7 @@ from families import CONFIGS, LENGTH, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longext.checkpoint.rope_config import read_model_rope
-from longext.config import ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extend_checkpoint
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError

@@ -107,9 +107,10 @@ def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
     """Losses of full fine-tuning, dense attention: a loop of ten lines over plain transformers and torch gives them."""
     args = (*QUICK, *WARM, "--tuning", "full", "--attention", "full", "--set", "max_grad_norm=0.5")
     assert run("finetune", "books-5m", *args, "-o", "out").exit_code == 0
-    from longext.config import FinetuneConfig, RuntimeConfig
     from longext.data.rows import open_rows
     from longext.models.hf import load_language_model
+    from longext.options import RuntimeConfig
+    from longext.training.config import FinetuneConfig
 
     config = FinetuneConfig(model="books-5m", data="sample", target_length=256)
     loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"))

@@ -12,8 +12,8 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, save_compressor
 from longext.compressor.generation import TextStream
-from longext.config import RuntimeConfig
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 PROMPT = ("--prompt", "The old lighthouse", "--max-new-tokens", 12)
 

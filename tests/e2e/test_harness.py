@@ -15,8 +15,8 @@ from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
 from longext.compressor.readers import load_reader
-from longext.config import RuntimeConfig
 from longext.evals.harness.model import Scorer, harness_model
+from longext.options import RuntimeConfig
 
 STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
 CHOICES = [

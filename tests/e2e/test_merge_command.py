@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.source import read_shards
-from longext.config import ExtendConfig, MergeConfig, build_config
+from longext.conversion.config import ExtendConfig, MergeConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.merge import merge_adapter
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
+from longext.settings import build_config
 
 BOOKS = BUNDLED_MODELS["books-5m"]
 

@@ -7,10 +7,11 @@ import json
 import pytest
 from conftest import SHARED
 
-from longext.config import DataConfig, ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.conversion.verify import verify_checkpoint
 from longext.data.documents import load_documents
+from longext.options import DataConfig
 
 
 @pytest.mark.skipif(not (SHARED / "models/books-27m").is_dir(), reason="no books-27m here")

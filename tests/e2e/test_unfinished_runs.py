@@ -197,8 +197,8 @@ def test_no_suite_uses_stale_answers(run, tmp_path, data, asked, name, change):
 
 def test_another_command_leaves_an_unfinished_training_alone(run, tmp_path, data):
     """A working directory of the same name that is not LongBench's is never taken up."""
-    from longext.config import FinetuneConfig
     from longext.manifest import write_manifest
+    from longext.training.config import FinetuneConfig
 
     work = tmp_path / "out.running"
     work.mkdir()

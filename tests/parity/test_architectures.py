@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
 from longext.checkpoint.source import read_config
-from longext.config import ExtendConfig
 from longext.conversion import extend
 from longext.conversion.computed import compute
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, extended_config, plan_extension
 from longext.errors import LongextError
 from longext.models.hf import HFLanguageModel

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.source import INDEX_NAME, read_shards
-from longext.config import MergeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 from longext.conversion.proof import TOLERANCE
 from longext.errors import CheckpointError

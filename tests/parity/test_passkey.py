@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from longext.config import PasskeyConfig, RuntimeConfig
 from longext.errors import ConfigError
+from longext.evals.config import PasskeyConfig
 from longext.evals.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
 from longext.evals.passkey_prompts import (
     FILLER,
@@ -24,6 +24,7 @@ from longext.evals.passkey_prompts import (
     yarn_prompt,
 )
 from longext.models.hf import extension_config
+from longext.options import RuntimeConfig
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
-from longext.config import PerplexityConfig, RuntimeConfig
 from longext.data.documents import Document
+from longext.evals.config import PerplexityConfig
 from longext.evals.perplexity import (
     PERPLEXITY_PROTOCOLS,
     TokenizedDocument,
@@ -20,6 +20,7 @@ from longext.evals.perplexity import (
     tokenize_documents,
 )
 from longext.models.hf import HFLanguageModel, extension_config
+from longext.options import RuntimeConfig
 
 RTOL = 1e-5
 

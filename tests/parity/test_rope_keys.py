@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from longext.checkpoint import _built
 from longext.checkpoint.source import read_config
-from longext.config import ExtendConfig
 from longext.conversion import extend
 from longext.conversion.computed import compute
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import CheckpointError, LongextError

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from longext.config import ExtendConfig, RuntimeConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.models.hf import extension_config, load_language_model
+from longext.options import RuntimeConfig
 
 IDS = torch.arange(3, 803)[None] % 8000
 

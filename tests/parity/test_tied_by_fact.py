@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.tying import is_tied
-from longext.config import FinetuneConfig, MergeConfig, RuntimeConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 from longext.errors import CheckpointError
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 from longext.planning.shape import read_shape
+from longext.training.config import FinetuneConfig
 from longext.training.loading import load_for_training, plan_training_rope
 from longext.training.longlora import finetune_checkpoint
 from longext.training.tuning import make_trainable

@@ -10,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from longext.config import shipped_recipes
+from longext.settings import shipped_recipes
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = {

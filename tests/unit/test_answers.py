@@ -7,15 +7,15 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longext.compressor.generation import TextStream
-from longext.config import ChatConfig
 from longext.errors import ConfigError
+from longext.evals.config import LongEvalConfig, NeedleConfig
 from longext.evals.longeval import evaluate_longeval, longeval_record
 from longext.evals.longeval_data import LongEvalCase
-from longext.evals.retrieval_config import LongEvalConfig, NeedleConfig
 from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_notes, needle_record
 from longext.models import chat, turns
 from longext.models.answers import Request, answer_notes, generate_predictions
 from longext.models.hf import HFLanguageModel
+from longext.options import ChatConfig
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from longext.errors import ConfigError
-from longext.evals.retrieval_config import NeedleConfig
+from longext.evals.config import NeedleConfig
 from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_record
 from longext.models.chat import chat_frame, chat_tokens, render_chat, uses_template
 

@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.config import FinetuneConfig
 from longext.data.documents import Row
 from longext.data.packing import PackedExamples, build_token_cache
 from longext.data.sft import ExampleEncoder
 from longext.errors import DataError
+from longext.training.config import FinetuneConfig
 
 PROMPT = "{% if add_generation_prompt %}"
 LOOP = "{% for m in messages %}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from longext.config import FinetuneConfig
 from longext.errors import ConfigError, DisagreementError, TrainingError
 from longext.training import processes
 from longext.training.checkpoints import (
@@ -16,6 +15,7 @@ from longext.training.checkpoints import (
     mark_complete,
     read_marker,
 )
+from longext.training.config import FinetuneConfig
 from longext.training.longlora import find_start
 from longext.training.processes import agree
 from longext.training.settings import fingerprint, trainer_arguments, warmup_of

@@ -10,8 +10,8 @@ import re
 import pytest
 from advice import commands
 
-from longext.config import shipped_recipes
 from longext.errors import ConfigError
+from longext.settings import shipped_recipes
 
 COMMANDS = commands()
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from longext.config import CompareConfig, ExtendConfig, PerplexityConfig, build_config, find_recipe, to_recipe
+from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
+from longext.evals.config import PerplexityConfig
 from longext.registry import Registry, did_you_mean
+from longext.report.config import CompareConfig
+from longext.settings import build_config, find_recipe, to_recipe
 
 
 @pytest.fixture

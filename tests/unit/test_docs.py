@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longext.config import CompressConfig, FinetuneConfig, build_config, shipped_recipes
+from longext.compressor.config import CompressConfig
+from longext.settings import build_config, shipped_recipes
+from longext.training.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

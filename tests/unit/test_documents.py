@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from longext.config import DataConfig
 from longext.data.documents import data_hash, load_documents
 from longext.errors import DataError
+from longext.options import DataConfig
 
 
 def ids(folder, **keys):

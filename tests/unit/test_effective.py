@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longext.errors import ConfigError
-from longext.evals.checks_config import EffectiveConfig
+from longext.evals.config import EffectiveConfig
 from longext.evals.effective import (
     STEP,
     check_effective_config,

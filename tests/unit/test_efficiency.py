@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressors import SEGMENT, VARIANTS, make_compressor, make_document, random_ids, tiny_llama
 
-from longext.config import EfficiencyConfig
+from longext.evals.config import EfficiencyConfig
 from longext.evals.memory.efficiency import bytes_per_position, encode, evaluate_efficiency, ways_of, window_notes
 
 

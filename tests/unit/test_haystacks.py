@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from longext.errors import ConfigError
+from longext.evals.config import NeedleConfig
 from longext.evals.retrieval import Outcome, cells_of, pooled_cells, share_interval
-from longext.evals.retrieval_config import NeedleConfig
 from longext.evals.ruler.haystacks import NEEDLE_TASKS, Names
 from longext.evals.ruler.needle import SCORINGS, evaluate_needles, make_questions, match_share
 from longext.evals.ruler.words import ADJECTIVES, NOUNS, draw_different

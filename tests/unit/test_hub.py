@@ -6,10 +6,11 @@ import pytest
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.source import resolve_model
-from longext.config import DataConfig, ExtendConfig
+from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.data.documents import load_documents
 from longext.errors import CheckpointError, DataError
+from longext.options import DataConfig
 
 
 def test_a_hub_model_is_downloaded_without_legacy_weights(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from longext.config import LongBenchConfig
 from longext.errors import ConfigError, DataError, LongextError
+from longext.evals.config import LongBenchConfig
 from longext.evals.longbench import suite as bench
 from longext.evals.longbench import tasks
 from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench

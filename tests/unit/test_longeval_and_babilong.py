@@ -14,8 +14,8 @@ from longext.evals import babilong_data as babilong
 from longext.evals import longeval_data as longeval
 from longext.evals.babilong import evaluate_babilong
 from longext.evals.babilong import is_right as answers_fact
+from longext.evals.config import BABILongConfig, LongEvalConfig
 from longext.evals.longeval import is_right, load_cases, prompt_text, score_published
-from longext.evals.retrieval_config import BABILongConfig, LongEvalConfig
 from longext.models.chat import uses_template
 
 LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)

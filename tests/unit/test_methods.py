@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from longext.config import ExtendConfig, PerplexityConfig, RuntimeConfig
+from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
+from longext.evals.config import PerplexityConfig
 from longext.evals.perplexity import check_perplexity_config, stride_of
 from longext.models.hf import load_language_model
 from longext.models.methods import check_method, described, method_request
+from longext.options import RuntimeConfig
 from longext.rope.methods import RopeSpec
 
 

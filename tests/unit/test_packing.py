@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, BatchEncoding
 import longext.data.packing as packing
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.checks import check_token_cache
-from longext.config import DataConfig, FinetuneConfig
 from longext.data.documents import data_hash, iterate_documents, load_documents
 from longext.data.packing import (
     PackedExamples,
@@ -32,6 +31,8 @@ from longext.data.packing import (
 )
 from longext.data.rows import cached_tokens, encode_documents, open_rows, tokenizer_hash
 from longext.errors import ConfigError, DataError
+from longext.options import DataConfig
+from longext.training.config import FinetuneConfig
 
 LENGTHS = (5, 1, 17, 8, 3, 30, 2, 9)  # documents of a small stream: 75 tokens
 

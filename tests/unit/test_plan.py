@@ -10,8 +10,8 @@ import torch
 from families import CONFIGS, LLAMA2_7B, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from longext.config import PlanConfig
 from longext.errors import CheckpointError, ConfigError
+from longext.planning.config import PlanConfig
 from longext.planning.devices import DEVICES, GIB, parse_gpus
 from longext.planning.fit import STEP, longest_length, plan_record, plan_training
 from longext.planning.memory import plan_memory

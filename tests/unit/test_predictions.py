@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from longext.config import RuntimeConfig
 from longext.errors import ConfigError, DataError
 from longext.models.answer_file import tokens_hash
 from longext.models.answers import Prediction, Request, generate_predictions
 from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 STORY = "It was the best of times, it was the worst of times. The old man walked slowly down the road, and then "
 

@@ -11,13 +11,14 @@ from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.config import DataConfig, FinetuneConfig
 from longext.data.conversations import Turn, read_conversation
 from longext.data.documents import Row, iterate_rows
 from longext.data.prompts import resolve_prompt
 from longext.data.rows import open_rows
 from longext.data.sft import ExampleEncoder, padding_token, shorten
 from longext.errors import ConfigError, DataError
+from longext.options import DataConfig
+from longext.training.config import FinetuneConfig
 
 LONGALPACA = SHARED / "sft/longalpaca_schema_sample.json"
 

@@ -9,7 +9,7 @@ import torch
 
 from longext.data.documents import Document
 from longext.errors import ConfigError, DataError
-from longext.evals.checks_config import ShortConfig
+from longext.evals.config import ShortConfig
 from longext.evals.short_context import (
     check_short_config,
     compare_short,

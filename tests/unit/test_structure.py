@@ -10,10 +10,28 @@ from pathlib import Path
 import longext
 
 PACKAGE = Path(longext.__file__).parent
-LAYERS = (
-    "errors registry untrusted signals checksums config manifest staging rope attention checkpoint conversion models "
-    "data training compressor planning evals report cli"
-).split()
+LAYERS = [
+    "errors",
+    "registry",
+    "untrusted",
+    "signals",
+    "checksums",
+    "config",
+    "manifest",
+    "staging",
+    "rope",
+    "attention",
+    "checkpoint",
+    "conversion",
+    "models",
+    "data",
+    "training",
+    "compressor",
+    "planning",
+    "evals",
+    "report",
+    "cli",
+]
 MOST_MODULES = 15
 
 

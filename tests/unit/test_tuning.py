@@ -9,10 +9,12 @@ import torch
 from families import CONFIGS, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
-from longext.config import FinetuneConfig, MergeConfig, PlanConfig
+from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
+from longext.planning.config import PlanConfig
 from longext.planning.setup import setup_of
 from longext.planning.shape import read_shape
+from longext.training.config import FinetuneConfig
 from longext.training.tuning import make_trainable, norm_modules
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "gpt_neox", "phi", "mixtral"]

@@ -28,7 +28,7 @@ import torch
 from longext.checkpoint.load import first_line
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
-from longext.evals.harness.config import HarnessConfig
+from longext.evals.config import HarnessConfig
 from longext.evals.harness.model import Progress, Scorer, harness_model
 from longext.evals.limits import POSITIVE, check_names, read_bars, verdict
 from longext.evals.longbench.run import context_length

@@ -14,9 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from longext.config import LongBenchConfig
 from longext.errors import ConfigError, MissingExtraError
-from longext.evals.harness.config import HarnessConfig
+from longext.evals.config import HarnessConfig, LongBenchConfig
 from longext.evals.harness.model import Scorer
 from longext.evals.harness.suite import Score, Tasks, as_multiturn, harness_scores, prepare_tasks
 from longext.evals.longbench.rows import LongBenchRow

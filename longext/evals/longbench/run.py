@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longext.config import LongBenchConfig
 from longext.data.json_lines import repeated_note
 from longext.errors import DataError
+from longext.evals.config import LongBenchConfig
 from longext.evals.longbench.metrics import NEED_JIEBA, has_jieba
 from longext.evals.longbench.rows import (
     HUB,

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from longext.config import LongBenchConfig
 from longext.errors import ConfigError
+from longext.evals.config import LongBenchConfig
 from longext.evals.limits import POINTS, check_names, read_bars, verdict
 from longext.evals.longbench.metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evals.longbench.rows import LongBenchRow

@@ -20,8 +20,8 @@ from longext.compressor.decoding import CachedDecoder, memory_decoder
 from longext.compressor.documents import split_segments
 from longext.compressor.gradients import Document
 from longext.compressor.memory import MemoryStore
-from longext.config import EfficiencyConfig
 from longext.errors import ConfigError
+from longext.evals.config import EfficiencyConfig
 from longext.evals.perplexity import check_lengths
 from longext.models.protocol import result_record
 from longext.planning.tracker import MemoryTracker

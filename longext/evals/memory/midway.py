@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from longext.compressor.base import Compressor, CompressorSpec
-from longext.config import CompressConfig, DataConfig
+from longext.compressor.config import CompressConfig
 from longext.data.documents import load_documents
 from longext.errors import DataError
 from longext.evals.memory.controls import MEMORY, NO_MEMORY, SAME_KV, WRONG
 from longext.evals.memory.next_segment import choose_places, evaluate_memory
+from longext.options import DataConfig
 
 _METHODS = (MEMORY, NO_MEMORY, WRONG, SAME_KV)
 _NUM_PLACES = 6  # in each document

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from longext.compressor.base import Compressor
 from longext.compressor.ratios import find_ratio
 from longext.compressor.readers import Reader
-from longext.config import PerplexityConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
+from longext.evals.config import PerplexityConfig
 from longext.evals.memory.controls import (
     FOREIGN,
     MEMORY,

@@ -21,9 +21,9 @@ from longext.compressor.documents import reconstruction_segments
 from longext.compressor.gradients import Document as Segments
 from longext.compressor.memory import Memory
 from longext.compressor.ratios import check_ratios
-from longext.config import ReconstructionConfig
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
+from longext.evals.config import ReconstructionConfig
 from longext.evals.statistics import bootstrap_mean
 from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, corpus_bleu, rouge_l, words
 from longext.models.batching import batched_by

@@ -13,10 +13,10 @@ import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
+from longext.evals.config import NeedleConfig
 from longext.evals.passkey_prompts import PromptTokens
 from longext.evals.perplexity import check_lengths
 from longext.evals.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
-from longext.evals.retrieval_config import NeedleConfig
 from longext.evals.ruler.haystacks import (
     NAME_TYPES,
     NEEDLE_TASKS,

@@ -1,0 +1,51 @@
+"""Settings of `extend`, `merge` and `convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longext.options import RopeConfig
+from longext.settings import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig(RopeConfig):
+    """`longext extend`: one checkpoint, one method, one length."""
+
+    model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
+    method: str = option(help="linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf.", panel="Method")
+    output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
+    copy: bool = option(False, "Copy the weights instead of hard-linking them.")
+    check: bool = option(
+        True, "Build the new config with transformers and compare it with the plan.", "--check", "--no-check"
+    )
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """`longext merge`: an adapter into a standard checkpoint."""
+
+    adapter: str = option(help="Adapter directory (adapter_config.json) or Hub id.", argument=True)
+    base: str | None = option(None, "The base model (default: the one the adapter names).")
+    revision: str | None = option(None, "Branch, tag or commit of --base, for a Hub id.", panel="Running")
+    output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
+    dtype: str = option("auto", "auto (each tensor in the base's type), float32, bfloat16, float16.", panel="Running")
+    check: bool = option(True, "Compare the logits before the output appears.", "--check", "--no-check")
+    trust_remote_code: bool = option(False, "Run model code from the checkpoint.", panel="Running")
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(RopeConfig):
+    """`longext convert`: an adapter's pickle files into safetensors."""
+
+    adapter: str = option(help="Adapter directory or Hub id.", argument=True)
+    base: str | None = option(None, "The base model (default: the one the adapter names).")
+    revision: str | None = option(None, "Branch, tag or commit of --base, for a Hub id.", panel="Running")
+    method: str | None = option(
+        None, "RoPE it was trained with: linear, ntk, yarn, ... or none (the base's own).", panel="Method"
+    )
+    output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")

@@ -1,0 +1,244 @@
+"""Settings of evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longext.options import ChatConfig, DataConfig, ReadingConfig, RuntimeConfig
+from longext.settings import LENGTH, MANY, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(ReadingConfig, DataConfig):
+    """`longext eval ppl`: perplexity by length under a named protocol."""
+
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
+    protocol: str = option(
+        "sliding", "sliding, positional, yarn-truncated, longlora; next-segment is the default with --memory."
+    )
+    stride: int | None = option(
+        None, "Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."
+    )
+    num_buckets: int = option(16, "Position buckets (positional).", ge=1, le=MANY)
+    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
+    num_places: int = option(12, "Places in each document (next-segment).", ge=1, le=MANY)
+    fail_over: tuple[str, ...] = option(
+        (), "LENGTH=PPL: exit with 1 where the perplexity is above it; may be repeated.", repeats=True, panel="Output"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeyConfig(ReadingConfig):
+    """`longext passkey`: retrieval accuracy by length and depth."""
+
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Needle depths from 0 (start) to 1 (end), comma-separated."
+    )
+    num_trials: int = option(4, "Prompts per length and depth.", le=MANY)
+    protocol: str = option("landmark", "landmark (exact lengths), longlora or yarn (as published).")
+    filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
+    num_needles: int = option(1, "Needles in the text; one of them is asked for.", le=MANY)
+    num_digits: int = option(5, "Digits of a key.", le=MANY)
+    fail_under: tuple[str, ...] = option(
+        (),
+        "SCORE or LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongBenchConfig(ReadingConfig, ChatConfig):
+    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol, or lm-eval's."""
+
+    tasks: tuple[str, ...] = option((), "Tasks, comma-separated (default: all).")
+    backend: str = option("official", "official, or lm-eval: its own prompts, cuts and metrics, another protocol.")
+    longbench_e: bool = option(False, "LongBench-E: 13 tasks, scores by length.", "--e")
+    data: str = option("hub", "Folder with <task>.jsonl files, or hub.", panel="Data")
+    max_length: int | None = option(
+        None,
+        "Tokens of a prompt; longer ones lose their middle (default: by the context). lm-eval: of prompt and answer; the beginning goes.",
+        ge=2,
+        le=LENGTH,
+    )
+    limit: int | None = option(None, "Only the first rows of each task.", ge=1)
+    code_similarity: str = option(
+        "difflib", "difflib, or levenshtein (the authors' score where python-Levenshtein is installed)."
+    )
+    predictions: str | None = option(
+        None, "Score these answers (<task>.jsonl in the authors' schema); MODEL only names them.", panel="Output"
+    )
+    fail_under: tuple[str, ...] = option(
+        (),
+        "TASK=SCORE, english=SCORE or chinese=SCORE, 0 to 100: exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+    resume: bool = option(False, "Only go on with an unfinished run of the same -o; start none.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(ReadingConfig, ChatConfig):
+    """`longext eval needle`: RULER's needle tasks by length."""
+
+    tasks: tuple[str, ...] = option(
+        ("single", "multikey", "multivalue", "multiquery"),
+        "single, multikey, multivalue, multiquery, or RULER's own niah_single_1 ... niah_multiquery, comma-separated.",
+    )
+    lengths: tuple[int, ...] = option(
+        (512, 1024, 2048, 4096), "Tokens of prompt and answer budget together, comma-separated.", le=LENGTH
+    )
+    depths: tuple[float, ...] = option((), "Depths of the needle asked for, 0 to 1, comma-separated (default: random).")
+    num_trials: int = option(10, "Prompts per length and depth.", le=MANY)
+    num_needles: int = option(4, "Needles of multikey, multivalue and multiquery.", le=MANY)
+    haystack: str = option("book", "noise, needles (more of their kind), book (the bundled story) or a text file.")
+    key_type: str = option("words", "Keys are words, numbers or uuids.")
+    value_type: str = option("numbers", "Values are words, numbers or uuids.")
+    scoring: str = option(
+        "match", "match (RULER's: generate, find the values) or exact (one forward pass over the answer)."
+    )
+    max_new_tokens: int = option(128, "Answer budget of match.", ge=0)
+    answer_prefix: bool = option(
+        True,
+        "End prompts with the beginning of the answer, as RULER (never inside a thought).",
+        "--answer-prefix",
+        "--no-answer-prefix",
+    )
+    fail_under: tuple[str, ...] = option(
+        (),
+        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongEvalConfig(ReadingConfig, ChatConfig):
+    """`longext eval longeval`: LMSYS's line and topic retrieval."""
+
+    data: str | None = option(
+        None, "Folder with <n>_lines.jsonl, <n>_topics.jsonl (default: lines are generated).", panel="Data"
+    )
+    predictions: str | None = option(None, "Score this file of answers; no model is run.", panel="Output")
+    tasks: tuple[str, ...] = option(("lines", "topics"), "Of lines and topics, comma-separated.")
+    sizes: tuple[int, ...] = option(
+        (), "Numbers of lines or topics, comma-separated (default: all in --data; generated: 20,50,100)."
+    )
+    num_cases: int = option(50, "Cases of each size, at most.", ge=1, le=MANY)
+    complete: bool = option(False, "Give the beginning of the answer, for models that only continue.")
+    fail_under: tuple[str, ...] = option(
+        (),
+        "SCORE, TASK=SCORE, SIZE=SCORE or TASK@SIZE=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BABILongConfig(ReadingConfig, ChatConfig):
+    """`longext eval babilong`: bAbI facts in long text."""
+
+    data: str = option("", "Folder with <length>/<task>.jsonl, as 4k/qa1.jsonl.", panel="Data")
+    tasks: tuple[str, ...] = option(("qa1", "qa2", "qa3", "qa4", "qa5"), "Of qa1 to qa5, comma-separated.")
+    lengths: tuple[str, ...] = option((), "Lengths as the folders name them: 0k,4k (default: all in --data).")
+    num_cases: int | None = option(None, "Rows of each task and length, at most.", ge=1, le=MANY)
+    max_new_tokens: int = option(20, "Tokens of an answer.", ge=0)
+    prompt: str = option("examples", "examples (instruction and examples), instruction, or plain (text and question).")
+    fail_under: tuple[str, ...] = option(
+        (),
+        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConfig(ReadingConfig, DataConfig):
+    """`longext eval short`: what a model loses within the trained length of its base."""
+
+    against: str | None = option(None, "The model it was made from (default with --memory or --method: MODEL itself).")
+    tolerance: float = option(0.02, "Largest relative increase of perplexity that passes.")
+    lengths: tuple[int, ...] = option(
+        (), "Window lengths, comma-separated (default: the trained length, and half of it).", le=LENGTH
+    )
+    num_windows: int = option(8, "Windows of the largest length read of each document.")
+    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveConfig(ReadingConfig, ChatConfig):
+    """`longext eval effective`: the longest length at which retrieval reaches a bar."""
+
+    max_length: int = option(help="Longest length to try, a multiple of 64.", ge=2, le=LENGTH)
+    min_length: int = option(128, "First length to try, a multiple of 64.")
+    bar: float = option(0.8, "Accuracy that counts as passed, 0 to 1.")
+    test: str = option("passkey", "passkey (landmark), or needle (RULER's single needle, exact scoring).")
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Needle depths from 0 (start) to 1 (end), comma-separated."
+    )
+    num_trials: int = option(4, "Prompts per length and depth.", le=MANY)
+    fail_under: int | None = option(None, "LENGTH: exit with 1 where no length from it on passed.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessConfig(ReadingConfig, ChatConfig):
+    """`longext eval harness`: any task of lm-evaluation-harness; seed and number of resamples are for its own draws."""
+
+    seed: int = option(1234, "Seed of prompts and bootstrap.", ge=0, le=2**63 - 1, panel="Running")
+    tasks: tuple[str, ...] = option((), "Tasks or groups of lm-eval, comma-separated.")
+    include_path: str | None = option(
+        None, "Folder with task files of your own (*.yaml; the Python beside them is run)."
+    )
+    metadata: tuple[str, ...] = option(
+        (),
+        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is MODEL's by default); may be repeated.",
+        repeats=True,
+    )
+    num_fewshot: int | None = option(None, "Examples in a prompt (default: the task's own).", ge=0)
+    limit: int | None = option(None, "Only the first documents of each task.", ge=1)
+    max_length: int | None = option(
+        None, "Tokens read at once; longer inputs lose their beginning (default: the context).", ge=2, le=LENGTH
+    )
+    system_instruction: str | None = option(None, "System message, or first lines of prompts.")
+    fewshot_as_multiturn: bool | None = option(
+        None,
+        "Examples as turns of a conversation (default with --chat-template), or in one message.",
+        "--fewshot-as-multiturn",
+        "--fewshot-in-one-turn",
+    )
+    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
+    fail_under: tuple[str, ...] = option(
+        (),
+        "TASK=SCORE or TASK:METRIC=SCORE, in the metric's own unit: exit with 1 where it is worse; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig(RuntimeConfig, DataConfig):
+    """`longext eval reconstruction`: what comes back of a text from its memory."""
+
+    base: str | None = option(None, "The model it was trained on, where that has moved.")
+    ratio: tuple[int, ...] | None = option(None, "Ratios, comma-separated (default: those of training).")
+    content: tuple[str, ...] = option(("text",), "Of text, shuffled (words) and random (tokens), comma-separated.")
+    num_samples: int = option(100, "Segments to reconstruct, drawn at random.", ge=1, le=MANY)
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
+    )
+    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyConfig(RuntimeConfig):
+    """`longext eval efficiency`: time and memory of a growing context."""
+
+    base: str | None = option(None, "The model it was trained on, where that has moved.")
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
+    ratio: tuple[int, ...] | None = option(None, "Ratios, comma-separated (default: those of training).")
+    window: int | None = option(
+        None, "Raw tokens of the window to compare with (default: the model's positions).", ge=2, le=LENGTH
+    )
+    num_new_tokens: int = option(16, "Tokens decoded behind the context.", ge=1)
+    num_repeats: int = option(3, "Timed runs of each point; the best counts.", ge=1, le=MANY)

@@ -1,0 +1,126 @@
+"""Settings that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longext.settings import LENGTH, MANY, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """How far a RoPE method stretches the context, and the method's own parameters."""
+
+    factor: float | None = option(None, "Target length / trained length, >= 1.", le=MANY, panel="Method")
+    target_length: int | None = option(
+        None, "Target length in tokens, instead of --factor.", ge=2, le=LENGTH, panel="Method"
+    )
+    original_length: int | None = option(
+        None, "Pre-training length, where the config does not say it.", le=LENGTH, panel="Method"
+    )
+    rope_theta: float | None = option(None, "abf: the raised base.", le=1e30, panel="Method")
+    beta_fast: float | None = option(
+        None, "yarn, ntk-by-parts: turns from which a dimension is kept (32).", panel="Method"
+    )
+    beta_slow: float | None = option(
+        None, "yarn, ntk-by-parts: turns below which it is interpolated (1).", panel="Method"
+    )
+    ramp: str | None = option(
+        None, "yarn, ntk-by-parts: paper (linear in turns) or code (linear in index).", panel="Method"
+    )
+    truncate: bool | None = option(
+        None, "Code ramp: whole-dimension ends (default) or exact.", "--truncate", "--no-truncate", panel="Method"
+    )
+    attention_factor: float | None = option(
+        None, "yarn, ntk-by-parts, longrope: multiplier of cos and sin (yarn: 0.1 ln s + 1).", panel="Method"
+    )
+    alpha: float | None = option(
+        None, "dynamic: 1 is the paper's form, the factor is the other common one.", panel="Method"
+    )
+    low_freq_factor: float | None = option(
+        None, "llama3: turns below which a dimension is interpolated (1).", panel="Method"
+    )
+    high_freq_factor: float | None = option(None, "llama3: turns from which it is kept (4).", panel="Method")
+    factors: str | None = option(
+        None, "longrope: JSON file with long_factor and optional short_factor.", panel="Method"
+    )
+    replace: bool = option(
+        False, "Start from the bare base theta of a model trained with another RoPE.", panel="Method"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What every command that runs a model shares."""
+
+    model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N, mps, or map (layers over all GPUs).", panel="Running")
+    dtype: str = option(
+        "auto", "auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.", panel="Running"
+    )
+    attention: str | None = option(None, "transformers attention: sdpa, eager, flash_attention_2, ...", panel="Running")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
+    trust_remote_code: bool = option(False, "Run model code from the checkpoint.", panel="Running")
+    seed: int = option(0, "Seed of prompts and bootstrap.", ge=0, le=2**63 - 1, panel="Running")
+    output: str | None = option(
+        None, "Results directory (default: results/<name>-<time>).", "--output", "-o", panel="Output"
+    )
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(RuntimeConfig):
+    """What is applied to a model before it is evaluated, and how it reads: a method in memory, a memory by segments."""
+
+    method: str | None = option(
+        None, "Apply this extension method in memory first; parameters as name:key=value.", panel="Method"
+    )
+    factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
+    )
+    memory: str | None = option(
+        None,
+        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
+        panel="Method",
+    )
+    segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where documents come from and how much of them is read."""
+
+    data: str = option(
+        "sample", "Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story).", panel="Data"
+    )
+    text_field: str = option("text", "Column of the text in jsonl, parquet and Hub data.", panel="Data")
+    split: str = option("test", "Split of a Hub dataset.", panel="Data")
+    max_documents: int | None = option(None, "Read at most this many documents.", ge=1, panel="Data")
+    max_tokens: int | None = option(None, "Cut each document to this many tokens.", ge=2, panel="Data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How questions are put to a model, and what of its answers is read."""
+
+    chat_template: bool | None = option(
+        None,
+        "Ask through the tokenizer's chat template (default: where it has one).",
+        "--chat-template",
+        "--no-chat-template",
+        panel="Chat",
+    )
+    template_arg: tuple[str, ...] = option(
+        (), "key=value for the chat template, e.g. enable_thinking=false; may be repeated.", repeats=True, panel="Chat"
+    )
+    strip_thinking: bool | None = option(
+        None,
+        "Take a leading thought off answers (default: if the tokenizer knows marks of thoughts).",
+        "--strip-thinking",
+        "--no-strip-thinking",
+        panel="Chat",
+    )
+    neutralise_control_tokens: bool = option(
+        False, "Write control tokens that a text spells with a space, so as text.", panel="Chat"
+    )

@@ -1,0 +1,216 @@
+"""Settings of a command: dataclass fields that are flags, recipe keys and help at once.
+
+A field made by `option` is a flag of its command, with help and bounds; a plain field can be set by recipes and `--set`
+alone. Precedence: defaults < recipe (`-c FILE`) < `--set key=value` < flags typed. Unknown keys are errors. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from longext.errors import ConfigError
+from longext.registry import did_you_mean
+from longext.untrusted import parse_yaml, read_yaml, shown, type_name
+
+LENGTH = 2**31  # tokens: what a config's max_position_embeddings may be
+MANY = 10**6  # counts of things that are done one after the other
+_LARGEST = 2**53  # whole numbers without a bound of their own; float64 holds them exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a field says of its flag.
+
+    Attributes:
+        help: one sentence; a callable is asked when the help is printed (names in a registry).
+        spellings: of the flag, `--field-name` if empty.
+        ge, le: bounds of the value, or of each value of a tuple.
+        panel: heading in the help.
+        argument: a positional argument, not a flag.
+        repeats: a tuple given by repeating the flag, not separated by commas.
+        shown: what the help says is the default, if that is not the field's.
+        is_flag: False for what only recipes and `--set` give.
+    """
+
+    help: str | Callable[[], str] = ""
+    spellings: tuple[str, ...] = ()
+    ge: float | None = None
+    le: float | None = None
+    panel: str = "Options"
+    argument: bool = False
+    repeats: bool = False
+    shown: str | None = None
+    is_flag: bool = True
+
+
+def option(default: Any = dataclasses.MISSING, help: str | Callable[[], str] = "", *spellings: str, **more: Any) -> Any:
+    """Return a dataclass field that is a flag; `more` are the attributes of `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(help=help, spellings=spellings, **more)})
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """Return a dataclass field with bounds that recipes and `--set` give, but no flag."""
+    return option(default, help, is_flag=False, **more)
+
+
+def override(kind: type, name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+    """Return the field `name` of `kind` with another default, help or bound, for a class that inherits it."""
+    field = next(field for field in dataclasses.fields(kind) if field.name == name)  # type: ignore[arg-type]
+    default = field.default if default is dataclasses.MISSING else default
+    metadata = {"option": dataclasses.replace(option_of(field), **changes)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option_of(field: dataclasses.Field[Any]) -> Option:
+    """Return the `Option` of a dataclass field; of a plain field one that is no flag and has no bounds."""
+    return field.metadata.get("option") or Option(is_flag=False)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def build_config(
+    kind: type[ConfigT],
+    recipe: Path | None,
+    settings: Sequence[str],
+    typed: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Return a `kind` from a recipe file, `--set key=value` strings and the flags the user typed, in rising priority.
+
+    Args:
+        defaults: the command's own defaults, under all of them.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a required key that nothing gave.
+    """
+    values: dict[str, Any] = dict(defaults or {})
+    if recipe is not None:
+        values.update(_checked(kind, load_recipe(recipe), str(recipe)))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes key=value, got '{setting}'.")
+        given = {key.strip(): parse_yaml(text, f"--set {key.strip()}")}
+        values.update(_checked(kind, given, f"--set {shown(setting)}"))
+    values.update(_checked(kind, dict(typed), "the command line"))
+    _check_bounds(kind, values)
+    missing = [field.name for field in _required(kind) if values.get(field.name) is None]
+    if missing:
+        raise ConfigError(f"Missing: {', '.join(missing)}. Give it as an argument or flag, or in the recipe (-c FILE).")
+    return kind(**values)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the recipe file called `name`: a path, or a name inside the shipped recipes (`extend/books-5m-4k-yarn`).
+
+    Raises:
+        ConfigError: no such file; names the nearest shipped recipe.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    shipped = shipped_recipes()
+    key = name.removesuffix(".yaml").removeprefix("recipes/")
+    if key in shipped:
+        return shipped[key]
+    raise ConfigError(f"No recipe '{name}'. {did_you_mean(key, shipped)}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with longext, as name -> file (accelerate's own config files are none)."""
+    package = Path(__file__).parent
+    root = next((folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()), None)
+    if root is None:
+        return {}
+    found = {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
+    return {name: file for name, file in found.items() if not name.startswith("accelerate/")}
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Return the mapping in a recipe file (ConfigError where it is missing, broken or not a mapping)."""
+    try:
+        value = read_yaml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"No recipe file {path}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold key: value lines, found {type_name(value)}.")
+    return value
+
+
+def to_recipe(config: Any) -> str:
+    """Return `config` as recipe YAML that `build_config` reads back.
+
+    Keys at their default are left out, and so are `force` and `resume`: making something again begins anew, and must
+    not replace it unasked.
+    """
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("force", "resume")]
+    defaults = {field.name: field.default for field in fields}
+    asked = dataclasses.asdict(config)
+    values = {key: asked[key] for key, default in defaults.items() if asked[key] != default}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _required(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+
+
+def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `values` with each one converted to its field's type; unknown keys and wrong types are errors."""
+    known = typing.get_type_hints(kind)
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    return {key: _convert(value, known[key], f"{where}: `{key}`") for key, value in values.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    if typing.get_origin(target) is tuple:
+        items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        return tuple(_convert(item, typing.get_args(target)[0], where) for item in items)
+    if target is bool or isinstance(value, bool):
+        if target is bool and isinstance(value, bool):
+            return value
+        raise ConfigError(f"{where} must be {_spell(target)}, got {shown(value)}.")
+    try:
+        number = target(value) if target is not int or float(value) == int(float(value)) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or target is str and isinstance(value, (list, dict)):
+        raise ConfigError(f"{where} must be {_spell(target)}, got {shown(value)}.")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ConfigError(f"{where} must be a finite number, got {number}.")
+    if target is str and "\0" in number:
+        raise ConfigError(f"{where} must not have a NUL character in it.")
+    return number
+
+
+def _check_bounds(kind: Any, values: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(kind):
+        value, bounds = values.get(field.name), option_of(field)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, bool) or not isinstance(item, (int, float)):
+                continue
+            if bounds.ge is not None and item < bounds.ge:
+                raise ConfigError(f"`{field.name}` must be >= {bounds.ge:g}, got {item}.")
+            most = bounds.le if bounds.le is not None else _LARGEST if isinstance(item, int) else math.inf
+            if item > most or item < -_LARGEST:
+                raise ConfigError(f"`{field.name}` must be <= {most:.17g}, got {shown(item)}.")
+
+
+def _spell(target: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[target]
