@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,14 +22,7 @@ from longext.cli.options import (
     TrainingData,
     config_from,
 )
-from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
-from longext.errors import ConfigError
-from longext.staging import release_outputs
 from longext.training.config import FinetuneConfig
-
-if TYPE_CHECKING:
-    from longext.training.loading import Extension
-    from longext.training.longlora import FinetuneResult, Run
 
 _DEFAULT = FinetuneConfig(model="")
 _METHODS = "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has"
@@ -110,94 +101,9 @@ def finetune(
 ) -> None:
     """Check, launch processes where several are asked for, train, write."""
     config = config_from(ctx, FinetuneConfig, recipe, settings)
-    if config.output is None and not dry_run:
-        raise ConfigError("Give an output directory with -o.")
-    from longext.training.loading import plan_training_rope
-    from longext.training.longlora import check_rows
-    from longext.training.processes import is_launched, launch
-    from longext.training.settings import check_finetune_config
+    from longext.cli.training import run_training
+    from longext.evals.midway import measure_perplexity
+    from longext.report.training import FinetuneReport
+    from longext.training.longlora import plan_finetune
 
-    check_finetune_config(config)
-    extension = plan_training_rope(config)
-    check_rows(config, extension)
-    target = Path(str(config.output))
-    work = target if config.output is None else check_directories(config, target, extension.source)
-    if dry_run:
-        _dry_run(config, as_json)
-        return
-    if config.num_processes > 1 and not is_launched():
-        _prepare(config, extension, work, finished_run(config, target) if config.resume else None)
-        release_outputs()  # to the main one of the processes
-        raise typer.Exit(launch(config.num_processes, sys.argv[1:], grace=config.stop_grace))
-    _train(config, target, work, extension, as_json)
-
-
-def _dry_run(config: FinetuneConfig, as_json: bool) -> None:
-    import tempfile
-
-    from longext.cli.output import show
-    from longext.report.training_views import run_table
-    from longext.training.longlora import prepare, run_record
-
-    with tempfile.TemporaryDirectory() as directory:
-        record = run_record(prepare(config, Path(directory)), 0.0)
-    table = run_table(record, config.num_steps, config.model)
-    show(record, [table], as_json=as_json, notes=[*record["data"].get("notes", ()), "Dry run: nothing was trained."])
-
-
-def _prepare(config: FinetuneConfig, extension: Extension, work: Path, prolonged: Path | None) -> None:
-    """Tokenise before several processes start: what is wrong with data or checkpoints is said once, by this one."""
-    from longext.checkpoint.load import load_tokenizer
-    from longext.report.console import tokenising
-    from longext.training.longlora import CHECKPOINTS, check_resume, open_training_rows
-    from longext.training.settings import fingerprint_of
-
-    tokenizer = load_tokenizer(extension.source, config.trust_remote_code or None)
-    rows = open_training_rows(config, extension, tokenizer, tokenising(config.data))
-    fingerprint = fingerprint_of(config, extension, rows.report, config.num_processes)
-    check_resume(config, work / CHECKPOINTS, fingerprint, prolonged)
-
-
-def _train(config: FinetuneConfig, output: Path, work: Path, extension: Extension, as_json: bool) -> None:
-    from longext.report.console import print_table, progress, say, tokenising
-    from longext.report.training_views import run_table
-    from longext.training.loading import training_device
-    from longext.training.longlora import finetune_checkpoint, num_tokens, run_record
-    from longext.training.processes import is_main_process, start_distributed, wait_for_all
-
-    start_distributed(training_device(config), config.collective_timeout)
-    prolonged = finished_run(config, output) if config.resume else None
-
-    def start(run: Run) -> None:
-        if is_main_process():
-            open_run(config, work, output, "finetune")
-            for note in run.notes:
-                say(note, aside=True)
-            if not as_json:
-                print_table(run_table(run_record(run, 0.0), config.num_steps, config.model))
-            for note in run.rows.report.get("notes", ()):
-                say(note, aside=as_json)
-        wait_for_all()
-
-    with kept_once_started(work), progress(f"finetune {config.model}", num_tokens(config, extension), "tokens") as bar:
-        on_tokens = tokenising(config.data) if is_main_process() else None
-        result = finetune_checkpoint(config, work, bar if is_main_process() else None, start, on_tokens, prolonged)
-    if is_main_process():
-        _finish(config, output, result, as_json)
-    wait_for_all()
-
-
-def _finish(config: FinetuneConfig, output: Path, result: FinetuneResult, as_json: bool) -> None:
-    """Write manifest, card, table and picture beside the adapter; give the directory its name; say what is next."""
-    from longext.cli.output import show
-    from longext.report.console import say
-    from longext.report.training_output import write_training_output
-
-    written, record = write_training_output(config, result)
-    close_run(result.directory, output)
-    show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
-    if as_json:
-        return
-    is_adapter = (output / "adapter_config.json").is_file()
-    step = f"longext merge {output} -o {output}-merged" if is_adapter else f"longext verify {output}"
-    say(f"Wrote {output} (loss.png, metrics.jsonl, run.json). Next: {step}")
+    run_training(config, plan_finetune, measure_perplexity, FinetuneReport(), dry_run=dry_run, as_json=as_json)

@@ -133,12 +133,12 @@ def _score(config: LongBenchConfig, as_json: bool) -> None:
 def _run(config: LongBenchConfig, as_json: bool) -> None:
     """Make answers and score them."""
     from longext.cli.models import open_model
-    from longext.cli.running import check_directories, open_run, working_directory
     from longext.evals.limits import require_bars
     from longext.evals.longbench.run import load_tasks, prepare_requests
     from longext.evals.longbench.suite import check_bars, check_longbench_config
     from longext.manifest import read_manifest
     from longext.report.results import output_directory
+    from longext.training.directory import check_directories, open_run, working_directory
 
     check_longbench_config(config)
     output = output_directory(config.output, "longbench", config.model)
@@ -170,12 +170,12 @@ def _answer_and_finish(
     import shutil
     import time
 
-    from longext.cli.running import close_run
     from longext.evals.longbench import run as steps
     from longext.evals.longbench.suite import bar_verdicts
     from longext.report.console import progress, say
     from longext.report.longbench_views import longbench_bars, longbench_tables
     from longext.report.results import write_result_files
+    from longext.training.directory import close_run
 
     started = time.perf_counter()
     with progress("longbench", sum(len(run.rows) for run in runs), "answers") as advance:

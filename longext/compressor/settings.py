@@ -10,7 +10,6 @@ from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.errors import ConfigError
-from longext.evals.memory.next_segment import check_context_lengths
 from longext.training.config import FinetuneConfig
 from longext.training.processes import is_sharded
 from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint, world_size
@@ -67,7 +66,7 @@ def check_compress_config(config: CompressConfig) -> None:
     if config.trust_remote_code:
         raise ConfigError("`trust_remote_code` is not for compressors: memories need an architecture of transformers.")
     if config.eval_data is not None:
-        check_context_lengths(config.eval_lengths or (config.segment,), config.segment)
+        _check_eval_lengths(config.eval_lengths, config.segment)
     if is_sharded():
         raise ConfigError(
             "compress-train keeps the frozen model whole in every process, and this accelerate configuration shards "
@@ -76,9 +75,14 @@ def check_compress_config(config: CompressConfig) -> None:
     check_reporting(config.report_to)
 
 
-def global_batch(config: CompressConfig) -> int:
-    """Return the documents of one optimiser step, all processes together."""
-    return config.batch_size * config.accumulation * world_size(config) // config.sequence_parallel
+def _check_eval_lengths(lengths: tuple[int, ...], segment: int) -> None:
+    if segment < 2:
+        raise ConfigError(f"--eval-data needs a --segment of at least 2, got {segment}: its first token is not scored.")
+    if len(set(lengths)) < len(lengths) or any(length < 0 or length % segment for length in lengths):
+        raise ConfigError(
+            f"--eval-lengths must be different multiples of the segment {segment} (0 for none), for example "
+            f"0,{segment},{4 * segment}; got {', '.join(map(str, lengths))}."
+        )
 
 
 def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
@@ -151,12 +155,11 @@ def compress_fingerprint(
     model_config: dict[str, Any],
     base_weights: str,
     report: dict[str, Any],
-    processes: int,
 ) -> dict[str, Any]:
     """Return everything that decides the numbers of a run, as plain JSON values."""
     settings = {name: getattr(config, name) for name in _DECIDING}
     settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": report["row_length"], "init": config.init}
-    return fingerprint(config, settings, model_config, base_weights, report["tokens_sha256"], processes)
+    return fingerprint(config, settings, model_config, base_weights, report["tokens_sha256"], world_size(config))
 
 
 def same_shape(one: CompressorSpec, other: CompressorSpec) -> bool:

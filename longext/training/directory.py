@@ -11,6 +11,9 @@ from typing import Any
 from longext.errors import ConfigError
 from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest, write_manifest
 from longext.staging import check_output, hold_name, hold_output, is_ours, replace_directory, resolve_output
+from longext.training.callbacks import METRICS_NAME, read_metrics
+from longext.training.checkpoints import CHECKPOINTS, complete_checkpoints
+from longext.training.processes import is_main_process
 
 
 def working_directory(output: Path) -> Path:
@@ -27,8 +30,6 @@ def check_directories(config: Any, output: Path, source: Path) -> Path:
     Raises:
         ConfigError: something would be lost, there is nothing to resume, or another process is at work there.
     """
-    from longext.training.processes import is_main_process
-
     work = working_directory(output)
     if not is_main_process():
         return work
@@ -68,9 +69,6 @@ def _check_resume(config: Any, output: Path, work: Path, source: Path) -> None:
 
 def finished_run(config: Any, output: Path) -> Path | None:
     """Return the last checkpoint of the finished training at `output` that `config` may prolong, None where none is."""
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-
     if not hasattr(config, "num_steps") or read_manifest(output).get("state") != "finished":
         return None
     found = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
@@ -79,10 +77,6 @@ def finished_run(config: Any, output: Path) -> Path | None:
 
 def holds_progress(work: Path) -> bool:
     """Return True where a working directory holds more than a run writes before its first step."""
-    from longext.training.callbacks import METRICS_NAME, read_metrics
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-
     if not work.is_dir():
         return False
     metrics = work / METRICS_NAME
@@ -100,8 +94,6 @@ def _is_unstarted(work: Path, config: Any) -> bool:
 @contextlib.contextmanager
 def kept_once_started(work: Path) -> Iterator[None]:
     """Remove the working directory that a run made and failed in before its first step: there is nothing in it."""
-    from longext.training.processes import is_main_process
-
     before = work.stat().st_ino if work.is_dir() else None
     try:
         yield
@@ -113,8 +105,6 @@ def kept_once_started(work: Path) -> Iterator[None]:
 
 def open_run(config: Any, work: Path, output: Path, command: str) -> None:
     """Make the working directory, or take up the one that is there; a run that is prolonged brings its metrics."""
-    from longext.training.callbacks import METRICS_NAME
-
     if config.resume and holds_progress(work):
         return
     if work.is_dir():

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 
 from longext.attention.sequence import make_sequence_group
-from longext.config import TrainingConfig
 from longext.data.packing import collate_rows
 from longext.errors import ConfigError, TrainingStopped
 from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
+from longext.training.config import TrainingConfig
 from longext.training.engine import Engine, Rows, StopOnSignal
 from longext.training.processes import is_main_process, num_processes, wait_for_all
 from longext.training.settings import rows_per_step, trainer_arguments
@@ -116,20 +116,28 @@ class Run(ABC):
     device: torch.device
 
     logged: ClassVar[tuple[str, ...]] = ()  # what else a line of metrics holds
-    autocast: ClassVar[bool] = False
 
     @property
     def config(self) -> Any:
         """The resolved config."""
         return self.plan.config
 
+    @property
+    def autocast(self) -> bool:
+        """True if matrix products run in bfloat16 under autocast."""
+        return False
+
     @abstractmethod
     def make_engine(self, **settings: Any) -> Engine:
         """Return the engine that trains `model` with these settings."""
 
     @abstractmethod
-    def record(self, seconds: float) -> dict[str, Any]:
-        """Return the part of run.json that says what was trained, on what, how."""
+    def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Return the part of run.json that says what was trained, on what, how.
+
+        Args:
+            metrics: of a finished run.
+        """
 
     @abstractmethod
     def save(self, engine: Engine) -> None:
@@ -138,9 +146,6 @@ class Run(ABC):
     def training(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the steps run."""
         return contextlib.nullcontext()
-
-    def finish_record(self, record: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-        """Add to the record what the metrics alone say."""
 
     def cost(self, seconds: float) -> dict[str, Any]:
         """Return the part of every record that says what the run took, and on what."""
@@ -200,10 +205,10 @@ class Training:
             self.engine.train_from(self.beginning.checkpoint)
         self._raise_if_stopped()
         run.save(self.engine)
-        record = run.record(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         wait_for_all()
         lines = read_metrics(run.directory / METRICS_NAME) if is_main_process() else []
-        run.finish_record(record, lines)
+        record = run.record(seconds, lines)
         return TrainingResult(run.directory, record, lines, run.plan.provenance)
 
     def _raise_if_stopped(self) -> None:

@@ -161,6 +161,12 @@ def check_processes(config: TrainingConfig) -> None:
         )
 
 
+def rows_per_step(config: TrainingConfig) -> int:
+    """Return the rows of one optimiser step, all processes together."""
+    shared = config.sequence_parallel * config.context_parallel
+    return config.batch_size * config.accumulation * world_size(config) // shared
+
+
 def world_size(config: TrainingConfig) -> int:
     """Return the processes of the run: those that were launched, or those that will be."""
     return num_processes() if is_launched() else config.num_processes

@@ -84,10 +84,10 @@ def test_a_table_wider_than_the_terminal_is_continued_and_no_number_is_cut(width
 @pytest.mark.parametrize(
     ("done", "seconds", "text"),
     [
-        (0, 15, "15 s so far"),
-        (10, 5, "2 tokens/s, 1 min 35 s left"),
-        (100, 7200, "0.014 tokens/s, 2 h 0 min left"),
-        (1, 3600, "0.00028 tokens/s, 8 d 7 h left"),
+        (0, 15, ""),
+        (10, 5, "2 tokens/s, 0:01:35 left"),
+        (100, 7200, "0.014 tokens/s, 2:00:00 left"),
+        (1, 3600, "0.00028 tokens/s, 8 d 7:00:00 left"),
     ],
 )
 def test_the_time_left_is_never_guessed_from_nothing(done, seconds, text):
