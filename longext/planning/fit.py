@@ -99,11 +99,14 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         ConfigError: an unknown GPU, method, attention, sharding or dtype, or numbers that cannot be.
         CheckpointError: no such model, or one whose cost is not known.
     """
-    check_plan_config(config)
+    _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
     asked = setup_of(config, num_gpus)
     shape = read_shape(resolve_model(config.model, config.revision, weights=False))
-    _check_heads(shape, asked)
+    if shape.num_heads % asked.sequence_parallel:
+        raise ConfigError(
+            f"`sequence_parallel` {asked.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
+        )
     setup = decide_sharding(shape, asked, device)
     longest = longest_length(shape, asked, device)
     return TrainingPlan(
@@ -122,21 +125,12 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     )
 
 
-def check_plan_config(config: PlanConfig) -> None:
-    """Raise ConfigError where `config` cannot be planned; needs no model."""
+def _check_numbers(config: PlanConfig) -> None:
     for name in ("length", "batch_size", "lora_r", "loss_chunk", "sequence_parallel"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
     if not 0 < config.utilisation <= 1:
         raise ConfigError(f"`utilisation` is a fraction of the peak, in (0, 1], got {config.utilisation:g}.")
-    setup_of(config, parse_gpus(config.gpus)[0])
-
-
-def _check_heads(shape: ModelShape, setup: TrainingSetup) -> None:
-    if shape.num_heads % setup.sequence_parallel:
-        raise ConfigError(
-            f"`sequence_parallel` {setup.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
-        )
 
 
 def decide_sharding(shape: ModelShape, setup: TrainingSetup, device: Device) -> TrainingSetup:
@@ -261,33 +255,40 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"does not fit as asked; the first rung of the ladder that does: {way.flag} (with all rungs above it)"
 
 
+_NOT_RECORDED = {"family", "attention_biases", "mlp_biases", "has_sliding_layers", "caps_scores"}  # of the shape
+
+
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     """Return the plan as JSON values: bytes, FLOPs, seconds."""
-    shape = {
-        name: getattr(plan.shape, name)
-        for name in ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    }
-    sizes = ("intermediate_size", "vocab_size", "tied", "num_parameters", "counted")
-    shape |= {name: getattr(plan.shape, name) for name in sizes}
-    num_tokens = plan.config.num_tokens
+    num_tokens, sizes = plan.config.num_tokens, {*vars(plan.shape)} - _NOT_RECORDED
     return {
         "schema": "longext.result/1",
         "kind": "plan",
         "model": plan.config.model,
-        "shape": shape,
+        "shape": {name: getattr(plan.shape, name) for name in (*sorted(sizes), "num_parameters")},
         "setup": {**dataclasses.asdict(plan.setup), "group": plan.setup.group},
         "device": dataclasses.asdict(plan.device),
         "trainable_parameters": plan.setup.trainable(plan.shape),
         "memory": _memory_record(plan.memory),
         "fits": plan.fits,
         "longest_length": plan.longest,
-        "flops": _flops_record(plan),
+        "flops": {
+            name: {**dataclasses.asdict(flops), "total": flops.total, "attention_share": flops.attention_share}
+            for name, flops in {
+                "forward_dense": plan.dense,
+                "forward": plan.sparse,
+                "step_forward": plan.flops.forward,
+                "step_recompute": plan.flops.recompute,
+                "step_backward": plan.flops.backward,
+                "step": plan.flops.total,
+            }.items()
+        },
         "utilisation": plan.config.utilisation,
         "seconds_per_batch": plan.seconds,
         "tokens_per_second": plan.tokens_per_second,
         "hours": plan.hours(num_tokens) if num_tokens else None,
         "kv_cache_bytes": kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        "ladder": [_rung_record(rung) for rung in plan.ladder],
+        "ladder": [dataclasses.asdict(rung) for rung in plan.ladder],
         "by_length": [
             {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
             for setup, memory in plan.by_length
@@ -297,20 +298,4 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:
-    totals = {"peak": memory.peak, "needed": memory.needed, "host": memory.host, "phase": memory.phase}
-    return {**totals, "parts": memory.parts}
-
-
-def _flops_record(plan: TrainingPlan) -> dict[str, Any]:
-    parts = {"forward_dense": plan.dense, "forward": plan.sparse}
-    causal = {"step_forward": plan.flops.forward, "step_recompute": plan.flops.recompute}
-    parts |= {**causal, "step_backward": plan.flops.backward, "step": plan.flops.total}
-    return {
-        name: {**dataclasses.asdict(flops), "total": flops.total, "attention_share": flops.attention_share}
-        for name, flops in parts.items()
-    }
-
-
-def _rung_record(rung: Rung) -> dict[str, Any]:
-    names = ("flag", "needed", "fits", "longest", "seconds")
-    return {**{name: getattr(rung, name) for name in names}, "setup": dataclasses.asdict(rung.setup)}
+    return {name: getattr(memory, name) for name in ("peak", "needed", "host", "phase", "parts")}

@@ -95,7 +95,7 @@ def test_a_plan_needs_no_torch(llama):
 
     code = (
         "import sys\n"
-        "from longext.config import PlanConfig\n"
+        "from longext.planning.config import PlanConfig\n"
         "from longext.planning.fit import plan_training\n"
         f"plan_training(PlanConfig(model={str(llama)!r}, length=4096))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
