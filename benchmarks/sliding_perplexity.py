@@ -57,13 +57,13 @@ def loop(model, ids, window: int, stride: int) -> tuple[float, int]:
 def measure(variant: str, args: argparse.Namespace) -> dict:
     """Load the model, run one variant twice (the first warms up) and report the second."""
     from longext.data.documents import load_documents
-    from longext.evals.config import PerplexityConfig
     from longext.evals.perplexity import TokenizedDocument, evaluate_perplexity, num_forward_tokens
+    from longext.evals.suites.ppl import Perplexity
     from longext.models.hf import load_language_model
     from longext.options import RuntimeConfig
 
     protocol = "positional" if variant.endswith("positional") else "sliding"
-    config = PerplexityConfig(
+    config = Perplexity(
         model=args.model,
         data=args.data,
         protocol=protocol,

@@ -20,6 +20,7 @@ from longext.untrusted import fields, read_json, spelled
 MANIFEST_NAME = "run.json"
 RECIPE_NAME = "recipe.yaml"
 SCHEMA = "longext.run/1"
+RESULT_SCHEMA = "longext.result/1"
 _ADVICE = "Restore the file, or remove it: the model is then read without its history."
 _PARTS = ("config", "extension", "merge", "finetune")
 _EXTENSION = {
@@ -47,6 +48,26 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     """Return the command as the user typed it, its first word shortened to `longext`."""
     return spelled(shlex.join(["longext", *sys.argv[1:]]))
+
+
+def result_record(kind: str, model: Any = None, protocol: Any = None, data: Any = None, **body: Any) -> dict[str, Any]:
+    """Return the JSON record of one result: schema, kind, how it was made, model, protocol, data, then `body`.
+
+    Args:
+        model: what a `LanguageModel` says of itself, or the name of the model that a command is about.
+        protocol: how it was measured, None for what measures nothing.
+        data: what it was measured on.
+    """
+    return {
+        "schema": RESULT_SCHEMA,
+        "kind": kind,
+        "command": command_line(),
+        "versions": versions(),
+        "model": model,
+        "protocol": protocol,
+        "data": data,
+        **body,
+    }
 
 
 def write_manifest(directory: Path, command: str, config: Any, **extra: Any) -> None:

@@ -69,25 +69,6 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingConfig(RuntimeConfig):
-    """What is applied to a model before it is evaluated, and how it reads: a method in memory, a memory by segments."""
-
-    method: str | None = option(
-        None, "Apply this extension method in memory first; parameters as name:key=value.", panel="Method"
-    )
-    factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
-    )
-    memory: str | None = option(
-        None,
-        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
-        panel="Method",
-    )
-    segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where documents come from and how much of them is read."""
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,8 @@ class Option:
     """What a field says of its flag.
 
     Attributes:
-        help: one sentence; a callable is asked when the help is printed (names in a registry).
+        help: one sentence.
+        names: what the value may be; listed behind the help, and completed by the shell.
         spellings: of the flag, `--field-name` if empty.
         ge, le: bounds of the value, or of each value of a tuple.
         panel: heading in the help.
@@ -41,7 +42,8 @@ class Option:
         is_flag: False for what only recipes and `--set` give.
     """
 
-    help: str | Callable[[], str] = ""
+    help: str = ""
+    names: Callable[[], Iterable[str]] | None = None
     spellings: tuple[str, ...] = ()
     ge: float | None = None
     le: float | None = None
@@ -51,8 +53,16 @@ class Option:
     shown: str | None = None
     is_flag: bool = True
 
+    @property
+    def text(self) -> str:
+        """Return the help, with the names that the value may have."""
+        if self.names is None:
+            return self.help
+        listed = ", ".join(self.names())
+        return f"{self.help.rstrip('.:')}: {listed}." if self.help else f"{listed}."
 
-def option(default: Any = dataclasses.MISSING, help: str | Callable[[], str] = "", *spellings: str, **more: Any) -> Any:
+
+def option(default: Any = dataclasses.MISSING, help: str = "", *spellings: str, **more: Any) -> Any:
     """Return a dataclass field that is a flag; `more` are the attributes of `Option`."""
     return dataclasses.field(default=default, metadata={"option": Option(help=help, spellings=spellings, **more)})
 
@@ -88,21 +98,24 @@ def build_config(
     """Return a `kind` from a recipe file, `--set key=value` strings and the flags the user typed, in rising priority.
 
     Args:
-        defaults: the command's own defaults, under all of them.
+        defaults: the command's own defaults, under all of them. `kind.implied_defaults(values)`, if it has that
+            method, returns those that depend on what was set.
 
     Raises:
         ConfigError: unknown key, wrong type, or a required key that nothing gave.
     """
-    values: dict[str, Any] = dict(defaults or {})
+    values: dict[str, Any] = {}
     if recipe is not None:
         values.update(_checked(kind, load_recipe(recipe), str(recipe)))
-    for setting in settings:
-        key, separator, text = setting.partition("=")
+    for text in settings:
+        key, separator, value = text.partition("=")
         if not separator:
-            raise ConfigError(f"--set takes key=value, got '{setting}'.")
-        given = {key.strip(): parse_yaml(text, f"--set {key.strip()}")}
-        values.update(_checked(kind, given, f"--set {shown(setting)}"))
+            raise ConfigError(f"--set takes key=value, got '{text}'.")
+        parsed = {key.strip(): parse_yaml(value, f"--set {key.strip()}")}
+        values.update(_checked(kind, parsed, f"--set {shown(text)}"))
     values.update(_checked(kind, dict(typed), "the command line"))
+    implied = getattr(kind, "implied_defaults", dict)
+    values = {**(defaults or {}), **implied(values), **values}
     _check_bounds(kind, values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
     if missing:

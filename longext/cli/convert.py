@@ -9,6 +9,7 @@ import typer
 from longext.cli import app
 from longext.cli.options import Force, Json, Output, Recipe, Settings, config_from
 from longext.conversion.config import ConvertConfig
+from longext.manifest import result_record
 
 _EXAMPLE = """Turn an adapter's pickle files into safetensors (adapter_model.bin, LongLoRA's trainable_params.bin).
 
@@ -44,7 +45,7 @@ def convert(
     config = config_from(ctx, ConvertConfig, recipe, settings)
     result = convert_adapter(config)
     if as_json:
-        record = {"schema": "longext.result/1", "kind": "convert", "output": config.output, **conversion_record(result)}
+        record = result_record("convert", output=config.output, **conversion_record(result))
         stdout().out(dump_json(record), highlight=False)
     for note in result.notes:
         say(note, aside=as_json)

@@ -9,6 +9,7 @@ import typer
 from longext.cli import app
 from longext.cli import options as opt
 from longext.compressor.config import GenerateConfig
+from longext.manifest import result_record
 
 if TYPE_CHECKING:
     from longext.compressor.generation import Generated
@@ -95,18 +96,17 @@ def _show(text: str) -> None:
 
 
 def _record(config: GenerateConfig, generated: Generated, seconds: float) -> dict[str, object]:
-    return {
-        "schema": "longext.result/1",
-        "kind": "generate",
-        "model": config.model,
-        "text": generated.text,
-        "tokens": list(generated.tokens),
-        "num_thought_tokens": generated.num_thought_tokens,
-        "num_read": generated.num_read,
-        "read_seconds": seconds,
-        "tokens_per_second": generated.tokens_per_second,
-        "memory": generated.memory,
-    }
+    return result_record(
+        "generate",
+        model=config.model,
+        text=generated.text,
+        tokens=list(generated.tokens),
+        num_thought_tokens=generated.num_thought_tokens,
+        num_read=generated.num_read,
+        read_seconds=seconds,
+        tokens_per_second=generated.tokens_per_second,
+        memory=generated.memory,
+    )
 
 
 def describe(generated: Generated) -> str:

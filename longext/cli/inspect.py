@@ -12,6 +12,7 @@ from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, S
 from longext.cli.output import deliver, open_output
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
+from longext.manifest import result_record
 
 if TYPE_CHECKING:
     from longext.checkpoint.rope_config import ModelRope
@@ -96,19 +97,18 @@ def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> li
 
 
 def _record(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, rows: list[Any], never: list[int]) -> dict[str, Any]:
-    return {
-        "schema": "longext.result/1",
-        "kind": "inspect",
-        "model": config.model,
-        "model_type": rope.model_type,
-        "head_dim": rope.head_dim,
-        "rotary_dim": rope.spec.rotary_dim,
-        "rope_parameters": rope.parameters,
-        "local_parameters": rope.local_parameters,
-        "trained_length": rope.spec.original_max_position_embeddings,
-        "max_position_embeddings": rope.max_position_embeddings,
-        "sliding_window": rope.sliding_window,
-        "method": dataclasses.asdict(spec),
-        "never_complete_a_turn": never,
-        "dimensions": [dataclasses.asdict(row) for row in rows],
-    }
+    return result_record(
+        "inspect",
+        model=config.model,
+        model_type=rope.model_type,
+        head_dim=rope.head_dim,
+        rotary_dim=rope.spec.rotary_dim,
+        rope_parameters=rope.parameters,
+        local_parameters=rope.local_parameters,
+        trained_length=rope.spec.original_max_position_embeddings,
+        max_position_embeddings=rope.max_position_embeddings,
+        sliding_window=rope.sliding_window,
+        method=dataclasses.asdict(spec),
+        never_complete_a_turn=never,
+        dimensions=[dataclasses.asdict(row) for row in rows],
+    )

@@ -11,6 +11,7 @@ from longext.cli import app
 from longext.cli.options import Force, Json, Output, Recipe, Settings, TrustRemoteCode, config_from
 from longext.cli.output import open_output
 from longext.conversion.config import MergeConfig
+from longext.manifest import result_record
 
 if TYPE_CHECKING:
     from longext.conversion.merge import MergeResult
@@ -59,7 +60,7 @@ def merge(
     with progress(f"merge {config.adapter}", plan.weight_bytes, "bytes") as advance:
         result = write_merge(plan, advance)
     if as_json:
-        record = {"schema": "longext.result/1", "kind": "merge", "output": config.output, **result.summary}
+        record = result_record("merge", output=config.output, **result.summary)
         stdout().out(dump_json({**record, "extension": result.merge.record}), highlight=False)
     else:
         print_table(merge_table(result))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from longext.evals.runner import Measured
     from longext.report.tables import Table
 
 
@@ -36,7 +37,21 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     hold_output(output, config.force)
 
 
-def deliver(
+def deliver(output: Path, command: str, measured: Measured, *, as_json: bool) -> None:
+    """Write the results of an evaluation, then print tables, notes and their directory; see `show`."""
+    from longext.report.console import say
+    from longext.report.render import render
+    from longext.report.results import write_results
+
+    rendered = render(str(output), measured.record, measured.task)
+    written = write_results(
+        output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
+    )
+    show(measured.record, written.tables, as_json=as_json, notes=measured.notes, warnings=written.notes)
+    say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
+
+
+def deliver_files(
     output: Path,
     command: str,
     config: Any,

@@ -14,10 +14,10 @@ from longext.cli.output import show
 from longext.errors import ConfigError
 from longext.report.console import print_table, progress, say, working
 from longext.report.training import TrainingReport
-from longext.staging import release_outputs
+from longext.staging import release_outputs, replace_directory
 from longext.training import processes
 from longext.training.callbacks import Measure
-from longext.training.directory import check_directories, close_run, finished_run, kept_once_started, open_run
+from longext.training.directory import check_directories, finished_run, kept_once_started, open_run
 from longext.training.loading import training_device
 from longext.training.run import Run, RunPlan, Training, TrainingResult, set_up
 
@@ -42,8 +42,11 @@ def run_training(
         dry_run: check and load everything, show the plan, train and write nothing.
         as_json: print the record on standard output, and everything else on standard error.
     """
+    missing = ["--data (text file, folder, .jsonl, .parquet, Hub dataset id, or sample)"] if not config.data else []
     if config.output is None and not dry_run:
-        raise ConfigError("Give an output directory with -o.")
+        missing.append("an output directory with -o")
+    if missing:
+        raise ConfigError(f"Give {' and '.join(missing)}.")
     plan, output = make_plan(config), Path(config.output or "out")
     work = output if config.output is None else check_directories(config, output, plan.source)
     if dry_run:
@@ -53,7 +56,7 @@ def run_training(
         notes = [*record["data"].get("notes", ()), "Dry run: nothing was trained."]
         show(record, [report.plan_table(record, config)], as_json=as_json, notes=notes)
         return
-    prolonged = finished_run(config, output) if config.resume else None
+    prolonged = finished_run(config, output)
     if config.num_processes > 1 and not processes.is_launched():
         with working(f"reading {config.data}") as tell:
             plan.check_before_launch(work, prolonged, _tokens(config, tell))
@@ -101,7 +104,7 @@ def _train(training: Training, report: TrainingReport, output: Path, as_json: bo
 def _finish(config: Any, report: TrainingReport, output: Path, result: TrainingResult, as_json: bool) -> None:
     """Write manifest, card, table and picture next to the weights; give the directory its name; say what is next."""
     written, record = report.write(config, result)
-    close_run(result.directory, output)
+    replace_directory(result.directory, output)
     show(record, written.tables[1:], as_json=as_json, warnings=written.notes)
     if not as_json:
         say(report.next_step(output))

@@ -10,6 +10,7 @@ import typer
 from longext.cli import app
 from longext.cli.options import Json
 from longext.errors import VerificationError
+from longext.manifest import result_record
 
 
 @app.command("verify")
@@ -41,7 +42,7 @@ def run_verification(model: str, base: str | None, *, logits: bool, hashes: bool
     with progress(f"verify {model}", total, "bytes") as advance:
         result = verify_checkpoint(model, base, logits=logits, hashes=hashes, on_progress=advance)
     if as_json:
-        record = {"schema": "longext.result/1", "kind": "verify", "ok": result.ok, **dataclasses.asdict(result)}
+        record = result_record("verify", ok=result.ok, **dataclasses.asdict(result))
         stdout().out(dump_json(record), highlight=False)
     else:
         print_table(verification_table(result))

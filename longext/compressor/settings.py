@@ -12,7 +12,15 @@ from longext.compressor.policies import parse_policy
 from longext.errors import ConfigError
 from longext.training.config import FinetuneConfig
 from longext.training.processes import is_sharded
-from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint, world_size
+from longext.training.settings import (
+    check_data,
+    check_names,
+    check_optimiser,
+    check_processes,
+    check_reporting,
+    fingerprint,
+    world_size,
+)
 
 _DEFAULT_SEGMENTS = 12
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -43,16 +51,12 @@ def check_compress_config(config: CompressConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no model."""
     import longext.compressor.architectures  # noqa: F401
 
-    if not config.data:
-        raise ConfigError(
-            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
-        )
+    check_data(config)
+    check_names(config)
     cls = COMPRESSORS[config.arch]
     parse_objectives(config.objectives)
     policy = parse_policy(config.gradient, cls.recurrent)
     check_optimiser(config)
-    if config.schedule not in ("constant", "linear", "cosine"):
-        raise ConfigError(f"`schedule` must be one of constant, linear, cosine, got '{config.schedule}'.")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
     if config.context_parallel > 1:

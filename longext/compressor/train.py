@@ -126,7 +126,7 @@ def train_compressor(
 
     Args:
         directory: the run's working directory; holds checkpoints and metrics from the first step.
-        measure: makes of the loaded run what measures it while it trains (`evals.midway.measure_memory`).
+        measure: makes of the loaded run what measures it while it trains (`evals.midway.make_memory_measure`).
         on_progress: told about tokens done and the last loss.
 
     Raises:

@@ -19,10 +19,11 @@ from longext.evals.retrieval import (
     pooled_cells,
     text_hash,
 )
+from longext.manifest import result_record
 from longext.models.answers import Prediction
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import did_you_mean
 
 _ENDS = (".", "<context>", "<example>")  # what follows is not the answer

@@ -4,48 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.options import ChatConfig, DataConfig, ReadingConfig, RuntimeConfig
+from longext.evals.base import ReadingConfig
+from longext.options import ChatConfig, DataConfig, RuntimeConfig
 from longext.settings import LENGTH, MANY, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(ReadingConfig, DataConfig):
-    """`longext eval ppl`: perplexity by length under a named protocol."""
-
-    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
-    protocol: str = option(
-        "sliding", "sliding, positional, yarn-truncated, longlora; next-segment is the default with --memory."
-    )
-    stride: int | None = option(
-        None, "Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."
-    )
-    num_buckets: int = option(16, "Position buckets (positional).", ge=1, le=MANY)
-    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
-    num_places: int = option(12, "Places in each document (next-segment).", ge=1, le=MANY)
-    fail_over: tuple[str, ...] = option(
-        (), "LENGTH=PPL: exit with 1 where the perplexity is above it; may be repeated.", repeats=True, panel="Output"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PasskeyConfig(ReadingConfig):
-    """`longext passkey`: retrieval accuracy by length and depth."""
-
-    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
-    depths: tuple[float, ...] = option(
-        (0.0, 0.25, 0.5, 0.75, 1.0), "Needle depths from 0 (start) to 1 (end), comma-separated."
-    )
-    num_trials: int = option(4, "Prompts per length and depth.", le=MANY)
-    protocol: str = option("landmark", "landmark (exact lengths), longlora or yarn (as published).")
-    filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
-    num_needles: int = option(1, "Needles in the text; one of them is asked for.", le=MANY)
-    num_digits: int = option(5, "Digits of a key.", le=MANY)
-    fail_under: tuple[str, ...] = option(
-        (),
-        "SCORE or LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
-        repeats=True,
-        panel="Output",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +19,8 @@ class LongBenchConfig(ReadingConfig, ChatConfig):
     data: str = option("hub", "Folder with <task>.jsonl files, or hub.", panel="Data")
     max_length: int | None = option(
         None,
-        "Tokens of a prompt; longer ones lose their middle (default: by the context). lm-eval: of prompt and answer; the beginning goes.",
+        "Tokens of a prompt; longer ones lose their middle (default: by the context). lm-eval: of "
+        "prompt and answer; the beginning goes.",
         ge=2,
         le=LENGTH,
     )
@@ -107,7 +69,8 @@ class NeedleConfig(ReadingConfig, ChatConfig):
     )
     fail_under: tuple[str, ...] = option(
         (),
-        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit "
+        "with 1 below it; may be repeated.",
         repeats=True,
         panel="Output",
     )
@@ -129,7 +92,8 @@ class LongEvalConfig(ReadingConfig, ChatConfig):
     complete: bool = option(False, "Give the beginning of the answer, for models that only continue.")
     fail_under: tuple[str, ...] = option(
         (),
-        "SCORE, TASK=SCORE, SIZE=SCORE or TASK@SIZE=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        "SCORE, TASK=SCORE, SIZE=SCORE or TASK@SIZE=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 "
+        "below it; may be repeated.",
         repeats=True,
         panel="Output",
     )
@@ -147,7 +111,8 @@ class BABILongConfig(ReadingConfig, ChatConfig):
     prompt: str = option("examples", "examples (instruction and examples), instruction, or plain (text and question).")
     fail_under: tuple[str, ...] = option(
         (),
-        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE, a share of 0 to 1 (0.9 for 90%): exit "
+        "with 1 below it; may be repeated.",
         repeats=True,
         panel="Output",
     )
@@ -192,7 +157,8 @@ class HarnessConfig(ReadingConfig, ChatConfig):
     )
     metadata: tuple[str, ...] = option(
         (),
-        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is MODEL's by default); may be repeated.",
+        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is "
+        "MODEL's by default); may be repeated.",
         repeats=True,
     )
     num_fewshot: int | None = option(None, "Examples in a prompt (default: the task's own).", ge=0)

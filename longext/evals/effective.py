@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from longext.errors import ConfigError
-from longext.evals.config import EffectiveConfig, NeedleConfig, PasskeyConfig
+from longext.evals.config import EffectiveConfig, NeedleConfig
 from longext.evals.limits import verdict
 from longext.evals.passkey import (
     PASSKEY_PROTOCOLS,
@@ -24,8 +24,10 @@ from longext.evals.passkey import (
 from longext.evals.perplexity import Progress
 from longext.evals.ruler.needle import check_needle_config, evaluate_needles, make_questions
 from longext.evals.statistics import wilson_interval
+from longext.evals.suites.passkey import Passkey
+from longext.manifest import result_record
 from longext.models.chat import template_facts, uses_template
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 
 STEP = 64  # lengths are multiples of it
@@ -149,7 +151,7 @@ def _check_passkey(config: EffectiveConfig, model: LanguageModel | None) -> None
     given = next((option for option, value in asked.items() if value), None)
     if given:
         raise ConfigError(f"{given} is for --test needle: the passkey prompt is a text that models continue.")
-    settings = _shared(config, PasskeyConfig, config.min_length, config.max_length)
+    settings = _shared(config, Passkey, config.min_length, config.max_length)
     check_passkey_config(settings)
     if model is not None:
         check_prompts(model, settings)
@@ -158,7 +160,7 @@ def _check_passkey(config: EffectiveConfig, model: LanguageModel | None) -> None
 def _run_passkey(
     model: LanguageModel, config: EffectiveConfig, length: int, on_progress: Progress | None
 ) -> tuple[int, int]:
-    cells = evaluate_passkey(model, _shared(config, PasskeyConfig, length), on_progress)
+    cells = evaluate_passkey(model, _shared(config, Passkey, length), on_progress)
     pooled = accuracy_by_length(cells)[length]
     return pooled.num_correct, pooled.num_trials
 

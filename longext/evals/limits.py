@@ -36,7 +36,7 @@ PERPLEXITY = Scale("a perplexity of 1 or more", 1, math.inf)
 
 
 @dataclass(frozen=True)
-class PlaceBar:
+class PlaceLimit:
     """A bar on the score at a task and a length, None for all of them."""
 
     name: str
@@ -45,7 +45,7 @@ class PlaceBar:
     limit: float
 
 
-def read_bars(
+def read_limits(
     given: Sequence[str], *, form: str, scale: Scale, option: str = FAIL_UNDER, has_whole: bool = False
 ) -> dict[str, float]:
     """Return name -> limit from NAME=NUMBER; "" is the name of a number alone.
@@ -82,7 +82,7 @@ def check_names(bars: Mapping[str, float], names: Iterable[str], option: str = F
             raise ConfigError(f"{option} {name}: unknown task '{name}'. {did_you_mean(name, known)}")
 
 
-def place_bars(
+def place_limits(
     given: Sequence[str],
     places: Iterable[Place],
     *,
@@ -90,18 +90,18 @@ def place_bars(
     scale: Scale = SHARE,
     option: str = FAIL_UNDER,
     has_whole: bool = True,
-) -> list[PlaceBar]:
+) -> list[PlaceLimit]:
     """Return bars named TASK, LENGTH or TASK@LENGTH, or by nothing for all prompts together.
 
     Args:
         places: every task and length that is measured.
 
     Raises:
-        ConfigError: as `read_bars`; or a task or length that is not measured.
+        ConfigError: as `read_limits`; or a task or length that is not measured.
     """
     measured = list(dict.fromkeys(places))
-    limits = read_bars(given, form=form, scale=scale, option=option, has_whole=has_whole)
-    return [PlaceBar(name or ALL, *_find(name, measured, option), limit) for name, limit in limits.items()]
+    limits = read_limits(given, form=form, scale=scale, option=option, has_whole=has_whole)
+    return [PlaceLimit(name or ALL, *_find(name, measured, option), limit) for name, limit in limits.items()]
 
 
 def _find(name: str, places: Sequence[Place], option: str) -> tuple[str | None, str | None]:
@@ -131,13 +131,13 @@ def verdict(name: str, limit: float, value: float | None, *, at_most: bool = Fal
 
 
 def place_verdicts(
-    bars: Sequence[PlaceBar], value_of: Callable[[str | None, str | None], float | None], *, at_most: bool = False
+    bars: Sequence[PlaceLimit], value_of: Callable[[str | None, str | None], float | None], *, at_most: bool = False
 ) -> list[dict[str, Any]]:
     """Return the verdict of each bar; `value_of` gives the score of (task, length)."""
     return [verdict(bar.name, bar.limit, value_of(bar.task, bar.length), at_most=at_most) for bar in bars]
 
 
-def require_bars(record: Mapping[str, Any], option: str = FAIL_UNDER) -> None:
+def require_limits(record: Mapping[str, Any], option: str = FAIL_UNDER) -> None:
     """Raise LongextError that names every bar of a record that was missed."""
     missed = [row for row in record["bars"] if not row["passed"]]
     if missed:
@@ -147,3 +147,10 @@ def require_bars(record: Mapping[str, Any], option: str = FAIL_UNDER) -> None:
 def _said(row: Mapping[str, Any]) -> str:
     found = "was not scored" if row["value"] is None else f"is {row['value']:.6g}"
     return f"{row['name']} {found} ({row['rule']} {row['limit']:g})"
+
+
+def check_lengths(lengths: Sequence[int], minimum: int) -> None:
+    """Raise ConfigError unless `lengths` has at least one value and all are >= minimum."""
+    if not lengths or min(lengths) < minimum or len(set(lengths)) < len(lengths):
+        given = ",".join(map(str, lengths))
+        raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")

@@ -17,10 +17,11 @@ from longext.errors import ConfigError, DataError
 from longext.evals.config import LongEvalConfig
 from longext.evals.longeval_data import LINES, TOPICS, LongEvalCase, generate_lines, read_cases
 from longext.evals.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, text_hash
+from longext.manifest import result_record
 from longext.models.answers import Prediction
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import did_you_mean
 from longext.untrusted import numbered_lines
 

@@ -14,10 +14,10 @@ from longext.compressor.config import CompressConfig
 from longext.compressor.train import CompressRun
 from longext.data.documents import load_documents
 from longext.errors import DataError
-from longext.evals.config import PerplexityConfig
 from longext.evals.memory.controls import MEMORY, NO_MEMORY, SAME_KV, WRONG
 from longext.evals.memory.next_segment import choose_places, evaluate_memory
 from longext.evals.perplexity import evaluate_perplexity, tokenize_documents
+from longext.evals.suites.ppl import Perplexity
 from longext.models.hf import HFLanguageModel
 from longext.options import DataConfig
 from longext.training.callbacks import Measure
@@ -41,14 +41,14 @@ def _source(config: FinetuneConfig | CompressConfig, max_tokens: int | None = No
     )
 
 
-def measure_perplexity(run: FinetuneRun) -> Measure | None:
+def make_perplexity_measure(run: FinetuneRun) -> Measure | None:
     """Return the measurement of `finetune`: perplexity by length under full attention, in eval mode."""
     config, extension = run.plan.config, run.plan.extension
     if config.eval_data is None:
         return None
     lengths = config.eval_lengths or default_lengths(extension)
     source = _source(config, max(lengths))
-    request = PerplexityConfig(
+    request = Perplexity(
         model=config.model,
         **vars(source),
         lengths=lengths,
@@ -78,7 +78,7 @@ def default_lengths(extension: Extension) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
-def measure_memory(run: CompressRun) -> Measure | None:
+def make_memory_measure(run: CompressRun) -> Measure | None:
     """Return the measurement of `compress-train`, which the main process makes: the next segment, with controls.
 
     Raises:

@@ -7,84 +7,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
-from longext.evals.config import PasskeyConfig
-from longext.evals.limits import PlaceBar, place_verdicts
+from longext.evals.base import Outcome, Work
 from longext.evals.passkey_prompts import (
     FILLER,
-    NAMES,
     NeedlePrompt,
     PromptTokens,
     exact_prompt,
     longlora_prompt,
     yarn_prompt,
 )
-from longext.evals.perplexity import Progress, check_lengths
 from longext.evals.statistics import wilson_interval
+from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
 from longext.models.batching import batch_size, batched_by
-from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
-from longext.registry import Registry
+from longext.models.protocol import LanguageModel
 from longext.untrusted import read_text
 
+if TYPE_CHECKING:
+    from longext.evals.suites.passkey import Passkey
+
 _YARN_NEW_TOKENS = 10
-
-
-@dataclass(frozen=True)
-class PasskeyProtocol:
-    """One named passkey test.
-
-    Attributes:
-        summary: the definition, as printed in reports.
-        reference: where it comes from.
-        has_depths: True where the depth is a parameter; False where each trial draws its own.
-        scoring: "exact" (greedy decoding gives exactly the answer's tokens) or "first-integer" (the first run of
-            digits in ten greedy tokens is the key).
-    """
-
-    summary: str
-    reference: str
-    has_depths: bool
-    scoring: str
-
-
-PASSKEY_PROTOCOLS: Registry[PasskeyProtocol] = Registry("protocol")
-PASSKEY_PROTOCOLS.register(
-    "landmark",
-    PasskeyProtocol(
-        "landmark prompt of exactly L tokens, answer included; keys of a fixed number of digits; needle at a given "
-        "depth; greedy tokens must equal the answer's",
-        "Mohtashami and Jaggi, arXiv 2305.16300; token-exact as longext defines it",
-        True,
-        "exact",
-    ),
-)
-PASSKEY_PROTOCOLS.register(
-    "longlora",
-    PasskeyProtocol(
-        "filler of 3.75 L characters rounded down to 1,024; key 1-49999 and depth drawn per seed 0, 1, ...; greedy "
-        "tokens must equal the answer's; the measured token count is reported",
-        "LongLoRA passkey_retrivial.py (arXiv 2309.12307)",
-        False,
-        "exact",
-    ),
-)
-PASSKEY_PROTOCOLS.register(
-    "yarn",
-    PasskeyProtocol(
-        "filler grown by 128 characters up to L tokens; key 1-50000 and depth drawn per trial (seeded here, unseeded "
-        "there); the first integer of 10 greedy tokens must be the key",
-        "YaRN eval/passkey.py (arXiv 2309.00071)",
-        False,
-        "first-integer",
-    ),
-)
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,46 +59,19 @@ class PasskeyCell:
         return self.num_correct / self.num_trials
 
 
-def check_passkey_config(config: PasskeyConfig) -> None:
-    """Raise ConfigError for an unknown protocol or a value out of range."""
-    protocol = PASSKEY_PROTOCOLS[config.protocol]
-    check_lengths(config.lengths, minimum=64)
-    check_method(config.method, config.factor)
-    if len({round(depth * 100) for depth in config.depths}) < len(config.depths):
-        raise ConfigError(f"--depths must differ by at least 0.01, got {list(config.depths)}.")
-    if not all(0 <= depth <= 1 for depth in config.depths) or not config.depths:
-        raise ConfigError(f"--depths must be numbers from 0 (start) to 1 (end), got {list(config.depths)}.")
-    if config.num_trials < 1:
-        raise ConfigError(f"--num-trials must be >= 1, got {config.num_trials}.")
-    if not 1 <= config.num_needles <= len(NAMES):
-        raise ConfigError(f"--num-needles must be 1 to {len(NAMES)}, got {config.num_needles}.")
-    if not 2 <= config.num_digits <= 12:
-        raise ConfigError(f"--num-digits must be 2 to 12, got {config.num_digits}.")
-    if not protocol.has_depths and (config.num_needles > 1 or config.filler != "landmark"):
-        raise ConfigError(
-            f"The {config.protocol} protocol is as published: --num-needles and --filler are for landmark."
-        )
-
-
-def check_prompts(model: LanguageModel, config: PasskeyConfig) -> None:
+def check_prompts(model: LanguageModel, config: Passkey) -> None:
     """Raise ConfigError or DataError now where a later prompt could not be built: too short, or too little filler."""
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
     for length in (min(config.lengths), max(config.lengths)):
-        _prompts(config, tokens, filler, length, _depths(config)[0])
+        _prompts(config, tokens, filler, length, config.places[0])
 
 
-def num_prompts(config: PasskeyConfig) -> int:
+def num_prompts(config: Passkey) -> int:
     """Return how many prompts an evaluation runs."""
-    return len(config.lengths) * len(_depths(config)) * config.num_trials
+    return len(config.lengths) * len(config.places) * config.num_trials
 
 
-def _depths(config: PasskeyConfig) -> tuple[float | None, ...]:
-    return config.depths if PASSKEY_PROTOCOLS[config.protocol].has_depths else (None,)
-
-
-def evaluate_passkey(
-    model: LanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
-) -> list[PasskeyCell]:
+def evaluate_passkey(model: LanguageModel, config: Passkey, on_progress: Progress | None = None) -> list[PasskeyCell]:
     """Return one cell per length and depth; the same seeds, keys and depths for every model.
 
     Args:
@@ -160,7 +82,7 @@ def evaluate_passkey(
     return [
         _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), on_progress)
         for length in sorted(config.lengths)
-        for depth in _depths(config)
+        for depth in config.places
     ]
 
 
@@ -168,7 +90,7 @@ def _prompt_tokens(model: LanguageModel) -> PromptTokens:
     return PromptTokens(lambda text: model.encode(text, add_bos=False), model.prefix)
 
 
-def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
+def _filler_ids(model: LanguageModel, config: Passkey) -> list[int]:
     """Return filler tokens for the longest prompt: the landmark sentence repeated, the bundled story or a text file."""
     longest = max(config.lengths)
     if config.filler == "landmark":
@@ -187,7 +109,7 @@ def _filler_ids(model: LanguageModel, config: PasskeyConfig) -> list[int]:
 
 
 def _prompts(
-    config: PasskeyConfig, tokens: PromptTokens, filler: Sequence[int], length: int, depth: float | None
+    config: Passkey, tokens: PromptTokens, filler: Sequence[int], length: int, depth: float | None
 ) -> list[NeedlePrompt]:
     seeds = [config.seed + trial for trial in range(config.num_trials)]
     if depth is None:
@@ -210,18 +132,18 @@ def _prompts(
 
 def _evaluate_cell(
     model: LanguageModel,
-    config: PasskeyConfig,
+    config: Passkey,
     length: int,
     depth: float | None,
     prompts: Sequence[NeedlePrompt],
     on_progress: Progress | None,
 ) -> PasskeyCell:
-    if PASSKEY_PROTOCOLS[config.protocol].scoring == "exact":
+    if config.rules.scoring == "exact":
         num_correct = _count_exact(model, prompts, batch_size(config.batch_tokens, length, model.device), on_progress)
     else:
         num_correct = sum(_first_integer(model, prompt, on_progress) for prompt in prompts)
     low, high = wilson_interval(num_correct, len(prompts))
-    counts_answer = PASSKEY_PROTOCOLS[config.protocol].has_depths
+    counts_answer = config.rules.has_depths
     return PasskeyCell(
         length=length,
         depth=depth,
@@ -273,37 +195,19 @@ def accuracy_by_length(cells: Sequence[PasskeyCell]) -> dict[int, PasskeyCell]:
     return pooled
 
 
-def passkey_verdicts(bars: Sequence[PlaceBar], cells: Sequence[PasskeyCell]) -> list[dict[str, Any]]:
-    """Return the bars of --fail-under with the accuracy over all depths, at a length or at all."""
-
-    def accuracy(_: str | None, length: str | None) -> float:
-        own = [cell for cell in cells if length in (None, str(cell.length))]
-        return sum(cell.num_correct for cell in own) / sum(cell.num_trials for cell in own)
-
-    return place_verdicts(bars, accuracy)
-
-
-def timed_passkey(
-    model: LanguageModel, config: PasskeyConfig, on_progress: Progress | None = None
-) -> tuple[list[PasskeyCell], float]:
-    """Return (cells, wall seconds)."""
-    started = time.perf_counter()
-    return evaluate_passkey(model, config, on_progress), time.perf_counter() - started
-
-
-def prompts_hash(model: LanguageModel, config: PasskeyConfig) -> str:
+def prompts_hash(model: LanguageModel, config: Passkey) -> str:
     """Return a SHA-256 over the tokens of every prompt of an evaluation."""
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
-    cells = [(length, depth) for length in sorted(config.lengths) for depth in _depths(config)]
+    cells = [(length, depth) for length in sorted(config.lengths) for depth in config.places]
     prompts = (own for cell in cells for own in _prompts(config, tokens, filler, *cell))
     return hash_of(tokens_hash(prompt.input_ids) for prompt in prompts)
 
 
 def passkey_record(
-    model: LanguageModel, config: PasskeyConfig, cells: Sequence[PasskeyCell], seconds: float
+    model: LanguageModel, config: Passkey, cells: Sequence[PasskeyCell], seconds: float
 ) -> dict[str, Any]:
     """Return the JSON record of a passkey evaluation."""
-    protocol = PASSKEY_PROTOCOLS[config.protocol]
+    protocol = config.rules
     return result_record(
         "passkey",
         model.describe(),
@@ -323,3 +227,16 @@ def passkey_record(
         results=[{**asdict(cell), "accuracy": cell.accuracy} for cell in cells],
         by_length=[{**asdict(cell), "accuracy": cell.accuracy} for cell in accuracy_by_length(cells).values()],
     )
+
+
+def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
+    """Return the record of `passkey`."""
+    started = time.perf_counter()
+    with work.progress(f"passkey {task.protocol}", num_prompts(task), "prompts") as advance:
+        cells = evaluate_passkey(model, task, advance)
+
+    def accuracy(_: str | None, length: str | None) -> float:
+        chosen = [cell for cell in cells if length in (None, str(cell.length))]
+        return sum(cell.num_correct for cell in chosen) / sum(cell.num_trials for cell in chosen)
+
+    return Outcome(record=passkey_record(model, task, cells, time.perf_counter() - started), score_at=accuracy)

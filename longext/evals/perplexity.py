@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from longext.data.documents import Document, data_hash
-from longext.errors import ConfigError, DataError
-from longext.evals.config import PerplexityConfig
-from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceBar, place_bars, place_verdicts
+from longext.errors import DataError
+from longext.evals.base import Outcome, Work
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.batching import batch_size, batched_by
-from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
-from longext.registry import Registry
 from longext.untrusted import note
+
+if TYPE_CHECKING:
+    from longext.evals.suites.ppl import Perplexity, Window
 
 _MIN_DOCUMENTS_TO_RESAMPLE = 8
 Progress = Callable[[int], None]
-
-DEFAULT_STRIDE = 256
 
 
 @dataclass(frozen=True)
@@ -40,106 +39,6 @@ class TokenizedDocument:
 
     id: str
     input_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens start .. start + length of a document, of which `first` .. length are scored (offsets in the window)."""
-
-    document: int
-    start: int
-    length: int
-    first: int
-
-
-@dataclass(frozen=True)
-class PerplexityProtocol:
-    """One named way of computing perplexity.
-
-    Attributes:
-        summary: the definition, as printed in reports.
-        reference: where it comes from.
-        windows: (document lengths, window length, stride) -> windows.
-        weighting: "token" (sum of NLL / tokens), "document" (mean of document means) or "window" (mean of windows).
-        adds_bos: BOS at the start of each document.
-        concatenates: documents are joined into one stream first.
-    """
-
-    summary: str
-    reference: str
-    windows: Callable[[Sequence[int], int, int], Iterator[Window]]
-    weighting: str
-    adds_bos: bool = True
-    concatenates: bool = False
-
-
-PERPLEXITY_PROTOCOLS: Registry[PerplexityProtocol] = Registry("protocol")
-
-
-def _sliding(lengths: Sequence[int], length: int, stride: int) -> Iterator[Window]:
-    for document in range(len(lengths)):
-        yield Window(document, 0, length, 1)
-    for document, total in enumerate(lengths):
-        for start in range(stride, total - length + 1, stride):
-            yield Window(document, start, length, length - stride)
-
-
-def _truncated(lengths: Sequence[int], length: int, _: int) -> Iterator[Window]:
-    for document in range(len(lengths)):
-        yield Window(document, 0, length, 1)
-
-
-def _longlora(lengths: Sequence[int], length: int, stride: int) -> Iterator[Window]:
-    # the reference stops before the last start and then drops one more window
-    for start in list(range(0, lengths[0] - length, stride))[:-1]:
-        yield Window(0, start, length, 1)
-
-
-def _positional(lengths: Sequence[int], length: int, _: int) -> Iterator[Window]:
-    for document, total in enumerate(lengths):
-        for start in range(0, total - length + 1, length):
-            yield Window(document, start, length, 1)
-
-
-PERPLEXITY_PROTOCOLS.register(
-    "sliding",
-    PerplexityProtocol(
-        "window L advanced by the stride; all tokens of the first window, then only the new ones; weighted by tokens",
-        "Press et al., arXiv 2108.12409, appendix B; PoSE, arXiv 2309.10400",
-        _sliding,
-        "token",
-    ),
-)
-PERPLEXITY_PROTOCOLS.register(
-    "yarn-truncated",
-    PerplexityProtocol(
-        "one window per document: BOS and its first L - 1 tokens, all scored; mean over documents; no stride",
-        "YaRN eval/perplexity.py --truncate (the proof-pile tables of arXiv 2309.00071)",
-        _truncated,
-        "document",
-    ),
-)
-PERPLEXITY_PROTOCOLS.register(
-    "longlora",
-    PerplexityProtocol(
-        "documents joined without BOS; windows L start every stride tokens, the last dropped; every token of every "
-        "window scored; mean over windows",
-        "LongLoRA eval.py (arXiv 2309.12307)",
-        _longlora,
-        "window",
-        adds_bos=False,
-        concatenates=True,
-    ),
-)
-PERPLEXITY_PROTOCOLS.register(
-    "positional",
-    PerplexityProtocol(
-        "disjoint windows of the largest length, one pass each; NLL by position in the window; weighted by tokens",
-        "longext; compare Xiong et al., arXiv 2309.16039, figure 1",
-        _positional,
-        "token",
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +72,7 @@ class PerplexityAtLength:
     per_document: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument], config: PerplexityConfig) -> None:
+def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument], config: Perplexity) -> None:
     """Say how many control tokens the texts spell out; a model scores and reads them as what they mean."""
     plain = getattr(model, "plain", model)
     if not hasattr(plain, "tokenizer"):
@@ -187,7 +86,7 @@ def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument],
 
 
 def tokenize_documents(
-    model: LanguageModel, documents: Sequence[Document], config: PerplexityConfig
+    model: LanguageModel, documents: Sequence[Document], config: Perplexity
 ) -> tuple[list[TokenizedDocument], int]:
     """Tokenise, cut to `max_tokens`, and keep the documents that fill the largest window.
 
@@ -199,7 +98,7 @@ def tokenize_documents(
     Raises:
         DataError: no document is long enough.
     """
-    protocol = PERPLEXITY_PROTOCOLS[config.protocol]
+    protocol = config.rules
     needed = max(config.lengths)
     tokenized = [
         TokenizedDocument(d.id, tuple(model.encode(d.text, add_bos=protocol.adds_bos)[: config.max_tokens]))
@@ -209,7 +108,7 @@ def tokenize_documents(
     if protocol.concatenates:
         stream = tuple(token for document in tokenized for token in document.input_ids)
         tokenized = [TokenizedDocument("+".join(d.id for d in tokenized), stream)]
-        needed += 2 * stride_of(config)
+        needed += 2 * config.step
     kept = [document for document in tokenized if len(document.input_ids) >= needed]
     if not kept:
         longest = max(len(document.input_ids) for document in tokenized)
@@ -221,58 +120,10 @@ def tokenize_documents(
     return kept, len(tokenized) - len(kept)
 
 
-def check_perplexity_config(config: PerplexityConfig) -> None:
-    """Raise ConfigError for an unknown protocol or a length, stride or count out of range."""
-    PERPLEXITY_PROTOCOLS[config.protocol]
-    check_method(config.method, config.factor)
-    check_lengths(config.lengths, minimum=2)
-    stride = stride_of(config)
-    if stride < 1:
-        raise ConfigError(f"--stride must be >= 1, got {stride}.")
-    if config.protocol == "sliding" and stride >= min(config.lengths):
-        raise ConfigError(f"--stride must be below the shortest window {min(config.lengths)}, got {stride}.")
-    if config.num_buckets < 1:
-        raise ConfigError(f"--num-buckets must be >= 1, got {config.num_buckets}.")
-
-
-def stride_of(config: PerplexityConfig) -> int:
-    """Return how many tokens the window moves: as asked, else 256, or half the shortest sliding window up to 256."""
-    if config.stride is not None:
-        return config.stride
-    shortest = min(config.lengths)
-    return shortest // 2 if config.protocol == "sliding" and shortest <= DEFAULT_STRIDE else DEFAULT_STRIDE
-
-
-def perplexity_bars(config: PerplexityConfig) -> list[PlaceBar]:
-    """Return the bars of --fail-over (ConfigError: not LENGTH=PPL, or a length that is not measured)."""
-    if config.fail_over and config.protocol == "positional":
-        raise ConfigError("--fail-over is for a perplexity at a length, and --protocol positional gives ranges.")
-    return place_bars(
-        config.fail_over,
-        [("", str(length)) for length in sorted(config.lengths)],
-        form="LENGTH=PPL",
-        scale=PERPLEXITY,
-        option=FAIL_OVER,
-        has_whole=False,
-    )
-
-
-def perplexity_verdicts(bars: Sequence[PlaceBar], by_length: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Return the bars of --fail-over with the perplexity at each length."""
-    return place_verdicts(bars, lambda _, length: by_length[int(str(length))], at_most=True)
-
-
-def check_lengths(lengths: Sequence[int], minimum: int) -> None:
-    """Raise ConfigError unless `lengths` has at least one value and all are >= minimum."""
-    if not lengths or min(lengths) < minimum or len(set(lengths)) < len(lengths):
-        given = ",".join(map(str, lengths))
-        raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")
-
-
 def evaluate_perplexity(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
-    config: PerplexityConfig,
+    config: Perplexity,
     on_progress: Progress | None = None,
 ) -> list[PerplexityAtLength]:
     """Return perplexity at each of `config.lengths` (positional: at each position bucket), shortest first.
@@ -285,22 +136,22 @@ def evaluate_perplexity(
     return [_evaluate_length(model, documents, config, length, on_progress) for length in sorted(config.lengths)]
 
 
-def num_forward_tokens(documents: Sequence[TokenizedDocument], config: PerplexityConfig) -> int:
+def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexity) -> int:
     """Return how many tokens an evaluation sends through the model (for progress bars and plans)."""
     lengths = [max(config.lengths)] if config.protocol == "positional" else config.lengths
     return sum(window.length for length in lengths for window in _plan_windows(documents, config, length))
 
 
-def _plan_windows(documents: Sequence[TokenizedDocument], config: PerplexityConfig, length: int) -> list[Window]:
+def _plan_windows(documents: Sequence[TokenizedDocument], config: Perplexity, length: int) -> list[Window]:
     totals = [len(document.input_ids) for document in documents]
-    return list(PERPLEXITY_PROTOCOLS[config.protocol].windows(totals, length, stride_of(config)))
+    return list(config.rules.windows(totals, length, config.step))
 
 
 def _score_windows(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     windows: Sequence[Window],
-    config: PerplexityConfig,
+    config: Perplexity,
     on_progress: Progress | None,
 ) -> Iterator[tuple[Window, NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
@@ -318,7 +169,7 @@ def _score_windows(
 def _evaluate_length(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
-    config: PerplexityConfig,
+    config: Perplexity,
     length: int,
     on_progress: Progress | None,
 ) -> PerplexityAtLength:
@@ -342,14 +193,14 @@ def _evaluate_length(
 
 def _summarise(
     documents: Sequence[TokenizedDocument],
-    config: PerplexityConfig,
+    config: Perplexity,
     owners: NDArray[np.int64],
     sums: NDArray[np.float64],
     counts: NDArray[np.float64],
     **known: Any,
 ) -> PerplexityAtLength:
     """Average window sums as the protocol says, with the bootstrap interval and the per-document values."""
-    weighting = PERPLEXITY_PROTOCOLS[config.protocol].weighting
+    weighting = config.rules.weighting
     by_document = [(sums[owners == i].sum(), counts[owners == i].sum()) for i in range(len(documents))]
     document_sums, document_counts = (np.array(column) for column in zip(*by_document, strict=True))
     resampled: str | None = "documents" if len(documents) >= _MIN_DOCUMENTS_TO_RESAMPLE else "windows"
@@ -388,7 +239,7 @@ def bucket_edges(length: int, num_buckets: int) -> list[int]:
 def _evaluate_positions(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
-    config: PerplexityConfig,
+    config: Perplexity,
     on_progress: Progress | None,
 ) -> list[PerplexityAtLength]:
     started = time.perf_counter()
@@ -421,11 +272,11 @@ def perplexity_record(
     documents: Sequence[Document],
     tokenized: Sequence[TokenizedDocument],
     num_short: int,
-    config: PerplexityConfig,
+    config: Perplexity,
     results: Sequence[PerplexityAtLength],
 ) -> dict[str, Any]:
     """Return the JSON record of a perplexity evaluation."""
-    protocol = PERPLEXITY_PROTOCOLS[config.protocol]
+    protocol = config.rules
     return result_record(
         "perplexity",
         model.describe(),
@@ -433,7 +284,7 @@ def perplexity_record(
             "id": f"ppl/{config.protocol}",
             "definition": protocol.summary,
             "reference": protocol.reference,
-            "stride": stride_of(config),
+            "stride": config.step,
             "weighting": protocol.weighting,
             "bos": protocol.adds_bos,
             "seed": config.seed,
@@ -448,4 +299,17 @@ def perplexity_record(
             "max_tokens": config.max_tokens,
         },
         results=[asdict(result) for result in results],
+    )
+
+
+def measure_perplexity(task: Perplexity, model: LanguageModel, documents: Sequence[Document], work: Work) -> Outcome:
+    """Return the record of `eval ppl` under a protocol of windows."""
+    tokenized, num_short = tokenize_documents(model, documents, task)
+    with work.progress(f"ppl {task.protocol}", num_forward_tokens(tokenized, task), "tokens") as advance:
+        results = evaluate_perplexity(model, tokenized, task, advance)
+    by_length = {str(row.length): row.ppl for row in results}
+    return Outcome(
+        record=perplexity_record(model, documents, tokenized, num_short, task, results),
+        score_at=lambda _, length: by_length[str(length)],
+        notes=[f"{num_short} document(s) shorter than the largest length were left out."] if num_short else [],
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longext.evals.limits import PlaceBar, place_verdicts
+from longext.evals.limits import PlaceLimit, place_verdicts
 from longext.evals.longbench.run import context_length
 from longext.evals.statistics import share_interval
 from longext.models.answers import Prediction, Request, generate_predictions
@@ -103,7 +103,7 @@ def cell_rows(cells: Sequence[RetrievalCell]) -> list[dict[str, Any]]:
 
 
 def outcome_verdicts(
-    bars: Sequence[PlaceBar], outcomes: Sequence[Outcome], label: Callable[[int], str] = str
+    bars: Sequence[PlaceLimit], outcomes: Sequence[Outcome], label: Callable[[int], str] = str
 ) -> list[dict[str, Any]]:
     """Return the bars of --fail-under with the mean score of the prompts that each is on.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
-from longext.evals.config import PerplexityConfig, ShortConfig
+from longext.evals.config import ShortConfig
 from longext.evals.limits import verdict as bar_verdict
 from longext.evals.perplexity import (
     PerplexityAtLength,
@@ -25,8 +25,10 @@ from longext.evals.perplexity import (
     evaluate_perplexity,
 )
 from longext.evals.statistics import bootstrap_mean
+from longext.evals.suites.ppl import Perplexity
+from longext.manifest import result_record
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
 _MINIMUM = 8  # tokens of a window
 _MIN_DOCUMENTS = 8  # fewer are no sample: windows are resampled then, as `eval ppl` does
@@ -141,7 +143,7 @@ def score_short(
     """
     found = []
     for cut in cuts:
-        protocol = PerplexityConfig(
+        protocol = Perplexity(
             model="",
             protocol="yarn-truncated",
             lengths=(cut.length,),

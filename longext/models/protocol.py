@@ -1,4 +1,4 @@
-"""What every evaluation shares: the `LanguageModel` it scores and the record it leaves."""
+"""What every evaluation asks of a model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
-
-RESULT_SCHEMA = "longext.result/1"
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,3 @@ class LanguageModel(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what a result says of the model: id, config and tokenizer hashes, RoPE, attention, dtype, device."""
         ...
-
-
-def result_record(
-    kind: str, model: dict[str, Any], protocol: dict[str, Any], data: dict[str, Any] | None, **body: Any
-) -> dict[str, Any]:
-    """Return the JSON record of one evaluation: schema, kind, model, protocol, data, then `body`."""
-    from longext.manifest import command_line, versions
-
-    return {
-        "schema": RESULT_SCHEMA,
-        "kind": kind,
-        "command": command_line(),
-        "versions": versions(),
-        "model": model,
-        "protocol": protocol,
-        "data": data,
-        **body,
-    }

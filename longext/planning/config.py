@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.settings import LENGTH, MANY, option
+from longext.options import RuntimeConfig
+from longext.settings import LENGTH, MANY, option, override
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """`longext plan`: memory, FLOPs and time of a training run before it is paid for."""
 
-    model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
+    model: str = override(RuntimeConfig, "model")
     length: int = option(help="Tokens of a training sequence.", ge=1, le=LENGTH)
     gpus: str = option("1xH100-80GB", "Number and kind, for example 8xA100-80GB.")
     method: str = option("longlora", "longlora, lora or full.", panel="Method")
-    attention: str | None = option(None, "s2 or full (default: s2 for longlora, else full).", panel="Running")
+    attention: str | None = option(None, "s2 or full (default: s2 for longlora, else full).", panel="Method")
     batch_size: int = option(1, "Sequences per GPU at once.", ge=1, le=MANY)
     lora_r: int = option(8, "Rank of the adapters on q, k, v, o.", ge=1, le=2**16)
     group_ratio: float = option(0.25, "S2 group as a fraction of the length.")
@@ -31,6 +32,6 @@ class PlanConfig:
     utilisation: float = option(0.45, "Fraction of the GPU's peak that is reached.", le=1.0)
     num_tokens: int | None = option(None, "Tokens of the whole run, for its duration.", ge=1)
     probe: bool = option(False, "Measure two steps on this machine and calibrate.")
-    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
+    revision: str | None = override(RuntimeConfig, "revision")
     output: str | None = option(None, "Results directory (default: none is written).", "--output", "-o", panel="Output")
-    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+    force: bool = override(RuntimeConfig, "force")

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError
+from longext.manifest import result_record
 from longext.planning.config import PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
@@ -46,6 +48,7 @@ class TrainingPlan:
     """What a training run will cost.
 
     Attributes:
+        source: directory of the model.
         setup: the run, sharding decided.
         dense, sparse: forward FLOPs of one sequence, every query counted with every key of its group; `sparse` is the
             run's own attention, equal to `dense` for full attention.
@@ -56,6 +59,7 @@ class TrainingPlan:
     """
 
     config: PlanConfig
+    source: Path
     shape: ModelShape
     setup: TrainingSetup
     device: Device
@@ -102,7 +106,8 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
     asked = setup_of(config, num_gpus)
-    shape = read_shape(resolve_model(config.model, config.revision, weights=False))
+    source = resolve_model(config.model, config.revision, weights=False)
+    shape = read_shape(source)
     if shape.num_heads % asked.sequence_parallel:
         raise ConfigError(
             f"`sequence_parallel` {asked.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
@@ -111,6 +116,7 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     longest = longest_length(shape, asked, device)
     return TrainingPlan(
         config=config,
+        source=source,
         shape=shape,
         setup=setup,
         device=device,
@@ -261,40 +267,40 @@ _NOT_RECORDED = {"family", "attention_biases", "mlp_biases", "has_sliding_layers
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     """Return the plan as JSON values: bytes, FLOPs, seconds."""
     num_tokens, sizes = plan.config.num_tokens, {*vars(plan.shape)} - _NOT_RECORDED
-    return {
-        "schema": "longext.result/1",
-        "kind": "plan",
-        "model": plan.config.model,
-        "shape": {name: getattr(plan.shape, name) for name in (*sorted(sizes), "num_parameters")},
-        "setup": {**dataclasses.asdict(plan.setup), "group": plan.setup.group},
-        "device": dataclasses.asdict(plan.device),
-        "trainable_parameters": plan.setup.trainable(plan.shape),
-        "memory": _memory_record(plan.memory),
-        "fits": plan.fits,
-        "longest_length": plan.longest,
-        "flops": {
-            name: {**dataclasses.asdict(flops), "total": flops.total, "attention_share": flops.attention_share}
-            for name, flops in {
-                "forward_dense": plan.dense,
-                "forward": plan.sparse,
-                "step_forward": plan.flops.forward,
-                "step_recompute": plan.flops.recompute,
-                "step_backward": plan.flops.backward,
-                "step": plan.flops.total,
-            }.items()
+    flops = {
+        "forward_dense": plan.dense,
+        "forward": plan.sparse,
+        "step_forward": plan.flops.forward,
+        "step_recompute": plan.flops.recompute,
+        "step_backward": plan.flops.backward,
+        "step": plan.flops.total,
+    }
+    return result_record(
+        "plan",
+        model=plan.config.model,
+        shape={name: getattr(plan.shape, name) for name in (*sorted(sizes), "num_parameters")},
+        setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
+        device=dataclasses.asdict(plan.device),
+        trainable_parameters=plan.setup.trainable(plan.shape),
+        memory=_memory_record(plan.memory),
+        fits=plan.fits,
+        longest_length=plan.longest,
+        flops={
+            name: {**dataclasses.asdict(part), "total": part.total, "attention_share": part.attention_share}
+            for name, part in flops.items()
         },
-        "utilisation": plan.config.utilisation,
-        "seconds_per_batch": plan.seconds,
-        "tokens_per_second": plan.tokens_per_second,
-        "hours": plan.hours(num_tokens) if num_tokens else None,
-        "kv_cache_bytes": kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        "ladder": [dataclasses.asdict(rung) for rung in plan.ladder],
-        "by_length": [
+        utilisation=plan.config.utilisation,
+        seconds_per_batch=plan.seconds,
+        tokens_per_second=plan.tokens_per_second,
+        hours=plan.hours(num_tokens) if num_tokens else None,
+        kv_cache_bytes=kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
+        ladder=[dataclasses.asdict(rung) for rung in plan.ladder],
+        by_length=[
             {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
             for setup, memory in plan.by_length
         ],
-        "notes": plan.notes(),
-    }
+        notes=plan.notes(),
+    )
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:

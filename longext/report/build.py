@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from longext.evals.statistics import leaders
-from longext.manifest import command_line, versions
-from longext.models.protocol import RESULT_SCHEMA
+from longext.manifest import result_record
 from longext.report.comparable import (
     Caution,
     Conflict,
@@ -116,7 +115,11 @@ def make_report(names: Sequence[str]) -> Report:
     Raises:
         DataError: as `find_results`.
     """
-    results, left_out = find_results(names)
+    return build_report(*find_results(names))
+
+
+def build_report(results: list[Result], left_out: list[str]) -> Report:
+    """Return the report of results: what is comparable side by side; `left_out` are lines on what cannot be shown."""
     parts = [part for result in results for part in parts_of(result)]
     spelled = model_names(parts)
     groups = []
@@ -197,18 +200,15 @@ def _marked(view: View, cells: list[Cell]) -> list[Cell]:
 
 def report_record(report: Report) -> dict[str, Any]:
     """Return the JSON record of a report."""
-    return {
-        "schema": RESULT_SCHEMA,
-        "kind": "report",
-        "command": command_line(),
-        "versions": versions(),
-        "results": [
+    return result_record(
+        "report",
+        results=[
             {"result": own.name, "kind": own.record["kind"], "command": own.record.get("command")}
             for own in report.results
         ],
-        "left_out": report.left_out,
-        "tables": [_table_record(own, shown) for own in report.groups for shown in own.shown],
-    }
+        left_out=report.left_out,
+        tables=[_table_record(own, shown) for own in report.groups for shown in own.shown],
+    )
 
 
 def _table_record(group: Group, shown: Shown) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.data.documents import data_hash, load_documents
 from longext.errors import ConfigError
-from longext.evals.config import PasskeyConfig, PerplexityConfig
 from longext.evals.passkey import (
     PASSKEY_PROTOCOLS,
     PasskeyCell,
@@ -35,9 +34,11 @@ from longext.evals.perplexity import (
     stride_of,
     tokenize_documents,
 )
+from longext.evals.suites.passkey import Passkey
+from longext.evals.suites.ppl import Perplexity
+from longext.manifest import result_record
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import described, method_request
-from longext.models.protocol import result_record
 from longext.report.config import CompareConfig
 
 
@@ -153,9 +154,9 @@ class _Course:
         short: the longest evaluated length within it, where the short-context price is read.
     """
 
-    perplexity: PerplexityConfig
-    positions: PerplexityConfig
-    passkey: PasskeyConfig | None
+    perplexity: Perplexity
+    positions: Perplexity
+    passkey: Passkey | None
     trained: int
     short: int
 
@@ -163,10 +164,10 @@ class _Course:
     def of(config: CompareConfig, trained: int) -> _Course:
         """Check `config` and split it by evaluation; a length within the trained window is added where none is."""
         lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
-        shared = _shared(config, PerplexityConfig)
-        perplexity = PerplexityConfig(**shared, lengths=lengths, protocol="sliding")
+        shared = _shared(config, Perplexity)
+        perplexity = Perplexity(**shared, lengths=lengths, protocol="sliding")
         check_perplexity_config(perplexity)
-        passkey = PasskeyConfig(**_shared(config, PasskeyConfig), lengths=config.lengths) if config.passkey else None
+        passkey = Passkey(**_shared(config, Passkey), lengths=config.lengths) if config.passkey else None
         if passkey is not None:
             check_passkey_config(passkey)
         return _Course(
@@ -248,13 +249,13 @@ def _record(
     )
 
 
-def _perplexity_facts(config: PerplexityConfig) -> dict[str, Any]:
+def _perplexity_facts(config: Perplexity) -> dict[str, Any]:
     protocol = PERPLEXITY_PROTOCOLS[config.protocol]
     facts = {"id": f"ppl/{config.protocol}", "stride": stride_of(config), "definition": protocol.summary}
     return {**facts, "weighting": protocol.weighting, "bos": protocol.adds_bos}
 
 
-def _passkey_facts(model: HFLanguageModel, config: PasskeyConfig) -> dict[str, Any]:
+def _passkey_facts(model: HFLanguageModel, config: Passkey) -> dict[str, Any]:
     protocol = PASSKEY_PROTOCOLS[config.protocol]
     facts = {"id": f"passkey/{config.protocol}", "definition": protocol.summary, "scoring": protocol.scoring}
     facts |= {name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}

@@ -10,7 +10,7 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.evals.statistics import stderr_interval
-from longext.models.protocol import RESULT_SCHEMA
+from longext.manifest import RESULT_SCHEMA
 from longext.untrusted import fields, is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"

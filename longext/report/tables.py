@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.evals.base import shown_name as named  # noqa: F401
 from longext.untrusted import spelled
 
 if TYPE_CHECKING:
@@ -145,13 +144,6 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 def _no_formula(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
-
-
-def named(path: str) -> str:
-    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
-    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
-    # not resolved: a link is called as the user called it
-    return Path(os.path.abspath(Path(path).expanduser())).name if is_path and path else path  # noqa: PTH100
 
 
 def number(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.checkpoint.source import HUB_ID
 from longext.conversion.card import adapter_use
-from longext.manifest import command_line, versions
+from longext.manifest import command_line, result_record, versions
 from longext.report.results import Written, write_result_files
 from longext.report.tables import Table, markdown_text
 
@@ -100,15 +100,14 @@ class TrainingReport(ABC):
     def write(self, config: Any, result: TrainingResult) -> tuple[Written, dict[str, Any]]:
         """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
         record, metrics = result.record, result.metrics
-        full = {
-            "schema": "longext.result/1",
-            "kind": self.command,
-            self.part: record,
-            "final_loss": [line["loss"] for line in metrics if "loss" in line][-1],
+        full = result_record(
+            self.command,
+            data={"sha256": record["data"].get("data_sha256")},
+            **{self.part: record},
+            final_loss=[line["loss"] for line in metrics if "loss" in line][-1],
             **self.extra(metrics),
-            "perplexity": [line for line in metrics if "perplexity" in line],
-            "versions": versions(),
-        }
+            perplexity=[line for line in metrics if "perplexity" in line],
+        )
 
         def tables() -> list[Table]:
             return [self.plan_table(record, config), *self.measured_tables(metrics)]

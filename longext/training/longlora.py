@@ -134,7 +134,7 @@ def finetune_checkpoint(
 
     Args:
         directory: the run's working directory; holds checkpoints and metrics from the first step.
-        measure: makes of the loaded run what measures it while it trains (`evals.midway.measure_perplexity`).
+        measure: makes of the loaded run what measures it while it trains (`evals.midway.make_perplexity_measure`).
         on_progress: told about tokens done and the last loss.
 
     Raises:

@@ -15,23 +15,15 @@ import torch
 from longext.attention.backends import BACKENDS
 from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
-from longext.options import RopeConfig
+from longext.options import DataConfig, RopeConfig
 from longext.rope.methods import ROPE_METHODS
-from longext.training.config import FinetuneConfig, TrainingConfig
+from longext.settings import option_of
+from longext.training.config import TUNINGS, FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import Extension, attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
-from longext.training.tuning import TUNINGS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-_CHOICES = {
-    "task": ("pretrain", "sft"),
-    "positions": ("plain", "pose"),
-    "schedule": tuple(_SCHEDULES),
-    "quantize": ("none", "nf4"),
-    "norms": ("all", "residual"),
-    "save_dtype": ("auto", "float32", "bfloat16", "float16"),
-}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
 _DECIDING = (
     "method",
@@ -66,23 +58,34 @@ _DECIDING = (
 
 def check_finetune_config(config: FinetuneConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no weights."""
-    if not config.data:
-        raise ConfigError(
-            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
-        )
+    check_data(config)
     ROPE_METHODS[config.method]
     ATTENTION_VARIANTS[attention_of(config)]
     TUNINGS[config.tuning]
     if config.backend != "auto":
         BACKENDS[config.backend]
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got '{getattr(config, name)}'.")
+    check_names(config)
     _check_numbers(config)
     _check_combinations(config)
     check_processes(config)
     _check_sharing(config)
     check_reporting(config.report_to)
+
+
+def check_data(config: DataConfig) -> None:
+    """Raise ConfigError if no data is named: a default would train on a story without a word."""
+    if not config.data:
+        raise ConfigError(
+            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
+        )
+
+
+def check_names(config: TrainingConfig) -> None:
+    """Raise ConfigError for a setting that is none of the names that its option lists."""
+    for field in dataclasses.fields(config):
+        names, value = option_of(field).names, getattr(config, field.name)
+        if names is not None and value not in names():
+            raise ConfigError(f"`{field.name}` must be one of {', '.join(names())}, got '{value}'.")
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
@@ -93,8 +96,6 @@ def _check_numbers(config: FinetuneConfig) -> None:
         raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {config.lora_dropout:g}.")
     if config.method == "none" and config.factor is not None:
         raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
-    if config.eval_lengths and min(config.eval_lengths) < 2:
-        raise ConfigError(f"--eval-lengths must be whole numbers >= 2, got {min(config.eval_lengths)}.")
 
 
 def check_optimiser(config: TrainingConfig) -> None:

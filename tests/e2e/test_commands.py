@@ -251,10 +251,10 @@ def test_every_recipe_loads_and_names_its_command(name):
         LongBenchConfig,
         LongEvalConfig,
         NeedleConfig,
-        PasskeyConfig,
-        PerplexityConfig,
         ShortConfig,
     )
+    from longext.evals.suites.passkey import Passkey
+    from longext.evals.suites.ppl import Perplexity
     from longext.planning.config import PlanConfig
     from longext.report.config import CompareConfig
     from longext.settings import build_config
@@ -268,8 +268,8 @@ def test_every_recipe_loads_and_names_its_command(name):
         "plan": ("plan", PlanConfig),
         "finetune": ("finetune", FinetuneConfig),
         "compress": ("compress-train", CompressConfig),
-        "eval/passkey": ("passkey", PasskeyConfig),
-        "eval/ppl": ("eval ppl", PerplexityConfig),
+        "eval/passkey": ("passkey", Passkey),
+        "eval/ppl": ("eval ppl", Perplexity),
         "eval/longbench": ("eval longbench", LongBenchConfig),
         "eval/longeval": ("eval longeval", LongEvalConfig),
         "eval/needle": ("eval needle", NeedleConfig),

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from longext.errors import ConfigError
-from longext.evals.config import PasskeyConfig
 from longext.evals.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
 from longext.evals.passkey_prompts import (
     FILLER,
@@ -23,6 +22,7 @@ from longext.evals.passkey_prompts import (
     published_text,
     yarn_prompt,
 )
+from longext.evals.suites.passkey import Passkey
 from longext.models.hf import extension_config
 from longext.options import RuntimeConfig
 
@@ -34,7 +34,7 @@ def tokens(books):
 
 @pytest.fixture
 def filler(books):
-    return _filler_ids(books, PasskeyConfig(model="books-5m", lengths=(2048,)))
+    return _filler_ids(books, Passkey(model="books-5m", lengths=(2048,)))
 
 
 @pytest.mark.parametrize("length", [128, 511, 512, 2048])
@@ -110,7 +110,7 @@ def test_too_short_a_length_says_what_is_needed(tokens, filler):
 def test_one_pass_accuracy_is_greedy_decoding(books, method):
     """The score of prompt + answer equals generating the answer's tokens one by one."""
     books.set_rope(extension_config(RuntimeConfig(model="books-5m"), method, 8.0 if method != "none" else 1.0))
-    config = PasskeyConfig(model="books-5m", lengths=(400, 700), depths=(0.2, 0.9), num_trials=3)
+    config = Passkey(model="books-5m", lengths=(400, 700), depths=(0.2, 0.9), num_trials=3)
     tokens = PromptTokens(lambda text: books.encode(text, add_bos=False), books.prefix)
     for cell in evaluate_passkey(books, config):
         prompts = _prompts(config, tokens, _filler_ids(books, config), cell.length, cell.depth)
@@ -120,13 +120,13 @@ def test_one_pass_accuracy_is_greedy_decoding(books, method):
 
 
 def test_the_bundled_model_knows_the_task_inside_its_window(books):
-    cells = evaluate_passkey(books, PasskeyConfig(model="books-5m", lengths=(384,), num_trials=2))
+    cells = evaluate_passkey(books, Passkey(model="books-5m", lengths=(384,), num_trials=2))
     assert accuracy_by_length(cells)[384].accuracy == 1.0
 
 
 @pytest.mark.parametrize("protocol", ["longlora", "yarn"])
 def test_published_protocols_run_and_report_the_measured_length(books, protocol):
-    config = PasskeyConfig(model="books-5m", lengths=(400,), num_trials=3, protocol=protocol)
+    config = Passkey(model="books-5m", lengths=(400,), num_trials=3, protocol=protocol)
     (cell,) = evaluate_passkey(books, config)
     assert cell.depth is None
     assert cell.num_trials == 3
@@ -151,5 +151,5 @@ def test_the_filler_is_long_enough_where_a_tokenizer_adds_a_token_per_call(books
     """Llama-2's fast tokenizer puts a prefix token before every text."""
     plain = books.encode
     monkeypatch.setattr(books, "encode", lambda text, *, add_bos=True: [5, *plain(text, add_bos=add_bos)])
-    config = PasskeyConfig(model="books-5m", lengths=(8192,))
+    config = Passkey(model="books-5m", lengths=(8192,))
     assert len(_filler_ids(books, config)) >= 8192

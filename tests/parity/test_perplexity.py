@@ -11,7 +11,6 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from longext.data.documents import Document
-from longext.evals.config import PerplexityConfig
 from longext.evals.perplexity import (
     PERPLEXITY_PROTOCOLS,
     TokenizedDocument,
@@ -19,6 +18,7 @@ from longext.evals.perplexity import (
     evaluate_perplexity,
     tokenize_documents,
 )
+from longext.evals.suites.ppl import Perplexity
 from longext.models.hf import HFLanguageModel, extension_config
 from longext.options import RuntimeConfig
 
@@ -27,7 +27,7 @@ RTOL = 1e-5
 
 def config_for(protocol, **keys):
     defaults = {"lengths": (48, 96), "stride": 16, "num_bootstrap": 50, "batch_tokens": 400}
-    return PerplexityConfig(model="books-5m", protocol=protocol, **{**defaults, **keys})
+    return Perplexity(model="books-5m", protocol=protocol, **{**defaults, **keys})
 
 
 def documents(*lengths, vocabulary=8192):

@@ -12,10 +12,10 @@ from longext.evals.limits import (
     POINTS,
     SHARE,
     check_names,
-    place_bars,
+    place_limits,
     place_verdicts,
-    read_bars,
-    require_bars,
+    read_limits,
+    require_limits,
     verdict,
 )
 from longext.evals.retrieval import Outcome, outcome_verdicts
@@ -24,23 +24,23 @@ PLACES = [("single", "512"), ("single", "1024"), ("lines", "20")]
 
 
 def test_bars_are_read_by_name():
-    assert read_bars(["a=0.5", " b:c = 1"], form="X", scale=SHARE) == {"a": 0.5, "b:c": 1.0}
-    assert read_bars(["0.25"], form="X", scale=SHARE, has_whole=True) == {"": 0.25}
-    assert read_bars([], form="X", scale=SHARE) == {}
+    assert read_limits(["a=0.5", " b:c = 1"], form="X", scale=SHARE) == {"a": 0.5, "b:c": 1.0}
+    assert read_limits(["0.25"], form="X", scale=SHARE, has_whole=True) == {"": 0.25}
+    assert read_limits([], form="X", scale=SHARE) == {}
 
 
 @pytest.mark.parametrize("bar", ["", "a", "a=", "a=x", "=0.5", "a=nan", "a=inf", "a=1.01", "a=-0.1", "a=90", "0.5"])
 def test_bars_of_another_form_or_range_are_refused(bar):
     with pytest.raises(ConfigError, match=r"--fail-under takes FORM with a share of 0 to 1 \(0.9 for 90%\), got"):
-        read_bars([bar], form="FORM", scale=SHARE)
+        read_limits([bar], form="FORM", scale=SHARE)
 
 
 def test_scales_have_their_own_ends():
-    assert read_bars(["a=100"], form="X", scale=POINTS) == {"a": 100}
+    assert read_limits(["a=100"], form="X", scale=POINTS) == {"a": 100}
     with pytest.raises(ConfigError, match="--fail-over takes X with a perplexity of 1 or more, got 'a=0.5'"):
-        read_bars(["a=0.5"], form="X", scale=PERPLEXITY, option="--fail-over")
+        read_limits(["a=0.5"], form="X", scale=PERPLEXITY, option="--fail-over")
     with pytest.raises(ConfigError, match="names a twice"):
-        read_bars(["a=0.5", "a=0.6"], form="X", scale=SHARE)
+        read_limits(["a=0.5", "a=0.6"], form="X", scale=SHARE)
 
 
 def test_names_that_are_not_known():
@@ -51,7 +51,7 @@ def test_names_that_are_not_known():
 
 def test_places_are_tasks_lengths_both_or_all():
     names = ["0.1", "single=0.2", "512=0.3", "lines@20=0.4", "all@1024=0.5"]
-    found = [(bar.name, bar.task, bar.length, bar.limit) for bar in place_bars(names, PLACES)]
+    found = [(bar.name, bar.task, bar.length, bar.limit) for bar in place_limits(names, PLACES)]
     assert found == [
         ("all", None, None, 0.1),
         ("single", "single", None, 0.2),
@@ -59,7 +59,7 @@ def test_places_are_tasks_lengths_both_or_all():
         ("lines@20", "lines", "20", 0.4),
         ("all@1024", None, "1024", 0.5),
     ]
-    (bar,) = place_bars(["all=1"], [("", "64")])
+    (bar,) = place_limits(["all=1"], [("", "64")])
     assert (bar.task, bar.length) == (None, None)
 
 
@@ -75,14 +75,14 @@ def test_places_are_tasks_lengths_both_or_all():
 )
 def test_places_that_are_not_measured(bar, message):
     with pytest.raises(ConfigError, match=message):
-        place_bars([bar], PLACES)
+        place_limits([bar], PLACES)
 
 
 def test_a_suite_without_tasks_knows_lengths_alone():
     with pytest.raises(ConfigError, match="8192 is not measured. Measured: 64, 128."):
-        place_bars(["8192=0.5"], [("", "64"), ("", "128")])
+        place_limits(["8192=0.5"], [("", "64"), ("", "128")])
     with pytest.raises(ConfigError, match="0.5"):
-        place_bars(["0.5"], [("", "64")], has_whole=False)
+        place_limits(["0.5"], [("", "64")], has_whole=False)
 
 
 @pytest.mark.parametrize(
@@ -111,19 +111,19 @@ def test_one_line_names_all_that_was_missed():
         verdict("d", 1, None),
     ]
     with pytest.raises(LongextError) as error:
-        require_bars({"bars": rows})
+        require_limits({"bars": rows})
     assert (
         str(error.value)
         == "Missed --fail-under: a is 0.25 (at least 0.5); c is 31.5 (at most 30); d was not scored (at least 1)."
     )
     assert error.value.exit_code == 1
-    require_bars({"bars": rows[1:2]})
+    require_limits({"bars": rows[1:2]})
 
 
 def test_scores_are_means_over_the_prompts_of_a_place():
     scores = {("single", 512): (1, 0), ("single", 1024): (1, 1, 0.5, 0.5), ("lines", 20): (0,)}
     outcomes = [Outcome(task, length, None, score, 9) for (task, length), own in scores.items() for score in own]
-    bars = place_bars(["0.1", "single=0.1", "1024=0.1", "single@512=0.6"], PLACES)
+    bars = place_limits(["0.1", "single=0.1", "1024=0.1", "single@512=0.6"], PLACES)
     rows = outcome_verdicts(bars, outcomes)
     assert [row["value"] for row in rows] == pytest.approx([4 / 7, 4 / 6, 3 / 4, 1 / 2])
     assert [row["passed"] for row in rows] == [True, True, True, False]

@@ -6,7 +6,7 @@ import pytest
 
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
-from longext.evals.config import PerplexityConfig
+from longext.evals.suites.ppl import Perplexity
 from longext.registry import Registry, did_you_mean
 from longext.report.config import CompareConfig
 from longext.settings import build_config, find_recipe, to_recipe
@@ -20,7 +20,7 @@ def recipe(tmp_path):
 
 
 def test_precedence_is_defaults_recipe_set_typed(recipe):
-    config = build_config(PerplexityConfig, recipe, ["stride=32", "seed=7"], {"seed": 9})
+    config = build_config(Perplexity, recipe, ["stride=32", "seed=7"], {"seed": 9})
     assert (config.model, config.lengths, config.stride, config.seed) == ("a", (512, 1024), 32, 9)
     assert config.protocol == "sliding"
 
@@ -30,7 +30,7 @@ def test_precedence_is_defaults_recipe_set_typed(recipe):
     [("lengths=512,1024", (512, 1024)), ("lengths=[8]", (8,)), ("lengths=64", (64,))],
 )
 def test_lists_are_spelled_as_on_the_command_line_or_as_yaml(setting, value):
-    assert build_config(PerplexityConfig, None, [setting], {"model": "m"}).lengths == value
+    assert build_config(Perplexity, None, [setting], {"model": "m"}).lengths == value
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_lists_are_spelled_as_on_the_command_line_or_as_yaml(setting, value):
 )
 def test_a_wrong_setting_is_named(setting, message):
     with pytest.raises(ConfigError) as error:
-        build_config(PerplexityConfig, None, [setting], {"model": "m"})
+        build_config(Perplexity, None, [setting], {"model": "m"})
     assert message in str(error.value)
 
 

@@ -58,8 +58,9 @@ def test_recipes_files_and_pages_that_a_page_names_exist(page):
 
 
 def test_every_command_is_in_the_readme():
-    from longext.cli import app
     from longext.cli.evaluate import eval_app
+
+    from longext.cli import app
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = [command.name for command in app.registered_commands]

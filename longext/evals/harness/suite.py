@@ -30,13 +30,14 @@ from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, LongextError, MissingExtraError
 from longext.evals.config import HarnessConfig
 from longext.evals.harness.model import Progress, Scorer, harness_model
-from longext.evals.limits import POSITIVE, check_names, read_bars, verdict
+from longext.evals.limits import POSITIVE, check_names, read_limits, verdict
 from longext.evals.longbench.run import context_length
 from longext.evals.statistics import stderr_interval
+from longext.manifest import result_record
 from longext.models.answers import answer_notes
 from longext.models.chat import asked_facts, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import did_you_mean
 
 _RANDOM_SEED = 0  # lm-eval's seed of Python's `random`, which some tasks draw their documents with
@@ -124,7 +125,7 @@ def harness_metadata(config: HarnessConfig) -> dict[str, Any]:
 
 
 def _bars(config: HarnessConfig) -> dict[str, float]:
-    return read_bars(config.fail_under, form="TASK=SCORE or TASK:METRIC=SCORE", scale=POSITIVE)
+    return read_limits(config.fail_under, form="TASK=SCORE or TASK:METRIC=SCORE", scale=POSITIVE)
 
 
 def load_harness_tasks(config: HarnessConfig) -> Tasks:

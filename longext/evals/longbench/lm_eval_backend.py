@@ -22,8 +22,8 @@ from longext.evals.longbench.rows import LongBenchRow
 from longext.evals.longbench.run import TaskRun, data_facts
 from longext.evals.longbench.suite import LANGUAGES, TaskScore
 from longext.evals.longbench.tasks import CATEGORIES, TASKS, prompt_hash
+from longext.manifest import result_record
 from longext.models.chat import asked_facts
-from longext.models.protocol import result_record
 
 PROTOCOL = "longbench-lm-eval"
 OFFICIAL = "longbench-official"

@@ -38,10 +38,11 @@ from longext.evals.longbench.suite import (
     wanted_tasks,
 )
 from longext.evals.longbench.tasks import TASKS, prompt_hash, read_prompt
+from longext.manifest import result_record
 from longext.models.answers import Prediction, Request, answer_notes, generate_predictions
 from longext.models.chat import asked_facts, uses_template
 from longext.models.methods import is_unchanged, method_request
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
 GENERATED = "generated"  # answers of an unfinished run
 PREDICTIONS = "predictions"  # answers of a finished one, in the authors' schema

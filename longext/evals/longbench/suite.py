@@ -14,7 +14,7 @@ import numpy as np
 
 from longext.errors import ConfigError
 from longext.evals.config import LongBenchConfig
-from longext.evals.limits import POINTS, check_names, read_bars, verdict
+from longext.evals.limits import POINTS, check_names, read_limits, verdict
 from longext.evals.longbench.metrics import CODE_RATIOS, NEED_JIEBA, has_jieba, metric_called
 from longext.evals.longbench.rows import LongBenchRow
 from longext.evals.longbench.tasks import BUCKETS, CATEGORIES, TASKS, fill_prompt, read_prompt
@@ -96,7 +96,7 @@ def check_longbench_config(config: LongBenchConfig) -> None:
 
 def _bars(config: LongBenchConfig) -> dict[str, float]:
     """Return name -> least score of --fail-under; `english` and `chinese` name the averages."""
-    bars = read_bars(config.fail_under, form="TASK=SCORE", scale=POINTS)
+    bars = read_limits(config.fail_under, form="TASK=SCORE", scale=POINTS)
     check_names(bars, [*TASKS, *map(str.lower, LANGUAGES.values())])
     return bars
 

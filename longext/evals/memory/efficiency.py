@@ -22,8 +22,8 @@ from longext.compressor.gradients import Document
 from longext.compressor.memory import MemoryStore
 from longext.errors import ConfigError
 from longext.evals.config import EfficiencyConfig
-from longext.evals.perplexity import check_lengths
-from longext.models.protocol import result_record
+from longext.evals.limits import check_lengths
+from longext.manifest import result_record
 from longext.planning.tracker import MemoryTracker
 
 DEFINITION = (

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from longext.compressor.ratios import find_ratio
 from longext.compressor.readers import Reader
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
-from longext.evals.config import PerplexityConfig
+from longext.evals.base import Outcome, Work
+from longext.evals.limits import check_lengths
 from longext.evals.memory.controls import (
     FOREIGN,
     MEMORY,
@@ -36,12 +37,15 @@ from longext.evals.memory.controls import (
     ReaderControls,
     Texts,
 )
-from longext.evals.perplexity import TokenizedDocument, check_lengths
+from longext.evals.perplexity import TokenizedDocument
 from longext.evals.statistics import bootstrap_mean
+from longext.manifest import result_record
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 
-NEXT_SEGMENT = "next-segment"
+if TYPE_CHECKING:
+    from longext.evals.suites.ppl import Perplexity
+
 DEFAULT_LENGTHS = (0, 512, 1024, 2048, 4096)
 _SUMMARY = (
     "seeded places spread over each document; tokens 1 .. l-1 of the segment after a place, given the C tokens before "
@@ -284,7 +288,7 @@ def _interval(
 def check_context_lengths(lengths: Sequence[int], segment: int) -> None:
     """Raise ConfigError unless all lengths are different multiples of a segment of at least two tokens."""
     if segment < 2:
-        raise ConfigError(f"--segment must be >= 2 for {NEXT_SEGMENT}, got {segment}: its first token is not scored.")
+        raise ConfigError(f"--segment must be >= 2 for next-segment, got {segment}: its first token is not scored.")
     check_lengths(lengths, minimum=0)
     if wrong := [length for length in lengths if length % segment]:
         raise ConfigError(
@@ -293,10 +297,10 @@ def check_context_lengths(lengths: Sequence[int], segment: int) -> None:
         )
 
 
-def check_memory_config(config: PerplexityConfig) -> str:
+def check_memory_config(config: Perplexity) -> str:
     """Return the memory that a next-segment evaluation is of; raise ConfigError for values out of range."""
     if config.memory is None:
-        raise ConfigError(f"--protocol {NEXT_SEGMENT} compares ways of remembering: give --memory.")
+        raise ConfigError(f"--protocol {config.protocol} compares ways of remembering: give --memory.")
     check_method(config.method, config.factor)
     check_context_lengths(config.lengths, config.segment)
     return config.memory
@@ -308,7 +312,7 @@ def default_lengths(segment: int) -> tuple[int, ...]:
 
 
 def tokenize_for_memory(
-    model: LanguageModel, documents: Sequence[Document], config: PerplexityConfig
+    model: LanguageModel, documents: Sequence[Document], config: Perplexity
 ) -> tuple[list[TokenizedDocument], int]:
     """Return (the documents with room for the largest context and a segment, without BOS; how many had none).
 
@@ -330,7 +334,7 @@ def tokenize_for_memory(
     return kept, len(tokenized) - len(kept)
 
 
-def num_scored_tokens(reader: Reader, documents: Sequence[TokenizedDocument], config: PerplexityConfig) -> int:
+def num_scored_tokens(reader: Reader, documents: Sequence[TokenizedDocument], config: Perplexity) -> int:
     """Return how many tokens an evaluation by all methods scores (for progress bars)."""
     sizes = [len(document.input_ids) for document in documents]
     places = choose_places(sizes, max(config.lengths), config.segment, config.num_places, config.seed)
@@ -343,7 +347,7 @@ def memory_record(
     documents: Sequence[Document],
     tokenized: Sequence[TokenizedDocument],
     num_short: int,
-    config: PerplexityConfig,
+    config: Perplexity,
     results: Sequence[MemoryPerplexity],
 ) -> dict[str, Any]:
     """Return the JSON record of a next-segment evaluation."""
@@ -351,7 +355,7 @@ def memory_record(
         "memory-perplexity",
         reader.describe(),
         {
-            "id": f"ppl/{NEXT_SEGMENT}",
+            "id": f"ppl/{config.protocol}",
             "definition": _SUMMARY,
             "reference": _REFERENCE,
             "segment": config.segment,
@@ -371,4 +375,26 @@ def memory_record(
             "max_tokens": config.max_tokens,
         },
         results=[asdict(result) for result in results],
+    )
+
+
+def measure_memory(task: Perplexity, reader: Reader, documents: Sequence[Document], work: Work) -> Outcome:
+    """Return the record of `eval ppl --memory`: the memory and its controls on the same segments."""
+    tokenized, num_short = tokenize_for_memory(reader, documents, task)
+    with work.progress(f"ppl {task.protocol}", num_scored_tokens(reader, tokenized, task), "tokens") as advance:
+        results = evaluate_memory(
+            reader,
+            [document.input_ids for document in tokenized],
+            task.lengths,
+            task.num_places,
+            task.seed,
+            num_bootstrap=task.num_bootstrap,
+            on_progress=advance,
+        )
+    by_length = {str(row.length): row.ppl for row in results if row.method == MEMORY}
+    left_out = f"{num_short} document(s) shorter than the largest context and a segment were left out."
+    return Outcome(
+        record=memory_record(reader, documents, tokenized, num_short, task, results),
+        score_at=lambda _, length: by_length[str(length)],
+        notes=[left_out] if num_short else [],
     )

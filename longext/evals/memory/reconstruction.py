@@ -26,8 +26,8 @@ from longext.errors import ConfigError, DataError
 from longext.evals.config import ReconstructionConfig
 from longext.evals.statistics import bootstrap_mean
 from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, corpus_bleu, rouge_l, words
+from longext.manifest import result_record
 from longext.models.batching import batched_by
-from longext.models.protocol import result_record
 from longext.registry import Registry
 
 _BATCH_TOKENS = {"cpu": 2_048}  # segments decode together: on a CPU few rows already fill it

@@ -14,8 +14,8 @@ import torch
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
 from longext.evals.config import NeedleConfig
+from longext.evals.limits import check_lengths
 from longext.evals.passkey_prompts import PromptTokens
-from longext.evals.perplexity import check_lengths
 from longext.evals.retrieval import Outcome, Progress, answers_to, cell_rows, cells_of, pooled_cells
 from longext.evals.ruler.haystacks import (
     NAME_TYPES,
@@ -31,12 +31,13 @@ from longext.evals.ruler.haystacks import (
     noise_sentences,
     text_sentences,
 )
+from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.answers import Prediction, answer_notes
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_frame, user_text, uses_template
 from longext.models.methods import check_method
-from longext.models.protocol import LanguageModel, result_record
+from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.untrusted import read_text
 

@@ -1,0 +1,220 @@
+"""What an evaluation is: one dataclass whose fields are its options, with what it measures and how that is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from longext.evals.limits import FAIL_UNDER, PlaceLimit, place_verdicts, require_limits
+from longext.options import ChatConfig, RuntimeConfig
+from longext.registry import Registry, did_you_mean
+from longext.settings import MANY, build_config, option
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
+
+_ORDER = ("ppl short passkey effective needle longeval babilong longbench harness reconstruction efficiency").split()
+EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
+EvalT = TypeVar("EvalT", bound="Eval")
+
+
+class Advance(Protocol):
+    """Say that `amount` more is done; `note` is shown behind it."""
+
+    def __call__(self, amount: int, note: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """Open a progress display of `total` units."""
+
+    def __call__(self, what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]: ...
+
+
+@contextlib.contextmanager
+def no_progress(what: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yield an `Advance` that shows nothing."""
+    yield lambda amount, note="": None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run gives to `Eval.measure`.
+
+    Attributes:
+        progress: opens a progress display.
+        answers: where answers are kept until the results are written, so that an interrupted run goes on from them;
+            None if nothing is kept.
+    """
+
+    progress: Progress = no_progress
+    answers: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What `Eval.measure` found.
+
+    Attributes:
+        record: the JSON record (`result_record`), without its verdicts.
+        score_at: the score of (task, length), None for all of them: what `--fail-under` is compared with.
+        notes: what a reader of the numbers has to know.
+        files: further files of the results by name: their text, or a call that makes it.
+    """
+
+    record: dict[str, Any]
+    score_at: Callable[[str | None, str | None], float | None] = lambda task, length: None
+    notes: Sequence[str] = ()
+    files: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(RuntimeConfig):
+    """One evaluation: a subclass in a file of `evals/suites/`, whose fields (`option`) are flags and recipe keys.
+
+    From the class follow the command `longext eval NAME`, its help and bounds, its table, picture and section of a
+    report, `--json`, `--fail-under`, resuming from kept answers, and the row in the docs.
+
+    Attributes:
+        name: of the command; set by `register`.
+        kind: of the record.
+        sections: what a report shows of its records, the first for a record that no other claims.
+        limit_option: what is not reached ends the command with exit code 1.
+        limits_are_most: the limits are upper ones.
+        memory_defaults: of settings that the user left open, if a `memory` is read.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+    sections: ClassVar[tuple[Any, ...]] = ()
+    limit_option: ClassVar[str] = FAIL_UNDER
+    limits_are_most: ClassVar[bool] = False
+    memory_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def implied_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults that depend on what was set: with a `memory`, the model and segment of its compressor."""
+        if values.get("predictions"):
+            return {"model": ""}
+        if not values.get("memory"):
+            return {}
+        from longext.compressor.readers import memory_defaults
+
+        return {"model": "", **cls.memory_defaults, **memory_defaults(str(values["memory"]))}
+
+    @property
+    def title(self) -> str:
+        """Return what is measured, for titles: the model, the method applied to it, the memory it reads with."""
+        given: Any = self
+        factor = f" {given.factor:g}x" if getattr(self, "factor", None) else ""
+        method = f" + {given.method}{factor}" if getattr(self, "method", None) else ""
+        memory = f" + {Path(given.memory).name}" if getattr(self, "memory", None) else ""
+        return f"{shown_name(self.model)}{method}{memory}"
+
+    @property
+    def label(self) -> str:
+        """Return what the results directory is named after: the evaluation, and its protocol if it has several."""
+        return self.name
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that cannot be measured; reads nothing."""
+
+    def load_data(self) -> Any:
+        """Return the documents or rows, read before the model is loaded."""
+
+    def limits(self, data: Any) -> Sequence[PlaceLimit]:
+        """Return the limits of `limit_option`, checked against what will be measured."""
+        return ()
+
+    def open_model(self) -> LanguageModel | None:
+        """Return the model to measure; None if answers are given."""
+        from longext.evals.models import open_model
+
+        return open_model(self)
+
+    def answers_path(self, output: Path) -> Path | None:
+        """Return where answers are kept until `output` is written; None if none are."""
+        return None
+
+    def measure(self, model: Any, data: Any, work: Work) -> Outcome:
+        """Return the record of the evaluation of `model` on `data`."""
+        raise NotImplementedError
+
+    def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
+        """Return what the record says of each limit."""
+        return place_verdicts(limits, outcome.score_at, at_most=self.limits_are_most)
+
+    def require(self, record: Mapping[str, Any]) -> None:
+        """Raise LongextError, which ends the command with exit code 1, if a limit was missed."""
+        require_limits(record, self.limit_option)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(RuntimeConfig):
+    """What is applied to a model before it is evaluated, and how it reads: a method in memory, a memory by segments."""
+
+    method: str | None = option(
+        None, "Apply this extension method in memory first; parameters as name:key=value.", panel="Method"
+    )
+    factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
+    memory: str | None = option(
+        None,
+        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained "
+        "compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
+        panel="Method",
+    )
+    segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionEval(ReadingConfig, ChatConfig, Eval):
+    """An evaluation that asks questions and reads the answers; these are kept until the results are written."""
+
+    def answers_path(self, output: Path) -> Path | None:
+        """Return where answers are kept."""
+        return output.with_name(f"{output.name}.predictions.jsonl")
+
+
+def register(name: str) -> Callable[[type[EvalT]], type[EvalT]]:
+    """Return a class decorator that adds an evaluation as `longext eval NAME`."""
+
+    def add(kind: type[EvalT]) -> type[EvalT]:
+        kind.name = name
+        EVALS.register(name, kind, (kind.__doc__ or "").strip().partition("\n")[0].rstrip("."))
+        return kind
+
+    return add
+
+
+def find_eval(name: str) -> type[Eval]:
+    """Return the evaluation called `name`, or whose records are of that kind ("perplexity" for "ppl").
+
+    Raises:
+        ConfigError: there is none; names the nearest one.
+    """
+    if name in EVALS:
+        return EVALS[name]
+    kinds = {kind.kind: kind for kind in EVALS.values()}
+    if name in kinds:
+        return kinds[name]
+    from longext.errors import ConfigError
+
+    raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, [*EVALS, *kinds])}")
+
+
+def make_eval(name: str, model: str, **settings: Any) -> Eval:
+    """Return the evaluation called `name` with its settings, checked as those of a recipe are."""
+    return build_config(find_eval(name), None, [], {"model": model, **settings})
+
+
+def shown_name(path: str) -> str:
+    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
+    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
+    # not resolved: a link is called as the user called it
+    return Path(os.path.abspath(Path(path).expanduser())).name if is_path and path else path  # noqa: PTH100

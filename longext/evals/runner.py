@@ -1,0 +1,56 @@
+"""The one way an evaluation is run: checked, its data read, its model opened, measured, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longext.evals.base import Eval, Progress, Work, no_progress
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An evaluation that was run.
+
+    Attributes:
+        task: its settings.
+        record: the JSON record, verdicts on its limits included.
+        notes: what a reader of the numbers has to know.
+        files: further files of the results by name.
+    """
+
+    task: Eval
+    record: dict[str, Any]
+    notes: Sequence[str] = ()
+    files: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
+
+
+def run_eval(
+    task: Eval,
+    model: LanguageModel | None = None,
+    *,
+    progress: Progress = no_progress,
+    answers: Path | None = None,
+) -> Measured:
+    """Return what `task` measures of its model.
+
+    Args:
+        model: already open, instead of the one that `task` names.
+        progress: opens a progress display.
+        answers: where answers are kept while the run lasts.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something given cannot be used.
+    """
+    task.check()
+    data = task.load_data()
+    limits = task.limits(data)
+    opened = model if model is not None else task.open_model()
+    outcome = task.measure(opened, data, Work(progress=progress, answers=answers))
+    outcome.record["bars"] = task.verdicts(limits, outcome)
+    return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

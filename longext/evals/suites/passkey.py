@@ -1,0 +1,135 @@
+"""Passkey retrieval: hide a number in a long text and ask for it, by length and depth.
+
+Accuracy with Wilson intervals, heat map, JSON.
+
+Example: longext passkey books-5m --method yarn --factor 8 --lengths 512,1024,2048
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from longext.errors import ConfigError
+from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.limits import PlaceLimit, check_lengths, place_limits
+from longext.models.methods import check_method
+from longext.registry import Registry
+from longext.settings import LENGTH, MANY, option
+
+_FORM = "SCORE or LENGTH=SCORE"
+
+
+@dataclass(frozen=True)
+class PasskeyProtocol:
+    """One named passkey test.
+
+    Attributes:
+        summary: the definition, as printed in reports.
+        reference: where it comes from.
+        has_depths: True where the depth is a parameter; False where each trial draws its own.
+        scoring: "exact" (greedy decoding gives exactly the answer's tokens) or "first-integer" (the first run of
+            digits in ten greedy tokens is the key).
+    """
+
+    summary: str
+    reference: str
+    has_depths: bool
+    scoring: str
+
+
+PASSKEY_PROTOCOLS: Registry[PasskeyProtocol] = Registry("protocol")
+PASSKEY_PROTOCOLS.register(
+    "landmark",
+    PasskeyProtocol(
+        "landmark prompt of exactly L tokens, answer included; keys of a fixed number of digits; needle at a given "
+        "depth; greedy tokens must equal the answer's",
+        "Mohtashami and Jaggi, arXiv 2305.16300; token-exact as longext defines it",
+        True,
+        "exact",
+    ),
+)
+PASSKEY_PROTOCOLS.register(
+    "longlora",
+    PasskeyProtocol(
+        "filler of 3.75 L characters rounded down to 1,024; key 1-49999 and depth drawn per seed 0, 1, ...; greedy "
+        "tokens must equal the answer's; the measured token count is reported",
+        "LongLoRA passkey_retrivial.py (arXiv 2309.12307)",
+        False,
+        "exact",
+    ),
+)
+PASSKEY_PROTOCOLS.register(
+    "yarn",
+    PasskeyProtocol(
+        "filler grown by 128 characters up to L tokens; key 1-50000 and depth drawn per trial (seeded here, unseeded "
+        "there); the first integer of 10 greedy tokens must be the key",
+        "YaRN eval/passkey.py (arXiv 2309.00071)",
+        False,
+        "first-integer",
+    ),
+)
+
+
+@register("passkey")
+@dataclass(frozen=True, kw_only=True)
+class Passkey(ReadingConfig, Eval):
+    """Retrieval accuracy by length and depth."""
+
+    kind: ClassVar[str] = "passkey"
+
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Needle depths from 0 (start) to 1 (end), comma-separated.", ge=0, le=1
+    )
+    num_trials: int = option(4, "Prompts per length and depth.", ge=1, le=MANY)
+    protocol: str = option(
+        "landmark", "landmark has exact lengths, the others are as published:", names=lambda: PASSKEY_PROTOCOLS
+    )
+    filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
+    num_needles: int = option(1, "Needles in the text; one of them is asked for.", ge=1, le=10)
+    num_digits: int = option(5, "Digits of a key.", ge=2, le=12)
+    fail_under: tuple[str, ...] = option(
+        (),
+        f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
+        repeats=True,
+        panel="Output",
+    )
+
+    @property
+    def label(self) -> str:
+        """Return the name of the results directory."""
+        return f"passkey-{self.protocol}"
+
+    @property
+    def rules(self) -> PasskeyProtocol:
+        """Return the protocol that was chosen."""
+        return PASSKEY_PROTOCOLS[self.protocol]
+
+    @property
+    def places(self) -> Sequence[float | None]:
+        """Return the depths that are measured, None if the protocol draws them."""
+        return self.depths if self.rules.has_depths else (None,)
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown protocol or a value out of range."""
+        rules = self.rules
+        check_lengths(self.lengths, minimum=64)
+        check_method(self.method, self.factor)
+        if not self.depths or len({round(depth * 100) for depth in self.depths}) < len(self.depths):
+            raise ConfigError(f"--depths must differ by at least 0.01, got {list(self.depths)}.")
+        if not rules.has_depths and (self.num_needles > 1 or self.filler != "landmark"):
+            raise ConfigError(
+                f"The {self.protocol} protocol is as published: --num-needles and --filler are for landmark."
+            )
+
+    def limits(self, data: Any) -> list[PlaceLimit]:
+        """Return the limits of --fail-under."""
+        return place_limits(self.fail_under, [("", str(length)) for length in sorted(self.lengths)], form=_FORM)
+
+    def measure(self, model: Any, data: Any, work: Work) -> Outcome:
+        """Return the record."""
+        from longext.evals.passkey import measure_passkey
+
+        return measure_passkey(self, model, work)
