@@ -12,6 +12,7 @@ import typer
 
 from longext.cli.output import show
 from longext.errors import ConfigError
+from longext.models.threads import set_threads
 from longext.report.console import print_table, progress, say, working
 from longext.report.training import TrainingReport
 from longext.staging import release_outputs, replace_directory
@@ -47,6 +48,7 @@ def run_training(
         missing.append("an output directory with -o")
     if missing:
         raise ConfigError(f"Give {' and '.join(missing)}.")
+    set_threads(config.threads)
     plan, output = make_plan(config), Path(config.output or "out")
     work = output if config.output is None else check_directories(config, output, plan.source)
     if dry_run:

@@ -50,7 +50,11 @@ def run_eval(
     task.check()
     data = task.load_data()
     limits = task.limits(data)
-    opened = model if model is not None else task.open_model()
-    outcome = task.measure(opened, data, Work(progress=progress, answers=answers))
+    if model is None:
+        from longext.models.threads import set_threads
+
+        set_threads(task.threads)
+        model = task.open_model()
+    outcome = task.measure(model, data, Work(progress=progress, answers=answers))
     outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

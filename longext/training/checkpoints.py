@@ -25,6 +25,7 @@ MARKER = "complete.json"
 _PREFIX = "checkpoint-"
 # What a run decides once and takes along when it is prolonged: not compared, taken over.
 KEPT = ("warmup_used", "last_step")
+_NOT_COMPARED = (*KEPT, "threads")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -133,7 +134,7 @@ def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str
     then = read_marker(checkpoint)["fingerprint"]
     now = json.loads(json.dumps(fingerprint, default=str))
     for key in [*then, *(key for key in now if key not in then)]:
-        if key not in KEPT and then.get(key) != now.get(key):
+        if key not in _NOT_COMPARED and then.get(key) != now.get(key):
             raise ConfigError(
                 f"{checkpoint} was made with {key} {then.get(key)}, this run has {now.get(key)}: they would not "
                 "continue one another. Use the same settings, or another -o for a new run."
@@ -142,7 +143,7 @@ def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str
         raise ConfigError(
             f"{checkpoint} is beyond --num-steps {fingerprint['last_step']}: give at least {_step(checkpoint)}."
         )
-    return {**fingerprint, "warmup_used": then["warmup_used"]}
+    return {**fingerprint, "warmup_used": then["warmup_used"], "threads": then.get("threads", now["threads"])}
 
 
 # --- where a run begins -----------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def find_start(
         ConfigError: the last whole checkpoint belongs to another run, none is whole, or the processes disagree.
     """
     found, damage = _find_checkpoint(config, directory, prolonged, contents=True)
-    compared = {key: value for key, value in fingerprint.items() if key not in KEPT}
+    compared = {key: value for key, value in fingerprint.items() if key not in _NOT_COMPARED}
     agree({"the checkpoint to resume": found.name if found else "none", **compared, "num_steps": config.num_steps})
     if found is None:
         return Beginning(None, fingerprint)

@@ -20,6 +20,7 @@ import torch
 from longext.attention.sequence import make_sequence_group
 from longext.data.packing import collate_rows
 from longext.errors import ConfigError, TrainingStopped
+from longext.models.threads import set_threads
 from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
 from longext.training.config import TrainingConfig
@@ -239,6 +240,8 @@ def set_up(run: Run, measure: Measure | None = None, prolonged: Path | None = No
         raise ConfigError("eval_data asks for measurements: hand in `measure`, one of longext.evals.midway.")
     checkpoints = run.directory / CHECKPOINTS
     beginning = find_start(config, checkpoints, run.plan.fingerprint(run.rows.report), prolonged)
+    if beginning.checkpoint is not None:
+        set_threads(config.threads, beginning.fingerprint["threads"])
     file = run.directory / METRICS_NAME if is_main_process() else None
     metrics = Metrics(file, run.plan.rows_per_step * run.plan.row_length, extra=run.logged)
     signals = StopOnSignal()

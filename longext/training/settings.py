@@ -303,7 +303,8 @@ def fingerprint(
     """Return the fingerprint of a run with these settings on this model and data.
 
     `num_steps` is compared only where the schedule depends on it: a constant one may be prolonged, and keeps the
-    warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for).
+    warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for). `threads` is no reason to refuse
+    either, but sums on a CPU depend on it, so a run that is resumed takes that of its checkpoint.
     """
     text = json.dumps(model_config, sort_keys=True)
     return {
@@ -314,5 +315,6 @@ def fingerprint(
         "num_steps": config.num_steps if config.schedule != "constant" else None,
         "warmup_used": warmup_of(config),
         "last_step": config.num_steps,
+        "threads": torch.get_num_threads(),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
     }

@@ -31,11 +31,16 @@ def run(config: PlanConfig, *, as_json: bool) -> None:
     if not config.output:
         show(record, tables, as_json=as_json, notes=notes)
         return
-
-    def figures() -> dict[str, object]:
-        return {"memory": memory_by_length(plan)}
-
-    deliver_files(Path(config.output), "plan", config, record, lambda: tables, figures, as_json=as_json, notes=notes)
+    deliver_files(
+        Path(config.output),
+        "plan",
+        config,
+        record,
+        lambda: tables,
+        lambda: {"memory": memory_by_length(plan)},
+        as_json=as_json,
+        notes=notes,
+    )
 
 
 COMMANDS.register("plan", Command(config=PlanConfig, run=run))
