@@ -181,7 +181,8 @@ def _required(kind: Any) -> list[dataclasses.Field[Any]]:
 
 def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `values` with each one converted to its field's type; unknown keys and wrong types are errors."""
-    known = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.data.config import RowsConfig
 from longext.options import ChatConfig, DataConfig, RuntimeConfig
 from longext.settings import LENGTH, option, override
-from longext.training.config import DATA, TrainingConfig
+from longext.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig(TrainingConfig, DataConfig):
     """`longext compress-train`: train a compressor on a frozen model (UIO-LLMs and its family)."""
 
-    data: str = option("", DATA, panel="Data")
-    split: str = override(DataConfig, "split", "train")
-    prompt: str = option("auto", "qa: auto (chat template, else plain), chat, plain, llama2.", panel="Data")
+    data: str = override(RowsConfig, "data")
+    split: str = override(RowsConfig, "split")
+    prompt: str = override(RowsConfig, "prompt", help="qa: auto (chat template, else plain), chat, plain, llama2.")
+    control_tokens: str = override(RowsConfig, "control_tokens")
     document_length: int | None = option(
         None, "Tokens of a training document (default: 12 segments, or what fits).", ge=2, le=LENGTH, panel="Data"
     )

@@ -9,8 +9,8 @@ from longext.compressor.base import COMPRESSORS, CompressorSpec, check_spec
 from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
+from longext.data.config import RowsConfig
 from longext.errors import ConfigError
-from longext.training.config import FinetuneConfig
 from longext.training.processes import is_sharded
 from longext.training.settings import (
     check_data,
@@ -146,11 +146,11 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     return config.document_length
 
 
-def token_source(config: CompressConfig) -> FinetuneConfig:
+def token_source(config: CompressConfig) -> RowsConfig:
     """Return the data part of a config as the token cache takes it: answers alone are scored with the objective qa."""
     task = "sft" if "qa" in parse_objectives(config.objectives) else "pretrain"
-    names = ("model", "data", "text_field", "split", "max_documents", "max_tokens", "prompt", "seed")
-    return FinetuneConfig(task=task, **{name: getattr(config, name) for name in names})
+    names = ("data", "text_field", "split", "max_documents", "max_tokens", "prompt", "control_tokens", "seed")
+    return RowsConfig(task=task, **{name: getattr(config, name) for name in names})
 
 
 def compress_fingerprint(

@@ -204,7 +204,7 @@ def find_eval(name: str) -> type[Eval]:
         return kinds[name]
     from longext.errors import ConfigError
 
-    raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, [*EVALS, *kinds])}")
+    raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, {*EVALS, *kinds})}")
 
 
 def make_eval(name: str, model: str, **settings: Any) -> Eval:

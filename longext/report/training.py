@@ -285,7 +285,7 @@ def training_figure(metrics: Metrics, title: str, losses: Mapping[str, str]) -> 
     """
     from matplotlib.ticker import MaxNLocator
 
-    from longext.report.plots import INK, log_perplexity, new_figure, style
+    from longext.report.plots import INK, log_ticks, new_figure, style
 
     lines = [line for line in metrics if "loss" in line]
     measured = [line for line in metrics if "perplexity" in line and "controls" not in line]
@@ -306,7 +306,7 @@ def training_figure(metrics: Metrics, title: str, losses: Mapping[str, str]) -> 
             colour = _LENGTH_COLOURS[number % len(_LENGTH_COLOURS)]
             panels[-1].plot(x, y, marker="o", markersize=3.5, color=colour, label=f"{int(length):,} tokens")
         style(panels[-1], "", "", "perplexity (full attention)")
-        log_perplexity(panels[-1])
+        log_ticks(panels[-1])
         panels[-1].legend(frameon=False, fontsize=8.5, labelcolor=INK)
     panels[0].set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     panels[-1].set_xlabel("step", fontsize=9.5, color=INK)

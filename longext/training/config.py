@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.options import DataConfig, RopeConfig, RuntimeConfig
+from longext.data.config import RowsConfig
+from longext.options import RopeConfig, RuntimeConfig
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option, override
 
 DRY_RUN = {"dry_run": "Check everything, print the plan, train nothing."}
-DATA = "Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story); required."
 _TRAINING, _MEMORY, _CHECKPOINTS, _PROCESSES = "Training", "Memory and speed", "Checkpoints", "Processes"
 _MOST_PROCESSES = 2**16
 
@@ -61,7 +61,6 @@ class TrainingConfig(RuntimeConfig):
     )
     eval_documents: int = option(8, "Documents of --eval-data to read.", ge=1, panel="Data")
     eval_every: int | None = option(None, "Steps between measurements (default: start and end).", ge=1, panel="Data")
-    control_tokens: str = option("keep", "Control tokens that a text spells: keep, or text.", panel="Data")
     log_every: int = option(1, "Steps between lines of metrics.jsonl.", ge=1, panel="Output")
     save_every: int | None = option(100, "Steps between checkpoints.", ge=1, panel=_CHECKPOINTS)
     keep_checkpoints: int = option(2, "Checkpoints that are kept.", ge=1, le=MANY, panel=_CHECKPOINTS)
@@ -83,20 +82,15 @@ class TrainingConfig(RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
+class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
 
-    data: str = option("", DATA, panel="Data")
-    split: str = override(DataConfig, "split", "train")
-    task: str = option("pretrain", "Plain text or chats", names=lambda: ("pretrain", "sft"), panel="Data")
-    prompt: str = option("auto", "sft: auto (chat template, else plain), chat, plain, llama2.", panel="Data")
-    separate_documents: bool = option(False, "No attention across packed documents.", panel="Data")
+    target_length: int | None = override(RopeConfig, "target_length")
     method: str = option(
         "none",
         "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has.",
         panel="Method",
     )
-    positions: str = option("plain", "pose: skip-wise, with --window", names=lambda: ("plain", "pose"), panel="Method")
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
     attention: str | None = option(
         None, "In training: s2 (default; pose: full), full, short, s2-wrapped.", panel="Method"
