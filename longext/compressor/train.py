@@ -37,11 +37,10 @@ from longext.compressor.settings import (
 from longext.data.pieces import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
-from longext.training.callbacks import Measure, Report
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.processes import is_main_process, main_process_first
-from longext.training.run import Run, RunPlan, TrainingResult, set_up
+from longext.training.run import Run, RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,29 +112,6 @@ def plan_compressor(config: CompressConfig) -> CompressPlan:
     spec = spec_of(config, window)
     length = document_length(config, spec, window)
     return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec)
-
-
-def train_compressor(
-    config: CompressConfig | CompressPlan,
-    directory: Path,
-    *,
-    measure: Callable[[CompressRun], Measure | None] | None = None,
-    on_progress: Report | None = None,
-) -> TrainingResult:
-    """Train, and write the compressor into `directory`.
-
-    Args:
-        directory: the run's working directory; holds checkpoints and metrics from the first step.
-        measure: makes of the loaded run what measures it while it trains (`evals.midway.make_memory_measure`).
-        on_progress: told about tokens done and the last loss.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: something given cannot be used.
-        TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
-    """
-    plan = config if isinstance(config, CompressPlan) else plan_compressor(config)
-    run = plan.load(directory)
-    return set_up(run, measure(run) if measure else None).train(on_progress)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ def run_eval(
     model: LanguageModel | None = None,
     *,
     progress: Progress = no_progress,
+    loading: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     answers: Path | None = None,
 ) -> Measured:
     """Return what `task` measures of its model.
@@ -42,6 +44,7 @@ def run_eval(
     Args:
         model: already open, instead of the one that `task` names.
         progress: opens a progress display.
+        loading: opens what shows that a model is being loaded.
         answers: where answers are kept while the run lasts.
 
     Raises:
@@ -54,7 +57,8 @@ def run_eval(
         from longext.models.threads import set_threads
 
         set_threads(task.threads)
-        model = task.open_model()
+        with loading(f"loading {task.model}"):
+            model = task.open_model()
     outcome = task.measure(model, data, Work(progress=progress, answers=answers))
     outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

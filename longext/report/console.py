@@ -137,7 +137,7 @@ def duration(seconds: float) -> str:
     """Return a time as people read it: 350 ms, 42 s, 0:03:05 (hours, minutes, seconds), 5 d 3:00:00."""
     seconds = max(0.0, seconds)
     if seconds < 1:
-        return f"{1000 * seconds:.0f} ms" if seconds else "0 s"
+        return f"{1000 * seconds:.3g} ms" if seconds else "0 s"
     if seconds < 59.5:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     days, rest = divmod(round(seconds), 86_400)

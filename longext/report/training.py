@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import HUB_ID
 from longext.conversion.card import adapter_use
@@ -58,44 +58,33 @@ longext eval ppl --memory DIR --data TEXT
 From Python: `longext.compressor.checkpoint.load_compressor` and `longext.compressor.session.Session`."""
 
 
-class TrainingReport(ABC):
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
     """How the results of one training command look.
 
     Attributes:
         command: its name, the kind of its result.
         part: the key of the run's record in result.json and run.json.
-        losses: parts of the loss by their key in the metrics, with the label of their panel in the picture.
         tags: of the card.
+        plan_table: (record, config) -> what a run is going to do (or did), one line per choice.
+        measured: metrics -> tables of what was measured while it trained.
+        title: (record, config) -> title of the picture.
+        card: (config, result) -> library, title, what and use of the card.
+        next_step: output -> what was written, and the command to go on with.
+        losses: parts of the loss by their key in the metrics, with the label of their panel in the picture.
+        extra: metrics -> further keys of the result.
     """
 
-    command: ClassVar[str]
-    part: ClassVar[str]
-    losses: ClassVar[Mapping[str, str]] = {}
-    tags: ClassVar[str]
-
-    @abstractmethod
-    def plan_table(self, record: Mapping[str, Any], config: Any) -> Table:
-        """Return what a run is going to do (or did), one line per choice."""
-
-    @abstractmethod
-    def measured_tables(self, metrics: Metrics) -> list[Table]:
-        """Return what was measured while it trained."""
-
-    @abstractmethod
-    def title(self, record: Mapping[str, Any], config: Any) -> str:
-        """Return the title of the picture."""
-
-    @abstractmethod
-    def card(self, config: Any, result: TrainingResult) -> dict[str, str]:
-        """Return library, title, what and use of the card."""
-
-    @abstractmethod
-    def next_step(self, output: Path) -> str:
-        """Return what was written, and the command to go on with."""
-
-    def extra(self, metrics: Metrics) -> dict[str, Any]:
-        """Return further keys of the result."""
-        return {}
+    command: str
+    part: str
+    tags: str
+    plan_table: Callable[[Mapping[str, Any], Any], Table]
+    measured: Callable[[Metrics], list[Table]]
+    title: Callable[[Mapping[str, Any], Any], str]
+    card: Callable[[Any, TrainingResult], dict[str, str]]
+    next_step: Callable[[Path], str]
+    losses: Mapping[str, str] = field(default_factory=dict)
+    extra: Callable[[Metrics], dict[str, Any]] = lambda metrics: {}
 
     def write(self, config: Any, result: TrainingResult) -> tuple[Written, dict[str, Any]]:
         """Write everything but the weights into the run's directory; returns (what was written, the result record)."""
@@ -110,7 +99,7 @@ class TrainingReport(ABC):
         )
 
         def tables() -> list[Table]:
-            return [self.plan_table(record, config), *self.measured_tables(metrics)]
+            return [self.plan_table(record, config), *self.measured(metrics)]
 
         written = write_result_files(
             result.directory,
@@ -138,135 +127,151 @@ class TrainingReport(ABC):
         )
 
 
-class FinetuneReport(TrainingReport):
-    """`longext finetune`."""
+# --- finetune ---------------------------------------------------------------------------------------------------------
 
-    command = part = "finetune"
-    tags = "rope, longlora"
 
-    def plan_table(self, record: Mapping[str, Any], config: Any) -> Table:
-        """Return length, attention, what is trained, the step and the data."""
-        tuning, attention = record["tuning"], record["attention"]
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
-        group = f", groups of {attention['group_size']:,}" if attention["group_size"] else ""
-        share = tuning["num_trainable"] / tuning["num_total"]
-        per_step, length = record["rows_per_step"], record["row_length"]
-        rows = [
-            ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
-            ("attention", f"training: {attention['training']}{group}; evaluation: {attention['evaluation']}"),
-            ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
-            ("", kinds),
-            ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
-            ("data", _counts(record["data"])),
-        ]
-        return Table(f"Fine-tuning {config.model}", ("", "value"), rows, left=frozenset({1}))
+def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
+    tuning, attention = record["tuning"], record["attention"]
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
+    group = f", groups of {attention['group_size']:,}" if attention["group_size"] else ""
+    share = tuning["num_trainable"] / tuning["num_total"]
+    per_step, length = record["rows_per_step"], record["row_length"]
+    rows = [
+        ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
+        ("attention", f"training: {attention['training']}{group}; evaluation: {attention['evaluation']}"),
+        ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
+        ("", kinds),
+        ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
+        ("data", _counts(record["data"])),
+    ]
+    return Table(f"Fine-tuning {config.model}", ("", "value"), rows, left=frozenset({1}))
 
-    def measured_tables(self, metrics: Metrics) -> list[Table]:
-        """Return perplexity by length at each measured step."""
-        measured = [line for line in metrics if "perplexity" in line]
-        if not measured:
-            return []
+
+def _perplexity_table(metrics: Metrics) -> list[Table]:
+    measured = [line for line in metrics if "perplexity" in line]
+    if not measured:
+        return []
+    lengths = list(measured[0]["perplexity"])
+    rows = [(f"{line['step']:,}", *(f"{line['perplexity'][n]:.2f}" for n in lengths)) for line in measured]
+    return [Table("Perplexity by length, full attention", ("step", *(f"{int(n):,}" for n in lengths)), rows)]
+
+
+def _finetune_title(record: Mapping[str, Any], config: Any) -> str:
+    tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
+    return f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
+
+
+def _finetune_card(config: Any, result: TrainingResult) -> dict[str, str]:
+    is_adapter, attention = _is_adapter(result.directory), result.record["attention"]
+    use = adapter_use(result.extension or {}) if is_adapter else "```\nlongext verify DIR\n```"
+    return {
+        "library": "peft" if is_adapter else "transformers",
+        "title": f"{markdown_text(Path(config.model).name)} trained at {result.record['target_length']:,} tokens",
+        "what": _ADAPTER if is_adapter else _CHECKPOINT,
+        "use": f"{use}\n\nTraining attention: {attention['training']} ({attention['definition']}). The model is used "
+        "with full attention, as every evaluation here was made.",
+    }
+
+
+def _finetune_next(output: Path) -> str:
+    merge = f"longext merge {output} -o {output}-merged"
+    step = merge if _is_adapter(output) else f"longext verify {output}"
+    return f"Wrote {output} (loss.png, metrics.jsonl, run.json). Next: {step}"
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file()
+
+
+FINETUNE = TrainingReport(
+    command="finetune",
+    part="finetune",
+    tags="rope, longlora",
+    plan_table=_finetune_plan,
+    measured=_perplexity_table,
+    title=_finetune_title,
+    card=_finetune_card,
+    next_step=_finetune_next,
+)
+
+
+# --- compress-train ---------------------------------------------------------------------------------------------------
+
+
+def _compress_plan(record: Mapping[str, Any], config: Any) -> Table:
+    spec, length = record["spec"], record["document_length"]
+    ratios = ", ".join(f"{ratio}x ({spec['segment'] // ratio} slots)" for ratio in spec["ratios"])
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in record["objectives"].items())
+    share = record["num_trainable"] / record["num_total"]
+    tokens = record["documents_per_step"] * length
+    raw = f"sink {spec['sink']}, overlap {spec['overlap']}"
+    rows = [
+        ("architecture", f"{spec['arch']} ({spec['memory']} memory): {record['summary']}"),
+        ("segment", f"{spec['segment']:,} tokens at {ratios}; {raw}"),
+        ("document", f"{length:,} tokens, {-(-length // spec['segment'])} segments; window {record['window']:,}"),
+        ("trained", f"{record['num_trainable']:,} beside {record['num_total']:,} frozen ({share:.1%})"),
+        ("learns", f"{weights}; gradient {record['gradient']}"),
+        ("step", f"{record['documents_per_step']} documents = {tokens:,} tokens; {config.num_steps:,} steps"),
+        ("data", f"{record['data']['num_tokens']:,} tokens, {record['data']['num_documents']:,} documents"),
+    ]
+    return Table(f"Compressing for {Path(record['base_model']).name}", ("", "value"), rows, left=frozenset({1}))
+
+
+def _compress_tables(metrics: Metrics) -> list[Table]:
+    """Return the gradient checks, and perplexity with memory and its controls by length at each measured step."""
+    tables = []
+    if checks := [line for line in metrics if "cosine" in line]:
+        names = ("cosine", "relative_error", "norm_ratio")
+        rows = [(f"{line['step']:,}", *(f"{line[name]:.4f}" for name in names)) for line in checks]
+        checked = ("step", "cosine", "relative error", "norm ratio")
+        tables.append(Table("Gradient against the exact one", checked, rows))
+    if measured := [line for line in metrics if "controls" in line]:
         lengths = list(measured[0]["perplexity"])
-        rows = [(f"{line['step']:,}", *(f"{line['perplexity'][n]:.2f}" for n in lengths)) for line in measured]
-        return [Table("Perplexity by length, full attention", ("step", *(f"{int(n):,}" for n in lengths)), rows)]
-
-    def title(self, record: Mapping[str, Any], config: Any) -> str:
-        """Return the model, its tuning and attention."""
-        tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
-        return f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
-
-    def card(self, config: Any, result: TrainingResult) -> dict[str, str]:
-        """Return what the weights are, an adapter or a checkpoint, and how they are used."""
-        is_adapter = (result.directory / "adapter_config.json").is_file()
-        attention = result.record["attention"]
-        use = adapter_use(result.extension or {}) if is_adapter else "```\nlongext verify DIR\n```"
-        return {
-            "library": "peft" if is_adapter else "transformers",
-            "title": f"{markdown_text(Path(config.model).name)} trained at {result.record['target_length']:,} tokens",
-            "what": _ADAPTER if is_adapter else _CHECKPOINT,
-            "use": f"{use}\n\nTraining attention: {attention['training']} ({attention['definition']}). The model is "
-            "used with full attention, as every evaluation here was made.",
-        }
-
-    def next_step(self, output: Path) -> str:
-        """Return what was written, and how to merge or verify it."""
-        is_adapter = (output / "adapter_config.json").is_file()
-        step = f"longext merge {output} -o {output}-merged" if is_adapter else f"longext verify {output}"
-        return f"Wrote {output} (loss.png, metrics.jsonl, run.json). Next: {step}"
-
-
-class CompressReport(TrainingReport):
-    """`longext compress-train`."""
-
-    command, part = "compress-train", "compress"
-    losses = {"documents": "documents (nats)", "ae": "auto-encoding (nats, weighted)"}  # noqa: RUF012
-    tags = "context-compression"
-
-    def plan_table(self, record: Mapping[str, Any], config: Any) -> Table:
-        """Return the compressor, its documents, what it learns, the step and the data."""
-        spec, length = record["spec"], record["document_length"]
-        ratios = ", ".join(f"{ratio}x ({spec['segment'] // ratio} slots)" for ratio in spec["ratios"])
-        weights = ", ".join(f"{name} {weight:g}" for name, weight in record["objectives"].items())
-        share = record["num_trainable"] / record["num_total"]
-        tokens = record["documents_per_step"] * length
-        raw = f"sink {spec['sink']}, overlap {spec['overlap']}"
         rows = [
-            ("architecture", f"{spec['arch']} ({spec['memory']} memory): {record['summary']}"),
-            ("segment", f"{spec['segment']:,} tokens at {ratios}; {raw}"),
-            ("document", f"{length:,} tokens, {-(-length // spec['segment'])} segments; window {record['window']:,}"),
-            ("trained", f"{record['num_trainable']:,} beside {record['num_total']:,} frozen ({share:.1%})"),
-            ("learns", f"{weights}; gradient {record['gradient']}"),
-            ("step", f"{record['documents_per_step']} documents = {tokens:,} tokens; {config.num_steps:,} steps"),
-            ("data", f"{record['data']['num_tokens']:,} tokens, {record['data']['num_documents']:,} documents"),
+            (f"{line['step']:,}", name, *(f"{values[n]:.2f}" for n in lengths))
+            for line in measured
+            for name, values in {"memory": line["perplexity"], **line["controls"]}.items()
         ]
-        return Table(f"Compressing for {Path(record['base_model']).name}", ("", "value"), rows, left=frozenset({1}))
+        headers = ("step", "reads", *(f"{int(n):,}" for n in lengths))
+        title = "Perplexity of the next segment by tokens of context"
+        tables.append(Table(title, headers, rows, left=frozenset({1})))
+    return tables
 
-    def measured_tables(self, metrics: Metrics) -> list[Table]:
-        """Return the gradient checks, and perplexity with memory and its controls by length at each measured step."""
-        tables = []
-        if checks := [line for line in metrics if "cosine" in line]:
-            names = ("cosine", "relative_error", "norm_ratio")
-            rows = [(f"{line['step']:,}", *(f"{line[name]:.4f}" for name in names)) for line in checks]
-            checked = ("step", "cosine", "relative error", "norm ratio")
-            tables.append(Table("Gradient against the exact one", checked, rows))
-        if measured := [line for line in metrics if "controls" in line]:
-            lengths = list(measured[0]["perplexity"])
-            rows = [
-                (f"{line['step']:,}", name, *(f"{values[n]:.2f}" for n in lengths))
-                for line in measured
-                for name, values in {"memory": line["perplexity"], **line["controls"]}.items()
-            ]
-            headers = ("step", "reads", *(f"{int(n):,}" for n in lengths))
-            title = "Perplexity of the next segment by tokens of context"
-            tables.append(Table(title, headers, rows, left=frozenset({1})))
-        return tables
 
-    def extra(self, metrics: Metrics) -> dict[str, Any]:
-        """Return the gradient checks."""
-        return {"gradient_checks": [line for line in metrics if "cosine" in line]}
+def _compress_title(record: Mapping[str, Any], config: Any) -> str:
+    spec, name = record["spec"], Path(config.model).name
+    ratios = "/".join(str(ratio) for ratio in spec["ratios"])
+    return f"{name}: {spec['arch']}, {ratios}x, {config.objectives}, gradient {config.gradient}"
 
-    def title(self, record: Mapping[str, Any], config: Any) -> str:
-        """Return the model, the compressor, what it learns and how."""
-        spec = record["spec"]
-        ratios = "/".join(str(ratio) for ratio in spec["ratios"])
-        name = Path(config.model).name
-        return f"{name}: {spec['arch']}, {ratios}x, {config.objectives}, gradient {config.gradient}"
 
-    def card(self, config: Any, result: TrainingResult) -> dict[str, str]:
-        """Return what the compressor is and how it is used."""
-        return {
-            "library": "longext",
-            "title": f"A context compressor for {markdown_text(Path(config.model).name)}",
-            "what": f"{result.record['summary']} ({result.record['reference']}).",
-            "use": _COMPRESSOR_USE,
-        }
+def _compress_card(config: Any, result: TrainingResult) -> dict[str, str]:
+    return {
+        "library": "longext",
+        "title": f"A context compressor for {markdown_text(Path(config.model).name)}",
+        "what": f"{result.record['summary']} ({result.record['reference']}).",
+        "use": _COMPRESSOR_USE,
+    }
 
-    def next_step(self, output: Path) -> str:
-        """Return what was written, and how to evaluate and use it."""
-        return (
-            f"Wrote {output} (compressor.safetensors, loss.png, metrics.jsonl, run.json). Next: longext eval ppl "
-            f"--memory {output} --data TEXT, or longext generate {output} --context FILE"
-        )
+
+def _compress_next(output: Path) -> str:
+    return (
+        f"Wrote {output} (compressor.safetensors, loss.png, metrics.jsonl, run.json). Next: longext eval ppl "
+        f"--memory {output} --data TEXT, or longext generate {output} --context FILE"
+    )
+
+
+COMPRESS = TrainingReport(
+    command="compress-train",
+    part="compress",
+    tags="context-compression",
+    plan_table=_compress_plan,
+    measured=_compress_tables,
+    title=_compress_title,
+    card=_compress_card,
+    next_step=_compress_next,
+    losses={"documents": "documents (nats)", "ae": "auto-encoding (nats, weighted)"},
+    extra=lambda metrics: {"gradient_checks": [line for line in metrics if "cosine" in line]},
+)
 
 
 def _counts(data: Mapping[str, Any]) -> str:

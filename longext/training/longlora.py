@@ -27,7 +27,6 @@ from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
 from longext.models.hf import LENGTH_DEPENDENT
-from longext.training.callbacks import Measure, Report
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
 from longext.training.loading import (
@@ -43,7 +42,7 @@ from longext.training.loading import (
 )
 from longext.training.losses import chunked_loss
 from longext.training.processes import is_main_process, main_process_first, wait_for_all
-from longext.training.run import Run, RunPlan, TrainingResult, set_up
+from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import check_finetune_config, fingerprint_of, world_size
 from longext.training.tuning import Trainable, make_trainable
 
@@ -123,27 +122,13 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     return FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
 
 
-def finetune_checkpoint(
-    config: FinetuneConfig | FinetunePlan,
-    directory: Path,
-    *,
-    measure: Callable[[FinetuneRun], Measure | None] | None = None,
-    on_progress: Report | None = None,
-) -> TrainingResult:
-    """Train, and write the adapter (or, with tuning "full", the checkpoint) into `directory`.
+def finetune_checkpoint(config: FinetuneConfig, directory: Path, **settings: Any) -> TrainingResult:
+    """Check and train a run, and write the adapter (with tuning "full" the checkpoint) into `directory`.
 
     Args:
-        directory: the run's working directory; holds checkpoints and metrics from the first step.
-        measure: makes of the loaded run what measures it while it trains (`evals.midway.make_perplexity_measure`).
-        on_progress: told about tokens done and the last loss.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: something given cannot be used.
-        TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
+        settings: as for `training.run.train`, whose errors it raises besides those of `plan_finetune`.
     """
-    plan = config if isinstance(config, FinetunePlan) else plan_finetune(config)
-    run = plan.load(directory)
-    return set_up(run, measure(run) if measure else None).train(on_progress)
+    return train(plan_finetune(config), directory, **settings)
 
 
 def _check_sequence_parallel(config: FinetuneConfig, extension: Extension, length: int) -> None:

@@ -224,6 +224,28 @@ class Training:
             )
 
 
+def train(
+    plan: RunPlan,
+    directory: Path,
+    *,
+    make_measure: Callable[[Any], Measure | None] | None = None,
+    on_progress: Report | None = None,
+) -> TrainingResult:
+    """Load what was planned, train it, and write the result into `directory`.
+
+    Args:
+        directory: the run's working directory; holds checkpoints and metrics from the first step.
+        make_measure: makes of the loaded run what measures it while it trains, one of `evals.midway`.
+        on_progress: told about tokens done and the last loss.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something given cannot be used.
+        TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
+    """
+    run = plan.load(directory)
+    return set_up(run, make_measure(run) if make_measure else None).train(on_progress)
+
+
 def set_up(run: Run, measure: Measure | None = None, prolonged: Path | None = None) -> Training:
     """Return a loaded run with its engine, from the last checkpoint if it is resumed; nothing is written.
 

@@ -17,10 +17,10 @@ def run(config: FinetuneConfig, *, as_json: bool, dry_run: bool) -> None:
     """Check, launch processes if several are asked for, train, write."""
     from longext.cli.training import run_training
     from longext.evals.midway import make_perplexity_measure
-    from longext.report.training import FinetuneReport
+    from longext.report.training import FINETUNE
     from longext.training.longlora import plan_finetune
 
-    run_training(config, plan_finetune, make_perplexity_measure, FinetuneReport(), dry_run=dry_run, as_json=as_json)
+    run_training(config, plan_finetune, make_perplexity_measure, FINETUNE, dry_run=dry_run, as_json=as_json)
 
 
 COMMANDS.register("finetune", Command(config=FinetuneConfig, run=run, switches=DRY_RUN))

@@ -19,6 +19,7 @@ def run(config: ReportConfig, as_json: bool) -> None:
     """Read the results, compare what is comparable, write and show."""
     from longext.cli.output import deliver_files, open_output
     from longext.report.build import csv_rows, make_report, report_record
+    from longext.report.console import working
     from longext.report.report_figures import report_figures
     from longext.report.report_page import report_page
     from longext.report.report_views import report_notes, report_tables, to_markdown
@@ -28,7 +29,8 @@ def run(config: ReportConfig, as_json: bool) -> None:
 
     output = output_directory(config.output, "report", None)
     open_output(output, config)
-    report = make_report(config.results)
+    with working("reading results"):
+        report = make_report(config.results)
     for result in report.results:
         check_apart(output, result.file)
     pictures = functools.cache(lambda: report_figures(report))
