@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from longext.compressor.base import COMPRESSORS, CompressorSpec, check_spec
 from longext.compressor.config import CompressConfig
@@ -11,40 +10,18 @@ from longext.compressor.objectives import parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
+from longext.settings import check_names
 from longext.training.processes import is_sharded
 from longext.training.settings import (
+    DECIDING,
     check_data,
-    check_names,
     check_optimiser,
     check_processes,
     check_reporting,
-    fingerprint,
-    world_size,
 )
 
 _DEFAULT_SEGMENTS = 12
-# Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
-_DECIDING = (
-    "prompt",
-    "arch",
-    "segment",
-    "ratio",
-    "overlap",
-    "objectives",
-    "gradient",
-    "lora_r",
-    "lora_alpha",
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "dtype",
-    "sequence_parallel",
-)
+DECIDING_COMPRESS = ("arch", "segment", "ratio", "overlap", "objectives", "gradient", *DECIDING)
 
 
 def check_compress_config(config: CompressConfig) -> None:
@@ -151,19 +128,6 @@ def token_source(config: CompressConfig) -> RowsConfig:
     task = "sft" if "qa" in parse_objectives(config.objectives) else "pretrain"
     names = ("data", "text_field", "split", "max_documents", "max_tokens", "prompt", "control_tokens", "seed")
     return RowsConfig(task=task, **{name: getattr(config, name) for name in names})
-
-
-def compress_fingerprint(
-    config: CompressConfig,
-    spec: CompressorSpec,
-    model_config: dict[str, Any],
-    base_weights: str,
-    report: dict[str, Any],
-) -> dict[str, Any]:
-    """Return everything that decides the numbers of a run, as plain JSON values."""
-    settings = {name: getattr(config, name) for name in _DECIDING}
-    settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": report["row_length"], "init": config.init}
-    return fingerprint(config, settings, model_config, base_weights, report["tokens_sha256"], world_size(config))
 
 
 def same_shape(one: CompressorSpec, other: CompressorSpec) -> bool:

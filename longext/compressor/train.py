@@ -27,8 +27,8 @@ from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
 from longext.compressor.policies import parse_policy
 from longext.compressor.settings import (
+    DECIDING_COMPRESS,
     check_compress_config,
-    compress_fingerprint,
     document_length,
     same_shape,
     spec_of,
@@ -41,6 +41,7 @@ from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.processes import is_main_process, main_process_first
 from longext.training.run import Run, RunPlan
+from longext.training.settings import fingerprint, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,13 @@ class CompressPlan(RunPlan):
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return what decides the numbers of the run on data of this report."""
-        return compress_fingerprint(self.config, self.spec, read_config(self.source), self.base.weights, data)
+        config, spec = self.config, self.spec
+        settings = {name: getattr(config, name) for name in DECIDING_COMPRESS}
+        settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": data["row_length"], "init": config.init}
+        processes = world_size(config)
+        return fingerprint(
+            config, settings, read_config(self.source), self.base.weights, data["tokens_sha256"], processes
+        )
 
     def load(self, directory: Path, on_tokens: Callable[[int], None] | None = None) -> CompressRun:
         """Load the frozen model, the compressor on it and the documents."""

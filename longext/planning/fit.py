@@ -12,11 +12,11 @@ from typing import Any
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError
 from longext.manifest import result_record
-from longext.planning.config import PlanConfig
+from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
 from longext.planning.memory import MemoryPlan, kv_cache_bytes, plan_memory
-from longext.planning.setup import DTYPES, TrainingSetup, setup_of
+from longext.planning.setup import TrainingSetup, setup_of
 from longext.planning.shape import ModelShape, read_shape
 
 STEP = 256  # lengths are searched in multiples of this many tokens

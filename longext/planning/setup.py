@@ -6,14 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from longext.errors import ConfigError
-from longext.planning.config import PlanConfig
+from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.shape import ModelShape
-from longext.registry import did_you_mean
-
-METHODS = ("longlora", "lora", "full")
-ATTENTIONS = ("s2", "full")
-SHARDINGS = ("auto", "none", "ddp", "zero2", "fsdp")
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from longext.settings import check_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +92,9 @@ def setup_of(config: PlanConfig, num_gpus: int) -> TrainingSetup:
     Raises:
         ConfigError: an unknown method, attention, sharding or dtype; a group or a division that cannot be.
     """
-    _check_names(config)
+    check_names(config)
+    if config.offload and not config.checkpointing:
+        raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")
     attention = config.attention or ("s2" if config.method == "longlora" else "full")
     if not 0 < config.group_ratio <= 1:
         raise ConfigError(f"`group_ratio` must be in (0, 1], got {config.group_ratio:g}.")
@@ -112,17 +109,3 @@ def setup_of(config: PlanConfig, num_gpus: int) -> TrainingSetup:
     shared = {field.name for field in dataclasses.fields(TrainingSetup)} & set(vars(config))
     same = {name: getattr(config, name) for name in shared - {"attention"}}
     return TrainingSetup(**same, attention=attention, num_gpus=num_gpus, compute_bytes=DTYPES[config.dtype])
-
-
-def _check_names(config: PlanConfig) -> None:
-    attention = config.attention or "s2"
-    for value, known, what in (
-        (config.method, METHODS, "method"),
-        (attention, ATTENTIONS, "attention"),
-        (config.sharding, SHARDINGS, "sharding"),
-        (config.dtype, DTYPES, "dtype"),
-    ):
-        if value not in known:
-            raise ConfigError(f"Unknown {what} '{value}'. {did_you_mean(value, known)}")
-    if config.offload and not config.checkpointing:
-        raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")

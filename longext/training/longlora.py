@@ -43,7 +43,7 @@ from longext.training.loading import (
 from longext.training.losses import chunked_loss
 from longext.training.processes import is_main_process, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
-from longext.training.settings import check_finetune_config, fingerprint_of, world_size
+from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.tuning import Trainable, make_trainable
 
 
@@ -83,7 +83,10 @@ class FinetunePlan(RunPlan):
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return what decides the numbers of the run on data of this report."""
-        return fingerprint_of(self.config, self.extension, data, world_size(self.config))
+        config, extension = self.config, self.extension
+        settings = {**{name: getattr(config, name) for name in DECIDING_FINETUNE}, "attention": attention_of(config)}
+        weights = extension.record["base_weights"]
+        return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
 
     def load(self, directory: Path, on_tokens: Callable[[int], None] | None = None) -> FinetuneRun:
         """Load model and rows; the model stays where it was loaded: Trainer, which knows about sharding, moves it."""

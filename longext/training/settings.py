@@ -17,43 +17,22 @@ from longext.attention.shifted import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
 from longext.rope.methods import ROPE_METHODS
-from longext.settings import option_of
-from longext.training.config import TUNINGS, FinetuneConfig, TrainingConfig
+from longext.settings import check_names
+from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
-from longext.training.loading import Extension, attention_of, training_device
+from longext.training.loading import attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
-_DECIDING = (
-    "method",
-    "task",
-    "prompt",
-    "window",
-    "positions",
-    "separate_documents",
-    "tuning",
-    "norms",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-    "quantize",
-    "attention",
-    "group_size",
-    "group_ratio",
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "dtype",
-    "sequence_parallel",
-    *(field.name for field in dataclasses.fields(RopeConfig)),
-)
+DECIDING = (
+    "prompt", "lora_r", "lora_alpha", "batch_size", "accumulation", "learning_rate", "schedule", "warmup_steps",
+    "weight_decay", "max_grad_norm", "seed", "dtype", "sequence_parallel",
+)  # fmt: skip
+DECIDING_FINETUNE = (
+    "method", "task", "window", "positions", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
+    "quantize", "group_size", "group_ratio", *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
+)  # fmt: skip
 
 
 def check_finetune_config(config: FinetuneConfig) -> None:
@@ -61,7 +40,6 @@ def check_finetune_config(config: FinetuneConfig) -> None:
     check_data(config)
     ROPE_METHODS[config.method]
     ATTENTION_VARIANTS[attention_of(config)]
-    TUNINGS[config.tuning]
     if config.backend != "auto":
         BACKENDS[config.backend]
     check_names(config)
@@ -78,14 +56,6 @@ def check_data(config: DataConfig) -> None:
         raise ConfigError(
             "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
         )
-
-
-def check_names(config: TrainingConfig) -> None:
-    """Raise ConfigError for a setting that is none of the names that its option lists."""
-    for field in dataclasses.fields(config):
-        names, value = option_of(field).names, getattr(config, field.name)
-        if names is not None and value not in names():
-            raise ConfigError(f"`{field.name}` must be one of {', '.join(names())}, got '{value}'.")
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
@@ -281,15 +251,6 @@ def _parallelism(config: TrainingConfig) -> dict[str, Any]:
     from accelerate.parallelism_config import ParallelismConfig
 
     return {"parallelism_config": ParallelismConfig(cp_size=config.context_parallel)}
-
-
-def fingerprint_of(
-    config: FinetuneConfig, extension: Extension, data: dict[str, Any], processes: int
-) -> dict[str, Any]:
-    """Return everything that decides the numbers of a fine-tuning run, as plain JSON values."""
-    settings = {**{name: getattr(config, name) for name in _DECIDING}, "attention": attention_of(config)}
-    weights = extension.record["base_weights"]
-    return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], processes)
 
 
 def fingerprint(
