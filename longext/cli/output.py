@@ -61,10 +61,11 @@ def deliver_files(
     figures: Callable[[], Mapping[str, Figure]],
     *,
     as_json: bool,
+    lead: Sequence[str] = (),
     notes: Sequence[str] = (),
     extra: Mapping[str, str | Callable[[], str]] | None = None,
 ) -> None:
-    """Write the result directory, then print tables, notes and its path; see `show`.
+    """Write the result directory, then print `lead`, tables, notes and its path; see `show`.
 
     Args:
         tables, figures, extra: as for `write_result_files`.
@@ -74,6 +75,8 @@ def deliver_files(
 
     with working(f"writing {output}"):
         written = write_results(output, command, config, record, tables, figures, extra)
+    for line in lead:
+        say(line, aside=as_json)
     show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 

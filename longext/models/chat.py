@@ -20,7 +20,7 @@ class ChatFrame:
     """What a chat template puts around a user's message.
 
     Attributes:
-        before: the text in front, the tokenizer's prefix included where the template writes it.
+        before: the text in front, the tokenizer's prefix included if the template writes it.
         after: the text behind, up to where the assistant's answer begins.
         begins: the template writes the prefix itself.
         thinks: what is behind ends with the beginning of a thought.
@@ -56,43 +56,27 @@ def set_asking(model: LanguageModel, config: ChatConfig) -> None:
     asking = asking_of(config)
     if asking.template_arguments and not has_template(model):
         raise ConfigError(f"--template-arg is for a chat template, and the tokenizer of {model.name} has none.")
-    plain_of(model).asking = asking
+    model.asking = asking
     stripped_marks(model)
 
 
-def plain_of(model: LanguageModel) -> Any:
-    """Return a plain model, or the model that a reader reads with."""
-    return getattr(model, "plain", model)
-
-
-def tokenizer_of(model: LanguageModel) -> Any:
-    """Return the tokenizer of a plain model, or of the model that a reader reads with."""
-    return plain_of(model).tokenizer
-
-
-def settings_of(model: LanguageModel) -> Asking:
-    """Return how questions are put to a model."""
-    asking: Asking = getattr(plain_of(model), "asking", Asking())
-    return asking
-
-
 def has_template(model: LanguageModel) -> bool:
-    """Return True where the model's tokenizer has a chat template."""
-    return bool(getattr(tokenizer_of(model), "chat_template", None))
+    """Return True if the model's tokenizer has a chat template."""
+    return bool(getattr(model.tokenizer, "chat_template", None))
 
 
-def uses_template(model: LanguageModel, asked: bool | None) -> bool:
-    """Return True where prompts go through the chat template: as asked, or (None) where the tokenizer has one.
+def uses_template(model: LanguageModel, chosen: bool | None) -> bool:
+    """Return True if prompts go through the chat template: as chosen, or (None) if the tokenizer has one.
 
     Raises:
         ConfigError: it is asked for, and there is none.
     """
-    if asked and not has_template(model):
+    if chosen and not has_template(model):
         raise ConfigError(
             f"The tokenizer of {model.name} has no chat template: leave --chat-template out, or put the model's own "
             "beside its tokenizer (chat_template.jinja)."
         )
-    return has_template(model) if asked is None else asked
+    return has_template(model) if chosen is None else chosen
 
 
 def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_begun: bool = False) -> str:
@@ -107,12 +91,12 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer_of(model).apply_chat_template(
+        text: str = model.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=not answer_begun,
             continue_final_message=answer_begun,
-            **settings_of(model).template_arguments,
+            **model.asking.template_arguments,
         )
     except (TemplateError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
@@ -123,8 +107,8 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
 
 
 def user_text(model: LanguageModel, text: str) -> str:
-    """Return a text as it goes into a prompt: control tokens that it spells are written as text where that is asked."""
-    return neutralised(tokenizer_of(model), text) if settings_of(model).neutralise else text
+    """Return a text as it goes into a prompt: control tokens that it spells are written as text if that is asked."""
+    return neutralised(model.tokenizer, text) if model.asking.neutralise else text
 
 
 def chat_tokens(model: LanguageModel, text: str) -> list[int]:
@@ -151,7 +135,7 @@ def chat_frame(model: LanguageModel) -> ChatFrame:
             "without it."
         )
     before, after = whole.split(_MESSAGE)
-    ids, marks = model.encode(whole, add_bos=False), think_marks(tokenizer_of(model))
+    ids, marks = model.encode(whole, add_bos=False), think_marks(model.tokenizer)
     return ChatFrame(
         before,
         after,
@@ -161,18 +145,18 @@ def chat_frame(model: LanguageModel) -> ChatFrame:
 
 
 def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
-    """Return the marks of thoughts that are taken off answers, None where answers stay as they are.
+    """Return the marks of thoughts that are taken off answers, None if answers stay as they are.
 
     Raises:
         ConfigError: --strip-thinking, and the tokenizer knows no such marks.
     """
-    asked, marks = settings_of(model).strip_thinking, think_marks(tokenizer_of(model))
-    if asked and marks is None:
+    strip, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
+    if strip and marks is None:
         raise ConfigError(
             f"The tokenizer of {model.name} has no marks of thoughts (<think>), neither as tokens nor in a chat "
             "template: leave --strip-thinking out."
         )
-    return None if asked is False else marks
+    return None if strip is False else marks
 
 
 # --- what a record says -----------------------------------------------------------------------------------------------
@@ -194,10 +178,10 @@ def template_facts(model: LanguageModel, is_chat: bool) -> dict[str, Any]:
     Its hash is over its text, its arguments and what it makes of a message: a template that writes the date has
     another one each day.
     """
-    asking = settings_of(model)
+    asking = model.asking
     rendered = render_chat(model, [{"role": "user", "content": _MESSAGE}]) if is_chat else ""
     return {
-        "template_sha256": template_hash(tokenizer_of(model), asking.template_arguments, rendered) if is_chat else None,
+        "template_sha256": template_hash(model.tokenizer, asking.template_arguments, rendered) if is_chat else None,
         "template_arguments": dict(asking.template_arguments) if is_chat else None,
         "neutralise_control_tokens": asking.neutralise,
     }

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from longext.checkpoint import _built
-from longext.checkpoint.checks import check_finite, check_ids, check_scores, check_tokens, embedding_rows, not_numbers
+from longext.checkpoint.checks import (
+    check_finite,
+    check_ids,
+    check_scores,
+    check_tokens,
+    embedding_rows,
+    not_numbers,
+    weights_checksum,
+)
 from longext.checkpoint.load import (
     MAPPED,
     build_model_config,
@@ -23,8 +31,10 @@ from longext.checkpoint.load import (
     resolve_dtype,
 )
 from longext.checkpoint.rope_config import model_rope, read_model_rope
-from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
-from longext.conversion.extend import extended_config, plan_extension
+from longext.checkpoint.source import is_adapter, read_config, resolve_model
+from longext.checkpoint.weights import read_shards
+from longext.checksums import sha256_of
+from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
@@ -50,6 +60,7 @@ class HFLanguageModel:
         config: config.json as a dict; `set_rope` swaps it.
         directory: where it (of an adapter: its tokenizer) was loaded from.
         adapter: what a result says of the adapter that was merged into it; None for a model as it is.
+        extended_length: the length that an extension applied in memory is for, 0 without one.
 
     Attributes:
         asking: how questions are put to it: template variables, thoughts, control tokens.
@@ -63,6 +74,7 @@ class HFLanguageModel:
         config: dict[str, Any],
         directory: Path,
         adapter: dict[str, Any] | None = None,
+        extended_length: int = 0,
     ) -> None:
         self.name = name
         self.model = model
@@ -70,6 +82,7 @@ class HFLanguageModel:
         self.config = config
         self.directory = directory
         self.adapter = adapter
+        self.extended_length = extended_length
         self.asking = Asking()
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
@@ -84,6 +97,12 @@ class HFLanguageModel:
     def trained_length(self) -> int:
         """The pre-training length the loaded RoPE refers to."""
         return model_rope(self.config, self.directory).spec.original_max_position_embeddings
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model has, with an extension in memory; dynamic NTK keeps L in its config."""
+        positions: int = self.model.config.get_text_config().max_position_embeddings
+        return max(positions, self.extended_length)
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
@@ -176,13 +195,18 @@ class HFLanguageModel:
         """`rope_type` of the layers an extension changes: one that follows the length, if any layer's does."""
         return rope_type_of(self.model)
 
+    @property
+    def follows_length(self) -> bool:
+        """True if the RoPE depends on the length of the sequence."""
+        return self.rope_type in LENGTH_DEPENDENT
+
     def reset_rope(self) -> None:
         """Put every length-dependent rotary module back to its state after loading.
 
         transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
         was scored before.
         """
-        if self.rope_type in LENGTH_DEPENDENT:
+        if self.follows_length:
             for module in rotary_modules(self.model):
                 _reset(module)
 
@@ -190,7 +214,7 @@ class HFLanguageModel:
     def frozen_rope(self, length: int) -> Iterator[None]:
         """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
         self.reset_rope()
-        modules = rotary_modules(self.model) if self.rope_type in LENGTH_DEPENDENT else []
+        modules = rotary_modules(self.model) if self.follows_length else []
         kinds = [module.rope_type for module in modules]
         try:
             if modules:
@@ -207,20 +231,24 @@ class HFLanguageModel:
         Equals loading a checkpoint with that config: what a constructor computes from it is computed anew.
         """
         rebuild_rope(self.model, build_model_config(config))
-        self.config = config
+        self.config, self.extended_length = config, 0
+
+    def weights_checksum(self) -> str:
+        """Return a hash of every parameter in memory."""
+        return weights_checksum(self.model)
 
     def describe(self) -> dict[str, Any]:
         """Return the model part of a result record."""
         text = self.model.config.get_text_config()
         return {
             "id": self.name,
-            "config_sha256": _sha256(json.dumps(self.config, sort_keys=True)),
+            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             "tokenizer_sha256": _tokenizer_hash(self.directory),
             "rope_parameters": text.rope_parameters,
             "max_position_embeddings": text.max_position_embeddings,
             "attention": f"full ({text._attn_implementation})",
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": _device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "prefix": list(self.prefix),
@@ -238,13 +266,13 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     Raises:
         LongextError: a score is not a finite number.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     head = model.get_output_embeddings()
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
     rows = max(1, budget // (4 * head.weight.shape[0]))
     parts = [
         _score_logits(scale_logits(model, head(states)), tokens)
-        for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+        for states, tokens in zip(flat.split(rows), flat_targets.split(rows), strict=True)
     ]
     shape = targets.shape
     nll = torch.cat([part.nll for part in parts]).view(shape)
@@ -274,13 +302,13 @@ class NanWatch:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at logits [B, V]; nothing waits for the device."""
-        found = scores.isnan().any()
-        self._found = found if self._found is None else self._found | found
+        has_nan = scores.isnan().any()
+        self._found = has_nan if self._found is None else self._found | has_nan
         self._length = input_ids.shape[1]
         return scores
 
     def check(self) -> None:
-        """Raise LongextError where there were such logits."""
+        """Raise LongextError if there were such logits."""
         if self._found is not None and bool(self._found):
             raise not_numbers(f"after {self._length:,} tokens")
 
@@ -294,12 +322,12 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    settings = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def rope_type_of(model: Any) -> str:
@@ -307,8 +335,8 @@ def rope_type_of(model: Any) -> str:
     parameters = model.config.get_text_config().rope_parameters
     if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
         return "default"  # HunYuan's fixed base under the name "dynamic"
-    nested = [own for own in parameters.values() if isinstance(own, dict)]
-    kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
+    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
+    kinds = [rope["rope_type"] for rope in nested or [parameters] if rope.get("rope_type")]
     chosen = parameters.get("full_attention") or (nested or [parameters])[0]
     kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
     return kind
@@ -388,8 +416,8 @@ def load_language_model(
     weights = merge.base if merge else directory
     read_shards(weights)  # before minutes of loading
     read_model_rope(weights, config.trust_remote_code)
-    raw = extension_config(config, method, factor) if method else read_config(weights)
-    raw = merged_config(merge) if merge else raw
+    plan = _extension_plan(config, method, factor) if method else None
+    raw = merged_config(merge) if merge else extended_config(plan) if plan else read_config(weights)
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
     if merge and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -410,27 +438,18 @@ def load_language_model(
         put_in(model, merge)
         check_finite(model, directory)
     facts = adapter_facts(merge) if merge else None
-    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts)
+    length = plan.new_length if plan else 0
+    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
 
 
-def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
-    """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
+def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:
+    """The extension that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
-    return extended_config(plan_extension(request))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return plan_extension(request)
 
 
 def _tokenizer_hash(directory: Path) -> str | None:
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    return None
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((sha256_of(file) for file in files if file.is_file()), None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from longext.data.config import RowsConfig
 from longext.options import RopeConfig, RuntimeConfig
 from longext.registry import Registry
+from longext.rope.spec import extension_methods
 from longext.settings import LENGTH, MANY, option, override
 
 DRY_RUN = {"dry_run": "Check everything, print the plan, train nothing."}
@@ -87,9 +88,7 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
 
     target_length: int | None = override(RopeConfig, "target_length")
     method: str = option(
-        "none",
-        "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has.",
-        panel="Method",
+        "none", "RoPE method (none: train the RoPE the model has).", names=extension_methods, panel="Method"
     )
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
     attention: str | None = option(
