@@ -261,12 +261,15 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"does not fit as asked; the first rung of the ladder that does: {way.flag} (with all rungs above it)"
 
 
-_NOT_RECORDED = {"family", "attention_biases", "mlp_biases", "has_sliding_layers", "caps_scores"}  # of the shape
+_SIZES = (
+    "model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "vocab_size", "tied", "num_parameters", "counted",
+)  # fmt: skip
 
 
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     """Return the plan as JSON values: bytes, FLOPs, seconds."""
-    num_tokens, sizes = plan.config.num_tokens, {*vars(plan.shape)} - _NOT_RECORDED
+    num_tokens = plan.config.num_tokens
     flops = {
         "forward_dense": plan.dense,
         "forward": plan.sparse,
@@ -278,7 +281,7 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     return result_record(
         "plan",
         model=plan.config.model,
-        shape={name: getattr(plan.shape, name) for name in (*sorted(sizes), "num_parameters")},
+        shape={name: getattr(plan.shape, name) for name in _SIZES},
         setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
         device=dataclasses.asdict(plan.device),
         trainable_parameters=plan.setup.trainable(plan.shape),

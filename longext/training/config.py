@@ -88,7 +88,10 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
 
     target_length: int | None = override(RopeConfig, "target_length")
     method: str = option(
-        "none", "RoPE method (none: train the RoPE the model has).", names=extension_methods, panel="Method"
+        "none",
+        "RoPE method; none trains the RoPE the model has",
+        names=lambda: ("none", *extension_methods()),
+        panel="Method",
     )
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
     attention: str | None = option(
