@@ -48,7 +48,7 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
 
 
 def compare_methods(
-    config: CompareConfig, progress: Callable[[str, int, str], Any], announce: Callable[[str], None] | None = None
+    config: CompareConfig, progress: Progress, announce: Callable[[str], None] | None = None
 ) -> Comparison:
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
