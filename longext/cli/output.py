@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     from longext.data.documents import SAMPLE
     from longext.staging import check_apart, hold_output
 
-    named = [str(getattr(config, name, None) or "").partition("@")[0] for name in _READ]
+    settings = dataclasses.asdict(config)
+    named = [str(settings.get(name) or "").partition("@")[0] for name in _READ]
     paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
     for path in (*(path for path in paths if path.exists()), *read):
         check_apart(output, path)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.source import read_config
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import window_of
-from longext.compressor.base import COMPRESSORS, Compressor, CompressorSpec, build_compressor
+from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
     BaseModel,
     find_base,
@@ -24,8 +25,8 @@ from longext.compressor.checkpoint import (
     save_compressor,
 )
 from longext.compressor.config import CompressConfig
-from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
-from longext.compressor.policies import parse_policy
+from longext.compressor.objectives import Batch, Objectives, compare_gradients
+from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.settings import (
     DECIDING_COMPRESS,
     check_compress_config,
@@ -34,7 +35,8 @@ from longext.compressor.settings import (
     spec_of,
     token_source,
 )
-from longext.data.pieces import DocumentRows
+from longext.compressor.spec import CompressorSpec
+from longext.data.packing import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
 from longext.training.engine import Engine
@@ -51,11 +53,13 @@ class CompressPlan(RunPlan):
     Attributes:
         base: the frozen model.
         spec: the compressor.
+        window: positions of the model.
     """
 
     config: CompressConfig
     base: BaseModel
     spec: CompressorSpec
+    window: int
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the frozen model."""
@@ -63,7 +67,7 @@ class CompressPlan(RunPlan):
 
     def open_rows(self, tokenizer: Any, on_tokens: Callable[[int], None] | None = None) -> DocumentRows:
         """Return the documents of the whole run; the main process tokenises, the others then find its cache."""
-        config, shortest = self.config, self.spec.shortest
+        config, shortest = self.config, self.spec.schedule(self.window).shortest
         with main_process_first():
             cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
         # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
@@ -118,7 +122,7 @@ def plan_compressor(config: CompressConfig) -> CompressPlan:
     window = window_of(load_config(base.directory).get_text_config())
     spec = spec_of(config, window)
     length = document_length(config, spec, window)
-    return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec)
+    return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec, window=window)
 
 
 @dataclass(kw_only=True)
@@ -150,7 +154,7 @@ class CompressRun(Run):
             "summary": self.model.summary,
             "reference": self.model.reference,
             "base_model": plan.base.name,
-            "window": backbone.window,
+            "window": plan.window,
             "num_total": sum(p.numel() for p in backbone.model.parameters()),
             "num_trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "objectives": parse_objectives(plan.config.objectives),

@@ -10,19 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from longext.data.cache import TokenCache, TokenizedText, build_token_cache, open_token_cache, read_meta
 from longext.data.config import RowsConfig
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
-from longext.data.packing import (
-    PackedExamples,
-    PackedRows,
-    TokenCache,
-    TokenizedText,
-    TokenRows,
-    build_token_cache,
-    check_positions,
-    open_token_cache,
-    read_meta,
-)
+from longext.data.packing import PackedExamples, PackedRows, TokenRows, check_positions
 from longext.data.sft import ExampleEncoder
 from longext.errors import ConfigError, DataError
 from longext.models.tokens import LONG, control_tokens, count_controls, encode_text
@@ -71,7 +62,7 @@ def cached_tokens(
 ) -> TokenCache:
     """Return the tokens of `config.data`, from the cache if the same data, tokenizer and settings were seen before.
 
-    Caches lie under `cache_root()`, one directory for each key. Processes that build one at the same time do so
+    Caches are under `cache_root()`, one directory for each key. Processes that build one at the same time do so
     independently; the first to finish provides it.
 
     Args:
@@ -135,7 +126,7 @@ def encode_documents(
 ) -> Iterator[TokenizedText]:
     """Yield each (name, text) as BOS + its tokens + EOS, those of the two that the tokenizer has; no other special.
 
-    What the tokenizer itself puts before a text (GLM: two tokens) stands there instead of BOS. A tokenizer whose BOS is
+    What the tokenizer itself puts before a text (GLM: two tokens) is there instead of BOS. A tokenizer whose BOS is
     its EOS (GPT-2) gets only the EOS. Documents without text are passed over.
 
     Args:
@@ -183,7 +174,7 @@ def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[t
 
 
 def cache_root() -> Path:
-    """Return where token caches lie: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
+    """Return where token caches are: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
     chosen = os.environ.get("LONGEXT_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache/longext/tokens"
 

@@ -35,6 +35,7 @@ def run_eval(
     task: Eval,
     model: LanguageModel | None = None,
     *,
+    data: Any = None,
     progress: Progress = no_progress,
     loading: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     answers: Path | None = None,
@@ -43,6 +44,7 @@ def run_eval(
 
     Args:
         model: already open, instead of the one that `task` names.
+        data: already read, instead of what `task` names.
         progress: opens a progress display.
         loading: opens what shows that a model is being loaded.
         answers: where answers are kept while the run lasts.
@@ -51,7 +53,7 @@ def run_eval(
         ConfigError, DataError, CheckpointError: something given cannot be used.
     """
     task.check()
-    data = task.load_data()
+    data = task.load_data() if data is None else data
     limits = task.limits(data)
     if model is None:
         from longext.models.threads import set_threads

@@ -24,10 +24,10 @@ _NOUNS = {"perplexity": "perplexity", "nats": "loss", "change": "change of perpl
 
 
 def report_title(report: Report) -> str:
-    """Return the title of a report."""
-    number, noun = len(report.results), "result"
-    if number == 1 and report.results[0].record["kind"] == "compare":
-        number, noun = len(report.results[0].record["methods"]), "method"
+    """Return the title of a report: how many methods of one model are compared, else how many results."""
+    labels = {frozenset(group.labels) for group in report.groups}
+    methods = next(iter(labels)) if len(labels) == 1 else frozenset()
+    number, noun = (len(methods), "method") if report.model and len(methods) > 1 else (len(report.results), "result")
     count = f"{number} {noun}{'s' if number > 1 else ''}"
     return f"{report.model}: {count}" if report.model else f"{count} side by side"
 
