@@ -35,6 +35,7 @@ from longext.models.hf import (
     score_hidden,
 )
 from longext.models.protocol import TokenScores
+from longext.models.turns import Asking
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
@@ -76,6 +77,20 @@ class Reader:
         return self.plain.device
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.plain.tokenizer
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are put to it: as to its model."""
+        return self.plain.asking
+
+    @asking.setter
+    def asking(self, asking: Asking) -> None:
+        self.plain.asking = asking
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         """The tokens put before a text: mostly a BOS or nothing."""
         return self.plain.prefix
@@ -89,6 +104,20 @@ class Reader:
     def trained_length(self) -> int:
         """The pre-training length of the model."""
         return self.plain.trained_length
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model has; texts may be longer."""
+        return self.plain.context_length
+
+    @property
+    def follows_length(self) -> bool:
+        """False: a rotation depends on the segment at most, never on how long the text is."""
+        return False
+
+    def weights_checksum(self) -> str:
+        """Return a hash of the model's parameters; those of a compressor are in `describe`."""
+        return self.plain.weights_checksum()
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return token ids as the model's tokenizer makes them."""

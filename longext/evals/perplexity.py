@@ -74,10 +74,7 @@ class PerplexityAtLength:
 
 def _note_controls(model: LanguageModel, documents: Sequence[TokenizedDocument], config: Perplexity) -> None:
     """Say how many control tokens the texts spell out; a model scores and reads them as what they mean."""
-    plain = getattr(model, "plain", model)
-    if not hasattr(plain, "tokenizer"):
-        return
-    controls, begun = control_tokens(plain.tokenizer), len(model.prefix)
+    controls, begun = control_tokens(model.tokenizer), len(model.prefix)
     number = sum(count_controls(own.input_ids[begun:], controls) for own in documents)
     if number:
         note(

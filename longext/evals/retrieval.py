@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from longext.evals.limits import PlaceLimit, place_verdicts
-from longext.evals.longbench.run import context_length
 from longext.evals.statistics import share_interval
 from longext.models.answers import Prediction, Request, generate_predictions
 from longext.models.protocol import LanguageModel
@@ -155,7 +154,7 @@ def window_notes(model: LanguageModel, outcomes: Sequence[Outcome], config: Any)
     Args:
         config: what the suite was asked for; its method and factor extend the positions.
     """
-    longest, window = max(outcome.num_tokens for outcome in outcomes), context_length(model, config)
+    longest, window = max(outcome.num_tokens for outcome in outcomes), model.context_length
     if config.memory or longest <= window:
         return []
     over = sum(outcome.num_tokens > window for outcome in outcomes)

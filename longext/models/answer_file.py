@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longext.checkpoint.checks import weights_checksum
 from longext.errors import ConfigError, DataError
 from longext.models.protocol import LanguageModel
 from longext.untrusted import decode, parse_json, read_bytes
@@ -21,11 +20,9 @@ _UNTOLD = ("num_threads",)  # what may differ between two runs whose answers bel
 def fingerprint_of(model: LanguageModel, questions: Iterable[str]) -> str:
     """Return a SHA-256 over the questions and what the model says of itself, its ending tokens and all its weights."""
     facts = {key: value for key, value in model.describe().items() if key not in _UNTOLD}
-    plain = getattr(model, "plain", model)  # a reader's model
-    facts["asking"] = str(getattr(plain, "asking", None))
+    facts["asking"] = str(model.asking)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    if hasattr(plain, "model"):
-        digest.update(weights_checksum(plain.model).encode())
+    digest.update(model.weights_checksum().encode())
     for question in questions:
         digest.update(question.encode() + b"\n")
     return digest.hexdigest()

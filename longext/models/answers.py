@@ -15,8 +15,8 @@ import torch
 from longext.errors import DataError
 from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
 from longext.models.batching import default_batch_tokens
-from longext.models.chat import control_baseline, stripped_marks, tokenizer_of
-from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel, NanWatch, plain_generation
+from longext.models.chat import control_baseline, stripped_marks
+from longext.models.hf import HFLanguageModel, NanWatch, plain_generation
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
 
@@ -122,7 +122,7 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
     if is_chat is None:
         return {}
     own = Counter(control_baseline(model, is_chat))
-    return {token: own[token] for token in control_tokens(tokenizer_of(model)).values()}
+    return {token: own[token] for token in control_tokens(model.tokenizer).values()}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -131,11 +131,10 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
 def _batches(model: LanguageModel, requests: Sequence[Request], batch_tokens: int | None) -> Iterator[list[Request]]:
     """Yield requests that can share a tensor, longest first."""
     is_plain = isinstance(model, HFLanguageModel)
-    follows_length = isinstance(model, HFLanguageModel) and model.rope_type in LENGTH_DEPENDENT
 
     def key(request: Request) -> Hashable:
         # one rotation holds for a batch, and every prompt has that of its own length when it is alone
-        length = len(request.input_ids) + request.max_new_tokens if follows_length else None
+        length = len(request.input_ids) + request.max_new_tokens if model.follows_length else None
         return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length
 
     budget = (batch_tokens or default_batch_tokens(model.device)) if is_plain else 1
@@ -180,7 +179,7 @@ class _Reading:
 
     def raw(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, control tokens included."""
-        return str(tokenizer_of(self.model).decode(list(ids), skip_special_tokens=False))
+        return str(self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def visible(self, request: Request, ids: Sequence[int]) -> tuple[int, bool, str]:
         """Return (tokens of the thought, the thought has no end, the text behind it)."""
@@ -222,7 +221,7 @@ class _Reading:
 
 def begins_thought(model: LanguageModel, prompt: Sequence[int], marks: tuple[str, str]) -> bool:
     """Return True where a prompt ends with the beginning of a thought."""
-    end = tokenizer_of(model).decode(list(prompt[-_MARK_TOKENS:]), skip_special_tokens=False)
+    end = model.tokenizer.decode(list(prompt[-_MARK_TOKENS:]), skip_special_tokens=False)
     return str(end).rstrip().endswith(marks[0])
 
 

@@ -56,29 +56,13 @@ def set_asking(model: LanguageModel, config: ChatConfig) -> None:
     asking = asking_of(config)
     if asking.template_arguments and not has_template(model):
         raise ConfigError(f"--template-arg is for a chat template, and the tokenizer of {model.name} has none.")
-    plain_of(model).asking = asking
+    model.asking = asking
     stripped_marks(model)
-
-
-def plain_of(model: LanguageModel) -> Any:
-    """Return a plain model, or the model that a reader reads with."""
-    return getattr(model, "plain", model)
-
-
-def tokenizer_of(model: LanguageModel) -> Any:
-    """Return the tokenizer of a plain model, or of the model that a reader reads with."""
-    return plain_of(model).tokenizer
-
-
-def settings_of(model: LanguageModel) -> Asking:
-    """Return how questions are put to a model."""
-    asking: Asking = getattr(plain_of(model), "asking", Asking())
-    return asking
 
 
 def has_template(model: LanguageModel) -> bool:
     """Return True where the model's tokenizer has a chat template."""
-    return bool(getattr(tokenizer_of(model), "chat_template", None))
+    return bool(getattr(model.tokenizer, "chat_template", None))
 
 
 def uses_template(model: LanguageModel, asked: bool | None) -> bool:
@@ -107,12 +91,12 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer_of(model).apply_chat_template(
+        text: str = model.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=not answer_begun,
             continue_final_message=answer_begun,
-            **settings_of(model).template_arguments,
+            **model.asking.template_arguments,
         )
     except (TemplateError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
@@ -124,7 +108,7 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
 
 def user_text(model: LanguageModel, text: str) -> str:
     """Return a text as it goes into a prompt: control tokens that it spells are written as text where that is asked."""
-    return neutralised(tokenizer_of(model), text) if settings_of(model).neutralise else text
+    return neutralised(model.tokenizer, text) if model.asking.neutralise else text
 
 
 def chat_tokens(model: LanguageModel, text: str) -> list[int]:
@@ -151,7 +135,7 @@ def chat_frame(model: LanguageModel) -> ChatFrame:
             "without it."
         )
     before, after = whole.split(_MESSAGE)
-    ids, marks = model.encode(whole, add_bos=False), think_marks(tokenizer_of(model))
+    ids, marks = model.encode(whole, add_bos=False), think_marks(model.tokenizer)
     return ChatFrame(
         before,
         after,
@@ -166,7 +150,7 @@ def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
     Raises:
         ConfigError: --strip-thinking, and the tokenizer knows no such marks.
     """
-    asked, marks = settings_of(model).strip_thinking, think_marks(tokenizer_of(model))
+    asked, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
     if asked and marks is None:
         raise ConfigError(
             f"The tokenizer of {model.name} has no marks of thoughts (<think>), neither as tokens nor in a chat "
@@ -194,10 +178,10 @@ def template_facts(model: LanguageModel, is_chat: bool) -> dict[str, Any]:
     Its hash is over its text, its arguments and what it makes of a message: a template that writes the date has
     another one each day.
     """
-    asking = settings_of(model)
+    asking = model.asking
     rendered = render_chat(model, [{"role": "user", "content": _MESSAGE}]) if is_chat else ""
     return {
-        "template_sha256": template_hash(tokenizer_of(model), asking.template_arguments, rendered) if is_chat else None,
+        "template_sha256": template_hash(model.tokenizer, asking.template_arguments, rendered) if is_chat else None,
         "template_arguments": dict(asking.template_arguments) if is_chat else None,
         "neutralise_control_tokens": asking.neutralise,
     }

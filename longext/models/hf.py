@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from longext.checkpoint import _built
-from longext.checkpoint.checks import check_finite, check_ids, check_scores, check_tokens, embedding_rows, not_numbers
+from longext.checkpoint.checks import (
+    check_finite,
+    check_ids,
+    check_scores,
+    check_tokens,
+    embedding_rows,
+    not_numbers,
+    weights_checksum,
+)
 from longext.checkpoint.load import (
     MAPPED,
     build_model_config,
@@ -24,7 +32,7 @@ from longext.checkpoint.load import (
 )
 from longext.checkpoint.rope_config import model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
-from longext.conversion.extend import extended_config, plan_extension
+from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
@@ -50,6 +58,7 @@ class HFLanguageModel:
         config: config.json as a dict; `set_rope` swaps it.
         directory: where it (of an adapter: its tokenizer) was loaded from.
         adapter: what a result says of the adapter that was merged into it; None for a model as it is.
+        extended_length: the length that an extension applied in memory is for, 0 without one.
 
     Attributes:
         asking: how questions are put to it: template variables, thoughts, control tokens.
@@ -63,6 +72,7 @@ class HFLanguageModel:
         config: dict[str, Any],
         directory: Path,
         adapter: dict[str, Any] | None = None,
+        extended_length: int = 0,
     ) -> None:
         self.name = name
         self.model = model
@@ -70,6 +80,7 @@ class HFLanguageModel:
         self.config = config
         self.directory = directory
         self.adapter = adapter
+        self.extended_length = extended_length
         self.asking = Asking()
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
@@ -84,6 +95,12 @@ class HFLanguageModel:
     def trained_length(self) -> int:
         """The pre-training length the loaded RoPE refers to."""
         return model_rope(self.config, self.directory).spec.original_max_position_embeddings
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model has, with an extension in memory; dynamic NTK keeps L in its config."""
+        positions: int = self.model.config.get_text_config().max_position_embeddings
+        return max(positions, self.extended_length)
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
@@ -176,13 +193,18 @@ class HFLanguageModel:
         """`rope_type` of the layers an extension changes: one that follows the length, if any layer's does."""
         return rope_type_of(self.model)
 
+    @property
+    def follows_length(self) -> bool:
+        """True if the RoPE depends on the length of the sequence."""
+        return self.rope_type in LENGTH_DEPENDENT
+
     def reset_rope(self) -> None:
         """Put every length-dependent rotary module back to its state after loading.
 
         transformers' dynamic NTK keeps the longest sequence it has seen, so without this a score would depend on what
         was scored before.
         """
-        if self.rope_type in LENGTH_DEPENDENT:
+        if self.follows_length:
             for module in rotary_modules(self.model):
                 _reset(module)
 
@@ -190,7 +212,7 @@ class HFLanguageModel:
     def frozen_rope(self, length: int) -> Iterator[None]:
         """Hold a length-dependent RoPE at what it is for a sequence of `length` tokens; undone on leaving."""
         self.reset_rope()
-        modules = rotary_modules(self.model) if self.rope_type in LENGTH_DEPENDENT else []
+        modules = rotary_modules(self.model) if self.follows_length else []
         kinds = [module.rope_type for module in modules]
         try:
             if modules:
@@ -207,7 +229,11 @@ class HFLanguageModel:
         Equals loading a checkpoint with that config: what a constructor computes from it is computed anew.
         """
         rebuild_rope(self.model, build_model_config(config))
-        self.config = config
+        self.config, self.extended_length = config, 0
+
+    def weights_checksum(self) -> str:
+        """Return a hash of every parameter in memory."""
+        return weights_checksum(self.model)
 
     def describe(self) -> dict[str, Any]:
         """Return the model part of a result record."""
@@ -388,8 +414,8 @@ def load_language_model(
     weights = merge.base if merge else directory
     read_shards(weights)  # before minutes of loading
     read_model_rope(weights, config.trust_remote_code)
-    raw = extension_config(config, method, factor) if method else read_config(weights)
-    raw = merged_config(merge) if merge else raw
+    plan = _extension_plan(config, method, factor) if method else None
+    raw = merged_config(merge) if merge else extended_config(plan) if plan else read_config(weights)
     is_mapped = config.device == MAPPED
     device = resolve_device("auto" if is_mapped else config.device)
     if merge and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -410,15 +436,20 @@ def load_language_model(
         put_in(model, merge)
         check_finite(model, directory)
     facts = adapter_facts(merge) if merge else None
-    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts)
+    length = plan.new_length if plan else 0
+    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
 
 
 def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
     """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
+    return extended_config(_extension_plan(config, method, factor))
+
+
+def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
-    return extended_config(plan_extension(request))
+    return plan_extension(request)
 
 
 def _device_name(device: torch.device) -> str:

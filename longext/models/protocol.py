@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from longext.models.turns import Asking
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,13 +26,31 @@ class TokenScores:
 
 
 class LanguageModel(Protocol):
-    """Everything that can be scored: a plain model, and later adapters, compressors and cache policies."""
+    """Everything that can be scored and can answer: a model as it is, or one that reads a text by segments.
+
+    Attributes:
+        name: what the user called it.
+        asking: how questions are put to it: template variables, thoughts, control tokens.
+    """
 
     name: str
 
     @property
+    def asking(self) -> Asking:
+        """How questions are put to it."""
+        ...
+
+    @asking.setter
+    def asking(self, asking: Asking) -> None: ...
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its transformers tokenizer."""
         ...
 
     @property
@@ -41,6 +61,21 @@ class LanguageModel(Protocol):
     @property
     def ending_tokens(self) -> frozenset[int]:
         """The tokens that end an answer."""
+        ...
+
+    @property
+    def trained_length(self) -> int:
+        """The pre-training length in tokens that its RoPE refers to."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model has, with the extension that was applied to it."""
+        ...
+
+    @property
+    def follows_length(self) -> bool:
+        """True if the rotation of a token depends on how long its text is (dynamic NTK, LongRoPE)."""
         ...
 
     def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
@@ -61,4 +96,8 @@ class LanguageModel(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return what a result says of the model: id, config and tokenizer hashes, RoPE, attention, dtype, device."""
+        ...
+
+    def weights_checksum(self) -> str:
+        """Return a hash of every parameter of the model itself."""
         ...

@@ -15,6 +15,8 @@ from longext.evals.longbench import tasks
 from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench
 from longext.evals.longbench.run import prompt_limit
 from longext.evals.longbench.tasks import TASKS, fill_prompt, read_prompt
+from longext.models.hf import load_language_model
+from longext.options import RuntimeConfig
 
 TEMPLATE = "{{ bos_token }}<u>{% for m in messages %}{{ m['content'] }}{% endfor %}</u>"
 
@@ -147,7 +149,8 @@ def test_default_lengths_are_the_authors(context, limit):
 def test_the_default_length_follows_the_extension(books):
     config = LongBenchConfig(model="books-5m")
     assert prompt_limit(books, config) == 256
-    assert prompt_limit(books, dataclasses.replace(config, method="dynamic", factor=8.0)) == 3500
+    extended = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), "dynamic", 8.0)
+    assert prompt_limit(extended, config) == 3500
     assert prompt_limit(books, dataclasses.replace(config, max_length=77)) == 77
     assert prompt_limit(books, dataclasses.replace(config, memory="window")) is None
 

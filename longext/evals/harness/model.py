@@ -18,8 +18,7 @@ from longext.errors import ConfigError, DataError
 from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
 from longext.models.answers import Prediction, Request, generate_predictions
 from longext.models.batching import batch_size, batched_by
-from longext.models.chat import render_chat, tokenizer_of, user_text, with_prefix
-from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
+from longext.models.chat import render_chat, user_text, with_prefix
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens
 
@@ -70,7 +69,7 @@ class Scorer:
     @property
     def prefix(self) -> int:
         """The token before a text that has no context: BOS, else EOS."""
-        tokenizer = tokenizer_of(self.model)
+        tokenizer = self.model.tokenizer
         token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if token is None:
             raise ConfigError(f"The tokenizer of {self.model.name} has neither BOS nor EOS to put before a text.")
@@ -86,7 +85,7 @@ class Scorer:
     def _written(self, text: str) -> str:
         """Return a text of a task as it is put; see `user_text`."""
         text = user_text(self.model, text)
-        self.spelled = self.spelled or any(own in text for own in control_tokens(tokenizer_of(self.model)))
+        self.spelled = self.spelled or any(own in text for own in control_tokens(self.model.tokenizer))
         return text
 
     def render(self, messages: list[dict[str, str]], answer_begun: bool) -> str:
@@ -184,7 +183,7 @@ class Scorer:
     @property
     def _room(self) -> int | None:
         """Tokens before a predicted one. A RoPE that follows the length sees that one too, and stays in the window."""
-        follows = isinstance(self.model, HFLanguageModel) and self.model.rope_type in LENGTH_DEPENDENT
+        follows = self.model.follows_length
         return None if self.window is None else self.window - follows
 
     def _window(self, context: list[int], continuation: list[int], owner: Owner) -> list[int]:
@@ -208,7 +207,7 @@ class Scorer:
         if asked["do_sample"]:
             self.ignored["sampling"] += 1
         self.ignored.update(key for key in settings if key not in _HEEDED)
-        stop = handle_stop_sequences(list(asked["until"]), tokenizer_of(self.model).eos_token)
+        stop = handle_stop_sequences(list(asked["until"]), self.model.tokenizer.eos_token)
         tokens = self.encode(text) or [self.prefix]
         if self.window is not None:
             room = self.window - asked["max_gen_toks"]
@@ -250,7 +249,7 @@ def harness_model(scorer: Scorer) -> Any:
     from lm_eval.api.model import TemplateLM
 
     class _Model(TemplateLM):  # type: ignore[misc]
-        tokenizer = tokenizer_of(scorer.model)
+        tokenizer = scorer.model.tokenizer
         eot_token_id = tokenizer.eos_token_id
         tokenizer_name = scorer.model.name  # names lm-eval's cache of prompts, which is not used
         prefix_token_id = property(lambda self: scorer.prefix)

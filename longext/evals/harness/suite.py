@@ -31,7 +31,6 @@ from longext.errors import ConfigError, DataError, LongextError, MissingExtraErr
 from longext.evals.config import HarnessConfig
 from longext.evals.harness.model import Progress, Scorer, harness_model
 from longext.evals.limits import POSITIVE, check_names, read_limits, verdict
-from longext.evals.longbench.run import context_length
 from longext.evals.statistics import stderr_interval
 from longext.manifest import result_record
 from longext.models.answers import answer_notes
@@ -281,10 +280,9 @@ def open_scorer(
     Raises:
         ConfigError: --chat-template, and the tokenizer has none.
     """
-    settings: Any = config
     _check_template_arg(config)
     uses_template(model, config.chat_template)
-    window = config.max_length or (None if config.memory else context_length(model, settings))
+    window = config.max_length or (None if config.memory else model.context_length)
     return Scorer(
         model,
         window,

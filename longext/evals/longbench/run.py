@@ -41,7 +41,6 @@ from longext.evals.longbench.tasks import TASKS, prompt_hash, read_prompt
 from longext.manifest import result_record
 from longext.models.answers import Prediction, Request, answer_notes, generate_predictions
 from longext.models.chat import asked_facts, uses_template
-from longext.models.methods import is_unchanged, method_request
 from longext.models.protocol import LanguageModel
 
 GENERATED = "generated"  # answers of an unfinished run
@@ -89,21 +88,11 @@ def _jieba_note(config: LongBenchConfig) -> list[str]:
     return [f"{', '.join(needing)} are scored on the words that jieba finds (pip install jieba): left out."]
 
 
-def context_length(model: LanguageModel, config: LongBenchConfig) -> int:
-    """Return how many positions the model has, with the extension that was applied to it."""
-    plain: Any = getattr(model, "plain", model)
-    positions: int = plain.model.config.get_text_config().max_position_embeddings
-    if config.method is None or is_unchanged(config.method):
-        return positions
-    asked = method_request(config.method, config.model, factor=config.factor)
-    return max(positions, asked.target_length or 0, int(plain.trained_length * (asked.factor or 1)))
-
-
 def prompt_limit(model: LanguageModel, config: LongBenchConfig) -> int | None:
     """Return the length that prompts are cut to: --max-length, else by the context; a memory reads all (None)."""
     if config.max_length is not None or config.memory:
         return config.max_length
-    return default_max_length(context_length(model, config))
+    return default_max_length(model.context_length)
 
 
 def prepare_requests(model: LanguageModel, runs: Sequence[TaskRun], config: LongBenchConfig) -> None:
@@ -256,7 +245,7 @@ def score_notes(scores: Sequence[TaskScore], config: LongBenchConfig) -> list[st
 def model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBenchConfig) -> list[str]:
     """Return what may spoil answers: prompts beyond the model's positions, cut answers, thoughts, control tokens."""
     notes = []
-    positions = context_length(model, config)
+    positions = model.context_length
     beyond = sum(len(r.input_ids) + r.max_new_tokens > positions for run in runs for r in run.requests)
     if beyond and not config.memory:
         notes.append(f"Prompts that with their answers go beyond the model's {positions:,} positions: {beyond}.")
