@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from longext.errors import ConfigError, MissingExtraError
-from longext.evals.text_metrics import longest_common_subsequence
+from longext.evals.text_metrics import lcs_rows, longest_common_subsequence
 from longext.registry import did_you_mean
 
 Metric = Callable[[str, str, Sequence[str]], float]  # (prediction, reference, all classes of the task)
@@ -122,20 +122,8 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _common_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Return the words of one longest common subsequence: where two are as long, that of the shorter `second`.
-
-    Row i of the table is one integer (Hyyro, 2004): of its lowest j bits, as many are 0 as the longest common
-    subsequence of first[:i] and second[:j] is long.
-    """
-    places: dict[str, int] = {}
-    for j, word in enumerate(second):
-        places[word] = places.get(word, 0) | 1 << j
-    every = (1 << len(second)) - 1
-    rows = [every]
-    for word in first:
-        row = rows[-1]
-        shared = row & places.get(word, 0)
-        rows.append(((row + shared) | (row - shared)) & every)
+    """Return the words of one longest common subsequence: if two are as long, that of the shorter `second`."""
+    rows = lcs_rows(first, second)
 
     def length(i: int, j: int) -> int:
         return j - (rows[i] & ((1 << j) - 1)).bit_count()
