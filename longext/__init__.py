@@ -11,6 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "load": "longext.api",
+    "evaluate": "longext.api",
+    "compare": "longext.api",
+    "extend": "longext.api",
+    "merge": "longext.api",
+    "generate": "longext.api",
+    "plan": "longext.api",
     "ROPE_METHODS": "longext.rope.methods",
     "RopeSpec": "longext.rope.methods",
     "compute_inv_freq": "longext.rope.methods",

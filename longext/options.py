@@ -61,6 +61,7 @@ class RuntimeConfig:
     attention: str | None = option(None, "transformers attention: sdpa, eager, flash_attention_2, ...", panel="Running")
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
     trust_remote_code: bool = option(False, "Run model code from the checkpoint.", panel="Running")
+    threads: int | None = option(None, "CPU threads (default: the cores that are free).", ge=1, panel="Running")
     seed: int = option(0, "Seed of prompts and bootstrap.", ge=0, le=2**63 - 1, panel="Running")
     output: str | None = option(
         None, "Results directory (default: results/<name>-<time>).", "--output", "-o", panel="Output"

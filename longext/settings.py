@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -180,7 +181,8 @@ def _required(kind: Any) -> list[dataclasses.Field[Any]]:
 
 def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `values` with each one converted to its field's type; unknown keys and wrong types are errors."""
-    known = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
@@ -227,3 +229,10 @@ def _check_bounds(kind: Any, values: Mapping[str, Any]) -> None:
 
 def _spell(target: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[target]
+
+
+def shown_name(path: str) -> str:
+    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
+    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
+    # not resolved: a link is called as the user called it
+    return Path(os.path.abspath(Path(path).expanduser())).name if is_path and path else path  # noqa: PTH100

@@ -22,7 +22,6 @@ from longext.settings import Option, build_config, find_recipe, option_of
 PANELS = ("Options", "Method", "Data", "Chat", "Running", "Output")  # others come before "Output"
 WIDEST = 110  # characters of a line of help, on a terminal that has them
 _RECIPE_HEADER = re.compile(r"# longext ([a-z]+(?:[ -][a-z]+)*) -c ")
-_PARAMETERS = ("as_json", "recipe", "settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ class Command:
         help: what `--help` says above the options; the docstring of the module of `run` by default.
         switches: flags that are no settings: name -> help.
         has_json: it can print its record as JSON.
+        has_recipe: it reads recipes and `--set`.
         takes_recipes_of: another command whose recipes it reads.
         defaults: over those of the config.
         only: fields that are flags here; all by default.
@@ -45,6 +45,7 @@ class Command:
     help: str = ""
     switches: Mapping[str, str] = field(default_factory=dict)
     has_json: bool = True
+    has_recipe: bool = True
     takes_recipes_of: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()
@@ -97,7 +98,7 @@ def _panel_place(panel: str) -> float:
 
 def _read_config(ctx: typer.Context, command: Command, given: Mapping[str, Any]) -> Any:
     """Return the config: defaults < recipe < `--set` < flags that were typed."""
-    path = find_recipe(given["recipe"]) if given["recipe"] else None
+    path = find_recipe(given["recipe"]) if given.get("recipe") else None
     if path is not None:
         _check_recipe(path, ctx, command)
     sources = {name: ctx.get_parameter_source(name) for name in given}
@@ -107,7 +108,11 @@ def _read_config(ctx: typer.Context, command: Command, given: Mapping[str, Any])
         for name, source in sources.items()
         if name in names and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
     }
-    return build_config(command.config, path, given["settings"] or [], typed, command.defaults)
+    config = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
+    if not command.takes_recipes_of:
+        return config
+    # the output that a recipe names is that of the command it is for
+    return dataclasses.replace(config, output=typed.get("output"), force=typed.get("force", False))
 
 
 def _check_recipe(recipe: Path, ctx: typer.Context, command: Command) -> None:
@@ -159,6 +164,8 @@ def _parameter(item: dataclasses.Field[Any], hint: Any, option: Option, default:
     if option.argument:
         info: Any = typer.Argument(**{**settings, "show_default": False})
     else:
+        if option.repeats:
+            settings["metavar"] = "<str>"
         info = typer.Option(*_spellings(item.name, plain, default, option), rich_help_panel=option.panel, **settings)
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind | None, info]
@@ -190,11 +197,10 @@ def _common_parameters(command: Command) -> list[inspect.Parameter]:
     if command.has_json:
         text = "Print the result as JSON on standard output, and no table; also spelled `--json -`."
         flags["as_json"] = (bool, typer.Option("--json", help=text, rich_help_panel="Output"))
-    recipe = typer.Option(
-        "--config", "-c", help="Recipe: YAML file or the name of a shipped one.", rich_help_panel="Output"
-    )
-    settings = typer.Option("--set", help="key=value, over the recipe; may be repeated.", rich_help_panel="Output")
-    flags |= {"recipe": (str | None, recipe), "settings": (list[str] | None, settings)}
+    if command.has_recipe:
+        recipe, pair = "Recipe: YAML file or the name of a shipped one.", "key=value, over the recipe; may be repeated."
+        flags["recipe"] = (str | None, typer.Option("--config", "-c", help=recipe, rich_help_panel="Output"))
+        flags["settings"] = (list[str] | None, typer.Option("--set", help=pair, rich_help_panel="Output"))
     return [
         inspect.Parameter(
             name,

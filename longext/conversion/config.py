@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.options import RopeConfig
-from longext.settings import option
+from longext.settings import option, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,14 @@ class ExtendConfig(RopeConfig):
         True, "Build the new config with transformers and compare it with the plan.", "--check", "--no-check"
     )
     force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+    @property
+    def named_output(self) -> str:
+        """Return the output directory: as given, else in this folder, after model, method and length."""
+        if self.output is not None:
+            return self.output
+        size = f"{self.factor:g}x" if self.factor else str(self.target_length or "")
+        return "-".join(part for part in (shown_name(self.model).replace("/", "-"), self.method, size) if part)
 
 
 @dataclass(frozen=True, kw_only=True)

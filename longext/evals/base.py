@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from longext.evals.limits import FAIL_UNDER, PlaceLimit, place_verdicts, require_limits
 from longext.options import ChatConfig, RuntimeConfig
 from longext.registry import Registry, did_you_mean
-from longext.settings import MANY, build_config, option
+from longext.settings import MANY, build_config, option, shown_name
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -205,16 +204,9 @@ def find_eval(name: str) -> type[Eval]:
         return kinds[name]
     from longext.errors import ConfigError
 
-    raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, [*EVALS, *kinds])}")
+    raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, {*EVALS, *kinds})}")
 
 
 def make_eval(name: str, model: str, **settings: Any) -> Eval:
     """Return the evaluation called `name` with its settings, checked as those of a recipe are."""
     return build_config(find_eval(name), None, [], {"model": model, **settings})
-
-
-def shown_name(path: str) -> str:
-    """Return a model or data as titles call it: a path of this machine by its last part, a Hub id as it is."""
-    is_path = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
-    # not resolved: a link is called as the user called it
-    return Path(os.path.abspath(Path(path).expanduser())).name if is_path and path else path  # noqa: PTH100

@@ -1,12 +1,14 @@
-"""`longext report`: results side by side, in tables of what is comparable, with the best of each place."""
+"""`longext report`: results side by side, in tables of what is comparable, with the best of each column."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from longext.evals.statistics import leaders
+from longext.evals.views import ALWAYS, NEVER, ONE, SEVERAL, Column, HeatMap, Score, Section, View, read
 from longext.manifest import result_record
 from longext.report.comparable import (
     Caution,
@@ -19,12 +21,13 @@ from longext.report.comparable import (
     is_by_task,
     must_agree,
 )
-from longext.report.find import Part, Result, find_results, label_parts, model_names, parts_of
-from longext.report.scores import Score, numbers_of
-from longext.report.suites import SUITES, Column, Suite, View
+from longext.report.find import Part, Result, label_parts, model_names, parts_of
+from longext.report.scores import numbers_of
+from longext.report.suites import sections
 
 _COUNTS = ("num_trials", "num_rows", "num_documents", "num_segments", "num_tokens")
 _ROW_FIELDS = ("task", "method", "way", "content", "metric", "filter", "ratio", "start", "length", "depth")
+_BASELINE = "perplexity"  # the section whose results have a price at a short length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class Cell:
     """One number of a table.
 
     Attributes:
-        label: of the result; with what tells its rows apart where it has several.
+        label: of the result; with what tells its rows apart if it has several.
+        row: of a heat map.
         is_best: the best of its column and panel among the results of its base model, told apart from all others.
         is_tied: it shares the lead there with others that it is not told apart from.
     """
@@ -42,6 +46,7 @@ class Cell:
     column: Column
     score: Score
     part: Part
+    row: Any = None
     is_best: bool = False
     is_tied: bool = False
 
@@ -53,45 +58,107 @@ class Shown:
     view: View
     cells: list[Cell]
 
+    @property
+    def labels(self) -> list[str]:
+        """Return the labels in order."""
+        return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    @property
+    def panels(self) -> list[str]:
+        """Return the panels in order."""
+        return list(dict.fromkeys(cell.panel for cell in self.cells))
+
+    @property
+    def columns(self) -> list[Column]:
+        """Return the columns: numbers by size, names in order."""
+        columns = list(dict.fromkeys(cell.column for cell in self.cells))
+        return columns if any(isinstance(column, str) for column in columns) else sorted(columns, key=float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What each method costs in the window that the model was trained for.
+
+    Attributes:
+        length: the longest evaluated length that is not above the trained length.
+        changes: label -> relative change of perplexity there against the unchanged model.
+    """
+
+    length: int
+    changes: Mapping[str, float]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Results of a suite that are comparable.
+    """Results of a section that are comparable.
 
     Attributes:
-        number: 1, 2, ... within the suite.
+        number: 1, 2, ... within the section.
         conflicts: what keeps them out of the first group.
-        cautions: what differs all the same.
+        cautions: what differs within the group.
+        is_single: a report of one result, whose tables have details that those of several have no room for.
     """
 
-    suite: Suite
+    section: Section
     number: int
     parts: list[Part]
     labels: list[str]
     conflicts: list[Conflict]
     cautions: list[Caution]
     shown: list[Shown]
+    is_single: bool
 
     @property
     def agreed(self) -> dict[str, Any]:
         """Return the fields of protocol, data and model that all results record and agree in."""
-        held = [fields_of(part) for part in self.parts]
+        fields = [fields_of(part) for part in self.parts]
         return {
             name: value
-            for name, value in held[0].items()
-            if all(name in own and own[name] == value for own in held) or self._by_task(name)
+            for name, value in fields[0].items()
+            if all(name in other and other[name] == value for other in fields) or self._by_task(name)
         }
 
     def _by_task(self, name: str) -> bool:
-        return is_by_task(name) and must_agree(name, self.suite)
+        return is_by_task(name) and must_agree(name, self.section)
+
+    @property
+    def trained_length(self) -> int | None:
+        """Return the trained length if the results know it and agree."""
+        known = set()
+        for part in self.parts:
+            model = part.record["model"] or {}
+            rope = model.get("rope_parameters") or {}
+            known.add(part.record.get("trained_length") or rope.get("original_max_position_embeddings") or 0)
+            # an unscaled model was trained at the length that its config gives
+            if not part.method and rope.get("rope_type") == "default":
+                known.add(model.get("max_position_embeddings") or 0)
+        lengths = sorted(known - {0})
+        return int(lengths[0]) if len(lengths) == 1 else None
+
+    @cached_property
+    def price(self) -> Price | None:
+        """Return the price of every method, None if one model is not measured with and without a method."""
+        trained = self.trained_length
+        if self.section.name != _BASELINE or not trained or not self.shown or len(self.parts) < 2:
+            return None
+        shown = self.shown[0]
+        lengths = [column for column in shown.columns if isinstance(column, int) and column <= trained]
+        plain = [part for part in self.parts if not part.method and not part.memory]
+        if not lengths or len(plain) != 1 or len({base_of(part) for part in self.parts}) > 1:
+            return None
+        values = {cell.label: cell for cell in shown.cells if cell.column == lengths[-1]}
+        base = next((cell.score.value for cell in values.values() if cell.part is plain[0]), None)
+        if not base:
+            return None
+        return Price(length=lengths[-1], changes={name: cell.score.value / base - 1 for name, cell in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `longext report` found.
+    """Results side by side.
 
     Attributes:
-        model: the one that all results are of, "" where there are several.
+        model: the one that all results are of, "" if there are several.
         left_out: results that were found and cannot be shown, each with the reason.
     """
 
@@ -102,77 +169,85 @@ class Report:
 
     @property
     def labels(self) -> list[str]:
-        """Return every label, in the order of appearance."""
-        return list(dict.fromkeys(cell.label for own in self.groups for shown in own.shown for cell in shown.cells))
+        """Return every label, in order."""
+        return list(dict.fromkeys(label for group in self.groups for shown in group.shown for label in shown.labels))
 
 
-def make_report(names: Sequence[str]) -> Report:
-    """Read results and put side by side what is comparable.
-
-    Args:
-        names: result directories, directories of them, or result files.
-
-    Raises:
-        DataError: as `find_results`.
-    """
-    return build_report(*find_results(names))
-
-
-def build_report(results: list[Result], left_out: list[str]) -> Report:
-    """Return the report of results: what is comparable side by side; `left_out` are lines on what cannot be shown."""
+def build_report(results: Sequence[Result], left_out: Sequence[str] = ()) -> Report:
+    """Put side by side what is comparable; the results are in memory or come from `find_results`."""
     parts = [part for result in results for part in parts_of(result)]
-    spelled = model_names(parts)
+    names = model_names(parts)
     groups = []
-    for suite in SUITES.values():
-        found = group([part for part in parts if part.suite is suite])
-        groups += [_group(own, i, found[0], spelled) for i, own in enumerate(found, 1)]
-    model = next(iter(spelled), "") if len(spelled) == 1 else ""
-    return Report(results=results, groups=groups, model=model, left_out=left_out)
+    for section in sections():
+        found = group([part for part in parts if part.section.name == section.name])
+        for i, members in enumerate(found, 1):
+            groups.append(_group(members, i, found[0], names, is_single=len(results) == len(members) == 1))
+    model = next(iter(names), "") if len(names) == 1 else ""
+    return Report(results=list(results), groups=groups, model=model, left_out=list(left_out))
 
 
-def _group(parts: list[Part], number: int, first: list[Part], spelled: dict[str, str]) -> Group:
-    labels = label_parts(parts, spelled)
-    suite = parts[0].suite
-    shown = [Shown(view=view, cells=_cells(view, parts, labels)) for view in suite.views]
+def _group(parts: list[Part], number: int, first: list[Part], names: Mapping[str, str], *, is_single: bool) -> Group:
+    labels = label_parts(parts, names)
+    section = parts[0].section
+    shown = [Shown(view=view, cells=_cells(view, parts, labels, is_single)) for view in section.views]
     places: dict[tuple[str, str, Column], list[tuple[Score, str]]] = {}
-    for own in shown:
-        for cell in own.cells:
-            label = labels[parts.index(cell.part)]
-            places.setdefault((own.view.name, cell.panel, cell.column), []).append((cell.score, label))
+    for one in shown:
+        for cell in one.cells:
+            if not isinstance(one.view, HeatMap):
+                label = labels[parts.index(cell.part)]
+                places.setdefault((one.view.name, cell.panel, cell.column), []).append((cell.score, label))
     return Group(
-        suite=suite,
+        section=section,
         number=number,
         parts=parts,
         labels=labels,
         conflicts=group_conflicts(parts, first) if number > 1 else [],
         cautions=cautions(parts, labels, places.values()),
-        shown=[own for own in shown if own.cells],
+        shown=[one for one in shown if one.cells],
+        is_single=is_single,
     )
 
 
-def _cells(view: View, parts: Sequence[Part], labels: Sequence[str]) -> list[Cell]:
-    """Return the numbers of a view, the best marked; nothing where it pools tasks that are not the same everywhere."""
+def is_made(when: str, is_single: bool) -> bool:
+    """True if a table or picture that is made `when` is made for one result, or for several."""
+    return when in (ALWAYS, ONE if is_single else SEVERAL)
+
+
+def _cells(view: View, parts: Sequence[Part], labels: Sequence[str], is_single: bool) -> list[Cell]:
+    """Return the numbers of a view, the best marked; nothing if it pools tasks that are not the same everywhere."""
     if view.pooled and not _have_same_tasks(parts):
+        return []
+    if not is_single and {view.table, view.picture} <= {ONE, NEVER}:
         return []
     cells = [
         Cell(
-            label=f"{label}: {view.variant(score)}" if view.variant else label,
-            panel=view.panel(score) if view.panel else "",
-            column=view.column(score),
+            label=_label(view, label, score, is_single),
+            panel=read(view.panel, score) if view.panel else "",
+            column=read(view.columns, score),
+            row=read(view.rows, score) if isinstance(view, HeatMap) else None,
             score=score,
             part=part,
         )
         for part, label in zip(parts, labels, strict=True)
         for score in part.scores[view.name]
     ]
-    told = {cell.panel for cell in cells if cell.column != view.lone}
-    return _marked(view, [cell for cell in cells if cell.panel in told])
+    panels = {cell.panel for cell in cells if cell.column != view.lone}
+    cells = [cell for cell in cells if cell.panel in panels]
+    return cells if isinstance(view, HeatMap) else _marked(view, cells)
+
+
+def _label(view: View, label: str, score: Score, is_single: bool) -> str:
+    """Return a row's label: the result, its variant, or both; a single result is named in the title."""
+    if not view.variant:
+        return label
+    variant = read(view.variant, score)
+    return str(variant) if is_single else f"{label}: {variant}"
 
 
 def _have_same_tasks(parts: Sequence[Part]) -> bool:
-    """True where all results have the same tasks, and more than one."""
+    """True if all results have the same tasks, and more than one."""
     tasks = [{score.field("task") for score in part.scores[""]} for part in parts]
-    return len(tasks[0]) > 1 and all(own == tasks[0] for own in tasks)
+    return len(tasks[0]) > 1 and all(other == tasks[0] for other in tasks)
 
 
 def _marked(view: View, cells: list[Cell]) -> list[Cell]:
@@ -203,23 +278,28 @@ def report_record(report: Report) -> dict[str, Any]:
     return result_record(
         "report",
         results=[
-            {"result": own.name, "kind": own.record["kind"], "command": own.record.get("command")}
-            for own in report.results
+            {"result": result.name, "kind": result.record["kind"], "command": result.record.get("command")}
+            for result in report.results
         ],
         left_out=report.left_out,
-        tables=[_table_record(own, shown) for own in report.groups for shown in own.shown],
+        tables=[
+            _table_record(group, shown)
+            for group in report.groups
+            for shown in group.shown
+            if not isinstance(shown.view, HeatMap)
+        ],
     )
 
 
 def _table_record(group: Group, shown: Shown) -> dict[str, Any]:
     return {
-        "suite": group.suite.name,
+        "suite": group.section.name,
         "table": group.number,
         "title": shown.view.title,
         "unit": shown.view.unit,
         "agreed": group.agreed,
-        "not_comparable_with_table_1": [asdict(own) for own in group.conflicts],
-        "cautions": [asdict(own) for own in group.cautions],
+        "not_comparable_with_table_1": [asdict(conflict) for conflict in group.conflicts],
+        "cautions": [asdict(caution) for caution in group.cautions],
         "rows": [_cell_record(cell) for cell in shown.cells],
     }
 
@@ -242,20 +322,20 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
 
 def csv_rows(report: Report) -> Iterator[list[Any]]:
     """Yield the header and one row for every number of every result, those included that no table shows."""
-    held = [
-        (own, part, label, score)
-        for own in report.groups
-        for part, label in zip(own.parts, own.labels, strict=True)
+    numbers = [
+        (group, part, label, score)
+        for group in report.groups
+        for part, label in zip(group.parts, group.labels, strict=True)
         for score in numbers_of(part.record)
         if not score.is_count
     ]
-    fields = [name for name in _ROW_FIELDS if any(score.field(name) is not None for *_, score in held)]
+    fields = [name for name in _ROW_FIELDS if any(score.field(name) is not None for *_, score in numbers)]
     yield ["suite", "set", "label", "result", "score", *fields, "value", "low", "high", "count", "counted"]
-    for own, part, label, score in held:
+    for group, part, label, score in numbers:
         low, high = score.interval() or (None, None)
-        counted = next((name for name in _COUNTS if score.beside.get(name) is not None), "")
+        counted = next((name for name in _COUNTS if score.parent.get(name) is not None), "")
         yield [
-            *(own.suite.name, own.number, label, part.result.name, score.name),
+            *(group.section.name, group.number, label, part.result.name, score.name),
             *(score.field(name) for name in fields),
-            *(score.value, low, high, score.beside.get(counted), counted),
+            *(score.value, low, high, score.parent.get(counted), counted),
         ]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longext.evals.views import Score, Section
 from longext.report.find import Part
-from longext.report.scores import Score, leaves
-from longext.report.suites import Suite
+from longext.report.scores import leaves
 
 # Prose, places, what other fields say better, and what moves intervals or verdicts alone.
 _NOT_COMPARED = re.compile(
@@ -74,12 +74,12 @@ def fields_of(part: Part) -> dict[str, Any]:
     held = {key: record.get(key) or {} for key in ("protocol", "data", "versions", "model")}
     if (record["model"] or {}).get("answers_from") and "references_sha256" in held["data"]:
         held["data"] = {key: value for key, value in held["data"].items() if key != "sha256"}  # of rows without prompts
-    told = part.suite.must_agree | _TOLD
+    told = part.section.must_agree | _TOLD
     held["model"] = {key: value for key, value in held["model"].items() if f"model.{key}" in told}
     base = {"config_sha256": record["base"].get("config_sha256")} if isinstance(record.get("base"), Mapping) else {}
-    held |= {"base": base, "measured": part.suite.measured(record)}
-    found = {name: value for name, value in leaves(held) if _is_compared(name, value, part.suite)}
-    return {**_FORMER.get(part.suite.name, {}), **found}
+    held |= {"base": base, "measured": part.section.measured(record)}
+    found = {name: value for name, value in leaves(held) if _is_compared(name, value, part.section)}
+    return {**_FORMER.get(part.section.name, {}), **found}
 
 
 def base_of(part: Part) -> Any:
@@ -94,25 +94,25 @@ def is_by_task(name: str) -> bool:
     return bool(_BY_TASK.match(name))
 
 
-def _is_compared(name: str, value: Any, suite: Suite) -> bool:
-    if suite.unknown and name.startswith(("protocol.", "data.")):
+def _is_compared(name: str, value: Any, section: Section) -> bool:
+    if section.unknown and name.startswith(("protocol.", "data.")):
         return name in _OF_A_RUN
     if _NOT_COMPARED.match(name) or _ADDRESS in str(value):
         return False
     return bool(_ASKED.match(name)) if name.startswith("data.tasks.") else True
 
 
-def must_agree(name: str, suite: Suite) -> bool:
+def must_agree(name: str, section: Section) -> bool:
     """True for a field in which the results of one table may not differ."""
-    return name in suite.must_agree or not (suite.unknown or _MAY_DIFFER.match(name))
+    return name in section.must_agree or not (section.unknown or _MAY_DIFFER.match(name))
 
 
-def conflicts(own: Fields, held: Fields, suite: Suite) -> list[Conflict]:
+def conflicts(own: Fields, held: Fields, section: Section) -> list[Conflict]:
     """Return the fields that keep two results out of one table; one that either does not record is none."""
     found = [
         Conflict(name, value, held[name])
         for name, value in own.items()
-        if name in held and value != held[name] and must_agree(name, suite)
+        if name in held and value != held[name] and must_agree(name, section)
     ]
     if other_template(own.get, held.get):
         found.append(Conflict(_TEMPLATE, own[_TEMPLATE], held[_TEMPLATE]))
@@ -136,7 +136,7 @@ def group(parts: Sequence[Part]) -> list[list[Part]]:
     groups: list[list[tuple[Part, Fields]]] = []
     for part in parts:
         own = fields_of(part)
-        fitting = (held for held in groups if not any(conflicts(own, other, part.suite) for _, other in held))
+        fitting = (held for held in groups if not any(conflicts(own, other, part.section) for _, other in held))
         home = next(fitting, None)
         if home is None:
             groups.append(home := [])
@@ -151,7 +151,7 @@ def group_conflicts(parts: Sequence[Part], first: Sequence[Part]) -> list[Confli
     for part in parts:
         here = fields_of(part)
         for other in there:
-            for own in conflicts(here, other, part.suite):
+            for own in conflicts(here, other, part.section):
                 found.setdefault(own.field, own)
     return list(found.values())
 
@@ -173,7 +173,7 @@ def cautions(parts: Sequence[Part], labels: Sequence[str], places: Iterable[Sequ
         values = _by_value(told)
         if len(values) > 1:
             found.append(Caution(name, values))
-        if silent and name.startswith(_RECORDED) and not parts[0].suite.unknown and not _BY_TASK.match(name):
+        if silent and name.startswith(_RECORDED) and not parts[0].section.unknown and not _BY_TASK.match(name):
             found.append(Caution(name, [(None, silent)], is_missing=True))
     return [*found, *_counts(places)]
 
@@ -183,7 +183,7 @@ def _counts(places: Iterable[Sequence[Place]]) -> list[Caution]:
     found: dict[str, Caution] = {}
     for place in places:
         for count in _COUNTS:
-            values = _by_value([(score.beside[count], label) for score, label in place if count in score.beside])
+            values = _by_value([(score.parent[count], label) for score, label in place if count in score.parent])
             if len(values) > 1:
                 found.setdefault(count, Caution(count, values))
     return list(found.values())

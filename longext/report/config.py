@@ -37,6 +37,10 @@ class CompareConfig(RuntimeConfig, DataConfig):
 class ReportConfig:
     """`longext report`: results side by side."""
 
-    results: tuple[str, ...]
-    output: str | None = None
-    force: bool = False
+    results: tuple[str, ...] = option(
+        help="Result directories, directories that hold some, or result.json files.", argument=True, repeats=True
+    )
+    output: str | None = option(
+        None, "Directory of the report (default: results/report-<time>).", "--output", "-o", panel="Output"
+    )
+    force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")

@@ -1,4 +1,4 @@
-"""The results that `longext report` is given: found, read, cut into what belongs to one section, and named."""
+"""The results that `longext report` is given: found, read, split into what belongs to one section, and named."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from longext.errors import DataError
+from longext.evals.views import Score, Section, read
 from longext.manifest import read_manifest
-from longext.report.scores import Score, read_record, result_file, schema_trouble
-from longext.report.suites import KINDS, TRAINING, Suite, suite_of, views_of
+from longext.report.scores import read_record, result_file, schema_trouble
+from longext.report.suites import scores_by_view, section_of, sections
 
 _RESULT = "result.json"
-_REPORT = "report"
+_REPORT, _COMPARE, _TRAINING = "report", "compare", "training"
+TRAINING_KINDS = ("finetune", "compress-train")
 _HEADER = ("model", "protocol", "data")
 _NO_METHOD = (None, "", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A result.json.
+    """A result record.
 
     Attributes:
-        name: its directory (or the file, where it is called otherwise) as the user spells it.
-        config: the settings in the run.json beside it, empty where there is none.
+        name: its directory (or its file, if that is not called result.json) as the user spells it.
+        config: the settings of the run, empty if they are not known.
     """
 
     name: str
-    file: Path
     record: Mapping[str, Any]
     config: Mapping[str, Any]
 
@@ -39,14 +40,14 @@ class Part:
     """What a result has for one section: one method of a comparison, or all of another result.
 
     Attributes:
-        record: of its own, as if it had been measured alone.
+        record: as if this part had been measured alone.
         scores: view -> its scores.
-        model: id of the model; "" where the section names results by their directory.
+        model: id of the model; "" if the section names results by their directory.
         method, memory: what was applied to it, "" for nothing.
     """
 
     result: Result
-    suite: Suite
+    section: Section
     record: Mapping[str, Any]
     scores: Mapping[str, Sequence[Score]]
     model: str
@@ -58,31 +59,32 @@ class Part:
 
 
 def find_results(names: Sequence[str]) -> tuple[list[Result], list[str]]:
-    """Return the results in the files and directories given, each once, and what was found but left out, and why.
+    """Return the results in the files and directories given, each once, and what was left out, with the reason.
 
-    A directory with a result.json is a result. Any other is searched, hidden folders and unfinished runs left out.
+    A directory with a result.json is a result. Any other is searched, except hidden folders and unfinished runs.
 
     Raises:
         DataError: a name leads to no result, to one that no section shows, or to a file that is not JSON.
     """
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     left_out = []
     for name in names:
-        for file, asked_for in _files(name):
-            if os.path.realpath(file) in found:
+        for file, is_named in _files(name):
+            path = os.path.realpath(file)
+            if path in results:
                 continue
             result = _read(file)
             trouble = _trouble(result)
             if trouble is None:
-                found[os.path.realpath(file)] = result
-            elif asked_for:
+                results[path] = result
+            elif is_named:
                 raise DataError(f"{file} {trouble}")
             elif result.record.get("kind") != _REPORT:
                 left_out.append(f"{file} {trouble}")
-    if not found:
+    if not results:
         why = f" ({left_out[0]})" if left_out else ""
         raise DataError(f"No result in {', '.join(names)}{why}. Give -o directories of evaluations, or one above them.")
-    return list(found.values()), left_out
+    return list(results.values()), left_out
 
 
 def _files(name: str) -> Iterator[tuple[Path, bool]]:
@@ -99,62 +101,69 @@ def _files(name: str) -> Iterator[tuple[Path, bool]]:
 
 def _search(folder: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(folder):
-        folders[:] = sorted(own for own in folders if not own.startswith(".") and not own.endswith(".running"))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".running"))
         if _RESULT in files:
-            yield Path(path) / _RESULT
+            file = Path(path) / _RESULT
+            if read_record(file).get("kind") == _COMPARE:
+                folders.clear()  # the results of its methods: the comparison holds the same numbers
+            yield file
 
 
 def _read(file: Path) -> Result:
-    folder = file.parent
-    config = read_manifest(folder).get("config", {}) if file.name == _RESULT else {}
-    return Result(
-        name=str(folder if file.name == _RESULT else file), file=file, record=read_record(file), config=config
-    )
+    is_plain = file.name == _RESULT
+    config = read_manifest(file.parent).get("config", {}) if is_plain else {}
+    return Result(name=str(file.parent if is_plain else file), record=read_record(file), config=config)
 
 
 def _trouble(result: Result) -> str | None:
-    """Return why a report cannot show a result, as the end of a sentence; None where it can."""
+    """Return why a report cannot show a result, as the end of a sentence; None if it can."""
     record = result.record
     kind = record.get("kind")
     foreign = schema_trouble(record)
     if foreign is not None:
         return foreign
-    if kind not in KINDS:
-        return f"is of kind '{kind}', which a report does not show. It shows {', '.join(KINDS)}."
-    missing = [] if kind in TRAINING else [key for key in _HEADER if key not in record]
+    if kind not in kinds():
+        return f"is of kind '{kind}', which a report does not show. It shows {', '.join(kinds())}."
+    missing = [] if kind in TRAINING_KINDS else [key for key in _HEADER if key not in record]
     if missing:
         return f"is no complete result: it has no `{missing[0]}`."
     try:
         parts = parts_of(result)
-        _check_places(parts)
+        _check_columns(parts)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"is no complete result of kind '{kind}': {type(error).__name__} {error}."
     return None if parts else "holds no numbers that a report shows."
 
 
-def _check_places(parts: Sequence[Part]) -> None:
+def kinds() -> tuple[str, ...]:
+    """Return the kinds of results that a report shows."""
+    names = dict.fromkeys(section.kind for section in sections() if section.kind != _TRAINING)
+    return (*names, _COMPARE, *TRAINING_KINDS)
+
+
+def _check_columns(parts: Sequence[Part]) -> None:
     for part in parts:
-        for view in part.suite.views:
-            nowhere = [score.name for score in part.scores[view.name] if view.column(score) is None]
-            if nowhere:
-                raise ValueError(f"{nowhere[0]} has no place")
+        for view in part.section.views:
+            lost = [score.name for score in part.scores[view.name] if read(view.columns, score) is None]
+            if lost:
+                raise ValueError(f"{lost[0]} has no column")
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def parts_of(result: Result) -> list[Part]:
-    """Return what a result has for the sections of a report; nothing where it has no number to show."""
+    """Return what a result has for the sections of a report; nothing if it has no number to show."""
     parts = []
     for record in split(result.record):
-        suite = suite_of(record)
-        scores = views_of(suite, record)
+        section = section_of(record)
+        scores = scores_by_view(section, record)
         if any(scores.values()):
             model, method, memory = _names(record, result)
             parts.append(
                 Part(
                     result=result,
-                    suite=suite,
+                    section=section,
                     record=record,
                     scores=scores,
                     model=model,
@@ -169,7 +178,7 @@ def _names(record: Mapping[str, Any], result: Result) -> tuple[str, str, str]:
     """Return (model, method, memory) as a label spells them."""
     model = record["model"] or {}
     memory = str((model.get("memory") or {}).get("spec") or (model.get("compressor") or {}).get("directory") or "")
-    if record["kind"] == "training":
+    if record["kind"] == _TRAINING:
         name = ""
     elif model.get("id"):
         name = str(model["id"]).removesuffix(f" + {memory}") if memory else str(model["id"])
@@ -197,11 +206,11 @@ def _method(record: Mapping[str, Any], model: Mapping[str, Any], config: Mapping
 
 
 def split(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield records that belong to one section each: those that `compare` holds, of a training run what it measured."""
-    if record["kind"] == "compare":
+    """Yield records that belong to one section each: those of a comparison's methods, what a training run measured."""
+    if record["kind"] == _COMPARE:
         for method in record["methods"]:
             yield from _of_method(record, method)
-    elif record["kind"] in TRAINING:
+    elif record["kind"] in TRAINING_KINDS:
         yield _of_training(record)
     else:
         yield dict(record)
@@ -221,12 +230,11 @@ def _of_method(record: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator
     }
     seed = {"seed": protocol.get("seed")}
     for key in ("perplexity", "positions"):
-        own = {**protocol[key], **({"stride": protocol["perplexity"]["stride"]}), **seed}
-        yield {**shared, "kind": "perplexity", "protocol": own, "data": record["data"], "results": method[key]}
+        same = {**protocol[key], "stride": protocol["perplexity"]["stride"], **seed}
+        yield {**shared, "kind": "perplexity", "protocol": same, "data": record["data"], "results": method[key]}
     if method["passkey"]:
-        own = {**protocol["passkey"], **seed}
         cells = {"results": method["passkey"], "by_length": method["passkey_by_length"]}
-        yield {**shared, "kind": "passkey", "protocol": own, "data": None, **cells}
+        yield {**shared, "kind": "passkey", "protocol": {**protocol["passkey"], **seed}, "data": None, **cells}
 
 
 def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +243,7 @@ def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
     measured = record.get("perplexity") or [{}]
     return {
         "schema": record["schema"],
-        "kind": "training",
+        "kind": _TRAINING,
         "command": record.get("command"),
         "versions": record.get("versions"),
         "model": {},
@@ -250,7 +258,7 @@ def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_names(parts: Sequence[Part]) -> dict[str, str]:
-    """Return model id -> how labels spell it: the end of a path, "" where there is but one and other things differ."""
+    """Return model id -> how labels spell it: the end of a path, "" if there is only one and other things differ."""
     ids = list(dict.fromkeys(part.model for part in parts if part.model))
     if len(ids) == 1 and len({(part.method, part.memory) for part in parts if part.model}) > 1:
         return {ids[0]: ""}
@@ -258,7 +266,7 @@ def model_names(parts: Sequence[Part]) -> dict[str, str]:
 
 
 def label_parts(parts: Sequence[Part], names: Mapping[str, str]) -> list[str]:
-    """Return a label for each part, unique among them: model, method, memory; the directory where these are equal.
+    """Return a label for each part, unique among them: model, method, memory; the directory if these are equal.
 
     Args:
         names: of models, as `model_names`.
@@ -278,12 +286,14 @@ def label_parts(parts: Sequence[Part], names: Mapping[str, str]) -> list[str]:
 def _plain_label(part: Part, names: Mapping[str, str]) -> str:
     if not part.model:
         return ""
-    return " + ".join(own for own in (names[part.model], part.method, part.memory) if own) or "none"
+    return " + ".join(name for name in (names[part.model], part.method, part.memory) if name) or "none"
 
 
 def _shortest(paths: Sequence[str]) -> list[str]:
     """Return the last component of each path, and as many more as tell different paths apart."""
-    return ["/".join(_ending(Path(path).parts, [Path(own).parts for own in paths if own != path])) for path in paths]
+    return [
+        "/".join(_ending(Path(path).parts, [Path(other).parts for other in paths if other != path])) for path in paths
+    ]
 
 
 def _ending(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from longext.evals.statistics import Estimate, leaders, wilson_interval
 from longext.report.plots import nll_by_position, passkey_heat_maps, perplexity_by_length, to_svg
-from longext.report.tables import Table, named, number, percent
+from longext.report.tables import Table, number, percent
 from longext.report.views import ppl_estimate
+from longext.settings import shown_name as named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

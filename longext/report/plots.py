@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,8 @@ METHOD_COLOURS = {
     "llama3": "#d55e00",
     "abf": "#b2912f",
 }
-_SPARE = ("#5b3e96", "#117733", "#882255", "#44aa99", "#999933")
 INK, GRID = "#222222", "#e3e3e3"
-
-
-def colours_for(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each method spelled `name` or `name:key=value`; variants take spare colours."""
-    spare = itertools.cycle(_SPARE)
-    return {name: METHOD_COLOURS.get(name) or next(spare) for name in names}
+TRAINED_DASHES = (0, (4, 3))  # of the line at the trained length, in every picture
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -52,154 +44,34 @@ def style(axes: Any, title: str, x: str, y: str) -> None:
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8.5, colors=INK, length=3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
 
 
-def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+def perplexity_text(value: float) -> str:
+    """Return a perplexity as axes write it."""
+    return f"{value:,.0f}" if value >= 20 else f"{value:g}"
 
 
-def log_perplexity(axes: Any) -> None:
-    """Log scale with round ticks; never narrower than a factor of two, so that small changes look small."""
+def log_ticks(axes: Any, spell: Callable[[float], str] = perplexity_text) -> None:
+    """Give the y axis a log scale with round ticks; never narrower than a factor of two: small changes look small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if not 0 < low < high:  # nothing that can be drawn, as of a model whose logits are NaN
         low, high = 1.0, 10.0
         axes.set_ylim(low, high)
     if high / low < 2:
-        middle = math.sqrt(low * high)
-        low, high = middle / math.sqrt(2), middle * math.sqrt(2)
+        low, high = (math.sqrt(low * high) * side for side in (2**-0.5, 2**0.5))
         axes.set_ylim(low, high)
-    nice = [m * 10**e for e in range(-1, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    nice = [m * 10**e for e in exponents for m in ((1, 1.5, 2, 3, 5, 7) if high / low < 100 else (1, 3))]
     ticks = [tick for tick in nice if low <= tick <= high]
     if len(ticks) < 4:
         ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 20 else f"{value:g}"))
-
-
-def _mark_trained(axes: Any, trained: int) -> None:
-    axes.axvline(trained, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
-        f"trained length {trained:,}",
-        (trained, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -2),
-        textcoords="offset points",
-        va="top",
-        fontsize=8,
-        color=INK,
-    )
-
-
-def _legend(axes: Any) -> None:
-    figure, count = axes.get_figure(), len(axes.get_legend_handles_labels()[1])
-    figure.set_figheight(max(figure.get_figheight(), 0.6 + 0.2 * count))  # tall enough for every variant's name
-    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def perplexity_by_length(series: Mapping[str, Sequence[Mapping[str, Any]]], *, trained: int, title: str) -> Figure:
-    """Perplexity against context length, one line per series, 95 % intervals shaded; log-log.
-
-    Args:
-        series: name -> result rows with length, ppl, ppl_low, ppl_high.
-    """
-    figure = new_figure(7.4, 4.2)
-    axes = figure.subplots()
-    colours = colours_for(list(series)) if len(series) > 1 else dict.fromkeys(series, METHOD_COLOURS["yarn"])
-    for name, rows in series.items():
-        x = [row["length"] for row in rows]
-        axes.plot(
-            x, [row["ppl"] for row in rows], marker="o", markersize=4.5, linewidth=1.9, color=colours[name], label=name
-        )
-        if all(row["ppl_low"] is not None for row in rows):
-            low, high = ([row[key] for row in rows] for key in ("ppl_low", "ppl_high"))
-            axes.fill_between(x, low, high, color=colours[name], alpha=0.14, linewidth=0)
-    style(axes, title, "context length (tokens)", "perplexity (log scale)")
-    _length_ticks(axes, sorted({row["length"] for rows in series.values() for row in rows}))
-    log_perplexity(axes)
-    _mark_trained(axes, trained)
-    if len(series) > 1:
-        _legend(axes)
-    return figure
-
-
-def nll_by_position(series: Mapping[str, Sequence[Mapping[str, Any]]], *, trained: int, title: str) -> Figure:
-    """NLL against position in the window, one step line per series.
-
-    Args:
-        series: name -> rows with start, length (end of the bucket) and nll.
-    """
-    figure = new_figure(7.4, 4.2)
-    axes = figure.subplots()
-    colours = colours_for(list(series)) if len(series) > 1 else dict.fromkeys(series, METHOD_COLOURS["yarn"])
-    for name, rows in series.items():
-        edges = [rows[0]["start"], *(row["length"] for row in rows)]
-        # dynamic NTK equals NTK-aware at the full window: dashes let the line under it show
-        dashes = (0, (3, 1.5)) if name.startswith("dynamic") else "solid"
-        values = [row["nll"] for row in rows]
-        axes.stairs(values, edges, baseline=None, color=colours[name], linewidth=1.9, linestyle=dashes, label=name)
-    style(axes, title, "position in the window (tokens)", "NLL (nats per token)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _mark_trained(axes, trained)
-    if len(series) > 1:
-        _legend(axes)
-    return figure
-
-
-def passkey_heat_maps(cells: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> Figure:
-    """Accuracy by length (columns) and depth (rows), one map per series, the share written in each cell."""
-    names = list(cells)
-    columns = min(3 if len(names) <= 6 else 4, len(names))
-    rows = -(-len(names) // columns)
-    lengths = sorted({cell["length"] for own in cells.values() for cell in own})
-    depths = list(dict.fromkeys(cell["depth"] for own in cells.values() for cell in own))
-    width = max(3.0, 0.62 * len(lengths) + 1.3)
-    height = max(1.7, 0.36 * len(depths) + 1.15)
-    figure = new_figure(width * columns + 0.5, height * rows + 0.45)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= len(names):
-            axes.axis("off")
-            continue
-        _heat_map(axes, names[index] if len(names) > 1 else "", cells[names[index]], lengths, depths)
-    return figure
-
-
-def _heat_map(axes: Any, name: str, cells: Sequence[Mapping[str, Any]], lengths: list[int], depths: list[Any]) -> None:
-    values = {(cell["depth"], cell["length"]): cell["num_correct"] / cell["num_trials"] for cell in cells}
-    matrix = [[values.get((depth, length), float("nan")) for length in lengths] for depth in depths]
-    axes.pcolormesh(matrix, cmap="YlGnBu", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    axes.invert_yaxis()
-    for r, row in enumerate(matrix):
-        for c, value in enumerate(row):
-            axes.text(
-                c + 0.5,
-                r + 0.5,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value > 0.55 else INK,
-            )
-    axes.set_title(name, loc="left", fontsize=9.5, color=INK)
-    axes.set_xticks([c + 0.5 for c in range(len(lengths))], [f"{length:,}" for length in lengths], fontsize=8)
-    axes.set_yticks(
-        [r + 0.5 for r in range(len(depths))],
-        ["random" if d is None else f"{100 * d:.0f}%" for d in depths],
-        fontsize=8,
-    )
-    axes.set_xlabel("tokens", fontsize=8.5, color=INK)
-    axes.set_ylabel("needle depth", fontsize=8.5, color=INK)
-    axes.tick_params(length=0, colors=INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
 
 
 def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: str, has_method: bool) -> Figure:
@@ -244,12 +116,3 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, format="png")
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element for inlining in HTML; `name` keeps its ids apart from other figures'."""
-    with matplotlib.rc_context({"svg.hashsalt": f"longext-{name}"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

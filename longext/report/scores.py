@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longext.errors import DataError
-from longext.evals.statistics import stderr_interval
+from longext.evals.views import Score
 from longext.manifest import RESULT_SCHEMA
 from longext.untrusted import fields, is_a, read_json
 
@@ -33,52 +32,6 @@ _NO_SCORES_INSIDE = frozenset(
         "bars",
     }
 )
-_COUNT = "num_"
-_WITH_PLAIN_INTERVAL = ("accuracy", "score", "mean", "value")  # what `low` and `high` beside them are of
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of a record.
-
-    Attributes:
-        name: its place, as `eval diff` spells it: `results[length=512].ppl`.
-        keys: the same without rows: ("results", "ppl").
-        rows: the rows that hold it, the outermost first.
-        beside: the mapping that holds it: its interval and its counts.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    value: float
-    rows: tuple[Mapping[str, Any], ...]
-    beside: Mapping[str, Any]
-
-    @property
-    def is_count(self) -> bool:
-        """True for a number of tokens, prompts or documents."""
-        return self.keys[-1].startswith(_COUNT)
-
-    def field(self, name: str) -> Any:
-        """Return a field of the innermost row that has it, None where none has."""
-        return next((row[name] for row in reversed(self.rows) if name in row), None)
-
-    def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of the number, None where the record has none.
-
-        Of a `value` with a `stderr` alone (older results of lm-eval) it is that of `stderr_interval`.
-        """
-        key = self.keys[-1]
-        named = {**(self.beside.get("intervals") or {}), **(self.field("bucket_intervals") or {})}.get(key)
-        if named is not None:
-            return named[0], named[1]
-        pairs = [(f"{key}_low", f"{key}_high"), *([("low", "high")] if key in _WITH_PLAIN_INTERVAL else [])]
-        for low, high in pairs:
-            if self.beside.get(low) is not None and self.beside.get(high) is not None:
-                return self.beside[low], self.beside[high]
-        if key != "value":
-            return None
-        return stderr_interval(self.value, self.beside.get("stderr"), self.beside.get("num_documents"))
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -109,8 +62,8 @@ def read_record(file: Path) -> dict[str, Any]:
         return {}
     if str(record.get("schema")).startswith(_FAMILY):
         fields(record, str(file), {**dict.fromkeys(_PARTS, (dict, None)), "kind": (str, None)}, advice=_ADVICE)
-    found: dict[str, Any] = record
-    return found
+    result: dict[str, Any] = record
+    return result
 
 
 def schema_trouble(record: Mapping[str, Any]) -> str | None:
@@ -153,14 +106,14 @@ def numbers_of(record: Mapping[str, Any]) -> Iterator[Score]:
 
 
 def with_intervals(means: Mapping[str, Any], intervals: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested means with the intervals of each under `intervals`, beside it."""
+    """Return nested means with the intervals of each under a key `intervals`."""
     if not any(isinstance(value, Mapping) for value in means.values()):
         return {**means, "intervals": intervals}
     return {key: with_intervals(value, intervals.get(key) or {}) for key, value in means.items()}
 
 
 def _numbers(
-    value: Any, name: str, keys: tuple[str, ...], rows: tuple[Mapping[str, Any], ...], beside: Mapping[str, Any]
+    value: Any, name: str, keys: tuple[str, ...], rows: tuple[Mapping[str, Any], ...], parent: Mapping[str, Any]
 ) -> Iterator[Score]:
     if isinstance(value, Mapping):
         for inner, item in value.items():
@@ -170,7 +123,7 @@ def _numbers(
         for row_name, item in _named_rows(value):
             yield from _numbers(item, f"{name}[{row_name}]", keys, (*rows, item), item)
     elif is_a(value, float) and math.isfinite(value) and _may_be_score(keys[-1]):
-        yield Score(name, keys, value, rows, beside)
+        yield Score(name, keys, value, rows, parent)
 
 
 def _may_be_score(key: str) -> bool:
@@ -198,8 +151,8 @@ def _row_name(row: Mapping[str, Any]) -> str:
 def leaves(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of everything in nested mappings that is no mapping."""
     for key, item in value.items():
-        own = f"{name}.{key}" if name else str(key)
+        path = f"{name}.{key}" if name else str(key)
         if isinstance(item, Mapping):
-            yield from leaves(item, own)
+            yield from leaves(item, path)
         else:
-            yield own, item
+            yield path, item

@@ -1,23 +1,20 @@
-"""What `longext report` shows of each kind of result: which numbers, under which columns, and which way is better."""
+"""The sections of a report, one or more for each kind of result: which numbers, in which columns, what is better."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from longext.evals.babilong_data import length_name
-from longext.report.scores import Score, numbers_of
+from longext.evals.views import ALWAYS, ANY, NEVER, ONE, SEVERAL, Bars, Column, Detail, HeatMap, Lines, Score, Section
+from longext.report.scores import numbers_of
 
-Column = int | float | str
-ANY = "*"
-_LM_EVAL = "longbench-lm-eval"
-_HARD_TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
+_TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
 _MACHINE = frozenset({"model.device", "model.num_threads", "model.dtype", "model.attention"})
-
-
-def _field(name: str) -> Callable[[Score], Any]:
-    return lambda score: score.field(name)
+_TOKENS, _PROMPT, _BEFORE = "context length (tokens)", "prompt length (tokens)", "context before the segment (tokens)"
+_TRIALS = Detail("trials", "num_trials")
+_MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
+_SCORED = Detail("tokens scored", "num_tokens", "{:,}")
 
 
 def _key(place: int) -> Callable[[Score], str]:
@@ -37,22 +34,9 @@ def _harness_column(score: Score) -> str:
     return " ".join(str(name) for name in named if name not in (None, "none"))
 
 
-def _limit(score: Score) -> str:
-    return score.keys[-1].removesuffix("_length")
-
-
-def _last(_: Score) -> str:
-    return "loss"
-
-
 def _way(score: Score) -> str:
     ratio = score.field("ratio")
     return str(score.field("way")) if ratio is None else f"{score.field('way')} {ratio}x"
-
-
-def thousands(column: Column) -> str:
-    """Return a column as text: 4096 as "4,096"."""
-    return column if isinstance(column, str) else f"{column:,}"
 
 
 def _times(column: Column) -> str:
@@ -63,100 +47,37 @@ def _folder(column: Column) -> str:
     return length_name(int(column))
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """One table and picture of a suite.
-
-    Attributes:
-        name: ends its file's name; "" for a suite's first.
-        keys: of the scores shown, without rows; `ANY` stands for any key.
-        unit: how the numbers are written; see `reporting.report_views`.
-        lower_is_better: None where nothing is best; a row's own `higher_is_better` goes before it.
-        column, spell: score -> what stands above it, and how that is written.
-        panel, panel_name: score -> the block of rows that it belongs to, and what blocks are: tasks.
-        variant: score -> what tells rows of one result apart.
-        axis: of the columns, where they are numbers to draw lines over; "" for names, drawn as bars.
-        scale: score -> what it is measured in, where not all can be drawn on one axis.
-        where: fields that a score's rows must have.
-        lone: a column that says nothing of a panel where it is the only one.
-        pooled: over all tasks of a result, so shown only where results have the same tasks.
-        in_table: False for what is only drawn.
-        exact: numbers of a machine, which are no samples of anything and need no interval to be told apart.
-    """
-
-    title: str
-    keys: tuple[str, ...]
-    unit: str
-    lower_is_better: bool | None = False
-    column: Callable[[Score], Column] = _field("length")
-    spell: Callable[[Column], str] = thousands
-    panel: Callable[[Score], str] | None = None
-    panel_name: str = "task"
-    variant: Callable[[Score], str] | None = None
-    axis: str = ""
-    scale: Callable[[Score], str] | None = None
-    name: str = ""
-    where: Mapping[str, Any] | None = None
-    lone: str = ""
-    pooled: bool = False
-    in_table: bool = True
-    in_picture: bool = True
-    exact: bool = False
-
-    def shows(self, score: Score) -> bool:
-        """True where a score is one of this view."""
-        if len(score.keys) != len(self.keys):
-            return False
-        same = all(own in (ANY, key) for own, key in zip(self.keys, score.keys, strict=True))
-        return same and all(score.field(name) == value for name, value in (self.where or {}).items())
-
-    def is_lower_better(self, score: Score) -> bool | None:
-        """Return which way is better for this score, None where neither is."""
-        higher = score.field("higher_is_better")
-        return self.lower_is_better if higher is None else not higher
+def _depth(depth: float | None) -> str:
+    return "random" if depth is None else f"{depth:.0%}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Suite:
-    """A section of a report.
-
-    Attributes:
-        must_agree: fields of `model` that must agree beside protocol and data for numbers to stand in one table.
-        measured: record -> what else must agree, that its numbers or its model say.
-        unknown: why results of this suite cannot be told to be comparable, "" where their record says.
-    """
-
-    name: str
-    title: str
-    views: tuple[View, ...]
-    must_agree: frozenset[str] = frozenset()
-    measured: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda record: {}
-    unknown: str = ""
+def _yes(word: str, other: str) -> Callable[[bool], str]:
+    return lambda value: word if value else other
 
 
-_TOKENS, _PROMPT, _BEFORE = "context length (tokens)", "prompt length (tokens)", "context before the segment (tokens)"
+def _estimate(form: str) -> Callable[[Mapping[str, Any]], str]:
+    def text(value: Mapping[str, Any]) -> str:
+        between = "" if value.get("low") is None else f" ({form} to {form})".format(value["low"], value["high"])
+        return form.format(value["mean"]) + between
+
+    return text
 
 
-def _by_task(title: str, key: str, axis: str = _PROMPT, spell: Callable[[Column], str] = thousands) -> View:
-    return View(title=title, keys=(key, "score"), unit="share", panel=_field("task"), axis=axis, spell=spell)
+def _by_task(title: str, of: str, axis: str = _PROMPT, **more: Any) -> Lines:
+    return Lines(title, of=of, panel="task", axis=axis, **more)
 
 
-def _pooled(title: str, spell: Callable[[Column], str] = thousands) -> View:
-    """All tasks together; drawn where the tasks are, one by one."""
-    return View(
-        name="all",
-        title=title,
-        keys=("by_length", "score"),
-        unit="share",
-        axis=_PROMPT,
-        spell=spell,
-        pooled=True,
-        in_picture=False,
-    )
+def _pooled(title: str, **more: Any) -> Lines:
+    """All tasks together; drawn task by task in another view."""
+    return Lines(title, of="by_length.score", axis=_PROMPT, name="all", pooled=True, picture=NEVER, **more)
+
+
+def _task_map(title: str, of: str, **more: Any) -> HeatMap:
+    return HeatMap(title, of=of, rows="task", name="tasks", table=NEVER, picture=ONE, **more)
 
 
 def _longest(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The longest context has its say in where segments are taken, at every length."""
+    """The longest context decides from where segments are taken, at every length."""
     return {"longest context": max(row["length"] for row in record["results"])}
 
 
@@ -174,292 +95,476 @@ def _segment(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"segment": (record["model"].get("compressor") or {}).get("segment")}
 
 
-def _efficiency(key: str, title: str, unit: str, lower: bool = True) -> View:
-    return View(
+def _efficiency(key: str, title: str, unit: str, lower: bool = True, **more: Any) -> Lines:
+    return Lines(
+        title,
+        of=f"results.{key}",
         name=key.replace("_", "-"),
-        title=title,
-        keys=("results", key),
         unit=unit,
         lower_is_better=lower,
         variant=_way,
         axis=_TOKENS,
         exact=True,
+        **more,
     )
 
 
-def _reconstruction(metric: str, title: str, unit: str) -> View:
-    return View(
+def _reconstruction(metric: str, title: str, unit: str, **more: Any) -> Lines:
+    return Lines(
+        title,
+        of=f"results.metrics.{metric}.mean",
         name=metric.replace("_", "-"),
-        title=title,
-        keys=("results", "metrics", metric, "mean"),
         unit=unit,
-        column=_field("ratio"),
+        columns="ratio",
+        heading="ratio",
         spell=_times,
-        panel=_field("content"),
+        panel="content",
         panel_name="content",
         axis="compression ratio",
+        **more,
     )
 
 
-_SUITES = (
-    Suite(
-        name="perplexity",
-        title="Perplexity",
-        must_agree=_HARD_TOKENIZER,
-        views=(
-            View(
-                title="Perplexity by context length",
-                keys=("results", "ppl"),
-                unit="perplexity",
-                lower_is_better=True,
-                axis=_TOKENS,
-            ),
+_PERPLEXITY = Section(
+    name="perplexity",
+    title="Perplexity",
+    kind="perplexity",
+    picture="ppl",
+    must_agree=_TOKENIZER,
+    views=(
+        Lines(
+            "Perplexity by context length",
+            of="results.ppl",
+            unit="perplexity",
+            lower_is_better=True,
+            axis=_TOKENS,
+            value="ppl",
+            details=(Detail("NLL", "nll", "{:.4f}"), Detail("top-1", "accuracy", "{:.1%}"), _SCORED),
         ),
     ),
-    Suite(
-        name="positions",
-        title="Loss by position",
-        must_agree=_HARD_TOKENIZER,
-        measured=_windows,
-        views=(
-            View(
-                title="NLL by position in the window, nats per token",
-                keys=("results", "nll"),
-                unit="nats",
-                lower_is_better=True,
-                column=_positions,
-                axis="position in the window (tokens)",
-            ),
+)
+_POSITIONS = Section(
+    name="positions",
+    title="Loss by position",
+    kind="perplexity",
+    protocol="ppl/positional",
+    picture="ppl",
+    must_agree=_TOKENIZER,
+    measured=_windows,
+    views=(
+        Lines(
+            "NLL by position in the window, nats per token",
+            of="results.nll",
+            unit="nats",
+            lower_is_better=True,
+            columns=_positions,
+            heading="positions",
+            axis="position in the window (tokens)",
+            steps=True,
+            value="NLL",
+            details=(Detail("ppl", "ppl", "{:.2f}"), Detail("top-1", "accuracy", "{:.1%}"), _SCORED),
         ),
     ),
-    Suite(
-        name="memory-perplexity",
-        title="Perplexity with a memory",
-        must_agree=_HARD_TOKENIZER,
-        measured=_longest,
-        views=(
-            View(
-                title="Perplexity of the next segment by context",
-                keys=("results", "ppl"),
-                unit="perplexity",
-                lower_is_better=True,
-                axis=_BEFORE,
-                where={"method": "memory"},
+)
+_MEMORY = Section(
+    name="memory-perplexity",
+    title="Perplexity with a memory",
+    kind="memory-perplexity",
+    picture="ppl",
+    must_agree=_TOKENIZER,
+    measured=_longest,
+    views=(
+        Lines(
+            "Perplexity of the next segment by context",
+            of="results.ppl",
+            unit="perplexity",
+            lower_is_better=True,
+            axis=_BEFORE,
+            where={"method": "memory"},
+            table=SEVERAL,
+            picture=SEVERAL,
+        ),
+        Lines(
+            "Perplexity of the next segment by context",
+            of="results.ppl",
+            name="methods",
+            unit="perplexity",
+            lower_is_better=True,
+            variant="method",
+            heading="context",
+            axis=_BEFORE,
+            table=ONE,
+            picture=ONE,
+            value="ppl",
+            details=(
+                Detail("first quarter", "nll_first_quarter", "{:.3f}"),
+                Detail("last quarter", "nll_last_quarter", "{:.3f}"),
+                Detail("positions", "num_readable", "{:,}"),
             ),
-            View(
-                name="controls",
-                title="NLL of the memory minus that of its own controls, nats (below 0: the memory is better)",
-                keys=("results", "difference"),
-                unit="signed",
-                lower_is_better=None,
-                panel=_field("method"),
-                panel_name="control",
-                axis=_BEFORE,
-            ),
+            note="quarters of the segment: NLL, nats per token; positions: before the segment, that the memory reads",
+        ),
+        Lines(
+            "NLL of the memory minus that of its own controls, nats (below 0: the memory is better)",
+            of="results.difference",
+            name="controls",
+            unit="signed",
+            lower_is_better=None,
+            panel="method",
+            panel_name="control",
+            axis=_BEFORE,
         ),
     ),
-    Suite(
-        name="short-context",
-        title="Short texts",
-        views=(
-            View(
-                title="Change of perplexity against the base",
-                keys=("results", "change"),
-                unit="change",
-                lower_is_better=True,
-                axis=_TOKENS,
-            ),
-        ),
-    ),
-    Suite(
-        name="effective-length",
-        title="Effective length",
-        views=(
-            View(
-                title="Longest length above the bar, tokens", keys=(ANY,), unit="count", column=_limit, in_picture=False
-            ),
-            View(
-                name="tried",
-                title="Accuracy at the lengths tried",
-                keys=("results", "accuracy"),
-                unit="share",
-                axis=_PROMPT,
-                in_table=False,
-            ),
-        ),
-    ),
-    Suite(
-        name="passkey",
-        title="Passkey",
-        measured=_depths,
-        views=(
-            View(
-                title="Passkey accuracy by prompt length",
-                keys=("by_length", "accuracy"),
-                unit="share",
-                axis=_PROMPT,
-            ),
-        ),
-    ),
-    Suite(
-        name="needle",
-        title="Needles (RULER)",
-        measured=_depths,
-        views=(
-            _by_task("Needles found by prompt length", "by_task"),
-            _pooled("Needles found by prompt length, all tasks together"),
-        ),
-    ),
-    Suite(
-        name="longeval",
-        title="LongEval",
-        views=(_by_task("LongEval accuracy by number of lines or topics", "results", "number of lines or topics"),),
-    ),
-    Suite(
-        name="babilong",
-        title="BABILong",
-        views=(
-            _by_task("BABILong accuracy by length", "results", "length of the text", _folder),
-            _pooled("BABILong accuracy by length, all tasks together", _folder),
-        ),
-    ),
-    Suite(
-        name="longbench",
-        title="LongBench",
-        views=(
-            View(
-                title="LongBench averages, as the authors report them",
-                keys=("averages", ANY, ANY),
-                unit="points",
-                column=_key(2),
-                panel=_key(1),
-                panel_name="language",
-                lone="code",  # counts in both languages
-            ),
-            View(
-                name="tasks",
-                title="LongBench by task",
-                keys=("results", "score"),
-                unit="points",
-                column=_field("task"),
-            ),
-        ),
-    ),
-    Suite(
-        name="longbench-e",
-        title="LongBench-E",
-        views=(
-            View(
-                title="LongBench-E averages by words of context",
-                keys=("averages", ANY, "english", ANY),
-                unit="points",
-                column=_key(3),
-                panel=_key(1),
-                panel_name="words",
-            ),
-            View(
-                name="tasks",
-                title="LongBench-E by task and words of context",
-                keys=("results", "buckets", ANY),
-                unit="points",
-                column=_key(2),
-                panel=_field("task"),
-            ),
-        ),
-    ),
-    Suite(
-        name=_LM_EVAL,
-        title="LongBench under lm-eval's protocol (not the authors')",
-        views=(
-            View(
-                title="LongBench averages of lm-eval's groups, not comparable with the authors'",
-                keys=("averages", ANY, ANY),
-                unit="points",
-                column=_key(2),
-            ),
-            View(
-                name="tasks",
-                title="LongBench by task under lm-eval's protocol, not comparable with the authors'",
-                keys=("results", "score"),
-                unit="points",
-                column=_field("task"),
-            ),
-        ),
-    ),
-    Suite(
-        name="harness",
-        title="lm-eval",
-        views=(
-            View(
-                title="lm-eval tasks",
-                keys=("results", "value"),
-                unit="value",
-                column=_harness_column,
-                scale=_field("metric"),
-            ),
-        ),
-    ),
-    Suite(
-        name="reconstruction",
-        title="Reconstruction from memory",
-        measured=_segment,
-        views=(
-            _reconstruction("bleu", "BLEU-4 of what came back, by compression ratio", "fraction"),
-            _reconstruction("accuracy", "Token accuracy, teacher-forced, by compression ratio", "percent"),
-            _reconstruction("bits_saved", "Bits saved per token by compression ratio", "fraction"),
-        ),
-    ),
-    Suite(
-        name="efficiency",
-        title="Efficiency",
-        must_agree=_MACHINE,
-        views=(
-            _efficiency("prefill_seconds", "Prefill, seconds", "seconds"),
-            _efficiency("decode_tokens_per_second", "Decoding, tokens a second", "rate", lower=False),
-            _efficiency("kv_bytes", "Bytes of keys and values held", "bytes"),
-            _efficiency("peak_bytes", "Peak memory above model and input", "bytes"),
-        ),
-    ),
-    Suite(
-        name="training",
-        title="Training runs",
-        must_agree=frozenset({"protocol.id"}),
-        unknown="Runs do not record a protocol of what they measure while training: `eval ppl` compares their models.",
-        views=(
-            View(
-                title="Loss of the last step (nats)",
-                keys=("final_loss",),
-                unit="nats",
-                lower_is_better=None,
-                column=_last,
-                in_picture=False,
-            ),
-            View(
-                name="perplexity",
-                title="Perplexity at the last step that was evaluated, by length",
-                keys=("perplexity", ANY),
-                unit="perplexity",
-                lower_is_better=None,
-                column=_key_as_length,
-                axis="length (tokens)",
+)
+_SHORT = Section(
+    name="short-context",
+    title="Short texts",
+    kind="short-context",
+    picture="short",
+    views=(
+        Lines(
+            "Change of perplexity against the base",
+            of="results.change",
+            unit="change",
+            lower_is_better=True,
+            axis=_TOKENS,
+            value="change",
+            details=(
+                Detail("ppl", "ppl", "{:.2f}"),
+                Detail("base ppl", "base_ppl", "{:.2f}"),
+                Detail("verdict", "passed", _yes("pass", "FAIL")),
+                Detail("windows", "num_windows", "{:,}"),
+                _SCORED,
             ),
         ),
     ),
 )
-SUITES = {suite.name: suite for suite in _SUITES}
-TRAINING = ("finetune", "compress-train")
-_NO_KINDS = ("positions", "longbench-e", _LM_EVAL, "training")
-KINDS = (*(name for name in SUITES if name not in _NO_KINDS), "compare", *TRAINING)
+_EFFECTIVE = Section(
+    name="effective-length",
+    title="Effective length",
+    kind="effective-length",
+    picture="effective",
+    views=(
+        Bars(
+            "Longest length above the limit, tokens",
+            of=ANY,
+            unit="count",
+            columns=lambda score: score.keys[-1].removesuffix("_length"),
+            picture=NEVER,
+        ),
+        Lines(
+            "Accuracy at the lengths tried",
+            of="results.accuracy",
+            name="tried",
+            axis=_PROMPT,
+            table=ONE,
+            details=(
+                Detail("limit", "passed", _yes("pass", "fail")),
+                Detail("interval above", "clearly", _yes("yes", "no")),
+                Detail("right", "num_correct"),
+                Detail("of", "num_trials"),
+                Detail("tried as", "order"),
+            ),
+        ),
+    ),
+)
+_PASSKEY = Section(
+    name="passkey",
+    title="Passkey",
+    kind="passkey",
+    measured=_depths,
+    views=(
+        Lines(
+            "Passkey accuracy by prompt length",
+            of="by_length.accuracy",
+            axis=_PROMPT,
+            picture=SEVERAL,
+            details=(_MEAN_TOKENS, _TRIALS),
+        ),
+        HeatMap(
+            "Passkey accuracy by length and depth",
+            of="results.accuracy",
+            name="depths",
+            rows="depth",
+            rows_name="depth",
+            spell_row=_depth,
+            table=ONE,
+        ),
+    ),
+)
+_NEEDLE = Section(
+    name="needle",
+    title="Needles (RULER)",
+    kind="needle",
+    measured=_depths,
+    views=(
+        _by_task("Needles found by prompt length", "by_task.score", picture=SEVERAL),
+        _pooled("Needles found by prompt length, all tasks together"),
+        _task_map("Needles found by prompt length", "by_task.score"),
+        HeatMap(
+            "Needles found by length and depth",
+            of="results.score",
+            name="depths",
+            rows="depth",
+            rows_name="depth",
+            spell_row=_depth,
+            panel="task",
+            table=NEVER,
+            picture=ONE,
+        ),
+    ),
+)
+_LONGEVAL = Section(
+    name="longeval",
+    title="LongEval",
+    kind="longeval",
+    views=(
+        _by_task(
+            "LongEval accuracy by number of lines or topics",
+            "results.score",
+            "number of lines or topics",
+            heading="size",
+            details=(_MEAN_TOKENS, Detail("cases", "num_trials")),
+        ),
+    ),
+)
+_BABILONG = Section(
+    name="babilong",
+    title="BABILong",
+    kind="babilong",
+    views=(
+        _by_task("BABILong accuracy by length", "results.score", "length of the text", spell=_folder, picture=SEVERAL),
+        _pooled("BABILong accuracy by length, all tasks together", spell=_folder),
+        _task_map("BABILong accuracy by length", "results.score", spell=_folder),
+    ),
+)
+_ANSWERED = (
+    Detail("category", "category"),
+    Detail("metric", "metric"),
+    Detail("rows", "num_rows"),
+    Detail("empty", "num_empty"),
+    Detail("missing", "num_missing"),
+    Detail("cut", "num_truncated"),
+    Detail("tokens", "num_prompt_tokens", "{:,.0f}"),
+)
+_OF_ANSWERS: dict[str, Any] = {
+    "name": "tasks",
+    "unit": "points",
+    "value": "score",
+    "note": "0 to 100; cut: prompts that were too long; tokens: mean length of a prompt as read",
+}
+_LONGBENCH = Section(
+    name="longbench",
+    title="LongBench",
+    kind="longbench",
+    views=(
+        Bars(
+            "LongBench averages, as the authors report them",
+            of="averages.*.*",
+            unit="points",
+            columns=_key(2),
+            panel=_key(1),
+            panel_name="language",
+            lone="code",  # counts in both languages
+            picture=SEVERAL,
+        ),
+        Bars(
+            "LongBench by task",
+            of="results.score",
+            columns="task",
+            heading="task",
+            shade="category",
+            details=_ANSWERED,
+            **_OF_ANSWERS,
+        ),
+    ),
+)
+_LONGBENCH_E = Section(
+    name="longbench-e",
+    title="LongBench-E",
+    kind="longbench",
+    protocol="longbench-e-official",
+    picture="longbench",
+    views=(
+        Bars(
+            "LongBench-E averages by words of context",
+            of="averages.*.english.*",
+            unit="points",
+            columns=_key(3),
+            panel=_key(1),
+            panel_name="words",
+            picture=SEVERAL,
+        ),
+        Bars(
+            "LongBench-E by task and words of context",
+            of="results.buckets.*",
+            columns=_key(2),
+            heading="words",
+            panel="task",
+            shade="category",
+            details=_ANSWERED,
+            **_OF_ANSWERS,
+        ),
+    ),
+)
+_LONGBENCH_LM_EVAL = Section(
+    name="longbench-lm-eval",
+    title="LongBench under lm-eval's protocol (not the authors')",
+    kind="longbench",
+    protocol="longbench-lm-eval",
+    picture="longbench",
+    views=(
+        Bars(
+            "LongBench averages of lm-eval's groups, not comparable with the authors'",
+            of="averages.*.*",
+            unit="points",
+            columns=_key(2),
+            picture=SEVERAL,
+        ),
+        Bars(
+            "LongBench by task under lm-eval's protocol, not comparable with the authors'",
+            of="results.score",
+            columns="task",
+            heading="task",
+            shade="category",
+            details=_ANSWERED,
+            **_OF_ANSWERS,
+        ),
+    ),
+)
+_HARNESS = Section(
+    name="harness",
+    title="lm-eval",
+    kind="harness",
+    views=(
+        Bars(
+            "lm-eval tasks",
+            of="results.value",
+            unit="value",
+            columns=_harness_column,
+            heading="task",
+            scale="metric",
+            value="value",
+            details=(
+                Detail("better", "higher_is_better", _yes("more", "less")),
+                Detail("shots", "num_fewshot"),
+                Detail("documents", "num_documents"),
+                Detail("cut", "num_truncated"),
+            ),
+            note="as lm-eval scales them; intervals are of its standard errors, Wilson's if all or none are right; "
+            "cut: documents that lost the beginning of a prompt",
+        ),
+    ),
+)
+_RECONSTRUCTION = Section(
+    name="reconstruction",
+    title="Reconstruction from memory",
+    kind="reconstruction",
+    measured=_segment,
+    views=(
+        _reconstruction(
+            "bleu",
+            "BLEU-4 of the decoded text by compression ratio",
+            "fraction",
+            value="BLEU-4",
+            details=(
+                Detail("sentence", "metrics.sentence_bleu.mean", "{:.3f}"),
+                Detail("median", "metrics.sentence_bleu.median", "{:.3f}"),
+                Detail("ROUGE-L", "metrics.rouge_l", _estimate("{:.3f}")),
+                Detail("exact prefix", "metrics.exact_prefix.mean", "{:.1%}"),
+                Detail("exact match", "metrics.exact_match.mean", "{:.1%}"),
+            ),
+            note="greedy decoding; BLEU-4 of the corpus, then mean and median of single segments; no smoothing",
+        ),
+        _reconstruction(
+            "accuracy",
+            "Token accuracy, teacher-forced, by compression ratio",
+            "percent",
+            details=(
+                Detail("CE memory", "metrics.ce_memory.mean", "{:.3f}"),
+                Detail("CE none", "metrics.ce_none.mean", "{:.3f}"),
+                Detail("CE base", "metrics.ce_base.mean", "{:.3f}"),
+                Detail("bits saved", "metrics.bits_saved", _estimate("{:.3f}")),
+            ),
+            note="CE in nats per token: with the memory, without it (both after the repeat token), and of the base "
+            "model alone; bits saved per token: (none - memory) / ln 2",
+        ),
+        _reconstruction("bits_saved", "Bits saved per token by compression ratio", "fraction", table=SEVERAL),
+    ),
+)
+_EFFICIENCY = Section(
+    name="efficiency",
+    title="Efficiency",
+    kind="efficiency",
+    must_agree=_MACHINE,
+    views=(
+        _efficiency(
+            "prefill_seconds",
+            "Prefill, seconds",
+            "seconds",
+            value="prefill (s)",
+            details=(
+                Detail("tokens/s", "prefill_tokens_per_second", "{:,.0f}"),
+                Detail("us/token", "prefill_microseconds", "{:,.1f}"),
+                Detail("formula", "marginal_bytes_formula", "{:,.0f}"),
+                Detail("KV B/token", "kv_bytes_per_token", "{:,.0f}"),
+            ),
+            note="KV: bytes after the prefill, raw rest and sink included; formula: bytes of one more token",
+        ),
+        _efficiency("decode_tokens_per_second", "Decoding, tokens a second", "rate", lower=False),
+        _efficiency("kv_bytes", "Bytes of keys and values", "bytes"),
+        _efficiency("peak_bytes", "Peak memory above model and input", "bytes"),
+    ),
+)
+_TRAINING = Section(
+    name="training",
+    title="Training runs",
+    kind="training",
+    must_agree=frozenset({"protocol.id"}),
+    unknown="Runs do not record a protocol of what they measure while training: `eval ppl` compares their models.",
+    views=(
+        Bars(
+            "Loss of the last step (nats)",
+            of="final_loss",
+            unit="nats",
+            lower_is_better=None,
+            columns=lambda score: "loss",
+            picture=NEVER,
+        ),
+        Lines(
+            "Perplexity at the last step that was evaluated, by length",
+            of="perplexity.*",
+            name="perplexity",
+            unit="perplexity",
+            lower_is_better=None,
+            columns=_key_as_length,
+            axis="length (tokens)",
+            table=ALWAYS,
+        ),
+    ),
+)
 
 
-def suite_of(record: Mapping[str, Any]) -> Suite:
-    """Return the section that an evaluation's record belongs to."""
-    special = {"ppl/positional": "positions", "longbench-e-official": "longbench-e", "longbench-lm-eval": _LM_EVAL}
-    protocol, kind = str((record["protocol"] or {}).get("id")), str(record["kind"])
-    return SUITES[special.get(protocol, kind)]
+def sections() -> tuple[Section, ...]:
+    """Return every section, in the order of a report."""
+    evaluations = (_PERPLEXITY, _POSITIONS, _MEMORY, _SHORT, _EFFECTIVE, _PASSKEY, _NEEDLE, _LONGEVAL, _BABILONG)
+    evaluations += (_LONGBENCH, _LONGBENCH_E, _LONGBENCH_LM_EVAL, _HARNESS, _RECONSTRUCTION, _EFFICIENCY)
+    return (*evaluations, _TRAINING)
 
 
-def views_of(suite: Suite, record: Mapping[str, Any]) -> dict[str, list[Score]]:
+def section_of(record: Mapping[str, Any]) -> Section:
+    """Return the section of a record: that of its kind and protocol, else that of its kind.
+
+    Raises:
+        KeyError: no section shows this kind.
+    """
+    kind, protocol = str(record["kind"]), str((record["protocol"] or {}).get("id"))
+    fitting = [section for section in sections() if section.kind == kind and section.protocol in ("", protocol)]
+    if not fitting:
+        raise KeyError(kind)
+    return max(fitting, key=lambda section: bool(section.protocol))
+
+
+def scores_by_view(section: Section, record: Mapping[str, Any]) -> dict[str, list[Score]]:
     """Return the scores of each view, by the view's name."""
     scores = [score for score in numbers_of(record) if not score.is_count]
-    return {view.name: [score for score in scores if view.shows(score)] for view in suite.views}
+    return {view.name: [score for score in scores if view.shows(score)] for view in section.views}

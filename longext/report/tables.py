@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longext.evals.base import shown_name as named  # noqa: F401
 from longext.untrusted import spelled
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], *, title: str) -> Figur
     """Loss by step, and under it perplexity by step where it was measured, one line per length."""
     from matplotlib.ticker import MaxNLocator
 
-    from longext.report.plots import INK, log_perplexity, new_figure, style
+    from longext.report.plots import INK, log_ticks, new_figure, style
 
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     measured = [line for line in metrics if "perplexity" in line]
@@ -69,7 +69,7 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], *, title: str) -> Figur
             y = [line["perplexity"][length] for line in measured]
             panels[1].plot(x, y, marker="o", markersize=3.5, color=colour, label=f"{int(length):,} tokens")
         style(panels[1], "", "step", "perplexity (full attention)")
-        log_perplexity(panels[1])
+        log_ticks(panels[1])
         panels[1].legend(frameon=False, fontsize=8.5, labelcolor=INK)
     return plot
 

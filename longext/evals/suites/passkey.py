@@ -1,4 +1,4 @@
-"""Passkey retrieval: hide a number in a long text and ask for it, by length and depth.
+"""Hide a number in a long text and ask for it, by length and depth.
 
 Accuracy with Wilson intervals, heat map, JSON.
 

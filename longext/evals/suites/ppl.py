@@ -1,4 +1,4 @@
-"""Perplexity by length under a named protocol: table, JSON and a picture.
+"""Perplexity by length under a named protocol.
 
 Example: longext eval ppl books-5m --method yarn --factor 8 --data sample --lengths 512,1024,2048,4096
 

@@ -1,15 +1,17 @@
-"""`longext inspect`: the RoPE as a model has it, and what a method would do to each dimension."""
+"""Show a model's RoPE and what a method would do to it.
+
+Base, wavelengths, turns in the trained window, dimensions that never complete a turn.
+
+Example: longext inspect books-5m --method yarn --factor 8
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from longext.cli import app
-from longext.cli.options import Force, Json, Model, Recipe, Results, Revision, Settings, config_from
-from longext.cli.output import deliver, open_output
+from longext.cli.app import COMMANDS
+from longext.cli.build import Command
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
 from longext.manifest import result_record
@@ -19,43 +21,26 @@ if TYPE_CHECKING:
     from longext.rope.methods import RopeSpec
 
 
-@app.command("inspect")
-def inspect(
-    ctx: typer.Context,
-    model: Model = None,
-    method: Annotated[str | None, typer.Option(help="Show what this method does to each dimension.")] = None,
-    factor: Annotated[float | None, typer.Option(help="Factor of --method.")] = None,
-    target_length: Annotated[int | None, typer.Option(help="Target length of --method, instead of --factor.")] = None,
-    output: Results = None,
-    revision: Revision = None,
-    force: Force = False,
-    as_json: Json = False,
-    recipe: Recipe = None,
-    settings: Settings = None,
-) -> None:
-    """Show a model's RoPE: base, wavelengths, turns in the trained window, dimensions that never complete a turn.
-
-    Example: longext inspect books-5m --method yarn --factor 8
-    """
+def run(config: ExtendConfig, as_json: bool) -> None:
+    """Read the RoPE, apply the method to it if one is given, show what each dimension does."""
     from longext.checkpoint.rope_config import read_model_rope
     from longext.checkpoint.source import resolve_model
     from longext.conversion.computed import layers_in_words
     from longext.conversion.extend import exportable_parameters, plan_rope
 
-    config = config_from(ctx, ExtendConfig, recipe, settings, {"method": "none"})
-    config = dataclasses.replace(config, output=output, force=force)  # a recipe's output is for the checkpoint
     if config.method == "none" and (config.factor or config.target_length):
         raise ConfigError("--factor and --target-length need a --method, for example --method yarn.")
     directory = resolve_model(config.model, config.revision, weights=False)
     rope = read_model_rope(directory)
-    has_method = config.method != "none"
-    spec = plan_rope(dataclasses.replace(config, replace=True), directory, rope)[0] if has_method else rope.spec
-    if has_method:
+    spec = rope.spec
+    if config.method != "none":
+        spec = plan_rope(dataclasses.replace(config, replace=True), directory, rope)[0]
         exportable_parameters(rope, spec)
     _show(config, rope, spec, layers_in_words(rope, directory), as_json)
 
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
+    from longext.cli.output import deliver_files, open_output
     from longext.report.plots import rope_dimensions
     from longext.report.results import output_directory
     from longext.report.views import dimension_table
@@ -67,14 +52,13 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
     rows = dimension_rows(rope.spec, spec, target)
     never = [row.index for row in rows if not row.completes_a_turn]
     title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
-    record = _record(config, rope, spec, rows, never)
     output = output_directory(config.output, "inspect", config.model)
     open_output(output, config)
-    deliver(
+    deliver_files(
         output,
         "inspect",
         config,
-        record,
+        _record(config, rope, spec, rows, never),
         lambda: [dimension_table(rows, trained, target if has_method else None, title)],
         lambda: {
             "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
@@ -112,3 +96,10 @@ def _record(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, rows: list[An
         never_complete_a_turn=never,
         dimensions=[dataclasses.asdict(row) for row in rows],
     )
+
+
+FLAGS = ("model", "method", "factor", "target_length", "output", "revision", "force")
+COMMANDS.register(
+    "inspect",
+    Command(config=ExtendConfig, run=run, takes_recipes_of="extend", defaults={"method": "none"}, only=FLAGS),
+)

@@ -1,0 +1,228 @@
+"""The Python API: what every command does, as a function that returns its result.
+
+Settings are those of the commands, with underscores: `--batch-tokens 4096` is `batch_tokens=4096`. Errors are the
+exceptions of `longext.errors`, and name arguments, not flags.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from longext.errors import LongextError
+from longext.settings import build_config
+
+if TYPE_CHECKING:
+    from longext.compressor.generation import Generated
+    from longext.conversion.merge import MergeResult
+    from longext.models.protocol import LanguageModel
+    from longext.planning.fit import TrainingPlan
+    from longext.report.outcome import Comparison, Result
+
+_FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]+)")
+_ADVICE = " Give it as an argument or flag, or in the recipe (-c FILE)."
+_SPELLINGS = (
+    ("the command line: ", ""),
+    ("-o directory", "output directory"),
+    ("another -o", "another output"),
+    ("with -o", "as output"),
+)
+CallT = TypeVar("CallT", bound=Callable[..., Any])
+
+
+def in_python(message: str) -> str:
+    """Return an error message with `--a-flag` as `a_flag`, as a Python caller spells it."""
+    for flag, name in ((_ADVICE, ""), *_SPELLINGS):
+        message = message.replace(flag, name)
+    return _FLAG.sub(lambda match: match[1].replace("-", "_"), message)
+
+
+def _python_errors(call: CallT) -> CallT:
+    """Let errors of longext name arguments, not flags."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **settings: Any) -> Any:
+        try:
+            return call(*args, **settings)
+        except LongextError as error:
+            error.args = (in_python(str(error)), *error.args[1:])
+            raise
+
+    return wrapped  # type: ignore[return-value]
+
+
+@_python_errors
+def load(
+    model: str | Path,
+    *,
+    method: str | None = None,
+    factor: float | None = None,
+    memory: str | None = None,
+    segment: int = 128,
+    **settings: Any,
+) -> LanguageModel:
+    """Load a model for evaluation.
+
+    Args:
+        model: a directory, Hub id or bundled name; an adapter directory; or the output of `compress`.
+        method: RoPE method to apply in memory, "yarn" or with its parameters "dynamic:alpha=4".
+        factor: target length / trained length of `method`.
+        memory: read by segments with this memory, as `--memory` spells it.
+        segment: tokens of a segment; a compressor has its own.
+        settings: device, dtype, attention, revision, trust_remote_code, threads, seed.
+
+    Returns:
+        A `LanguageModel`: `score`, `greedy`, `encode`, `decode`, `describe`.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such model, or it cannot be read that way.
+    """
+    from longext.compressor.checkpoint import is_compressor
+    from longext.evals.base import Eval, ReadingConfig
+    from longext.evals.models import open_model
+    from longext.models.methods import check_method
+
+    check_method(method, factor)
+    given: dict[str, Any] = {"method": method, "factor": factor, "memory": memory, "segment": segment}
+    if memory is None and is_compressor(str(model)):
+        given = {"method": method, "factor": factor, "memory": str(model)}
+    elif memory is None or model:
+        given["model"] = str(model)
+    values = {key: value for key, value in given.items() if value is not None}
+    implied = Eval.implied_defaults(values) if values.get("memory") else {}
+    task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
+    opened: LanguageModel = open_model(task)
+    opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
+    return opened
+
+
+@_python_errors
+def evaluate(model: str | Path | LanguageModel, evaluation: str, *, progress: bool = False, **settings: Any) -> Result:
+    """Measure a model.
+
+    Args:
+        model: from `load`, or what `load` takes.
+        evaluation: a name that `longext eval --help` lists, or the kind of its records: "perplexity", "passkey".
+        progress: show a progress bar on standard error.
+        settings: the options of that evaluation.
+
+    Returns:
+        A `Result`: `table()`, `plot()`, `to_pandas()`, `record`, `save(directory)`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something given cannot be used.
+    """
+    from longext.evals.base import make_eval, no_progress
+    from longext.evals.runner import run_eval
+    from longext.report.console import progress as progress_bar
+    from longext.report.outcome import Result
+
+    show = progress_bar if progress else no_progress
+    if isinstance(model, (str, Path)):
+        return Result(run_eval(make_eval(evaluation, model=str(model), **settings), progress=show))
+    loaded_as = {key: value for key, value in getattr(model, "loaded_as", {"model": model.name}).items() if value}
+    return Result(run_eval(make_eval(evaluation, **{**loaded_as, **settings}), model, progress=show))
+
+
+@_python_errors
+def compare(
+    model: str | Path, methods: Sequence[str] | None = None, *, progress: bool = False, **settings: Any
+) -> Comparison:
+    """Measure every method on the same documents, seeds and protocols.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        methods: RoPE methods; those of `longext compare` by default.
+        progress: show progress bars on standard error.
+        settings: the options of `longext compare`: factor, data, lengths, depths, ...
+
+    Returns:
+        A `Comparison`: `results`, `table()`, `report(file)`.
+    """
+    from longext.evals.base import no_progress
+    from longext.report.compare import compare_methods
+    from longext.report.config import CompareConfig
+    from longext.report.console import progress as progress_bar
+
+    chosen = {} if methods is None else {"methods": tuple(methods)}
+    config = build_config(CompareConfig, None, [], {"model": str(model), **chosen, **settings})
+    return compare_methods(config, progress_bar if progress else no_progress)
+
+
+@_python_errors
+def extend(model: str | Path, method: str, *, output: str | Path | None = None, **settings: Any) -> Path:
+    """Write a checkpoint whose RoPE reaches further; the weights are linked, never loaded.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        method: "linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "longrope", "llama3", "abf".
+        output: the directory to write; named after model, method and length by default.
+        settings: factor or target_length, and the options of `longext extend`.
+
+    Returns:
+        The directory, a standard checkpoint.
+    """
+    import dataclasses
+
+    from longext.conversion.config import ExtendConfig
+    from longext.conversion.extend import extend_checkpoint
+
+    given = {"model": str(model), "method": method, "output": None if output is None else str(output)}
+    config = build_config(ExtendConfig, None, [], {**given, **settings})
+    extend_checkpoint(dataclasses.replace(config, output=config.named_output))
+    return Path(config.named_output)
+
+
+@_python_errors
+def merge(adapter: str | Path, *, output: str | Path, **settings: Any) -> MergeResult:
+    """Merge a LoRA adapter into a standard checkpoint, checked by logits before it appears.
+
+    Args:
+        adapter: an adapter directory or Hub id.
+        output: the directory to write.
+        settings: base, dtype, check, revision, force.
+    """
+    from longext.conversion.config import MergeConfig
+    from longext.conversion.merge import merge_adapter
+
+    return merge_adapter(
+        build_config(MergeConfig, None, [], {"adapter": str(adapter), "output": str(output), **settings})
+    )
+
+
+@_python_errors
+def generate(model: str | Path, prompt: str = "", **settings: Any) -> Generated:
+    """Continue a text with a model, or with a compressor after a context of any length.
+
+    Args:
+        model: what `load` takes, or the output of `compress`.
+        prompt: the text to continue.
+        settings: context, max_new_tokens, temperature, top_p, and the other options of `longext generate`.
+
+    Returns:
+        The new `text` and `tokens`, and what was read.
+    """
+    from longext.compressor.config import GenerateConfig
+    from longext.compressor.generation import open_writer
+
+    writer = open_writer(build_config(GenerateConfig, None, [], {"model": str(model), "prompt": prompt, **settings}))
+    writer.read(lambda amount: None)
+    return writer.write(lambda text: None)
+
+
+@_python_errors
+def plan(model: str | Path, length: int, **settings: Any) -> TrainingPlan:
+    """Return the memory, FLOPs and time of a training run before it is paid for.
+
+    Args:
+        model: a directory, Hub id or bundled name; only its config is read.
+        length: tokens of a training row.
+        settings: gpus, method, batch_size, and the other options of `longext plan`.
+    """
+    from longext.planning.config import PlanConfig
+    from longext.planning.fit import plan_training
+
+    return plan_training(build_config(PlanConfig, None, [], {"model": str(model), "length": length, **settings}))

@@ -1,0 +1,44 @@
+"""Extend a checkpoint's context without training.
+
+The weights are hard-linked, never loaded; the output is a standard checkpoint that plain transformers loads.
+
+Example: longext extend books-5m --method yarn --factor 8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from longext.cli.app import COMMANDS
+from longext.cli.build import Command
+from longext.conversion.config import ExtendConfig
+
+
+def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> None:
+    """Plan, show old -> new, write, say what to do next."""
+    from longext.cli.output import show
+    from longext.conversion.extend import extend_checkpoint, left_out, plan_extension, provenance
+    from longext.manifest import result_record
+    from longext.report.views import extension_table
+    from longext.staging import hold_output
+
+    config = dataclasses.replace(config, output=config.named_output)
+    if not dry_run:
+        hold_output(Path(config.named_output), config.force)
+    plan = plan_extension(config) if dry_run else extend_checkpoint(config)
+    notes = [*([] if dry_run else left_out(plan.source)), *(f"Warning: {line}" for line in plan.warnings)]
+    if not config.check:
+        notes.append("Not compared with what transformers builds (--no-check): longext verify does it later.")
+    wrote = f"Wrote {config.output}. Check it: longext verify {config.output}"
+    notes.append("Dry run: nothing was written." if dry_run else wrote)
+    record = result_record("extend", model=config.model, output=config.output, extension=provenance(plan))
+    show(record, [extension_table(plan)], as_json=as_json, notes=notes)
+    if verify and not dry_run:
+        from longext.cli.commands.verify import VerifyConfig, verify_and_show
+
+        verify_and_show(VerifyConfig(model=str(config.output)), as_json=False)
+
+
+SWITCHES = {"dry_run": "Print the plan and write nothing.", "verify": "Run `longext verify` on the output."}
+COMMANDS.register("extend", Command(config=ExtendConfig, run=run, switches=SWITCHES))

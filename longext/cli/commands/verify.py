@@ -1,0 +1,56 @@
+"""Check a checkpoint against its formula and its base.
+
+It is reloaded with plain transformers in a fresh process; its frequencies, logits and weights are compared. Exits 1
+and names the culprit key on a mismatch.
+
+Example: longext verify out/books-5m-4k
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from longext.cli.app import COMMANDS
+from longext.cli.build import Command
+from longext.errors import VerificationError
+from longext.settings import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`longext verify`: a checkpoint against its formula and its base."""
+
+    model: str = option(help="The checkpoint to check.", argument=True)
+    base: str | None = option(None, "The model it was made from (default: what its run.json names).")
+    logits: bool = option(True, "Load the weights and compare logits.")
+    hashes: bool = option(True, "Compare every weight with the base.")
+
+
+def verify_and_show(config: VerifyConfig, as_json: bool) -> None:
+    """Verify, print the checks, and raise VerificationError if one failed."""
+    from longext.checkpoint.source import read_shards, resolve_model
+    from longext.cli.output import show
+    from longext.conversion.verify import verify_checkpoint
+    from longext.manifest import result_record
+    from longext.report.console import progress
+    from longext.report.views import verification_table
+
+    total = sum(shard.size for shard in read_shards(resolve_model(config.model)))
+    with progress(f"verify {config.model}", total, "bytes") as advance:
+        result = verify_checkpoint(**dataclasses.asdict(config), on_progress=advance)
+    failed = [check for check in result.checks if check.status == "fail"]
+    skipped = [check.name for check in result.checks if check.status == "skip"]
+    limits = f", as far as checked: {', '.join(skipped)} skipped." if skipped else "."
+    record = result_record("verify", ok=result.ok, **dataclasses.asdict(result))
+    show(
+        record,
+        [verification_table(result)],
+        as_json=as_json,
+        notes=[] if failed or as_json else [f"{config.model} is what it says{limits}"],
+    )
+    if failed:
+        raise VerificationError(f"{config.model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
+
+
+COMMANDS.register("verify", Command(config=VerifyConfig, run=verify_and_show))

@@ -1,0 +1,163 @@
+"""Results as objects: tables, pictures and data frames of one evaluation, or of several side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longext.errors import ConfigError
+from longext.evals.runner import Measured
+from longext.report.build import build_report, csv_rows
+from longext.report.find import Result as Record
+from longext.report.render import Rendered
+from longext.report.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+_WIDTH = 100  # characters of a table as text
+
+
+class Tables(list[Table]):
+    """Tables that print as text, and as HTML in a notebook."""
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=_WIDTH, file=io.StringIO(), highlight=False)
+        for part in (part for table in self for part in table.parts(_WIDTH)):
+            console.print(part.to_rich(mark="*"))
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        return "\n".join(map(_html, self))
+
+
+def _html(table: Table) -> str:
+    def row(cells: Sequence[str], tag: str, number: int = -1) -> str:
+        best = [(number, column) in table.best for column in range(len(cells))]
+        texts = [
+            f"<b>{escape(cell)}</b>" if is_best else escape(cell) for cell, is_best in zip(cells, best, strict=True)
+        ]
+        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
+
+    rows = "".join(row(table.texts(number), "td", number) for number in range(len(table.rows)))
+    caption = escape(f"{table.title}: {table.caption}" if table.caption else table.title)
+    return f"<table><caption>{caption}</caption><thead>{row(table.columns, 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+class _Shown:
+    """What one result and several have in common: they are rendered."""
+
+    @property
+    def _records(self) -> list[Record]:
+        raise NotImplementedError
+
+    @cached_property
+    def _rendered(self) -> Rendered:
+        return Rendered(build_report(self._records))
+
+    def table(self) -> Tables:
+        """Return the tables; they print as text, and as HTML in a notebook."""
+        return Tables(self._rendered.tables())
+
+    def plot(self) -> Figure:
+        """Return the first picture as a matplotlib figure.
+
+        Raises:
+            ConfigError: this evaluation has no picture.
+        """
+        figures = self.figures()
+        if not figures:
+            raise ConfigError("This evaluation has no picture.")
+        return next(iter(figures.values()))
+
+    def figures(self) -> dict[str, Figure]:
+        """Return every picture by name."""
+        return self._rendered.figures()
+
+    def to_pandas(self) -> DataFrame:
+        """Return every number as a row: label, score, task, length, ..., value, low, high.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError("to_pandas needs pandas: pip install pandas.") from error
+        header, *rows = csv_rows(self._rendered.report)
+        return pandas.DataFrame(rows, columns=header)
+
+    def report(self, file: str | Path) -> Path:
+        """Write everything as one self-contained HTML page and return its path."""
+        from longext.report.page import report_page
+
+        path = Path(file)
+        path.write_text(report_page(self._rendered.report), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+class Result(_Shown):
+    """One evaluation that was measured.
+
+    Attributes:
+        task: the evaluation with its settings.
+        record: the JSON record, as result.json has it.
+        notes: what a reader of the numbers has to know.
+    """
+
+    def __init__(self, measured: Measured) -> None:
+        self._measured = measured
+        self.task = measured.task
+        self.record = measured.record
+        self.notes = list(measured.notes)
+
+    @property
+    def passed(self) -> bool:
+        """True if every limit (`fail_under`, `fail_over`) was reached."""
+        return all(verdict["passed"] for verdict in self.record.get("bars", ()))
+
+    @property
+    def _records(self) -> list[Record]:
+        name = self.task.output or self.task.title
+        return [Record(name=name, record=self.record, config=dataclasses.asdict(self.task))]
+
+    def save(self, directory: str | Path, *, force: bool = False) -> Path:
+        """Write result.json, tables, pictures, run.json and recipe.yaml into `directory`, as the command does."""
+        from longext.report.results import write_results
+
+        path = Path(directory)
+        task = dataclasses.replace(self.task, output=str(path), force=force)
+        command = f"eval {task.name}"
+        rendered = self._rendered
+        write_results(path, command, task, self.record, rendered.tables, rendered.figures, self._measured.files)
+        return path
+
+
+@dataclass(repr=False, eq=False)
+class Comparison(_Shown):
+    """Several results side by side.
+
+    Attributes:
+        results: one for each method and evaluation.
+    """
+
+    results: Sequence[Result]
+
+    @property
+    def _records(self) -> list[Record]:
+        return [record for result in self.results for record in result._records]
