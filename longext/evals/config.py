@@ -10,37 +10,6 @@ from longext.settings import LENGTH, MANY, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongBenchConfig(ReadingConfig, ChatConfig):
-    """`longext eval longbench`: the 21 tasks of LongBench under their authors' protocol, or lm-eval's."""
-
-    tasks: tuple[str, ...] = option((), "Tasks, comma-separated (default: all).")
-    backend: str = option("official", "official, or lm-eval: its own prompts, cuts and metrics, another protocol.")
-    longbench_e: bool = option(False, "LongBench-E: 13 tasks, scores by length.", "--e")
-    data: str = option("hub", "Folder with <task>.jsonl files, or hub.", panel="Data")
-    max_length: int | None = option(
-        None,
-        "Tokens of a prompt; longer ones lose their middle (default: by the context). lm-eval: of "
-        "prompt and answer; the beginning goes.",
-        ge=2,
-        le=LENGTH,
-    )
-    limit: int | None = option(None, "Only the first rows of each task.", ge=1)
-    code_similarity: str = option(
-        "difflib", "difflib, or levenshtein (the authors' score where python-Levenshtein is installed)."
-    )
-    predictions: str | None = option(
-        None, "Score these answers (<task>.jsonl in the authors' schema); MODEL only names them.", panel="Output"
-    )
-    fail_under: tuple[str, ...] = option(
-        (),
-        "TASK=SCORE, english=SCORE or chinese=SCORE, 0 to 100: exit with 1 below it; may be repeated.",
-        repeats=True,
-        panel="Output",
-    )
-    resume: bool = option(False, "Only go on with an unfinished run of the same -o; start none.", panel="Output")
-
-
-@dataclass(frozen=True, kw_only=True)
 class NeedleConfig(ReadingConfig, ChatConfig):
     """`longext eval needle`: RULER's needle tasks by length."""
 

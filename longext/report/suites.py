@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from longext.evals.babilong_data import length_name
+from longext.evals.base import EVALS
 from longext.evals.views import ALWAYS, ANY, NEVER, ONE, SEVERAL, Bars, Column, Detail, HeatMap, Lines, Score, Section
 from longext.report.scores import numbers_of
 
@@ -15,10 +16,6 @@ _TOKENS, _PROMPT, _BEFORE = "context length (tokens)", "prompt length (tokens)",
 _TRIALS = Detail("trials", "num_trials")
 _MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
 _SCORED = Detail("tokens scored", "num_tokens", "{:,}")
-
-
-def _key(place: int) -> Callable[[Score], str]:
-    return lambda score: score.keys[place]
 
 
 def _key_as_length(score: Score) -> int:
@@ -337,100 +334,6 @@ _BABILONG = Section(
         _task_map("BABILong accuracy by length", "results.score", spell=_folder),
     ),
 )
-_ANSWERED = (
-    Detail("category", "category"),
-    Detail("metric", "metric"),
-    Detail("rows", "num_rows"),
-    Detail("empty", "num_empty"),
-    Detail("missing", "num_missing"),
-    Detail("cut", "num_truncated"),
-    Detail("tokens", "num_prompt_tokens", "{:,.0f}"),
-)
-_OF_ANSWERS: dict[str, Any] = {
-    "name": "tasks",
-    "unit": "points",
-    "value": "score",
-    "note": "0 to 100; cut: prompts that were too long; tokens: mean length of a prompt as read",
-}
-_LONGBENCH = Section(
-    name="longbench",
-    title="LongBench",
-    kind="longbench",
-    views=(
-        Bars(
-            "LongBench averages, as the authors report them",
-            of="averages.*.*",
-            unit="points",
-            columns=_key(2),
-            panel=_key(1),
-            panel_name="language",
-            lone="code",  # counts in both languages
-            picture=SEVERAL,
-        ),
-        Bars(
-            "LongBench by task",
-            of="results.score",
-            columns="task",
-            heading="task",
-            shade="category",
-            details=_ANSWERED,
-            **_OF_ANSWERS,
-        ),
-    ),
-)
-_LONGBENCH_E = Section(
-    name="longbench-e",
-    title="LongBench-E",
-    kind="longbench",
-    protocol="longbench-e-official",
-    picture="longbench",
-    views=(
-        Bars(
-            "LongBench-E averages by words of context",
-            of="averages.*.english.*",
-            unit="points",
-            columns=_key(3),
-            panel=_key(1),
-            panel_name="words",
-            picture=SEVERAL,
-        ),
-        Bars(
-            "LongBench-E by task and words of context",
-            of="results.buckets.*",
-            columns=_key(2),
-            heading="words",
-            panel="task",
-            shade="category",
-            details=_ANSWERED,
-            **_OF_ANSWERS,
-        ),
-    ),
-)
-_LONGBENCH_LM_EVAL = Section(
-    name="longbench-lm-eval",
-    title="LongBench under lm-eval's protocol (not the authors')",
-    kind="longbench",
-    protocol="longbench-lm-eval",
-    picture="longbench",
-    views=(
-        Bars(
-            "LongBench averages of lm-eval's groups, not comparable with the authors'",
-            of="averages.*.*",
-            unit="points",
-            columns=_key(2),
-            picture=SEVERAL,
-        ),
-        Bars(
-            "LongBench by task under lm-eval's protocol, not comparable with the authors'",
-            of="results.score",
-            columns="task",
-            heading="task",
-            shade="category",
-            details=_ANSWERED,
-            **_OF_ANSWERS,
-        ),
-    ),
-)
 _HARNESS = Section(
     name="harness",
     title="lm-eval",
@@ -547,8 +450,8 @@ _TRAINING = Section(
 def sections() -> tuple[Section, ...]:
     """Return every section, in the order of a report."""
     evaluations = (_PERPLEXITY, _POSITIONS, _MEMORY, _SHORT, _EFFECTIVE, _PASSKEY, _NEEDLE, _LONGEVAL, _BABILONG)
-    evaluations += (_LONGBENCH, _LONGBENCH_E, _LONGBENCH_LM_EVAL, _HARNESS, _RECONSTRUCTION, _EFFICIENCY)
-    return (*evaluations, _TRAINING)
+    classes = [section for kind in EVALS.values() for section in kind.sections]
+    return (*evaluations, *classes, _HARNESS, _RECONSTRUCTION, _EFFICIENCY, _TRAINING)
 
 
 def section_of(record: Mapping[str, Any]) -> Section:

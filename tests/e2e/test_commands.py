@@ -248,11 +248,11 @@ def test_every_recipe_loads_and_names_its_command(name):
     from longext.evals.config import (
         EffectiveConfig,
         HarnessConfig,
-        LongBenchConfig,
         LongEvalConfig,
         NeedleConfig,
         ShortConfig,
     )
+    from longext.evals.suites.longbench import LongBench
     from longext.evals.suites.passkey import Passkey
     from longext.evals.suites.ppl import Perplexity
     from longext.planning.config import PlanConfig
@@ -270,7 +270,7 @@ def test_every_recipe_loads_and_names_its_command(name):
         "compress": ("compress-train", CompressConfig),
         "eval/passkey": ("passkey", Passkey),
         "eval/ppl": ("eval ppl", Perplexity),
-        "eval/longbench": ("eval longbench", LongBenchConfig),
+        "eval/longbench": ("eval longbench", LongBench),
         "eval/longeval": ("eval longeval", LongEvalConfig),
         "eval/needle": ("eval needle", NeedleConfig),
         "eval/harness": ("eval harness", HarnessConfig),
