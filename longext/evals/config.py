@@ -116,42 +116,6 @@ class EffectiveConfig(ReadingConfig, ChatConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessConfig(ReadingConfig, ChatConfig):
-    """`longext eval harness`: any task of lm-evaluation-harness; seed and number of resamples are for its own draws."""
-
-    seed: int = option(1234, "Seed of prompts and bootstrap.", ge=0, le=2**63 - 1, panel="Running")
-    tasks: tuple[str, ...] = option((), "Tasks or groups of lm-eval, comma-separated.")
-    include_path: str | None = option(
-        None, "Folder with task files of your own (*.yaml; the Python beside them is run)."
-    )
-    metadata: tuple[str, ...] = option(
-        (),
-        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is "
-        "MODEL's by default); may be repeated.",
-        repeats=True,
-    )
-    num_fewshot: int | None = option(None, "Examples in a prompt (default: the task's own).", ge=0)
-    limit: int | None = option(None, "Only the first documents of each task.", ge=1)
-    max_length: int | None = option(
-        None, "Tokens read at once; longer inputs lose their beginning (default: the context).", ge=2, le=LENGTH
-    )
-    system_instruction: str | None = option(None, "System message, or first lines of prompts.")
-    fewshot_as_multiturn: bool | None = option(
-        None,
-        "Examples as turns of a conversation (default with --chat-template), or in one message.",
-        "--fewshot-as-multiturn",
-        "--fewshot-in-one-turn",
-    )
-    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
-    fail_under: tuple[str, ...] = option(
-        (),
-        "TASK=SCORE or TASK:METRIC=SCORE, in the metric's own unit: exit with 1 where it is worse; may be repeated.",
-        repeats=True,
-        panel="Output",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig(RuntimeConfig, DataConfig):
     """`longext eval reconstruction`: what comes back of a text from its memory."""
 

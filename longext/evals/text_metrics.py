@@ -17,7 +17,7 @@ _ORDER = 4  # n-grams of BLEU-4
 
 @cache
 def _sacrebleu() -> Any:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics import BLEU  # type: ignore[attr-defined]
 
     return BLEU(smooth_method="none", tokenize="none", max_ngram_order=_ORDER, force=True)
 

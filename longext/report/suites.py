@@ -26,11 +26,6 @@ def _positions(score: Score) -> str:
     return f"{score.field('start'):,}-{score.field('length'):,}"
 
 
-def _harness_column(score: Score) -> str:
-    named = (score.field("task"), score.field("metric"), score.field("filter"))
-    return " ".join(str(name) for name in named if name not in (None, "none"))
-
-
 def _way(score: Score) -> str:
     ratio = score.field("ratio")
     return str(score.field("way")) if ratio is None else f"{score.field('way')} {ratio}x"
@@ -334,30 +329,6 @@ _BABILONG = Section(
         _task_map("BABILong accuracy by length", "results.score", spell=_folder),
     ),
 )
-_HARNESS = Section(
-    name="harness",
-    title="lm-eval",
-    kind="harness",
-    views=(
-        Bars(
-            "lm-eval tasks",
-            of="results.value",
-            unit="value",
-            columns=_harness_column,
-            heading="task",
-            scale="metric",
-            value="value",
-            details=(
-                Detail("better", "higher_is_better", _yes("more", "less")),
-                Detail("shots", "num_fewshot"),
-                Detail("documents", "num_documents"),
-                Detail("cut", "num_truncated"),
-            ),
-            note="as lm-eval scales them; intervals are of its standard errors, Wilson's if all or none are right; "
-            "cut: documents that lost the beginning of a prompt",
-        ),
-    ),
-)
 _RECONSTRUCTION = Section(
     name="reconstruction",
     title="Reconstruction from memory",
@@ -451,7 +422,7 @@ def sections() -> tuple[Section, ...]:
     """Return every section, in the order of a report."""
     evaluations = (_PERPLEXITY, _POSITIONS, _MEMORY, _SHORT, _EFFECTIVE, _PASSKEY, _NEEDLE, _LONGEVAL, _BABILONG)
     classes = [section for kind in EVALS.values() for section in kind.sections]
-    return (*evaluations, *classes, _HARNESS, _RECONSTRUCTION, _EFFICIENCY, _TRAINING)
+    return (*evaluations, *classes, _RECONSTRUCTION, _EFFICIENCY, _TRAINING)
 
 
 def section_of(record: Mapping[str, Any]) -> Section:

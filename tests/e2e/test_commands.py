@@ -247,11 +247,11 @@ def test_every_recipe_loads_and_names_its_command(name):
     from longext.conversion.config import ExtendConfig
     from longext.evals.config import (
         EffectiveConfig,
-        HarnessConfig,
         LongEvalConfig,
         NeedleConfig,
         ShortConfig,
     )
+    from longext.evals.suites.harness import Harness
     from longext.evals.suites.longbench import LongBench
     from longext.evals.suites.passkey import Passkey
     from longext.evals.suites.ppl import Perplexity
@@ -273,7 +273,7 @@ def test_every_recipe_loads_and_names_its_command(name):
         "eval/longbench": ("eval longbench", LongBench),
         "eval/longeval": ("eval longeval", LongEvalConfig),
         "eval/needle": ("eval needle", NeedleConfig),
-        "eval/harness": ("eval harness", HarnessConfig),
+        "eval/harness": ("eval harness", Harness),
         "eval/short": ("eval short", ShortConfig),
         "eval/effective": ("eval effective", EffectiveConfig),
     }
