@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.evals.base import ReadingConfig
-from longext.options import ChatConfig, DataConfig, RuntimeConfig
+from longext.options import ChatConfig, DataConfig
 from longext.settings import LENGTH, MANY, option
 
 
@@ -113,31 +113,3 @@ class EffectiveConfig(ReadingConfig, ChatConfig):
     )
     num_trials: int = option(4, "Prompts per length and depth.", le=MANY)
     fail_under: int | None = option(None, "LENGTH: exit with 1 where no length from it on passed.", panel="Output")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig(RuntimeConfig, DataConfig):
-    """`longext eval reconstruction`: what comes back of a text from its memory."""
-
-    base: str | None = option(None, "The model it was trained on, where that has moved.")
-    ratio: tuple[int, ...] | None = option(None, "Ratios, comma-separated (default: those of training).")
-    content: tuple[str, ...] = option(("text",), "Of text, shuffled (words) and random (tokens), comma-separated.")
-    num_samples: int = option(100, "Segments to reconstruct, drawn at random.", ge=1, le=MANY)
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
-    )
-    num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EfficiencyConfig(RuntimeConfig):
-    """`longext eval efficiency`: time and memory of a growing context."""
-
-    base: str | None = option(None, "The model it was trained on, where that has moved.")
-    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
-    ratio: tuple[int, ...] | None = option(None, "Ratios, comma-separated (default: those of training).")
-    window: int | None = option(
-        None, "Raw tokens of the window to compare with (default: the model's positions).", ge=2, le=LENGTH
-    )
-    num_new_tokens: int = option(16, "Tokens decoded behind the context.", ge=1)
-    num_repeats: int = option(3, "Timed runs of each point; the best counts.", ge=1, le=MANY)

@@ -11,7 +11,6 @@ from longext.evals.views import ALWAYS, ANY, NEVER, ONE, SEVERAL, Bars, Column, 
 from longext.report.scores import numbers_of
 
 _TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
-_MACHINE = frozenset({"model.device", "model.num_threads", "model.dtype", "model.attention"})
 _TOKENS, _PROMPT, _BEFORE = "context length (tokens)", "prompt length (tokens)", "context before the segment (tokens)"
 _TRIALS = Detail("trials", "num_trials")
 _MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
@@ -26,15 +25,6 @@ def _positions(score: Score) -> str:
     return f"{score.field('start'):,}-{score.field('length'):,}"
 
 
-def _way(score: Score) -> str:
-    ratio = score.field("ratio")
-    return str(score.field("way")) if ratio is None else f"{score.field('way')} {ratio}x"
-
-
-def _times(column: Column) -> str:
-    return f"{column}x"
-
-
 def _folder(column: Column) -> str:
     return length_name(int(column))
 
@@ -45,14 +35,6 @@ def _depth(depth: float | None) -> str:
 
 def _yes(word: str, other: str) -> Callable[[bool], str]:
     return lambda value: word if value else other
-
-
-def _estimate(form: str) -> Callable[[Mapping[str, Any]], str]:
-    def text(value: Mapping[str, Any]) -> str:
-        between = "" if value.get("low") is None else f" ({form} to {form})".format(value["low"], value["high"])
-        return form.format(value["mean"]) + between
-
-    return text
 
 
 def _by_task(title: str, of: str, axis: str = _PROMPT, **more: Any) -> Lines:
@@ -81,40 +63,6 @@ def _windows(record: Mapping[str, Any]) -> dict[str, Any]:
 def _depths(record: Mapping[str, Any]) -> dict[str, Any]:
     depths = {row.get("depth") for row in record["results"]} - {None}
     return {"depths": sorted(depths)} if depths else {}
-
-
-def _segment(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"segment": (record["model"].get("compressor") or {}).get("segment")}
-
-
-def _efficiency(key: str, title: str, unit: str, lower: bool = True, **more: Any) -> Lines:
-    return Lines(
-        title,
-        of=f"results.{key}",
-        name=key.replace("_", "-"),
-        unit=unit,
-        lower_is_better=lower,
-        variant=_way,
-        axis=_TOKENS,
-        exact=True,
-        **more,
-    )
-
-
-def _reconstruction(metric: str, title: str, unit: str, **more: Any) -> Lines:
-    return Lines(
-        title,
-        of=f"results.metrics.{metric}.mean",
-        name=metric.replace("_", "-"),
-        unit=unit,
-        columns="ratio",
-        heading="ratio",
-        spell=_times,
-        panel="content",
-        panel_name="content",
-        axis="compression ratio",
-        **more,
-    )
 
 
 _PERPLEXITY = Section(
@@ -329,66 +277,6 @@ _BABILONG = Section(
         _task_map("BABILong accuracy by length", "results.score", spell=_folder),
     ),
 )
-_RECONSTRUCTION = Section(
-    name="reconstruction",
-    title="Reconstruction from memory",
-    kind="reconstruction",
-    measured=_segment,
-    views=(
-        _reconstruction(
-            "bleu",
-            "BLEU-4 of the decoded text by compression ratio",
-            "fraction",
-            value="BLEU-4",
-            details=(
-                Detail("sentence", "metrics.sentence_bleu.mean", "{:.3f}"),
-                Detail("median", "metrics.sentence_bleu.median", "{:.3f}"),
-                Detail("ROUGE-L", "metrics.rouge_l", _estimate("{:.3f}")),
-                Detail("exact prefix", "metrics.exact_prefix.mean", "{:.1%}"),
-                Detail("exact match", "metrics.exact_match.mean", "{:.1%}"),
-            ),
-            note="greedy decoding; BLEU-4 of the corpus, then mean and median of single segments; no smoothing",
-        ),
-        _reconstruction(
-            "accuracy",
-            "Token accuracy, teacher-forced, by compression ratio",
-            "percent",
-            details=(
-                Detail("CE memory", "metrics.ce_memory.mean", "{:.3f}"),
-                Detail("CE none", "metrics.ce_none.mean", "{:.3f}"),
-                Detail("CE base", "metrics.ce_base.mean", "{:.3f}"),
-                Detail("bits saved", "metrics.bits_saved", _estimate("{:.3f}")),
-            ),
-            note="CE in nats per token: with the memory, without it (both after the repeat token), and of the base "
-            "model alone; bits saved per token: (none - memory) / ln 2",
-        ),
-        _reconstruction("bits_saved", "Bits saved per token by compression ratio", "fraction", table=SEVERAL),
-    ),
-)
-_EFFICIENCY = Section(
-    name="efficiency",
-    title="Efficiency",
-    kind="efficiency",
-    must_agree=_MACHINE,
-    views=(
-        _efficiency(
-            "prefill_seconds",
-            "Prefill, seconds",
-            "seconds",
-            value="prefill (s)",
-            details=(
-                Detail("tokens/s", "prefill_tokens_per_second", "{:,.0f}"),
-                Detail("us/token", "prefill_microseconds", "{:,.1f}"),
-                Detail("formula", "marginal_bytes_formula", "{:,.0f}"),
-                Detail("KV B/token", "kv_bytes_per_token", "{:,.0f}"),
-            ),
-            note="KV: bytes after the prefill, raw rest and sink included; formula: bytes of one more token",
-        ),
-        _efficiency("decode_tokens_per_second", "Decoding, tokens a second", "rate", lower=False),
-        _efficiency("kv_bytes", "Bytes of keys and values", "bytes"),
-        _efficiency("peak_bytes", "Peak memory above model and input", "bytes"),
-    ),
-)
 _TRAINING = Section(
     name="training",
     title="Training runs",
@@ -422,7 +310,7 @@ def sections() -> tuple[Section, ...]:
     """Return every section, in the order of a report."""
     evaluations = (_PERPLEXITY, _POSITIONS, _MEMORY, _SHORT, _EFFECTIVE, _PASSKEY, _NEEDLE, _LONGEVAL, _BABILONG)
     classes = [section for kind in EVALS.values() for section in kind.sections]
-    return (*evaluations, *classes, _RECONSTRUCTION, _EFFICIENCY, _TRAINING)
+    return (*evaluations, *classes, _TRAINING)
 
 
 def section_of(record: Mapping[str, Any]) -> Section:
