@@ -52,5 +52,6 @@ def run_eval(
     limits = task.limits(data)
     opened = model if model is not None else task.open_model()
     outcome = task.measure(opened, data, Work(progress=progress, answers=answers))
-    outcome.record["bars"] = task.verdicts(limits, outcome)
+    if task.limit_option:
+        outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

@@ -71,6 +71,7 @@ class Efficiency(Eval):
     """Time and memory of a growing context."""
 
     kind: ClassVar[str] = "efficiency"
+    limit_option: ClassVar[str] = ""
     sections: ClassVar[tuple[Section, ...]] = (_SECTION,)
 
     model: str = override(RuntimeConfig, "model", help="A model, or the directory of a trained compressor.")

@@ -86,6 +86,7 @@ class Reconstruction(DataConfig, Eval):
     """What comes back of a text from its memory."""
 
     kind: ClassVar[str] = "reconstruction"
+    limit_option: ClassVar[str] = ""
     sections: ClassVar[tuple[Section, ...]] = (_SECTION,)
 
     model: str = override(RuntimeConfig, "model", help="Directory of a trained compressor.")
