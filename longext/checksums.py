@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def find_damage(directory: Path, sums: Mapping[str, Mapping[str, Any]], *, contents: bool = True) -> str | None:
-    """Return what is wrong with the first file that differs from `sums`, or None where all are as they were.
+    """Return what is wrong with the first file that differs from `sums`, or None if all are as they were.
 
     Args:
         contents: hash the files; without it their presence and size are looked at alone.

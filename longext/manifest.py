@@ -36,13 +36,13 @@ _REPORTED = ("torch", "transformers", "tokenizers", "numpy")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, longext and the libraries that numbers depend on (none is imported)."""
-    found = {"python": platform.python_version(), "longext": longext.__version__}
+    installed = {"python": platform.python_version(), "longext": longext.__version__}
     for name in _REPORTED:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def command_line() -> str:
@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the run.json in `directory`, or an empty dict where there is none that longext wrote.
+    """Return the run.json in `directory`, or an empty dict if there is none that longext wrote.
 
     Raises:
         CheckpointError: it has longext's schema, and a value in it is of another type than longext writes.
@@ -109,5 +109,5 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         fields(value["extension"], f"{path}: extension", _EXTENSION, CheckpointError, _ADVICE)
     if value.get("merge"):
         fields(value["merge"], f"{path}: merge", _MERGE, CheckpointError, _ADVICE)
-    found: dict[str, Any] = value
-    return found
+    manifest: dict[str, Any] = value
+    return manifest

@@ -26,8 +26,8 @@ from typing import IO
 from longext.errors import ConfigError, LongextError
 from longext.manifest import read_manifest
 from longext.signals import raise_if_received
+from longext.untrusted import file_kind
 
-_KINDS = ((stat.S_ISREG, "file"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISLNK, "link"))
 _DAY = 86400.0
 _Identity = tuple[int, int]
 
@@ -41,21 +41,21 @@ class OutputTaken(LongextError):
 
 
 @dataclass
-class _Held:
-    """A lock of this process: its open file, the folders made for it; what stood at the output when it was checked."""
+class _Lock:
+    """A lock of this process: its open file, the folders made for it, what was at the output at the check."""
 
     file: IO[str] | None
-    made: list[Path]
-    found: _Identity | None = None
+    folders: list[Path]
+    identity: _Identity | None = None
     was_filled: bool = False
 
     def look(self, target: Path) -> None:
-        """Note what stands at `target`."""
-        self.found = _identity(target)
+        """Note what is at `target`."""
+        self.identity = _identity(target)
         self.was_filled = target.is_dir() and any(target.iterdir())
 
 
-_held: dict[Path, _Held] = {}
+_locks: dict[Path, _Lock] = {}
 
 
 def resolve_output(output: Path) -> Path:
@@ -66,7 +66,7 @@ def resolve_output(output: Path) -> Path:
 
 
 def check_output(output: Path, force: bool, *, protected: Path | None = None) -> None:
-    """Raise ConfigError where writing `output` would lose something or cannot work.
+    """Raise ConfigError if writing `output` would lose something or cannot work.
 
     Args:
         output: the directory to be written. A link to a directory stands for its target.
@@ -74,7 +74,8 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
         protected: a directory that must survive (the source model).
     """
     target = resolve_output(output)
-    if protected is not None and _overlap(target, protected):
+    source = None if protected is None else resolve_output(protected)
+    if source is not None and (_holds(target, source) or _holds(source, target)):
         raise ConfigError(f"The output {output} and the model {protected} overlap. Choose another -o directory.")
     _check_place(output, target)
     if target.is_dir() and any(target.iterdir()):
@@ -88,19 +89,18 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
 
 
 def check_apart(output: Path, read: Path) -> None:
-    """Raise ConfigError where replacing `output` would delete what the command reads."""
-    target, source = resolve_output(output), resolve_output(read)
-    if target == source or target in source.parents:
+    """Raise ConfigError if replacing `output` would delete what the command reads."""
+    if _holds(resolve_output(output), resolve_output(read)):
         raise ConfigError(f"The output {output} is or holds {read}, which this command reads. Choose another -o.")
 
 
 def _check_place(output: Path, target: Path) -> None:
-    """Raise ConfigError where `output` is something else than a directory, or none can be made or replaced there."""
+    """Raise ConfigError if `output` is something else than a directory, or none can be made or replaced there."""
     for path in (output, *output.absolute().parents):
         if path.is_symlink() and not path.exists():
             raise ConfigError(f"The output {output} is no directory: {path} is a link to nothing. Choose another -o.")
     if os.path.lexists(target) and not target.is_dir():
-        raise ConfigError(f"The output {output} is a {_kind(target)}. Choose a directory with -o.")
+        raise ConfigError(f"The output {output} is {file_kind(target.lstat().st_mode)}. Choose a directory with -o.")
     if target in (Path.cwd(), *Path.cwd().parents):
         raise ConfigError(f"The output {output} is or holds the current directory. Choose one inside it with -o.")
     if _is_mount(target):
@@ -108,11 +108,6 @@ def _check_place(output: Path, target: Path) -> None:
     parent = next(folder for folder in target.parents if os.path.lexists(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"Cannot write {output}: {parent} is not a writable directory. Choose another -o.")
-
-
-def _kind(path: Path) -> str:
-    mode = path.lstat().st_mode
-    return next((name for test, name in _KINDS if test(mode)), "device")
 
 
 def _is_mount(path: Path) -> bool:
@@ -125,28 +120,22 @@ def _is_mount(path: Path) -> bool:
     return False
 
 
-def _overlap(target: Path, protected: Path) -> bool:
-    """True where one of two directories holds the other, compared as names and as files on disk."""
-    source = resolve_output(protected)
-    if source in (target, *target.parents) or target in source.parents:
-        return True
-    ours, theirs = _identity(target), _identity(source)
-    above = [_identity(folder) for folder in (target, *target.parents)]
-    return (theirs is not None and theirs in above) or (
-        ours is not None and ours in [_identity(folder) for folder in (source, *source.parents)]
-    )
+def _holds(folder: Path, path: Path) -> bool:
+    """True if `path` is `folder` or inside it, compared as names and as files on disk."""
+    above, identity = (path, *path.parents), _identity(folder)
+    return folder in above or (identity is not None and identity in map(_identity, above))
 
 
 def _identity(path: Path) -> _Identity | None:
-    """Return (device, inode) of what stands at `path`, None where nothing does."""
+    """Return (device, inode) of what stands at `path`, None if nothing does."""
     with contextlib.suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
+        status = path.lstat()
+        return status.st_dev, status.st_ino
     return None
 
 
 def is_taken(output: Path) -> bool:
-    """Return True where something stands at `output`, or a command is at work on it."""
+    """Return True if something stands at `output`, or a command is at work on it."""
     return os.path.lexists(output) or os.path.lexists(_lock_name(output))
 
 
@@ -170,7 +159,7 @@ def hold_output(output: Path, force: bool) -> bool:
         if is_new:
             release_outputs(output)
         raise
-    _held[target].look(target)
+    _locks[target].look(target)
     return is_new
 
 
@@ -182,31 +171,31 @@ def hold_name(output: Path) -> bool:
         OutputInUse: another process holds it.
     """
     target = resolve_output(output)
-    if target in _held:
+    if target in _locks:
         return False
     _check_place(output, target)
-    made = [folder for folder in target.parents if not folder.exists()]
+    folders = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(target, output)
     except BaseException as error:
-        _remove_empty(made)
+        _remove_empty(folders)
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP):
             raise ConfigError(f"Cannot write {output}: {error.strerror}. Choose another -o.") from error
         raise
-    _held[target] = _Held(file, made)
+    _locks[target] = _Lock(file, folders)
     if file is not None:
         _tidy(target)
-    _held[target].look(target)
+    _locks[target].look(target)
     return True
 
 
 def release_outputs(*outputs: Path) -> None:
     """Let go of the locks on `outputs`, or of all that this process holds."""
-    for target in [resolve_output(output) for output in outputs] or list(_held):
-        held = _held.pop(target)
-        _unlock(target, held.file)
-        _remove_empty(held.made)
+    for target in [resolve_output(output) for output in outputs] or list(_locks):
+        lock = _locks.pop(target)
+        _unlock(target, lock.file)
+        _remove_empty(lock.folders)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -314,7 +303,7 @@ def staged_directory(output: Path, force: bool = False, *, keep: bool = False) -
         OutputTaken: something appeared there meanwhile.
     """
     target = resolve_output(output)
-    is_new = target not in _held and hold_output(output, force)
+    is_new = target not in _locks and hold_output(output, force)
     with contextlib.ExitStack() as stack:
         if is_new:
             stack.callback(release_outputs, output)
@@ -324,17 +313,12 @@ def staged_directory(output: Path, force: bool = False, *, keep: bool = False) -
         yield staging
         raise_if_received()
         try:
-            _replace(staging, target, _held[target])
+            _replace(staging, target)
         except OutputTaken as error:
             if not keep:
                 raise
-            raise OutputTaken(f"{error} What was to be there is in {_keep(staging, target)}.") from error
-
-
-def _keep(staging: Path, target: Path) -> Path:
-    kept = target.with_name(f"{target.name}.kept-{secrets.token_hex(4)}")
-    staging.rename(kept)
-    return kept
+            place = staging.rename(target.with_name(f"{target.name}.kept-{secrets.token_hex(4)}"))
+            raise OutputTaken(f"{error} What was to be there is in {place}.") from error
 
 
 @contextlib.contextmanager
@@ -366,43 +350,32 @@ def replace_directory(finished: Path, output: Path) -> None:
     """
     target = resolve_output(output)
     try:
-        _replace(finished, target, _held[target])
+        _replace(finished, target)
     except OutputTaken as error:
         raise OutputTaken(f"{error} What was to be there is in {finished}.") from error
 
 
-def _replace(staging: Path, target: Path, held: _Held) -> None:
-    """Move `staging` to `target`; what was found there is set aside first and deleted only when the new one stands.
+def _replace(staging: Path, target: Path) -> None:
+    """Move `staging` to `target`; what was there at the check is set aside first, and deleted at the end.
 
     A rename of a directory fails (POSIX) if its new name is taken by anything but an empty directory, so whatever
     appears at the last moment is safe.
     """
-    if _identity(target) != held.found:
-        raise OutputTaken(_taken(target))
-    if not held.was_filled:
-        _rename(staging, target)
-        return
-    aside = target.with_name(f".{target.name}.old-{_machine()}-{secrets.token_hex(4)}")
-    target.rename(aside)
+    taken = f"{target} was made or changed by another program meanwhile and was left alone. Choose another -o."
+    lock, aside = _locks[target], None
+    if _identity(target) != lock.identity:
+        raise OutputTaken(taken)
+    if lock.was_filled:
+        aside = target.rename(target.with_name(f".{target.name}.old-{_machine()}-{secrets.token_hex(4)}"))
     try:
-        if _identity(aside) != held.found:
-            raise OutputTaken(_taken(target))
-        _rename(staging, target)
-    except BaseException:
-        if _identity(target) is None:
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _rename(staging: Path, target: Path) -> None:
-    try:
+        if aside is not None and _identity(aside) != lock.identity:
+            raise OutputTaken(taken)
         staging.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            raise
-        raise OutputTaken(_taken(target)) from error
-
-
-def _taken(target: Path) -> str:
-    return f"{target} was made or changed by another program meanwhile and was left alone. Choose another -o."
+    except BaseException as error:
+        if aside is not None and _identity(target) is None:
+            aside.rename(target)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            raise OutputTaken(taken) from error
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)

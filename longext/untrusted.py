@@ -100,16 +100,19 @@ def open_file(path: Openable, kind: Kind = DataError) -> IO[bytes]:
 
 def _require_regular(path: Path, mode: int, kind: Kind) -> None:
     if not stat.S_ISREG(mode):
-        raise kind(f"{path} is {_file_kind(mode)}, not a file. Give a regular file.")
+        raise kind(f"{path} is {file_kind(mode)}, not a file. Give a regular file.")
 
 
-def _file_kind(mode: int) -> str:
-    kinds: dict[str, Callable[[int], bool]] = {
-        "a folder": stat.S_ISDIR,
-        "a FIFO": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
+def file_kind(mode: int) -> str:
+    """Return what a mode of `stat` is, with an article."""
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a link",
     }
-    return next((name for name, fits in kinds.items() if fits(mode)), "a device")
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def check_directory(directory: Path, kind: Kind = CheckpointError) -> None:
@@ -124,7 +127,7 @@ def check_directory(directory: Path, kind: Kind = CheckpointError) -> None:
         except OSError:
             continue  # a broken link: whoever needs it says so
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise kind(f"{entry} is {_file_kind(mode)}, not a file. Put the file itself there, or remove it.")
+            raise kind(f"{entry} is {file_kind(mode)}, not a file. Put the file itself there, or remove it.")
 
 
 def read_bytes(path: Openable, kind: Kind = DataError, limit: int | None = METADATA_LIMIT) -> bytes:
@@ -153,7 +156,7 @@ def read_text(path: Openable, kind: Kind = DataError, limit: int | None = None) 
 
 
 def decode(content: bytes, where: str, kind: Kind = DataError) -> str:
-    """Return UTF-8 text (LongextError of `kind`, with the byte and of several lines the line, where it is none)."""
+    """Return UTF-8 text (LongextError of `kind`, with the byte and of several lines the line, if it is none)."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -197,11 +200,11 @@ def tagged_infinity(name: str) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _Refused(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
-    return found
+    return value
 
 
 def parse_json(
@@ -235,8 +238,8 @@ def parse_json(
         reason = error if isinstance(error, ValueError) else f"nested more than {MAX_DEPTH} deep"
         raise kind(f"{where} is not valid JSON ({reason}). {advice}".rstrip()) from error
     if want is not None and type(value) is not want:
-        wanted = {dict: "a JSON object", list: "a JSON list"}[want]
-        raise kind(f"{where} must hold {wanted}, found {type_name(value)}. {advice}".rstrip())
+        expected = {dict: "a JSON object", list: "a JSON list"}[want]
+        raise kind(f"{where} must hold {expected}, found {type_name(value)}. {advice}".rstrip())
     if not keep_surrogates and _SURROGATE_ESCAPE.search(text):
         value = _without_surrogates(value, where)
     return value
@@ -253,22 +256,24 @@ def _check_depth(value: Any) -> None:
         depth += 1
         if depth > MAX_DEPTH + 1:
             raise _Refused(f"nested more than {MAX_DEPTH} deep")
-        inner = [own for own in level if isinstance(own, (dict, list)) and own]
-        level = [item for own in inner for item in (own.values() if isinstance(own, dict) else own)]
+        inner = [container for container in level if isinstance(container, (dict, list)) and container]
+        level = [
+            item for container in inner for item in (container.values() if isinstance(container, dict) else container)
+        ]
 
 
 def _without_surrogates(value: Any, where: str) -> Any:
     count = 0
 
-    def clean(own: Any) -> Any:
+    def clean(part: Any) -> Any:
         nonlocal count
-        if isinstance(own, str):
-            text, number = _SURROGATE.subn("\ufffd", own)
+        if isinstance(part, str):
+            text, number = _SURROGATE.subn("\ufffd", part)
             count += number
             return text
-        if isinstance(own, list):
-            return [clean(item) for item in own]
-        return {clean(key): clean(item) for key, item in own.items()} if isinstance(own, dict) else own
+        if isinstance(part, list):
+            return [clean(item) for item in part]
+        return {clean(key): clean(item) for key, item in part.items()} if isinstance(part, dict) else part
 
     cleaned = clean(value)
     if count:
@@ -321,12 +326,12 @@ def json_lines(
 
 
 def fields(
-    value: Any, where: str, wanted: Mapping[str, Any], kind: Kind = DataError, advice: str = ""
+    value: Any, where: str, expected: Mapping[str, Any], kind: Kind = DataError, advice: str = ""
 ) -> dict[str, Any]:
     """Return the fields of an object after checking their types.
 
     Args:
-        wanted: name -> type, or a tuple of types. None among them: the field may be null or missing. A whole number
+        expected: name -> type, or a tuple of types. None among them: the field may be null or missing. A whole number
             is a number (float), true and false are none.
 
     Raises:
@@ -334,26 +339,26 @@ def fields(
     """
     if not isinstance(value, dict):
         raise kind(f"{where} must be an object, found {type_name(value)}. {advice}".rstrip())
-    found = {}
-    for name, own in wanted.items():
-        allowed = own if isinstance(own, tuple) else (own,)
+    checked = {}
+    for name, options in expected.items():
+        allowed = options if isinstance(options, tuple) else (options,)
         if name not in value and None not in allowed:
             raise kind(f"{where} has no `{name}`. {advice}".rstrip())
         item = value.get(name)
         if not any(is_a(item, one) for one in allowed):
             spelled = " or ".join(_SPELLED[one] for one in allowed)
             raise kind(f"{where}: `{name}` must be {spelled}, found {shown(item)}. {advice}".rstrip())
-        found[name] = item
-    return found
+        checked[name] = item
+    return checked
 
 
-def is_a(value: Any, wanted: type | None) -> bool:
-    """Return True for a value of the JSON type `wanted` (None: null); a whole number is a number, a bool is none."""
-    if wanted is None:
+def is_a(value: Any, expected: type | None) -> bool:
+    """Return True for a value of the JSON type `expected` (None: null); a whole number is a number, a bool is none."""
+    if expected is None:
         return value is None
     if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+        return expected is bool
+    return isinstance(value, (int, float)) if expected is float else isinstance(value, expected)
 
 
 def shown(value: Any) -> str:
@@ -374,21 +379,19 @@ def build(cls: type[BuiltT], value: Any, where: str, kind: Kind = DataError, adv
     Raises:
         LongextError: of `kind`: no object, an unknown or missing key, a value of another type.
     """
-    hints, own = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
-    unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else []
-    if unknown:
-        raise kind(f"{where} has the unknown key `{unknown[0]}`. {advice}".rstrip())
-    missing = [field.name for field in own if field.default is dataclasses.MISSING]
-    given = {name: value[name] for name in hints if name in value} if isinstance(value, dict) else value
-    present = {*missing, *(given if isinstance(given, dict) else ())}
-    found = fields(given, where, {name: _json_types(hints[name]) for name in hints if name in present}, kind, advice)
-    for name, item in found.items():
+    hints, declared = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
+    keys = set(value) if isinstance(value, dict) else set()
+    for name in sorted(keys - set(hints)):
+        raise kind(f"{where} has the unknown key `{name}`. {advice}".rstrip())
+    present = keys | {field.name for field in declared if field.default is dataclasses.MISSING}
+    values = fields(value, where, {name: _json_types(hints[name]) for name in hints if name in present}, kind, advice)
+    for name, item in values.items():
         if isinstance(item, (list, tuple)):
-            (inner,) = {own for own in _tuple_items(hints[name])}
-            if not all(is_a(own, inner) for own in item):
+            (inner,) = set(_tuple_items(hints[name]))
+            if not all(is_a(part, inner) for part in item):
                 raise kind(f"{where}: `{name}` must be a list of {inner.__name__} values. {advice}".rstrip())
-            found[name] = tuple(item)
-    return cls(**found)
+            values[name] = tuple(item)
+    return cls(**values)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -398,11 +401,11 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _json_types(hint: Any) -> tuple[type | None, ...]:
     """Return the types that JSON may have for a field's type."""
     names = {type(None): None}
-    return tuple(list if typing.get_origin(own) is tuple else names.get(own, own) for own in _options(hint))
+    return tuple(list if typing.get_origin(option) is tuple else names.get(option, option) for option in _options(hint))
 
 
 def _tuple_items(hint: Any) -> list[Any]:
-    return [typing.get_args(own)[0] for own in _options(hint) if typing.get_origin(own) is tuple]
+    return [typing.get_args(option)[0] for option in _options(hint) if typing.get_origin(option) is tuple]
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -462,18 +465,18 @@ def _check_events(text: str) -> None:
 
 def _check_keys(node: Any) -> None:
     if isinstance(node, yaml.MappingNode):
-        seen: set[Hashable] = set()
+        names: set[Hashable] = set()
         for key, item in node.value:
             trouble = None
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
                 trouble = (
                     f"the key {key.value if isinstance(key.value, str) else '?'} must be text, the name of a setting"
                 )
-            elif key.value in seen:
+            elif key.value in names:
                 trouble = f"the key '{key.value}' stands there twice"
             if trouble:
                 raise yaml.MarkedYAMLError(problem=trouble, problem_mark=key.start_mark)
-            seen.add(key.value)
+            names.add(key.value)
             _check_keys(item)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -526,10 +529,10 @@ def check_patterns(
     risky = [(key, pattern) for key, pattern in patterns if re.search(r"[*+{]", pattern)]
     if not risky:
         return
-    asked = json.dumps({"patterns": risky, "names": list(names)})
+    request = json.dumps({"patterns": risky, "names": list(names)})
     command = [sys.executable, "-I", "-S", "-c", _MATCHER]
     try:
-        subprocess.run(command, input=asked.encode(), capture_output=True, timeout=_PATTERN_SECONDS, check=False)
+        subprocess.run(command, input=request.encode(), capture_output=True, timeout=_PATTERN_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         key = (error.stdout or b"?").decode().split("\n")[-2:][0] or risky[0][0]
         raise kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import typer
@@ -13,12 +14,14 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 _OTHER_COMMAND = re.compile(r"(?:longext|pip|hf|torchrun|accelerate) [a-z][^:;)`'\n]*|`[^`]*`")
 
 
+@functools.cache
 def commands() -> dict[str, typer.core.TyperCommand]:
     """Return every command by its full name, as "eval ppl"."""
 
     def walk(group, before=()):
-        for name, command in group.commands.items():
-            if hasattr(command, "commands"):
+        for name in group.list_commands(None):
+            command = group.get_command(None, name)
+            if isinstance(command, typer.core.TyperGroup):
                 yield from walk(command, (*before, name))
             else:
                 yield " ".join((*before, name)), command

@@ -151,16 +151,16 @@ def _watch_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **k
 def _sources(tensor: Any, leaves: dict[int, str]) -> list[str]:
     """Names of the `leaves` (by id) that `tensor` was computed from, out of autograd's graph."""
     start = getattr(tensor, "grad_fn", None)
-    found, seen, waiting = set(), set(), [start] if start else []
+    sources, visited, waiting = set(), set(), [start] if start else []
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if id(getattr(node, "variable", None)) in leaves:
-            found.add(leaves[id(node.variable)])
+            sources.add(leaves[id(node.variable)])
         waiting += [following for following, _ in node.next_functions if following is not None]
-    return sorted(found)
+    return sorted(sources)
 
 
 def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -271,9 +271,9 @@ def _layer_facts(model: Any, notes: Notes, stopped: str | None) -> list[dict[str
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     facts = []
     for index, (name, rotary) in enumerate(notes.layers.items()):
-        attention = [told for module, told in notes.attention.items() if module.startswith(f"{name}.")]
+        attention = [call for module, call in notes.attention.items() if module.startswith(f"{name}.")]
         kind = types[index] if index < len(types) and len(types) == len(notes.layers) else None
-        windows = [told["window"] for told in attention]
+        windows = [call["window"] for call in attention]
         window = min(windows) if windows and None not in windows else None
         if kind == "chunked_attention":
             window = chunk
@@ -308,11 +308,11 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
     try:
         model = build(config)
         rotary = rotary_modules(model)
-        found: dict[str, dict[str, Any]] = {}
+        rotations: dict[str, dict[str, Any]] = {}
         for name, module in rotary.items():
             for kind in layer_types(module):
                 key = f"{name}:{kind}" if kind else name
-                found[key] = {str(length): frequencies(module, kind, length) for length in lengths}
+                rotations[key] = {str(length): frequencies(module, kind, length) for length in lengths}
     except NotBuilt:
         raise
     except Exception as error:  # constructors of any family
@@ -321,7 +321,7 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
     notes, stopped = _watch(model, rotary) if layers else (Notes(), "it was not run")
     return {
         "model_class": type(model).__name__,
-        "rotary": found,
+        "rotary": rotations,
         "layers": _layer_facts(model, notes, stopped),
         "stopped": stopped,
         "scales": scales,

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.source import Shard
+from longext.checkpoint.families import HEAD_NAMES
+from longext.checkpoint.weights import TORCH_NAMES, Shard, is_float, tensors_of
 from longext.errors import CheckpointError, DataError, LongextError, LongextWarning
 
 if TYPE_CHECKING:
     import torch
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 2**24  # numbers checked at a time
 _MARGIN = 64  # how far a config.json may be above its files: quantised weights are packed, layers may share theirs
 _SUMMED = 2**18  # numbers in a sum: a CPU widens them first
@@ -55,20 +55,23 @@ def check_sizes(config: Any, shards: Collection[Shard], directory: Path) -> None
     transformers would build it, and give what is missing random numbers, before anybody could say so.
     """
     text = config.get_text_config()
-    held = sum(math.prod(shape) for shard in shards for _, shape, *_ in shard.tensors.values())
-    count = sum(len(shard.tensors) for shard in shards)
+    tensors = tensors_of(shards)
+    num_values = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    count = len(tensors)
     hidden = _number(text, "hidden_size")
     limits = {
         "num_hidden_layers": _MARGIN * count,  # each stores a tensor of its own
-        "vocab_size": _MARGIN * held / max(1, hidden),
-        "intermediate_size": _MARGIN * held / max(1, hidden),
-        **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _MARGIN * held),
+        "vocab_size": _MARGIN * num_values / max(1, hidden),
+        "intermediate_size": _MARGIN * num_values / max(1, hidden),
+        **dict.fromkeys(
+            ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _MARGIN * num_values
+        ),
     }
     for key, most in limits.items():
         if _number(text, key) > most:
             raise CheckpointError(
                 f"{directory / 'config.json'}: `{key}` {_number(text, key):,} does not belong to these files, which "
-                f"hold {count:,} tensors of {held:,} numbers in all. Restore the config.json that was saved with them."
+                f"hold {count:,} tensors of {num_values:,} numbers. Restore the config.json that was saved with them."
             )
 
 
@@ -96,9 +99,9 @@ def check_complete(model: Any, info: dict[str, Any], directory: Path, config: An
             f"{directory} lacks '{missing[0]}' ({len(missing)} weight(s) missing): {_why_missing(missing, unexpected)}"
         )
     if mismatched:
-        name, stored, wanted = mismatched[0]
+        name, stored, expected = mismatched[0]
         raise CheckpointError(
-            f"{directory}: '{name}' is {_shape(stored)} in the files and {_shape(wanted)} by config.json "
+            f"{directory}: '{name}' is {_shape(stored)} in the files and {_shape(expected)} by config.json "
             f"({len(mismatched)} such weight(s)): restore the config.json that was saved with these weights."
         )
     if unexpected:
@@ -133,8 +136,8 @@ def left_over(keys: Iterable[str], text: Mapping[str, Any], is_part: bool) -> li
 
 
 def _layer(key: str) -> int | None:
-    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
+    return int(match[1]) if match else None
 
 
 def _beyond(keys: Iterable[str], config: Any) -> str:
@@ -145,14 +148,14 @@ def _beyond(keys: Iterable[str], config: Any) -> str:
 
 def _why_missing(missing: list[str], unexpected: list[str]) -> str:
     """Return the likely reason, and what to do."""
-    wanted = set(missing)
+    expected = set(missing)
     for mark, wrapper in _WRAPPERS.items():
-        if any(mark in key and key.replace(mark, "") in wanted for key in unexpected):
+        if any(mark in key and key.replace(mark, "") in expected for key in unexpected):
             return (
                 f"the files call it with '{mark}' in its name, as {wrapper} does. Save the model without that wrapper, "
                 f"or rename the tensors without '{mark}'."
             )
-    if all(key.endswith(("lm_head.weight", "embed_out.weight")) for key in missing):
+    if all(key.removesuffix(".weight").endswith(HEAD_NAMES) for key in missing):
         return (
             "the model's output matrix. Download the model again, or set `tie_word_embeddings` to true in config.json "
             "if it shares that of its embedding."
@@ -170,14 +173,12 @@ def _why_missing(missing: list[str], unexpected: list[str]) -> str:
 def check_float_weights(model: Any, shards: Iterable[Shard]) -> None:
     """Raise CheckpointError at a weight that is stored as integers and would be taken for numbers of the model."""
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for shard in shards:
-        for name, (dtype, *_) in shard.tensors.items():
-            is_integer = dtype[0] in "IUB" and dtype not in _FLOATS
-            if is_integer and (name in floats or name.endswith((".weight", ".bias"))):
-                raise CheckpointError(
-                    f"{shard.path}: '{name}' holds integers ({dtype}), not weights: a quantised model without its "
-                    "`quantization_config`, or a damaged file. Give the model in float32, bfloat16 or float16."
-                )
+    for name, tensor in tensors_of(shards).items():
+        if not is_float(tensor.dtype) and (name in floats or name.endswith(".bias")):
+            raise CheckpointError(
+                f"{tensor.path}: '{name}' holds integers ({tensor.dtype}), not weights: a quantised model without its "
+                "`quantization_config`, or a damaged file. Give the model in float32, bfloat16 or float16."
+            )
 
 
 def check_finite(model: Any, directory: Path) -> None:
@@ -194,14 +195,14 @@ def check_stored(shards: Iterable[Shard]) -> None:
     for shard in shards:
         with safe_open(shard.path, framework="pt") as file:
             for name, (dtype, *_) in shard.tensors.items():
-                if dtype in _FLOATS and not _is_finite(tensor := file.get_tensor(name)):
+                if dtype in TORCH_NAMES and not _is_finite(tensor := file.get_tensor(name)):
                     raise CheckpointError(f"{shard.path}: '{name}' {_not_finite(tensor)}")
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
         return True
-    # one pass without a temporary: both ends are NaN where one value is, and infinite where one is
+    # one pass without a temporary: both ends are NaN if one value is, and infinite if one is
     ends = [end for piece in tensor.detach().reshape(-1).split(_PIECE) for end in piece.aminmax()]
     return all(bool(end.isfinite()) for end in ends)
 
@@ -264,7 +265,7 @@ def embedding_rows(model: Any) -> int:
 
 
 def check_tokens(tokenizer: Any, model: Any, directory: Path) -> None:
-    """Raise CheckpointError where text can become a token that the model has no row for (chat tokens, never resized).
+    """Raise CheckpointError if text can become a token that the model has no row for (chat tokens, never resized).
 
     Rows that no token uses are common (padded vocabularies) and fine. Fillers and stand-ins for pictures without a row
     are let through, since texts do not hold them; `check_ids` refuses a text that spells one.
@@ -306,7 +307,7 @@ def _tell_named_ids(model: Any, rows: int, directory: Path) -> None:
 
 
 def check_ids(ids: Collection[int], rows: int, tokenizer: Any, what: str) -> None:
-    """Raise DataError where `ids` hold a token that the model has no row for.
+    """Raise DataError if `ids` hold a token that the model has no row for.
 
     Args:
         rows: of the embedding (`embedding_rows`).
@@ -321,7 +322,7 @@ def check_ids(ids: Collection[int], rows: int, tokenizer: Any, what: str) -> Non
 
 
 def check_token_cache(cache: Any, rows: int | None, tokenizer: Any, what: str) -> None:
-    """Raise DataError where a `TokenCache` holds a token that the model has no row for, once instead of at every batch.
+    """Raise DataError if a `TokenCache` holds a token that the model has no row for, once instead of at every batch.
 
     Args:
         rows: of the embedding; None if it is not known.

@@ -21,11 +21,11 @@ def belongs_to(file: Path, directory: Path) -> bool:
 
 
 def left_out_note(files: Iterable[Path], directory: Path) -> list[str]:
-    """Return one line that names those of the files that are links out of `directory`, none where there are none."""
-    found = sorted(f"{file.name} -> {file.readlink()}" for file in files if not belongs_to(file, directory))
-    if not found:
+    """Return one line that names those of the files that are links out of `directory`, none if there are none."""
+    links = sorted(f"{file.name} -> {file.readlink()}" for file in files if not belongs_to(file, directory))
+    if not links:
         return []
-    return [f"Left out, as links out of {directory}: {', '.join(found)}. Put the files there to have them copied."]
+    return [f"Left out, as links out of {directory}: {', '.join(links)}. Put the files there to have them copied."]
 
 
 def mark_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -34,17 +34,17 @@ def mark_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _mark(path: Path) -> dict[str, Any]:
-    found = path.stat()
+    status = path.stat()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for i in range(_NUM_SAMPLES):
-            file.seek(max(0, found.st_size - _SAMPLE) * i // (_NUM_SAMPLES - 1))
+            file.seek(max(0, status.st_size - _SAMPLE) * i // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "sample": digest.hexdigest()[:16]}
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": digest.hexdigest()[:16]}
 
 
 def find_change(paths: Iterable[Path], marks: dict[str, dict[str, Any]]) -> str | None:
-    """Return what was written to since `mark_files`, and how that shows; None where nothing was.
+    """Return what was written to since `mark_files`, and how that shows; None if nothing was.
 
     Copies have times of their own: the time counts for a file with several names (hard links).
     """
@@ -55,7 +55,7 @@ def find_change(paths: Iterable[Path], marks: dict[str, dict[str, Any]]) -> str 
         keys = ["size", "sample", *(["mtime_ns"] if path.stat().st_nlink > 1 else [])]
         changed = next((key for key in keys if then.get(key) != now[key]), None)
         if changed is not None:
-            told = {"size": "its size", "sample": "its content", "mtime_ns": "its time of change"}[changed]
+            what = {"size": "its size", "sample": "its content", "mtime_ns": "its time of change"}[changed]
             shared = ", and with it the model whose file it is (a hard link)" if path.stat().st_nlink > 1 else ""
-            return f"{path.name} was written to since `extend`: {told} differs{shared}"
+            return f"{path.name} was written to since `extend`: {what} differs{shared}"
     return None

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.checks import check_complete, check_finite, check_float_weights, check_sizes, check_stored
-from longext.checkpoint.source import Shard, read_config, read_shards
+from longext.checkpoint.source import read_config
 from longext.checkpoint.tying import follow_weights
+from longext.checkpoint.weights import Shard, read_shards
 from longext.errors import CheckpointError, ConfigError, LongextError
 
 if TYPE_CHECKING:
@@ -184,10 +185,10 @@ def load_causal_lm(
 
 def _refuse_kernels(config: Any, attention: str | None, trusted: bool) -> None:
     """Refuse a config.json that names attention code on the Hub: transformers would fetch and run it."""
-    asked = getattr(config.get_text_config(), "_attn_implementation", None)
-    if attention is None and not trusted and isinstance(asked, str) and "/" in asked:
+    kernel = getattr(config.get_text_config(), "_attn_implementation", None)
+    if attention is None and not trusted and isinstance(kernel, str) and "/" in kernel:
         raise CheckpointError(
-            f"config.json asks for attention code from the Hub (attn_implementation '{asked}'), which is not run "
+            f"config.json asks for attention code from the Hub (attn_implementation '{kernel}'), which is not run "
             "unasked. Remove that key."
         )
 
@@ -259,7 +260,7 @@ def quiet_transformers() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or its kind if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -332,10 +333,10 @@ def _conversion_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"^(\S+)\s*\| CONVERSION \|.*?([^\n]*)\nError", report.text, re.M | re.S)
-        if found is None:
+        match = re.search(r"^(\S+)\s*\| CONVERSION \|.*?([^\n]*)\nError", report.text, re.M | re.S)
+        if match is None:
             raise
-        raise RuntimeError(f"the stored weights do not make up '{found[1]}': {found[2][:_LONGEST]}") from error
+        raise RuntimeError(f"the stored weights do not make up '{match[1]}': {match[2][:_LONGEST]}") from error
     finally:
         logger.removeHandler(report)
         logger.setLevel(level)

@@ -7,50 +7,84 @@ number. Which combinations are a RoPE that longext knows is decided by `rope_con
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from longext.checkpoint.families import FAMILIES
 from longext.errors import CheckpointError
 from longext.untrusted import shown
 
 MAX_LENGTH = 2**31  # positions: far beyond any model, and what fits an index of 32 bits
 MAX_FACTOR = 1e6  # target length / trained length
-_SIZES = {  # key -> largest value; the least is 1
-    "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "vocab_size": 2**28,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
-    "max_position_embeddings": MAX_LENGTH,
-    "original_max_position_embeddings": MAX_LENGTH,
-    "qk_rope_head_dim": 2**16,
-    "n_embd": 2**20,
-    "n_head": 2**16,
-    "n_layer": 10_000,
-    "n_positions": MAX_LENGTH,
-}
-_BY_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # some families have a list of them
-_BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "local_rope_theta", "global_rope_theta")
-_LARGEST_BASE = 1e30
-_SHARES = ("partial_rotary_factor", "rotary_pct")
-_ABOVE_ZERO = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
-_FINITE = ("mscale", "mscale_all_dim", "short_mscale", "long_mscale", "alpha", "llama_4_scaling_beta")
-_NEEDS_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-_TYPES: dict[str, tuple[type, str]] = {
-    "model_type": (str, "text"),
-    "architectures": (list, "a list"),
-    "layer_types": (list, "a list"),
-    "text_config": (dict, "an object"),
-    "rope_parameters": (dict, "an object"),
-    "rope_scaling": (dict, "an object"),
-    "auto_map": (dict, "an object"),
-    "tie_word_embeddings": (bool, "true or false"),
-}
-_DERIVE_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "gpt_neox", "phi3", "olmo", "olmo2", "olmo3", "stablelm")
+_LARGEST = 1e30
 _ADVICE = "Restore the file from the original model."
+_SHARES = ("partial_rotary_factor", "rotary_pct")
+_NEEDS_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+_DERIVE_HEAD_DIM = tuple(name for name, family in FAMILIES.items() if not family.omits_head_dim)
+
+
+class _Rule(NamedTuple):
+    """What a value that is not null must be, as a test and in words."""
+
+    fits: Callable[[Any], bool]
+    allowed: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(most: int) -> _Rule:
+    return _Rule(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most,
+        f"a whole number from 1 to {most}",
+    )
+
+
+def _above_zero(most: float, allowed: str) -> _Rule:
+    return _Rule(lambda value: _is_number(value) and 0 < value <= most, allowed)
+
+
+_TEXT = _Rule(lambda value: isinstance(value, str), "text")
+_OBJECT = _Rule(lambda value: isinstance(value, dict), "an object")
+_TEXTS = _Rule(lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of text")
+_BASE = _above_zero(_LARGEST, "a number above 0")
+_SHARE = _above_zero(1, "a number above 0 and at most 1")
+_POSITIVES = _Rule(
+    lambda value: isinstance(value, list) and bool(value) and all(_is_number(x) and x > 0 for x in value),
+    "a list of numbers above 0",
+)
+_BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "local_rope_theta", "global_rope_theta")
+_NUMBERS = {**dict.fromkeys(_BASES, _BASE), **dict.fromkeys(_SHARES, _SHARE)}
+_ABOVE_ZERO = ("attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+_FINITE = ("mscale", "mscale_all_dim", "short_mscale", "long_mscale", "alpha", "llama_4_scaling_beta")
+_ORIGINAL = "original_max_position_embeddings"
+_LEVEL = {
+    "model_type": _TEXT,
+    **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    **dict.fromkeys(("text_config", "rope_parameters", "rope_scaling", "auto_map"), _OBJECT),
+    "tie_word_embeddings": _Rule(lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), _size(2**16)),
+    "qk_rope_head_dim": _size(2**16),
+    **dict.fromkeys(("hidden_size", "n_embd"), _size(2**20)),
+    "intermediate_size": _size(2**24),
+    "vocab_size": _size(2**28),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), _size(10_000)),
+    **dict.fromkeys(("max_position_embeddings", _ORIGINAL, "n_positions"), _size(MAX_LENGTH)),
+    **_NUMBERS,
+}
+_ROPE = {
+    **dict.fromkeys(("rope_type", "type"), _TEXT),
+    **_NUMBERS,
+    "factor": _above_zero(MAX_FACTOR, f"a number above 0 and at most {MAX_FACTOR:g}"),
+    **dict.fromkeys(_ABOVE_ZERO, _above_zero(_LARGEST, f"a number above 0 and at most {_LARGEST:g}")),
+    **dict.fromkeys(_FINITE, _Rule(_is_number, "a number")),
+    _ORIGINAL: _size(MAX_LENGTH),
+    **dict.fromkeys(("short_factor", "long_factor"), _POSITIVES),
+}
+# Some families have one of each layer; those of `_DERIVE_HEAD_DIM` have one of all.
+_BY_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads", *_BASES)
 
 
 def check_model_config(config: Mapping[str, Any], path: Path) -> None:
@@ -70,81 +104,36 @@ def check_model_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_level(level: Mapping[str, Any], where: str) -> None:
-    for key, (wanted, spelled) in _TYPES.items():
-        if level.get(key) is not None and not isinstance(level[key], wanted):
-            raise _refusal(where, key, level[key], spelled)
-    for key in ("architectures", "layer_types"):
-        if not all(isinstance(item, str) for item in level.get(key) or ()):
-            raise _refusal(where, key, level[key], "a list of text")
-    one_for_all = level.get("model_type") in _DERIVE_HEAD_DIM
-    for key, most in _SIZES.items():
-        if isinstance(level.get(key), list) and (one_for_all or key not in _BY_LAYER):
-            raise _refusal(where, key, level[key], f"a whole number from 1 to {most}")
-        _check_size(level.get(key), key, most, where)
-    for key in _BASES:
-        if isinstance(level.get(key), list) and one_for_all:
-            raise _refusal(where, key, level[key], "a number above 0")
-    _check_numbers(level, where)
+    _check_values(level, _LEVEL, () if level.get("model_type") in _DERIVE_HEAD_DIM else _BY_LAYER, where)
     for name, rope in _ropes(level):
-        _check_rope(rope, level, f"{where}: {name}")
+        _check_values(rope, _ROPE, _BASES, f"{where}: {name}")
+        kind = rope.get("rope_type") or rope.get("type")
+        derived = kind == "yarn" and "factor" in rope and (rope.get(_ORIGINAL) or level.get(_ORIGINAL))
+        if kind in _NEEDS_FACTOR and rope.get("factor") is None and not derived and "long_factor" not in rope:
+            raise CheckpointError(
+                f"{where}: {name}: a RoPE of type '{kind}' needs a `factor`, and there is none. {_ADVICE}"
+            )
     _check_heads(level, where)
 
 
-def _check_size(value: Any, key: str, most: int, where: str) -> None:
-    for own in value if isinstance(value, list) else [value]:
-        if own is not None and (isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= most):
-            raise _refusal(where, key, own, f"a whole number from 1 to {most}")
-
-
-def _check_numbers(level: Mapping[str, Any], where: str) -> None:
-    for key in _BASES:
-        for own in level[key] if isinstance(level.get(key), list) else [level.get(key)]:
-            if own is not None and not (_is_number(own) and 0 < own <= _LARGEST_BASE):
-                raise _refusal(where, key, own, "a number above 0")
-    for key in _SHARES:
-        own = level.get(key)
-        if own is not None and not (_is_number(own) and 0 < own <= 1):
-            raise _refusal(where, key, own, "a number above 0 and at most 1")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_values(values: Mapping[str, Any], rules: Mapping[str, _Rule], listed: tuple[str, ...], where: str) -> None:
+    """Refuse a value that does not fit its rule; a key of `listed` may have a list of such values."""
+    for key, rule in rules.items():
+        value = values.get(key)
+        for item in value if isinstance(value, list) and key in listed else [value]:
+            if item is not None and not rule.fits(item):
+                raise _refusal(where, key, item, rule.allowed)
 
 
 def _ropes(level: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, flat dict) of every RoPE: of all layers, or one for each layer type."""
     for key in ("rope_parameters", "rope_scaling"):
-        found = level.get(key) or {}
-        nested = {kind: own for kind, own in found.items() if isinstance(own, dict)}
-        if nested and not {"rope_type", "type"} & set(found):
-            yield from ((f"{key}.{kind}", own) for kind, own in nested.items())
-        elif found:
-            yield key, found
-
-
-def _check_rope(rope: Mapping[str, Any], level: Mapping[str, Any], where: str) -> None:
-    for key in ("rope_type", "type"):
-        if rope.get(key) is not None and not isinstance(rope[key], str):
-            raise _refusal(where, key, rope[key], "text")
-    _check_numbers(rope, where)
-    for key in _ABOVE_ZERO:
-        own = rope.get(key)
-        most = MAX_FACTOR if key == "factor" else _LARGEST_BASE
-        if own is not None and not (_is_number(own) and 0 < own <= most):
-            raise _refusal(where, key, own, f"a number above 0 and at most {most:g}")
-    for key in _FINITE:
-        if rope.get(key) is not None and not _is_number(rope[key]):
-            raise _refusal(where, key, rope[key], "a number")
-    original = "original_max_position_embeddings"
-    _check_size(rope.get(original), original, MAX_LENGTH, where)
-    for key in ("short_factor", "long_factor"):
-        own = rope.get(key)
-        if own is not None and not (isinstance(own, list) and own and all(_is_number(x) and x > 0 for x in own)):
-            raise _refusal(where, key, own, "a list of numbers above 0")
-    kind = rope.get("rope_type") or rope.get("type")
-    derived = kind == "yarn" and "factor" in rope and (rope.get(original) or level.get(original))
-    if kind in _NEEDS_FACTOR and rope.get("factor") is None and not derived and "long_factor" not in rope:
-        raise CheckpointError(f"{where}: a RoPE of type '{kind}' needs a `factor`, and there is none. {_ADVICE}")
+        section = level.get(key) or {}
+        nested = {kind: rope for kind, rope in section.items() if isinstance(rope, dict)}
+        if nested and not {"rope_type", "type"} & set(section):
+            yield from ((f"{key}.{kind}", rope) for kind, rope in nested.items())
+        elif section:
+            yield key, section
 
 
 def _check_heads(level: Mapping[str, Any], where: str) -> None:
@@ -164,7 +153,9 @@ def _check_heads(level: Mapping[str, Any], where: str) -> None:
         head_dim = hidden // heads
     if isinstance(head_dim, int):
         parameters = level.get("rope_parameters") or {}
-        share = next((own[key] for key in _SHARES for own in (level, parameters) if _is_number(own.get(key))), 1.0)
+        share = next(
+            (values[key] for key in _SHARES for values in (level, parameters) if _is_number(values.get(key))), 1.0
+        )
         if int(head_dim * share) % 2 or head_dim % 2 or int(head_dim * share) < 2:
             raise _refusal(where, "head_dim", head_dim, "an even number of which an even part is rotated")
 

@@ -16,8 +16,8 @@ from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_o
 from longext.checkpoint.load import load_config
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeParameters, RopeSpec, rope_parameters
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeParameters, RopeSpec, rope_parameters
 
 FULL_ATTENTION = "full_attention"
 _OLD_TYPES = {"su": "longrope", "mrope": "default"}
@@ -31,7 +31,7 @@ class ModelRope:
 
     Attributes:
         model_type: transformers' name of the text model.
-        section: the key of the nested text config (dots between keys), or None where the config is flat.
+        section: the key of the nested text config (dots between keys), or None if the config is flat.
         head_dim: size of an attention head.
         partial_rotary_factor: the fraction of a head that is rotated.
         max_position_embeddings: the length the config claims.
@@ -107,7 +107,6 @@ def model_rope(config: dict[str, Any], directory: Path, trust_remote_code: bool 
     section = "text_config" if isinstance(config.get("text_config"), dict) else None
     text: dict[str, Any] = dict(text_section(config, section))
     model_type = str(text.get("model_type") or config.get("model_type") or "")
-    _refuse_bad_types(directory, text)
     _refuse_without_rope(directory, model_type, text, is_whole="text_config" not in config)
     if _needs_defaults(text, family_of(model_type)):
         text, section = _with_defaults(config, directory, trust_remote_code)
@@ -122,15 +121,6 @@ def text_section(config: dict[str, Any], section: str | None) -> dict[str, Any]:
     return config
 
 
-def _refuse_bad_types(directory: Path, text: dict[str, Any]) -> None:
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.get(key) is not None and not isinstance(text[key], dict):
-            raise CheckpointError(
-                f"{directory / 'config.json'}: `{key}` must be an object or null, found {text[key]!r:.80}. "
-                "Restore the file from the original model."
-            )
-
-
 def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any], is_whole: bool) -> None:
     if model_type in WITHOUT_ROPE:
         raise CheckpointError(
@@ -140,21 +130,15 @@ def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any],
     if text.get("alibi") is True:
         raise CheckpointError(f"{directory} is a {model_type} model with ALiBi (`alibi: true`), no RoPE to extend.")
     names = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "rope_local_base_freq")
-    if is_whole and not any(name in text for name in names) and model_type not in _ROPE_BY_DEFAULT:
+    if is_whole and not any(name in text for name in names) and not family_of(model_type).omits_rope:
         raise CheckpointError(
             f"No RoPE in {directory / 'config.json'} (model type '{model_type or 'unknown'}'): none of the keys "
             f"{', '.join(names[:3])} is there. longext extends models with rotary position embeddings only."
         )
 
 
-# Model types whose published configs may leave every RoPE key to the defaults of transformers.
-_ROPE_BY_DEFAULT = frozenset(
-    {"llama", "falcon", "gpt_neox", "gemma", "gemma2", "gemma3_text", "olmo", "mistral", "phi3"}
-)
-
-
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
-    """True where the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
+    """True if the file leaves something to the defaults of transformers, or uses the old per-layer spelling."""
     if family is UNLISTED or (family.alternates and "layer_types" not in text):
         return True
     follows_hidden = not family.omits_head_dim and "hidden_size" in text and "num_attention_heads" in text
@@ -192,7 +176,7 @@ def _with_defaults(
         )
     values[_LENGTH_KEY] = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     values[_LACKS_HEAD_DIM] = "head_dim" in text.to_dict() and text.to_dict()["head_dim"] is None
-    kinds = [kind for kind, own in values["rope_parameters"].items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in values["rope_parameters"].items() if isinstance(rope, dict)]
     if kinds and getattr(text, "is_heterogeneous", False):
         with contextlib.suppress(Exception):  # only full-attention layers may have a head size of their own
             values["head_dim"] = text.per_layer_config[_extended_kind(values["rope_parameters"])].head_dim
@@ -203,7 +187,7 @@ _LENGTH_KEY, _LACKS_HEAD_DIM = "longext_length_key", "longext_lacks_head_dim"
 
 
 def _section_of(raw: dict[str, Any], config: Any, text: Any, prefix: str = "") -> str | None:
-    """The dotted key under which the file has the text config, or None where it is flat."""
+    """The dotted key under which the file has the text config, or None if it is flat."""
     for key, value in raw.items():
         inner = getattr(config, key, None) if isinstance(value, dict) else None
         if inner is None or not hasattr(inner, "to_dict"):
@@ -288,7 +272,7 @@ def _spec(
 
 def _extended_kind(parameters: dict[str, Any]) -> str | None:
     """The layer type whose RoPE an extension changes: that of the layers without a window."""
-    kinds = [kind for kind, own in parameters.items() if isinstance(own, dict)]
+    kinds = [kind for kind, rope in parameters.items() if isinstance(rope, dict)]
     if FULL_ATTENTION in kinds:
         return FULL_ATTENTION
     global_kinds = [kind for kind in kinds if not any(word in kind for word in _WINDOWED)]
@@ -300,7 +284,7 @@ def _flat_parameters(
 ) -> tuple[RopeParameters, dict[str, RopeParameters], str]:
     """Return (parameters of the layers an extension changes, of the others by layer type, the former's type).
 
-    Follows transformers 5: where a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
+    Follows transformers 5: if a file holds both layouts, `rope_scaling` wins and theta is the top-level key.
     """
     new = text.get("rope_parameters") or {}
     nested = {kind: dict(value) for kind, value in new.items() if isinstance(value, dict)}
@@ -311,7 +295,7 @@ def _flat_parameters(
                 f"{directory}: rope_parameters has layer types {', '.join(nested)}; none of them is the one RoPE of "
                 "the layers without a window, so there is none to extend."
             )
-        return _normal(nested[kind]), {other: own for other, own in nested.items() if other != kind}, kind
+        return _normal(nested[kind]), {other: rope for other, rope in nested.items() if other != kind}, kind
     scaling = text.get("rope_scaling")
     chosen = dict(scaling) if scaling else dict(new)
     theta = text.get(family.theta_key)
@@ -361,7 +345,7 @@ def write_rope(
     if parameters["rope_type"] in _TOP_LEVEL_LENGTH_TYPES or "original_max_position_embeddings" in text:
         # transformers 4 (longrope) and llama.cpp's converter (llama3) look here, not inside the dict
         text["original_max_position_embeddings"] = original
-    elif rope.model_type == "phi3":
+    elif family.top_level_length:
         text["original_max_position_embeddings"] = original
     if rope.lacks_head_dim:
         # several rope types read `head_dim` from the config without a fallback (Mixtral has null there)

@@ -8,11 +8,11 @@ transformers 5 computes, says so, and writes a config that leaves no doubt.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longext.checkpoint.source import Shard
-from longext.checkpoint.writing import read_tensor
+from longext.checkpoint.weights import StoredTensor
 from longext.errors import CheckpointError
 
 
@@ -39,13 +39,15 @@ def follow_weights(model: Any) -> None:
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a parsed config.json that says the output matrix is one of its own."""
     text = config.get("text_config")
-    made = {**config, "tie_word_embeddings": False}
+    changed = {**config, "tie_word_embeddings": False}
     if isinstance(text, dict) and "tie_word_embeddings" in text:
-        made["text_config"] = {**text, "tie_word_embeddings": False}
-    return made
+        changed["text_config"] = {**text, "tie_word_embeddings": False}
+    return changed
 
 
-def stored_difference(shards: list[Shard], embedding: str, head: str, says_tied: bool, base: Path) -> float | None:
+def stored_difference(
+    tensors: Mapping[str, StoredTensor], embedding: str, head: str, says_tied: bool, base: Path
+) -> float | None:
     """Return how far a stored output matrix is from the embedding that the config ties it to: 0 if they are one.
 
     Args:
@@ -58,23 +60,22 @@ def stored_difference(shards: list[Shard], embedding: str, head: str, says_tied:
     Raises:
         CheckpointError: a matrix is missing that the config promises.
     """
-    homes = {name: shard for shard in shards for name in shard.tensors}
-    if embedding not in homes:
-        only = f" (only '{head}')" if says_tied and head in homes else ""
+    if embedding not in tensors:
+        only = f" (only '{head}')" if says_tied and head in tensors else ""
         raise CheckpointError(
             f"{base} holds no input embedding '{embedding}'{only}: load it with AutoModelForCausalLM.from_pretrained "
             "and save it again, or restore its files."
         )
     if not says_tied:
-        if head not in homes:
+        if head not in tensors:
             raise CheckpointError(
                 f"{base} lacks '{head}' (1 weight(s) missing), the model's output matrix. Restore its files, or set "
                 "`tie_word_embeddings` to true in config.json if the embedding is that matrix."
             )
         return None
-    if head not in homes:
+    if head not in tensors:
         return 0.0
-    first, second = (read_tensor(homes[name], name) for name in (embedding, head))
+    first, second = (tensors[name].read() for name in (embedding, head))
     if first.shape != second.shape:
         return float("inf")
     # a NaN is equal to nothing

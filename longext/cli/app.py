@@ -13,8 +13,9 @@ from typer.core import TyperGroup
 import longext
 from longext.cli.build import WIDEST, Command, build_command
 from longext.cli.errors import flush_output, prepare_streams, reported_errors
+from longext.errors import ConfigError
 from longext.evals.base import EVALS
-from longext.registry import Registry
+from longext.registry import Registry, did_you_mean
 from longext.signals import ending_signals
 from longext.staging import release_outputs
 from longext.untrusted import take_notes
@@ -46,6 +47,12 @@ class _Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, None if there is none of that name."""
         return self.build(cmd_name) if cmd_name in self.list_commands(ctx) else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the arguments name (ConfigError: there is none; names the nearest one)."""
+        if args[0] not in self.list_commands(ctx):
+            raise ConfigError(f"Unknown command '{args[0]}'. {did_you_mean(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the name and summary of each command."""

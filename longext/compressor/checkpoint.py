@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from longext.checkpoint.checks import check_finite, check_tokens
-from longext.checkpoint.header import read_header
 from longext.checkpoint.load import MAPPED, first_line, load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
 from longext.checkpoint.rope_config import model_rope
-from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model, same_weights
+from longext.checkpoint.source import read_config, resolve_model
+from longext.checkpoint.weights import fingerprint_weights, read_header, same_weights
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor, CompressorSpec, build_compressor
 from longext.errors import CheckpointError, ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longext.checkpoint.header import FLOATS, read_header
+from longext.checkpoint.weights import is_float, read_header
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
 from longext.errors import CheckpointError
@@ -61,11 +61,12 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     if found["schema"] != SCHEMA or found["num_segments"] < 0 or found["num_tokens"] < 0:
         raise CheckpointError(f"{where} does not say {SCHEMA}, or counts below 0. {_ADVICE}")
     count = sum(name.startswith("memory.") for name in header.tensors)
-    expected = {**{f"memory.{i}": FLOATS for i in range(count)}, **dict.fromkeys(TOKENS, {"I64"})}
-    for name, dtypes in expected.items():
+    expected = [*(f"memory.{i}" for i in range(count)), *TOKENS]
+    for name in expected:
         dtype, shape = header.tensors.get(name, ("nothing", ()))[:2]
-        if dtype not in dtypes or (name in TOKENS and len(shape) != 1):
-            raise CheckpointError(f"{path}: '{name}' must be {', '.join(sorted(dtypes))}, found {dtype}. {_ADVICE}")
+        if not ((dtype == "I64" and len(shape) == 1) if name in TOKENS else is_float(dtype)):
+            wanted = "I64 in one row" if name in TOKENS else "floating-point numbers"
+            raise CheckpointError(f"{path}: '{name}' must be {wanted}, found {dtype}. {_ADVICE}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in expected}
     memory = tuple(tensors[f"memory.{i}"] for i in range(count))

@@ -8,15 +8,16 @@ rsLoRA, regular expressions and tied heads included).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from longext.checkpoint.families import HEAD_NAMES
 from longext.checkpoint.load import build_model, load_config
-from longext.checkpoint.source import HUB_ID, Shard, read_json, read_shard, resolve_model
+from longext.checkpoint.source import HUB_ID, read_json, resolve_model
 from longext.checkpoint.tying import is_tied, stored_difference
-from longext.checkpoint.writing import TORCH_NAMES, read_tensor
+from longext.checkpoint.weights import TORCH_NAMES, Shard, StoredTensor, read_shard
 from longext.errors import CheckpointError
 from longext.untrusted import check_patterns, fields, is_a
 
@@ -62,19 +63,18 @@ _FIELDS = {
 _SUPPORTED = "longext merges plain LoRA (patterns and rsLoRA included) with modules_to_save"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraPair:
+class LoraPair(NamedTuple):
     """The two factors that change one base tensor: W + scaling * B A, transposed for an embedding.
 
     Attributes:
-        a: stored key of A, [r, in].
-        b: stored key of B, [out, r].
+        a: A, [r, in].
+        b: B, [out, r].
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        is_embedding: True where W is [in, out], as embeddings are.
+        is_embedding: True if W is [in, out], as embeddings are.
     """
 
-    a: str
-    b: str
+    a: StoredTensor
+    b: StoredTensor
     scaling: float
     is_embedding: bool
 
@@ -84,21 +84,19 @@ class Adapter:
     """An adapter read against its base: what it changes, by the base's own tensor names.
 
     Attributes:
-        directory: where it lies.
-        shard: header of its weight file.
+        path: its weight file.
         lora: base tensor -> its LoRA factors.
-        full: base tensor -> stored key of the tensor that replaces it.
+        full: base tensor -> the tensor that replaces it.
         embedding: name of the input embedding in the base's files.
         head: name of the output matrix; a tied one is usually not in the files.
-        is_tied: True where the base's output matrix is its input embedding, by what its files hold.
+        is_tied: True if the base's output matrix is its input embedding, by what its files hold.
         difference: how far a stored output matrix is from the embedding that the base's config ties it to, else 0.
         locate: a parameter's name in the model -> its name in the base's files, or None.
     """
 
-    directory: Path
-    shard: Shard
+    path: Path
     lora: dict[str, LoraPair]
-    full: dict[str, str]
+    full: dict[str, StoredTensor]
     embedding: str
     head: str
     is_tied: bool
@@ -175,111 +173,127 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
     usual = LoraConfig().to_dict()
     changes = {key: value for key, value in config.items() if key not in _UNDERSTOOD and value != usual.get(key)}
-    found = {key: value for key, value in changes.items() if value not in (None, False, [], {})}
+    refused = {key: value for key, value in changes.items() if value not in (None, False, [], {})}
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        found["init_lora_weights"] = config["init_lora_weights"]
-    for key, value in found.items():
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    for key, value in refused.items():
         raise CheckpointError(f"{directory} has {key} = {value!r}: {_SUPPORTED}. Merge it with PEFT itself.")
     return config
 
 
-def read_adapter(directory: Path, base: Path, shards: list[Shard], trust_remote_code: bool = False) -> Adapter:
-    """Read the adapter in `directory` against the base model whose weight files are `shards`.
+def read_adapter(
+    directory: Path, base: Path, tensors: Mapping[str, StoredTensor], trust_remote_code: bool = False
+) -> Adapter:
+    """Read the adapter in `directory` against the base model whose files hold `tensors`.
 
     Raises:
         CheckpointError: a tensor missing, unknown, or of another shape than the base asks for; a quantised base.
     """
     shard = read_shard(directory / ADAPTER_WEIGHTS)
-    files = {name: entry for part in shards for name, entry in part.tensors.items()}
-    locate = locate_in(set(files))
-    layout, difference = _layout_by_fact(directory, base, shards, locate, trust_remote_code)
-    embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
-    _compare_with_expected(shard, layout)
+    locate = locate_in(set(tensors))
+    layout = _expected_layout(directory, base, trust_remote_code)
+    embedding, head, difference = layout.ends.in_files(tensors, base)
+    if difference:  # the config ties two matrices that its files tell apart
+        layout = _expected_layout(directory, base, trust_remote_code, untied=True)
+    _compare_with_expected(shard, layout.shapes)
     pairs: dict[str, dict[str, Any]] = {}
-    full: dict[str, str] = {}
-    for key, (own, *_) in shard.tensors.items():
+    full: dict[str, StoredTensor] = {}
+    for key, stored in shard.tensors.items():
         name, half, is_embedding = _parse(key)
-        target = locate(name) or (head if layout.is_tied and name == layout.head else None)
+        target = locate(name) or (head if layout.ends.is_tied and name == layout.ends.head else None)
         if target is None:
             raise CheckpointError(f"{shard.path}: '{key}' would change '{name}', which {base} does not have.")
-        dtype, shape, *_ = files[target if target in files else embedding]
-        _check_float(target, dtype, base)
-        if own not in TORCH_NAMES:
-            raise CheckpointError(f"{shard.path}: '{key}' is stored as {own}, not as floating-point numbers.")
+        changed = tensors.get(target, tensors[embedding])
+        if changed.dtype not in TORCH_NAMES:
+            raise CheckpointError(
+                f"'{target}' of {base} is stored as {changed.dtype}: a quantised base cannot take an adapter exactly. "
+                "Give the unquantised model with `longext merge --base`."
+            )
+        if stored.dtype not in TORCH_NAMES:
+            raise CheckpointError(f"{shard.path}: '{key}' is stored as {stored.dtype}, not as floating-point numbers.")
         if half is None:
-            _check_shape(key, shard, shape)
-            full[target] = key
+            _check_shape(stored, changed.shape)
+            full[target] = stored
         else:
-            pairs.setdefault(target, {"scaling": layout.scalings[name], "is_embedding": is_embedding})[half] = key
+            pair = pairs.setdefault(target, {"scaling": layout.scalings[name], "is_embedding": is_embedding})
+            pair[half] = stored
     return Adapter(
-        directory=directory,
-        shard=shard,
+        path=shard.path,
         lora={name: LoraPair(**pair) for name, pair in pairs.items()},
         full=full,
         embedding=embedding,
         head=head,
-        is_tied=layout.is_tied,
+        is_tied=layout.ends.is_tied,
         difference=difference,
         locate=locate,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """What peft expects of the adapter: shapes by stored key, scalings by parameter, the names of the two ends."""
+class Ends(NamedTuple):
+    """The parameter names of a model's input embedding and output matrix, and whether its config makes them one."""
 
-    shapes: dict[str, tuple[int, ...]]
-    scalings: dict[str, float]
     embedding: str
     head: str
     is_tied: bool
 
+    @classmethod
+    def of(cls, model: Any) -> Ends:
+        """Return those of a transformers model."""
+        entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
+        return cls(names[id(entry)], names.get(id(exit_), "lm_head.weight"), is_tied(model))
 
-def _layout_by_fact(
-    directory: Path, base: Path, shards: list[Shard], locate: Callable[[str], str | None], trust_remote_code: bool
-) -> tuple[_Layout, float]:
-    """The layout on a base that is tied if its files say so, and how far they are from what its config says."""
-    layout = _expected_layout(directory, base, trust_remote_code)
-    embedding, head = (locate(name) or name for name in (layout.embedding, layout.head))
-    difference = stored_difference(shards, embedding, head, layout.is_tied, base)
-    if difference:
-        layout = _expected_layout(directory, base, trust_remote_code, untied=True)
-    return layout, difference or 0.0
+    def in_files(self, tensors: Mapping[str, StoredTensor], base: Path) -> tuple[str, str, float]:
+        """Return their names in the base's files, and how far the two are from the one that the config says."""
+        locate = locate_in(set(tensors))
+        embedding, head = (locate(name) or name for name in (self.embedding, self.head))
+        return embedding, head, stored_difference(tensors, embedding, head, self.is_tied, base) or 0.0
+
+
+class _Layout(NamedTuple):
+    """What peft expects of the adapter: shapes by stored key, scalings by parameter; the ends of the base."""
+
+    shapes: dict[str, tuple[int, ...]]
+    scalings: dict[str, float]
+    ends: Ends
 
 
 def _expected_layout(directory: Path, base: Path, trust_remote_code: bool, untied: bool = False) -> _Layout:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     model = _meta_model(base, trust_remote_code, untied)
-    ends = _ends(model)
+    ends = Ends.of(model)
     _check_patterns(directory, [name for name, _ in model.named_modules()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(directory)), low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"The adapter {directory} does not fit {base}: {_line(error)}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"The adapter {directory} does not fit {base}: {reason}") from error
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     scalings = {
         f"{name.removeprefix(PREFIX)}.weight": float(module.scaling["default"])
         for name, module in wrapped.named_modules()
         if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
     }
-    return _Layout(shapes={key: tuple(value.shape) for key, value in state.items()}, scalings=scalings, **ends)
+    return _Layout({key: tuple(value.shape) for key, value in state.items()}, scalings, ends)
 
 
 def _check_patterns(directory: Path, names: list[str]) -> None:
     """Refuse expressions in the adapter's config that are none, or on which peft would hang."""
     config = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
-    found = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    expressions = [
+        (key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)
+    ]
     for key in ("rank_pattern", "alpha_pattern"):
-        found += [(key, rf"(.*\.)?({pattern})$") for pattern in config.get(key) or {}]
+        expressions += [(key, rf"(.*\.)?({pattern})$") for pattern in config.get(key) or {}]
     layers = config.get("layers_pattern") or []
-    found += [
+    expressions += [
         ("layers_pattern", rf".*\.[^.]*{pattern}\.(\d+)\.")
         for pattern in ([layers] if isinstance(layers, str) else layers)
     ]
-    check_patterns(found, names, str(directory / ADAPTER_CONFIG))
+    check_patterns(expressions, names, str(directory / ADAPTER_CONFIG))
 
 
 def _meta_model(base: Path, trust_remote_code: bool, untied: bool = False) -> Any:
@@ -294,34 +308,24 @@ def _meta_model(base: Path, trust_remote_code: bool, untied: bool = False) -> An
         return build_model(config, trust_remote_code=trust_remote_code)
 
 
-def read_ends(base: Path, shards: list[Shard], trust_remote_code: bool = False) -> tuple[str, str, bool]:
-    """Return the parameter names of the input embedding and the output matrix, and whether they are one, by fact."""
-    ends = _ends(_meta_model(base, trust_remote_code))
-    locate = locate_in({name for shard in shards for name in shard.tensors})
-    embedding, head = (locate(ends[end]) or ends[end] for end in ("embedding", "head"))
-    difference = stored_difference(shards, embedding, head, ends["is_tied"], base)
-    return ends["embedding"], ends["head"], difference == 0
+def read_ends(base: Path, tensors: Mapping[str, StoredTensor]) -> Ends:
+    """Return the ends of a base model, one if its files say so too."""
+    ends = Ends.of(_meta_model(base, trust_remote_code=False))
+    return ends._replace(is_tied=ends.is_tied and not ends.in_files(tensors, base)[2])
 
 
-def _ends(model: Any) -> dict[str, Any]:
-    """The parameter names of the input embedding and the output matrix, and whether they are one."""
-    entry, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
-    return {"embedding": names[id(entry)], "head": names.get(id(exit_), "lm_head.weight"), "is_tied": is_tied(model)}
-
-
-def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
+def _compare_with_expected(shard: Shard, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError at the first tensor that has another shape, an unknown LoRA module, or is missing."""
-    for key, expected in layout.shapes.items():
+    for key, expected in shapes.items():
         if key in shard.tensors:
-            _check_shape(key, shard, expected)
-    unknown = sorted(key for key in shard.tensors if key not in layout.shapes and _parse(key)[1] is not None)
+            _check_shape(shard.tensors[key], expected)
+    unknown = sorted(key for key in shard.tensors if key not in shapes and is_lora_key(key))
     if unknown:
         raise CheckpointError(
             f"{shard.path}: '{unknown[0]}' has no place in the base ({len(unknown)} such tensors): an adapter for "
             "another base (more layers, other modules). Give its own with `longext merge --base`."
         )
-    missing = sorted(set(layout.shapes) - set(shard.tensors))
+    missing = sorted(set(shapes) - set(shard.tensors))
     if missing:
         raise CheckpointError(
             f"{shard.path} lacks '{missing[0]}' ({len(missing)} missing), which its {ADAPTER_CONFIG} promises for this "
@@ -330,37 +334,29 @@ def _compare_with_expected(shard: Shard, layout: _Layout) -> None:
         )
 
 
-def _cause(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{stored.path}: '{stored.name}' has shape {list(stored.shape)}, the base asks for {list(expected)}: "
+            f"{_cause(stored, expected)}."
+        )
+
+
+def _cause(stored: StoredTensor, expected: tuple[int, ...]) -> str:
     """The likely reason of a shape that does not fit."""
-    if 0 in found or len(found) < len(expected):
+    shape = stored.shape
+    if 0 in shape or len(shape) < len(expected):
         return "saved by ZeRO-3 or FSDP without gathering its shards; gather them and save it again"
-    half = _parse(key)[1]
+    half = _parse(stored.name)[1]
     rank = {"a": 0, "b": 1}.get(half or "")
-    if rank is not None and found[rank] != expected[rank]:
+    if rank is not None and shape[rank] != expected[rank]:
         return f"the rank in {ADAPTER_CONFIG} is not the stored one; restore the config it was saved with"
-    if half is None and len(found) == 2 and found[1:] == expected[1:]:
+    if half is None and len(shape) == 2 and shape[1:] == expected[1:]:
         return (
             "trained with another vocabulary; resize the base first "
-            f"(model.resize_token_embeddings({found[0]}), save_pretrained) and give it with `longext merge --base`"
+            f"(model.resize_token_embeddings({shape[0]}), save_pretrained) and give it with `longext merge --base`"
         )
     return "an adapter for another base (other sizes); give its own with `longext merge --base`"
-
-
-def _check_shape(key: str, shard: Shard, expected: tuple[int, ...]) -> None:
-    found = shard.tensors[key][1]
-    if found != expected:
-        raise CheckpointError(
-            f"{shard.path}: '{key}' has shape {list(found)}, the base asks for {list(expected)}: "
-            f"{_cause(key, found, expected)}."
-        )
-
-
-def _check_float(name: str, dtype: str, base: Path) -> None:
-    if dtype not in TORCH_NAMES:
-        raise CheckpointError(
-            f"'{name}' of {base} is stored as {dtype}: a quantised base cannot take an adapter exactly. "
-            "Give the unquantised model with `longext merge --base`."
-        )
 
 
 def is_lora_key(key: str) -> bool:
@@ -390,19 +386,15 @@ def locate_in(files: set[str]) -> Callable[[str], str | None]:
     def locate(name: str) -> str | None:
         if name in files:
             return name
-        found = plain.get(_without_wrappers(name), [])
-        return found[0] if len(found) == 1 else None
+        candidates = plain.get(_without_wrappers(name), [])
+        return candidates[0] if len(candidates) == 1 else None
 
     return locate
 
 
 def _without_wrappers(name: str) -> str:
     parts = (part for part in name.split(".") if part not in ("model", "language_model"))
-    return ".".join("lm_head" if part == "embed_out" else part for part in parts)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return ".".join(HEAD_NAMES[0] if part in HEAD_NAMES else part for part in parts)
 
 
 def merged_tensor(adapter: Adapter, name: str, base: torch.Tensor) -> torch.Tensor:
@@ -411,23 +403,19 @@ def merged_tensor(adapter: Adapter, name: str, base: torch.Tensor) -> torch.Tens
     Raises:
         CheckpointError: the result has NaN or infinite values.
     """
-    weight = read_tensor(adapter.shard, adapter.full[name]).float() if name in adapter.full else base.float()
+    weight = adapter.full[name].read().float() if name in adapter.full else base.float()
     if name in adapter.lora:
         pair = adapter.lora[name]
-        a, b = (read_tensor(adapter.shard, key).float() for key in (pair.a, pair.b))
-        delta = b @ a
+        delta = pair.b.read().float() @ pair.a.read().float()
         weight = weight + (delta.T if pair.is_embedding else delta) * pair.scaling
     if not weight.isfinite().all():
-        raise CheckpointError(f"'{name}' has NaN or infinite values after merging: {adapter.directory} is broken.")
+        raise CheckpointError(f"'{name}' has NaN or infinite values after merging: {adapter.path} is broken.")
     return weight
 
 
-def changes_something(adapter: Adapter, base_tensor: Callable[[str], torch.Tensor]) -> bool:
+def changes_something(adapter: Adapter, base: Mapping[str, StoredTensor]) -> bool:
     """False for an adapter that is empty in effect: every LoRA B is zero and every saved tensor is the base's own."""
-    if any(read_tensor(adapter.shard, pair.b).any() for pair in adapter.lora.values()):
+    if any(pair.b.read().any() for pair in adapter.lora.values()):
         return True
-    for name, key in adapter.full.items():
-        ours, theirs = read_tensor(adapter.shard, key), base_tensor(name)
-        if not (ours.float() == theirs.float()).all():
-            return True
-    return False
+    pairs = ((stored.read(), base[name].read()) for name, stored in adapter.full.items())
+    return any(not (ours.float() == theirs.float()).all() for ours, theirs in pairs)

@@ -15,15 +15,8 @@ from typing import Any
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, is_bundled
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import (
-    HUB_ID,
-    INDEX_NAME,
-    read_config,
-    read_json,
-    read_shards,
-    resolve_model,
-    same_weights,
-)
+from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model
+from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import (
@@ -115,7 +108,7 @@ def check_base_weights(adapter: Path, name: str, base: Path) -> None:
 
 
 def plan_rope(
-    adapter: Path, base: Path, asked: ExtendConfig, *, base_is_given: bool, trust_remote_code: bool = False
+    adapter: Path, base: Path, request: ExtendConfig, *, base_is_given: bool, trust_remote_code: bool = False
 ) -> tuple[ExtensionPlan, dict[str, Any], Path, list[str]]:
     """Return the RoPE of an adapter as a trained extension of its base, its record, its config's directory, and notes.
 
@@ -151,7 +144,7 @@ def plan_rope(
         )
     is_kept = theirs.parameters == rope.parameters
     plan = ExtensionPlan(
-        config=dataclasses.replace(asked, method=spec.method),
+        config=dataclasses.replace(request, method=spec.method),
         source=base,
         rope=rope,
         origin=spec_from_json(record["origin"]) if "origin" in record else trained_rope(base, rope)[0],
@@ -200,14 +193,20 @@ def tokenizer_files(adapter: Path) -> list[Path]:
 
 
 def describe_adapter(
-    directory: Path, output: Path, command: str, asked: Any, config: dict[str, Any], record: dict[str, Any], state: str
+    directory: Path,
+    output: Path,
+    command: str,
+    request: Any,
+    config: dict[str, Any],
+    record: dict[str, Any],
+    state: str,
 ) -> None:
     """Write beside an adapter what PEFT does not: config.json with its RoPE, run.json, and where its base will be.
 
     Args:
         output: the finished directory; its `base/` is what adapter_config.json names, so that PEFT and transformers
             find the right RoPE or nothing.
-        command, asked: the command that made it and its config.
+        command, request: the command that made it and its config.
         config: config.json of the model with the adapter's RoPE, in both spellings.
         record: the extension record.
         state: what run.json says of the run.
@@ -216,7 +215,7 @@ def describe_adapter(
     settings = read_json(directory / ADAPTER_CONFIG, "an adapter directory")
     named = {**settings, "base_model_name_or_path": str(output.resolve() / BASE_DIRECTORY), "revision": None}
     write_json(directory / ADAPTER_CONFIG, named)
-    write_manifest(directory, command, asked, state=state, extension=record)
+    write_manifest(directory, command, request, state=state, extension=record)
 
 
 def write_base(directory: Path, source: Path, config: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.rope_config import ModelRope
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeSpec, compute_inv_freq, softmax_scale
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeSpec, compute_inv_freq, softmax_scale
 
 _TOLERANCE = 2e-6  # relative; float32 frequencies, read out of float32 cosines
 _ZERO = 1e-12  # rad per token: no rotation
@@ -63,8 +63,8 @@ class Computed:
         names = dict.fromkeys(name for name, _ in self.rotary)
         if self.layers is None:
             return tuple(names)
-        seen = {name for layer in self.layers for name in layer.rotary}
-        return tuple(name for name in names if name in seen)
+        rotating = {name for layer in self.layers for name in layer.rotary}
+        return tuple(name for name in names if name in rotating)
 
 
 def compute(config: dict[str, Any], lengths: Sequence[int], layers: bool = True) -> Computed:
@@ -87,29 +87,30 @@ def _compute(config: str, lengths: tuple[int, ...], layers: bool) -> Computed:
 
     logging.set_verbosity_error()  # transformers' notes on a config that is only tried
     try:
-        found = measure(load_config(json.loads(config)), list(lengths), layers)
+        measured = measure(load_config(json.loads(config)), list(lengths), layers)
     except NotBuilt as error:
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
     except Exception as error:  # config classes raise many kinds
         raise CheckpointError(f"transformers cannot read this config: {one_line(error)}") from error
-    return computed_from(found)
+    return computed_from(measured)
 
 
-def computed_from(found: dict[str, Any]) -> Computed:
+def computed_from(measured: dict[str, Any]) -> Computed:
     """Return what `_built.measure` found."""
     return Computed(
         rotary={
             (name, int(length)): (np.asarray(values), factor)
-            for name, by_length in found["rotary"].items()
+            for name, by_length in measured["rotary"].items()
             for length, (values, factor) in by_length.items()
         },
         layers=None
-        if found["layers"] is None
+        if measured["layers"] is None
         else tuple(
-            Layer(layer["kind"], tuple(layer["rotary"]), layer["window"], layer["attends"]) for layer in found["layers"]
+            Layer(layer["kind"], tuple(layer["rotary"]), layer["window"], layer["attends"])
+            for layer in measured["layers"]
         ),
-        stopped=found["stopped"],
-        scales=found["scales"],
+        stopped=measured["stopped"],
+        scales=measured["scales"],
     )
 
 
@@ -172,7 +173,7 @@ def _names(layer: Layer) -> str:
 def _compare_rotation(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec, name: str, length: int) -> None:
     before, old_factor = base.rotary[name, length]
     if name not in _extended(base, rope) or spec == rope.spec:
-        wanted = before, old_factor
+        expected = before, old_factor
     else:
         old = _own_spec(rope.spec, before)
         read, read_factor = compute_inv_freq(old, length)
@@ -182,10 +183,10 @@ def _compare_rotation(base: Computed, ours: Computed, rope: ModelRope, spec: Rop
                 f"transformers computes another RoPE for this {rope.model_type} model ({name}, {length} tokens) than "
                 f"its rope_parameters say by the rules that longext knows: {_difference(before, read)}."
             )
-        own = spec if old is rope.spec else replace(spec, rope_theta=old.rope_theta)
-        planned, factor = compute_inv_freq(own, length)
-        wanted = np.where(places < 0, 0.0, planned[places]), factor
-    problem = _rotation_problem(ours.rotary[name, length], wanted, frequency_tolerance(spec))
+        new = spec if old is rope.spec else replace(spec, rope_theta=old.rope_theta)
+        planned, factor = compute_inv_freq(new, length)
+        expected = np.where(places < 0, 0.0, planned[places]), factor
+    problem = _rotation_problem(ours.rotary[name, length], expected, frequency_tolerance(spec))
     if problem:
         raise CheckpointError(
             f"transformers would not compute `{spec.method}` for this {rope.model_type} model ({name}, {length} "
@@ -201,11 +202,11 @@ def frequency_tolerance(spec: RopeSpec) -> float:
     return max(_TOLERANCE, spec.factor * 2.0**-23)
 
 
-def _rotation_problem(found: Rotation, wanted: Rotation, tolerance: float) -> str | None:
-    if found[0].shape != wanted[0].shape or not np.allclose(found[0], wanted[0], rtol=tolerance, atol=_ZERO):
-        return _difference(found[0], wanted[0])
-    if not np.isclose(found[1], wanted[1], rtol=_TOLERANCE):
-        return f"attention factor {found[1]:.6g} on cos and sin instead of {wanted[1]:.6g}"
+def _rotation_problem(measured: Rotation, expected: Rotation, tolerance: float) -> str | None:
+    if measured[0].shape != expected[0].shape or not np.allclose(measured[0], expected[0], rtol=tolerance, atol=_ZERO):
+        return _difference(measured[0], expected[0])
+    if not np.isclose(measured[1], expected[1], rtol=_TOLERANCE):
+        return f"attention factor {measured[1]:.6g} on cos and sin instead of {expected[1]:.6g}"
     return None
 
 
@@ -233,10 +234,10 @@ def _places(measured: NDArray[np.float64], formula: NDArray[np.float64], toleran
     return np.where(still, -1, nearest) if bool((close | still).all()) and covers else None
 
 
-def _difference(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> str:
-    if found.size not in (wanted.size, 2 * wanted.size):
-        return f"{found.size} dimensions instead of {wanted.size}"
-    return f"slowest frequency {found.min():.4g} instead of {wanted.min():.4g}, fastest {found.max():.4g}"
+def _difference(measured: NDArray[np.float64], expected: NDArray[np.float64]) -> str:
+    if measured.size not in (expected.size, 2 * expected.size):
+        return f"{measured.size} dimensions instead of {expected.size}"
+    return f"slowest frequency {measured.min():.4g} instead of {expected.min():.4g}, fastest {measured.max():.4g}"
 
 
 def _compare_scales(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec) -> None:
@@ -268,21 +269,22 @@ def formula_problem(
     for name in computed.used:
         kind = name.rpartition(":")[2] if ":" in name else rope.kind
         for length in lengths:
-            found, factor = computed.rotary[name, length]
-            own = spec if kind == rope.kind else _local_spec(rope, kind)
-            if own is None:
+            measured, factor = computed.rotary[name, length]
+            layer_spec = spec if kind == rope.kind else _local_spec(rope, kind)
+            if layer_spec is None:
                 continue
-            own = _own_spec(own, found)
-            formula, wanted_factor = compute_inv_freq(own, length)
-            places = _places(found, formula, frequency_tolerance(own))
+            layer_spec = _own_spec(layer_spec, measured)
+            formula, expected_factor = compute_inv_freq(layer_spec, length)
+            places = _places(measured, formula, frequency_tolerance(layer_spec))
             if places is None:
-                return f"{name} at length {length}: {_difference(found, formula)}", count, worst
-            if not np.isclose(factor, wanted_factor, rtol=_TOLERANCE):
-                return f"{name}: attention factor is {factor:.8g}, the formula gives {wanted_factor:.8g}", count, worst
-            wanted = np.where(places < 0, 0.0, formula[places])
-            turning = wanted > 0
-            count += found.size
-            worst = max(worst, float(np.abs(found[turning] / wanted[turning] - 1).max()))
+                return f"{name} at length {length}: {_difference(measured, formula)}", count, worst
+            if not np.isclose(factor, expected_factor, rtol=_TOLERANCE):
+                problem = f"{name}: attention factor is {factor:.8g}, the formula gives {expected_factor:.8g}"
+                return problem, count, worst
+            expected = np.where(places < 0, 0.0, formula[places])
+            turning = expected > 0
+            count += measured.size
+            worst = max(worst, float(np.abs(measured[turning] / expected[turning] - 1).max()))
     return None, count, worst
 
 
@@ -319,8 +321,8 @@ def layers_in_words(rope: ModelRope, directory: Path) -> str:
 def _describe(layer: Layer, computed: Computed, rope: ModelRope) -> str:
     if not layer.rotary:
         return "attend without RoPE" if layer.attends else "do not attend (linear, state-space or convolution)"
-    kept = not set(layer.rotary) & set(_extended(computed, rope))
-    what = "keep a RoPE of their own" if kept else "rotate"
+    is_local = not set(layer.rotary) & set(_extended(computed, rope))
+    what = "keep a RoPE of their own" if is_local else "rotate"
     return f"{what} in a window of {layer.window:,} tokens" if layer.window else f"{what} with full attention"
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.links import belongs_to
-from longext.checkpoint.source import Shard, read_shard, read_shards, resolve_model
-from longext.checkpoint.writing import TORCH_NAMES, read_tensor
+from longext.checkpoint.source import resolve_model
+from longext.checkpoint.weights import TORCH_NAMES, StoredTensor, read_shard, read_shards, tensors_of
 from longext.conversion.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -74,14 +74,14 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     name, revision, base = find_base(config.base, config.revision, source, settings)
     check_output(output, config.force, protected=base)
     plan = _plan(config, source, name, revision, base)
-    shards = read_shards(base)
+    stored = tensors_of(read_shards(base))
     tensors = _read_all(source, pickles)
-    notes = _fit(tensors, settings, base, shards)
+    notes = _fit(tensors, settings, base, stored)
     record = {**provenance(plan), "trained": True}
     with staged_directory(output, config.force) as staging:
         _write(staging, tensors, settings)
         describe_adapter(staging, output, "convert", config, extended_config(plan), record, "finished")
-        read_adapter(staging, base, shards)
+        read_adapter(staging, base, stored)
         write_base(staging, base, extended_config(plan))
         for file in [] if notes else (file for file in tokenizer_files(source) if belongs_to(file, source)):
             place_file(file, staging / file.name, force_copy=True)
@@ -100,8 +100,8 @@ def _plan(config: ConvertConfig, source: Path, name: str, revision: str | None, 
             f"{source} does not say which RoPE it was trained with: give --method and --factor (LongLoRA: linear and "
             "the context length over the base's, rounded up), or --method none for the base's own RoPE."
         )
-    asked = ExtendConfig(model=name, method="none", revision=revision)
-    return plan_rope(source, base, asked, base_is_given=True)[0]
+    request = ExtendConfig(model=name, method="none", revision=revision)
+    return plan_rope(source, base, request, base_is_given=True)[0]
 
 
 def _read_all(source: Path, pickles: list[Path]) -> dict[str, torch.Tensor]:
@@ -109,7 +109,7 @@ def _read_all(source: Path, pickles: list[Path]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     if (source / ADAPTER_WEIGHTS).is_file():
         shard = read_shard(source / ADAPTER_WEIGHTS)
-        tensors.update({key: read_tensor(shard, key) for key in shard.tensors})
+        tensors.update({key: stored.read() for key, stored in shard.tensors.items()})
         pickles = [file for file in pickles if file.name != PICKLED_WEIGHTS]  # the same once more
     for file in pickles:
         for name, tensor in read_pickle(file).items():
@@ -131,23 +131,23 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
-            held = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {asks[1]}" if asks else " ".join(str(error).split())[:120]
         raise CheckpointError(
             f"{file} is not a plain file of tensors ({why}): nothing of it was run. Ask its authors for safetensors."
         ) from error
-    if not isinstance(held, dict) or not held:
-        raise CheckpointError(f"{file} holds {type(held).__name__}, not tensors by name.")
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{file} holds {type(content).__name__}, not tensors by name.")
     names = {getattr(torch, name) for name in TORCH_NAMES.values()}
-    for name, tensor in held.items():
+    for name, tensor in content.items():
         is_plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         if not is_plain or tensor.dtype not in names:
             raise CheckpointError(f"{file}: {name!r} is not a dense tensor of floating-point numbers.")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file}: '{name}' has NaN or infinite values: the adapter is broken.")
-    return {name: tensor.detach().contiguous() for name, tensor in held.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
 
 
 def _peft_key(name: str) -> str:
@@ -159,15 +159,17 @@ def _peft_key(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
-def _fit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path, shards: list[Shard]) -> list[str]:
+def _fit(
+    tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path, stored: dict[str, StoredTensor]
+) -> list[str]:
     """Make whole tensors the modules_to_save of the adapter; drop the rows of tokens that the base has not."""
     whole = [key for key in tensors if not is_lora_key(key)]
-    shapes = {name: entry[1] for shard in shards for name, entry in shard.tensors.items()}
-    locate = locate_in(set(shapes))
+    locate = locate_in(set(stored))
     notes = []
     for key in whole:
-        expected = shapes.get(locate(key.removeprefix(PREFIX)) or "")
-        extra = tensors[key].shape[0] - expected[0] if expected and tensors[key].shape[1:] == expected[1:] else 0
+        base_tensor = stored.get(locate(key.removeprefix(PREFIX)) or "")
+        is_alike = base_tensor is not None and base_tensor.shape and tensors[key].shape[1:] == base_tensor.shape[1:]
+        extra = tensors[key].shape[0] - base_tensor.shape[0] if base_tensor is not None and is_alike else 0
         if extra > 0 and tensors[key].ndim == 2:
             tensors[key] = tensors[key][:-extra].contiguous()
             notes.append(
@@ -176,10 +178,10 @@ def _fit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], base: Path,
             )
     modules = {key.removeprefix(PREFIX).rpartition(".")[0] for key in whole}
     settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *modules}) or None
-    embedding, head, tied = read_ends(base, shards)
-    if tied and PREFIX + embedding in whole:
+    ends = read_ends(base, stored)
+    if ends.is_tied and PREFIX + ends.embedding in whole:
         settings["ensure_weight_tying"] = True
-        tensors.setdefault(PREFIX + head, tensors[PREFIX + embedding].clone())
+        tensors.setdefault(PREFIX + ends.head, tensors[PREFIX + ends.embedding].clone())
     return notes
 
 

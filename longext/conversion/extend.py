@@ -17,29 +17,23 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
-from longext.checkpoint.source import (
-    INDEX_NAME,
-    Shard,
-    read_config,
-    read_json,
-    read_shards,
-    refuse_adapter,
-    resolve_model,
-)
+from longext.checkpoint.source import read_config, read_json, refuse_adapter, resolve_model
+from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
 from longext.manifest import read_manifest, write_manifest, write_text
-from longext.rope.methods import (
+from longext.rope.formulas import bake_as_longrope, ramp_of
+from longext.rope.reading import spec_from_json
+from longext.rope.spec import (
     ROPE_METHODS,
     RopeParameters,
     RopeSpec,
-    bake_as_longrope,
     compute_inv_freq,
+    methods_that,
     rope_parameters,
 )
-from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
@@ -104,7 +98,7 @@ class ExtensionPlan:
 
     @property
     def keeps_length(self) -> bool:
-        """True where the written `max_position_embeddings` is the trained length."""
+        """True if the written `max_position_embeddings` is the trained length."""
         return ROPE_METHODS[self.spec.method].keeps_length
 
     @property
@@ -200,7 +194,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
         if config.original_length < 1:
             raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
         origin = replace(origin, original_max_position_embeddings=config.original_length)
-    is_plain = origin.method in ("none", "dynamic") or origin.factor == 1
+    is_plain = ROPE_METHODS[origin.method].is_exact_inside or origin.factor == 1
     composes = origin.method == config.method and not is_plain
     if not (is_plain or composes or config.replace):
         raise ConfigError(
@@ -222,7 +216,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
 
 
 def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
-    """Return the RoPE the weights were trained with, and False where the config holds a later, training-free one.
+    """Return the RoPE the weights were trained with, and False if the config holds a later, training-free one.
 
     longext's own run.json remembers it, as long as nobody changed the config since. After training (a merged
     adapter) it is the RoPE that is there, spelled as the method that made it.
@@ -234,7 +228,7 @@ def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:
 
 
 def written_rope(source: Path, rope: ModelRope) -> RopeSpec:
-    """Return the RoPE that the config holds: as run.json spells it where the two agree, else as it reads."""
+    """Return the RoPE that the config holds: as run.json spells it if the two agree, else as it reads."""
     extension = _record(source, rope)
     return rope.spec if extension is None else spec_from_json(extension["spec"])
 
@@ -262,33 +256,24 @@ def _bare(spec: RopeSpec) -> RopeSpec:
 
 def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
-    typed: dict[str, Any] = {
-        "beta_fast": config.beta_fast,
-        "beta_slow": config.beta_slow,
-        "ramp": config.ramp,
-        "truncate": config.truncate,
-        "attention_factor": config.attention_factor,
-        "alpha": config.alpha,
-        "low_freq_factor": config.low_freq_factor,
-        "high_freq_factor": config.high_freq_factor,
-        "new_rope_theta": config.rope_theta,
-    }
-    given = {key: value for key, value in typed.items() if value is not None}
+    method = ROPE_METHODS[config.method]
+    takes = {parameter.key: parameter.name for parameter in method.parameters}
+    for other in ROPE_METHODS.values():
+        for key in (parameter.key for parameter in other.parameters):
+            if key not in takes and getattr(config, key, None) is not None:
+                names = f"it takes {', '.join(takes)}" if takes else "it takes none"
+                raise ConfigError(f"`{config.method}` has no parameter `{key}`: {names}.")
+    given = {name: getattr(config, key) for key, name in takes.items() if key != "factors"}
+    given = {name: value for name, value in given.items() if value is not None}
     if config.factors is not None:
         given.update(read_factors(Path(config.factors)))
-    allowed = ROPE_METHODS[config.method].options
-    for key in given:
-        if key not in allowed and not (config.method == "longrope" and key == "factor"):
-            flag = {"new_rope_theta": "rope_theta", "short_factor": "factors", "long_factor": "factors"}.get(key, key)
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
-            raise ConfigError(f"`{config.method}` has no parameter `{flag}`: {takes}.")
     factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
     if config.method == "none" and factor != 1:
         raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
-    ramp = given.get("ramp") or start.ramp or ROPE_METHODS[config.method].ramp
-    if "truncate" in given and ramp == "paper":
+    spec = replace(start, **{**given, "method": config.method, "factor": factor})
+    if config.truncate is not None and ramp_of(spec) == "paper":
         raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
-    return replace(start, **{**given, "method": config.method, "factor": factor})
+    return spec
 
 
 def resolve_factor(config: ExtendConfig, original: int, from_file: float | None) -> float:
@@ -338,12 +323,12 @@ def read_factors(path: Path) -> dict[str, Any]:
         numbers = values.get(name, [1.0])
         if not isinstance(numbers, list) or not all(is_a(x, float) and x > 0 for x in numbers):
             raise ConfigError(f"--factors {path}: `{name}` must be a list of numbers above 0.")
-    given = {key: value for key, value in values.items() if value is not None}
-    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in given.items()}
+    entries = {key: value for key, value in values.items() if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else float(value) for key, value in entries.items()}
 
 
 def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
-    """Return rope_parameters that this model type's config accepts, baked as `longrope` where it takes nothing else.
+    """Return rope_parameters that this model type's config accepts, baked as `longrope` if it takes nothing else.
 
     Raises:
         ConfigError: a length-dependent method on a family that cannot carry it.
@@ -356,7 +341,7 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     if ROPE_METHODS[spec.method].keeps_length:
         raise ConfigError(
             f"`{spec.method}` depends on the sequence length, and a {rope.model_type} config accepts only "
-            f"{', '.join(sorted(accepted))}. Use ntk, ntk-by-parts, yarn or longrope."
+            f"{', '.join(sorted(accepted))}. Choose one of {methods_that(lambda other: not other.keeps_length)}."
         )
     return _with_carried(bake_as_longrope(spec, *compute_inv_freq(spec)), rope, spec)
 
@@ -370,8 +355,8 @@ def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
         )
     bases = sorted(set(rope.layer_theta) - {0.0})
     if spec.method == "abf" and len(bases) > 1:
-        found = ", ".join(f"{base:g}" for base in bases)
-        raise ConfigError(f"`abf` gives all layers one base, this model's have {found}. Use ntk, which raises each.")
+        listed = ", ".join(f"{base:g}" for base in bases)
+        raise ConfigError(f"`abf` gives all layers one base, this model's have {listed}. Use ntk, which raises each.")
     if bases and not math.isclose(rope.spec.rope_theta, spec.rope_theta, rel_tol=1e-9):
         raise ConfigError(
             "The bases of this model's layers were raised by an extension: extend its base model instead."
@@ -380,10 +365,10 @@ def _refuse_keys(rope: ModelRope, spec: RopeSpec) -> None:
 
 def _with_carried(parameters: RopeParameters, rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     """Add the keys that stay true under any RoPE."""
-    kept = dict(rope.carried)
-    if "llama_4_scaling_beta" in kept:  # queries grow with the logarithm of the position over this length
-        kept["original_max_position_embeddings"] = spec.original_max_position_embeddings
-    return {**parameters, **kept}
+    carried = dict(rope.carried)
+    if "llama_4_scaling_beta" in carried:  # queries grow with the logarithm of the position over this length
+        carried["original_max_position_embeddings"] = spec.original_max_position_embeddings
+    return {**parameters, **carried}
 
 
 def extend_checkpoint(config: ExtendConfig) -> ExtensionPlan:
@@ -414,8 +399,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
         write_json(staging / "config.json", extended_config(plan))
-        raise_length(staging / "tokenizer_config.json", "model_max_length", plan.new_length)
-        raise_length(staging / "generation_config.json", "max_length", plan.new_length)
+        raise_lengths(staging, plan.new_length)
         record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}
         card = model_card(record, plan.layers, license_of(plan.source))
         write_text(staging / "README.md", card)
@@ -470,7 +454,7 @@ def place_file(source: Path, target: Path, force_copy: bool = False) -> str:
 
 
 def _clone(source: Path, target: Path) -> bool:
-    """Copy-on-write clone where the filesystem offers it (Linux FICLONE); False where it does not."""
+    """Copy-on-write clone if the filesystem offers it (Linux FICLONE); False if it does not."""
     try:
         import fcntl
     except ImportError:
@@ -499,14 +483,12 @@ def left_out(source: Path) -> list[str]:
     return left_out_note(_side_files(source), source)
 
 
-def raise_length(path: Path, key: str, length: int) -> None:
-    """Raise a length limit beside the config, so that nothing stops at the old length; never lower it."""
-    if not path.is_file():
-        return
-    config = read_json(path, "a JSON file")
-    if isinstance(config.get(key), (int, float)) and config[key] < length:
-        config[key] = length
-        write_json(path, config)
+def raise_lengths(directory: Path, length: int) -> None:
+    """Raise the limits beside a config, so that nothing stops at the old length; never lower them."""
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
+        config = read_json(directory / name, "a JSON file") if (directory / name).is_file() else {}
+        if isinstance(config.get(key), (int, float)) and config[key] < length:
+            write_json(directory / name, {**config, key: length})
 
 
 def write_json(path: Path, value: Any) -> None:

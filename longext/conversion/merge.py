@@ -7,7 +7,7 @@ adapter was trained with, in both layouts of config.json.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.links import belongs_to, left_out_note
-from longext.checkpoint.source import INDEX_NAME, Shard, read_json, read_shards
+from longext.checkpoint.source import read_json
 from longext.checkpoint.tying import untied
-from longext.checkpoint.writing import ITEM_BYTES, TORCH_NAMES, TensorPlan, read_tensor, stored_blocks, write_shard
+from longext.checkpoint.weights import (
+    INDEX_NAME,
+    ITEM_BYTES,
+    TORCH_NAMES,
+    StoredTensor,
+    TensorPlan,
+    read_shards,
+    tensors_of,
+    write_shard,
+)
 from longext.conversion.adapter import (
     Adapter,
     changes_something,
@@ -29,14 +38,7 @@ from longext.conversion.adapter import (
 from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
 from longext.conversion.card import license_of, model_card
 from longext.conversion.config import ExtendConfig, MergeConfig
-from longext.conversion.extend import (
-    ExtensionPlan,
-    extended_config,
-    left_out,
-    place_file,
-    raise_length,
-    write_json,
-)
+from longext.conversion.extend import ExtensionPlan, extended_config, left_out, place_file, raise_lengths, write_json
 from longext.conversion.proof import Proof, prove_merge
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import write_manifest, write_text
@@ -54,13 +56,13 @@ class Merge:
     """Everything `merge` is going to do, before it does it.
 
     Attributes:
-        config: what was asked.
+        config: what the user wants.
         adapter: the adapter, read against the base.
         extension: the RoPE that is written, as an extension of the base; its `source` is the base's directory.
         record: what run.json will say about it.
-        shards: the base's weight files.
+        sources: tensor to write -> the base's tensor it is made of (an output matrix no longer tied: the embedding).
         dtypes: safetensors type of every tensor that is written.
-        stays_tied: True where the output matrix is the input embedding, before and after.
+        stays_tied: True if the output matrix is the input embedding, before and after.
         config_directory: whose config.json the adapter's side of the proof is built from.
         notes: what the user should know.
     """
@@ -69,7 +71,7 @@ class Merge:
     adapter: Adapter
     extension: ExtensionPlan
     record: dict[str, Any]
-    shards: tuple[Shard, ...]
+    sources: dict[str, StoredTensor]
     dtypes: dict[str, str]
     stays_tied: bool
     config_directory: Path
@@ -80,16 +82,9 @@ class Merge:
         """Directory of the base model."""
         return self.extension.source
 
-    @property
-    def homes(self) -> dict[str, Shard]:
-        """Tensor name -> the file of the base that holds it (an untied output matrix: its embedding's)."""
-        homes = {name: shard for shard in self.shards for name in shard.tensors}
-        return {name: homes.get(name, homes[self.adapter.embedding]) for name in self.dtypes}
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of the base's weight files, about what will be written."""
-        return sum(shard.size for shard in self.shards)
+    def changes(self, name: str) -> bool:
+        """True if the base holds no such tensor, or the adapter changes it."""
+        return name in self.adapter.touched or name != self.sources[name].name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +106,18 @@ class MergeResult:
     @property
     def summary(self) -> dict[str, Any]:
         """What run.json keeps under `merge`."""
-        touched = self.merge.adapter.touched
         return {
             "adapter": self.merge.config.adapter,
             "dtypes": sorted({TORCH_NAMES.get(dtype, dtype) for dtype in self.merge.dtypes.values()}),
             "output_matrix": "tied" if self.merge.stays_tied else "separate",
             "counts": {kind: {"tensors": n, "parameters": size} for kind, (n, size) in self.counts.items()},
-            "touched": sorted(name for name in self.merge.dtypes if name in touched or name not in _names(self.merge)),
+            "touched": sorted(filter(self.merge.changes, self.merge.sources)),
             "proof": None if self.proof is None else dataclasses.asdict(self.proof),
             "files": self.files,
         }
 
 
-def _names(merge: Merge) -> set[str]:
-    return {name for shard in merge.shards for name in shard.tensors}
+# --- plan -------------------------------------------------------------------------------------------------------------
 
 
 def merge_adapter(config: MergeConfig, on_progress: Callable[[int], None] | None = None) -> MergeResult:
@@ -152,37 +145,37 @@ def plan_merge(config: MergeConfig) -> Merge:
     check_output(Path(config.output), config.force)
     if config.dtype not in _CHOICES:
         raise ConfigError(f"--dtype must be one of {', '.join(_CHOICES)}, got '{config.dtype}'.")
-    directory = find_adapter(config.adapter)
-    base = find_base(config.base, config.revision, directory, read_adapter_config(directory))[2]
-    for protected in (directory, base):
-        check_output(Path(config.output), config.force, protected=protected)
-    return read_merge(config)
+    return read_merge(config, Path(config.output))
 
 
-def read_merge(config: MergeConfig) -> Merge:
-    """Return what `plan_merge` plans, for a merge that stays in memory: no output is asked for or checked.
+def read_merge(config: MergeConfig, output: Path | None = None) -> Merge:
+    """Return what `plan_merge` plans; without `output` for a merge that stays in memory.
 
     Raises:
-        CheckpointError: as `plan_merge`.
+        CheckpointError, ConfigError: as `plan_merge`.
     """
     directory = find_adapter(config.adapter)
     settings = read_adapter_config(directory)
     name, revision, base = find_base(config.base, config.revision, directory, settings)
+    for protected in (directory, base) if output is not None else ():
+        assert output is not None
+        check_output(output, config.force, protected=protected)
     shards = read_shards(base)
-    asked = ExtendConfig(model=name, method="none", revision=revision)
+    request = ExtendConfig(model=name, method="none", revision=revision)
     extension, record, config_directory, notes = plan_rope(
-        directory, base, asked, base_is_given=config.base is not None, trust_remote_code=config.trust_remote_code
+        directory, base, request, base_is_given=config.base is not None, trust_remote_code=config.trust_remote_code
     )
-    adapter = read_adapter(directory, base, shards, config.trust_remote_code)
+    tensors = tensors_of(shards)
+    adapter = read_adapter(directory, base, tensors, config.trust_remote_code)
     check_base_weights(directory, name, base)
-    stored = _Stored(adapter, shards)
-    if not changes_something(adapter, stored.read):
+    sources = {**tensors, adapter.head: tensors.get(adapter.head, tensors[adapter.embedding])}
+    if not changes_something(adapter, sources):
         raise CheckpointError(
             f"The adapter {directory} changes nothing: every LoRA B is zero and every saved tensor is the base's. "
             "It was never trained, or saved by ZeRO-3 without gathering its shards; gather them and save it again."
         )
     notes += [*left_out(base), *left_out_note(tokenizer_files(directory), directory)]
-    stays_tied = adapter.is_tied and _stays_tied(adapter, stored)
+    stays_tied = adapter.is_tied and _stays_tied(adapter, sources)
     if adapter.is_tied and not stays_tied:
         notes.append("The adapter trained embedding and output matrix apart: both are written, no longer tied.")
     if adapter.difference:
@@ -191,50 +184,49 @@ def read_merge(config: MergeConfig) -> Merge:
             f"difference {adapter.difference:.2g}): both are kept, as transformers 5 does, and the merged config.json "
             "says false. Readers that go by the flag (transformers 4, vLLM) compute something else with that base."
         )
+    written = tensors if stays_tied else sources
     return Merge(
         config=config,
         adapter=adapter,
         extension=dataclasses.replace(extension, shards=tuple(shards)),
         record=record,
-        shards=tuple(shards),
-        dtypes=_dtypes(config.dtype, shards, adapter, stays_tied),
+        sources=written,
+        dtypes={written_name: _written_dtype(source, config.dtype) for written_name, source in written.items()},
         stays_tied=stays_tied,
         config_directory=config_directory,
         notes=tuple(notes),
     )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """The base's tensors by name; a tied output matrix is its embedding."""
-
-    adapter: Adapter
-    shards: list[Shard]
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor of the base."""
-        homes = {tensor: shard for shard in self.shards for tensor in shard.tensors}
-        name = name if name in homes else self.adapter.embedding
-        return read_tensor(homes[name], name)
-
-
-def _stays_tied(adapter: Adapter, stored: _Stored) -> bool:
-    """True where embedding and output matrix are still one after the merge (equal to float32 rounding)."""
+def _stays_tied(adapter: Adapter, sources: dict[str, StoredTensor]) -> bool:
+    """True if embedding and output matrix are still one after the merge (equal to float32 rounding)."""
     ends = (adapter.embedding, adapter.head)
     if not adapter.touched & set(ends):
         return True
-    first, second = (merged_tensor(adapter, name, stored.read(name)) for name in ends)
+    first, second = (merged_tensor(adapter, name, sources[name].read()) for name in ends)
     return bool(first.allclose(second, rtol=1e-6, atol=0))
 
 
-def _dtypes(asked: str, shards: list[Shard], adapter: Adapter, stays_tied: bool) -> dict[str, str]:
-    """Safetensors type of every tensor to write: the base's own, or the one asked for where it is a float."""
-    own = {name: entry[0] for shard in shards for name, entry in shard.tensors.items()}
-    if adapter.is_tied and not stays_tied:
-        own.setdefault(adapter.head, own[adapter.embedding])
-    if asked == "auto":
-        return own
-    return {name: _STORED_NAMES[asked] if dtype in TORCH_NAMES else dtype for name, dtype in own.items()}
+def _written_dtype(source: StoredTensor, dtype: str) -> str:
+    """The base's own type, or the one that the user wants if it is a float."""
+    return source.dtype if dtype == "auto" or source.dtype not in TORCH_NAMES else _STORED_NAMES[dtype]
+
+
+def merged_config(merge: Merge) -> dict[str, Any]:
+    """Return the base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
+    config = extended_config(merge.extension)
+    text = config.get("text_config")
+    sections = [config, text] if isinstance(text, dict) else [config]
+    if merge.config.dtype != "auto":
+        for section in sections:
+            key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
+            if section is config or key in section:
+                section[key] = merge.config.dtype
+    is_no_longer_tied = (merge.adapter.is_tied and not merge.stays_tied) or merge.adapter.difference
+    return untied(config) if is_no_longer_tied else config
+
+
+# --- write ------------------------------------------------------------------------------------------------------------
 
 
 def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) -> MergeResult:
@@ -257,9 +249,9 @@ def write_merge(merge: Merge, on_progress: Callable[[int], None] | None = None) 
 
 def _write_weights(merge: Merge, staging: Path, on_progress: Callable[[int], None] | None) -> dict[str, str]:
     """Write the shards under the base's file names, and their index; return file -> SHA-256."""
-    by_file: dict[str, dict[str, TensorPlan]] = {shard.path.name: {} for shard in merge.shards}
-    for name, home in merge.homes.items():
-        by_file[home.path.name][name] = _tensor_plan(merge, home, name)
+    by_file: dict[str, dict[str, TensorPlan]] = {shard.path.name: {} for shard in merge.extension.shards}
+    for name, source in merge.sources.items():
+        by_file[source.path.name][name] = _tensor_plan(merge, name, source)
     if (merge.base / INDEX_NAME).is_file():
         index = read_json(merge.base / INDEX_NAME, "a weight index")
         total = sum(plan.num_bytes for plans in by_file.values() for plan in plans.values())
@@ -269,31 +261,26 @@ def _write_weights(merge: Merge, staging: Path, on_progress: Callable[[int], Non
     return {file: write_shard(staging / file, plans, on_progress) for file, plans in by_file.items()}
 
 
-def _tensor_plan(merge: Merge, home: Shard, name: str) -> TensorPlan:
-    """How one tensor is written: copied where nothing changes it, else computed in float32 and rounded once."""
-    source = name if name in home.tensors else merge.adapter.embedding
-    stored, shape, start, end = home.tensors[source]
+def _tensor_plan(merge: Merge, name: str, source: StoredTensor) -> TensorPlan:
+    """How one tensor is written: copied if nothing changes it, else computed in float32 and rounded once."""
     dtype = merge.dtypes[name]
-    if name not in merge.adapter.touched and dtype == stored:
-        return TensorPlan(dtype, shape, end - start, partial(stored_blocks, home, source))
-    count = 1
-    for size in shape:
-        count *= size
-    return TensorPlan(dtype, shape, count * ITEM_BYTES[dtype], partial(_computed_blocks, merge, home, source, name))
+    if name not in merge.adapter.touched and dtype == source.dtype:
+        return TensorPlan(dtype, source.shape, source.end - source.start, source.blocks)
+    num_bytes = math.prod(source.shape) * ITEM_BYTES[dtype]
+    return TensorPlan(dtype, source.shape, num_bytes, partial(_computed_blocks, merge, name))
 
 
-def _computed_blocks(merge: Merge, home: Shard, source: str, name: str) -> Iterator[bytes]:
-    """Yield the bytes of one merged or converted tensor."""
+def _computed_blocks(merge: Merge, name: str) -> Iterator[bytes]:
     import torch
 
-    tensor = _computed_tensor(merge, home, source, name)
-    yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    yield _computed_tensor(merge, name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _computed_tensor(merge: Merge, home: Shard, source: str, name: str) -> torch.Tensor:
+def _computed_tensor(merge: Merge, name: str) -> torch.Tensor:
+    """One merged or converted tensor as it is written."""
     import torch
 
-    tensor = read_tensor(home, source)
+    tensor = merge.sources[name].read()
     if name in merge.adapter.touched:
         tensor = merged_tensor(merge.adapter, name, tensor)
     rounded = tensor.to(getattr(torch, TORCH_NAMES[merge.dtypes[name]]))
@@ -304,33 +291,17 @@ def _computed_tensor(merge: Merge, home: Shard, source: str, name: str) -> torch
 
 def written_tensors(merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of everything that the merged checkpoint holds and the base does not, as it is written."""
-    for name, home in merge.homes.items():
-        if name in merge.adapter.touched or name not in home.tensors:
-            yield name, _computed_tensor(merge, home, name if name in home.tensors else merge.adapter.embedding, name)
+    return ((name, _computed_tensor(merge, name)) for name in merge.sources if merge.changes(name))
 
 
 def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
-    own = [file for file in tokenizer_files(merge.adapter.directory) if belongs_to(file, merge.adapter.directory)]
-    for name, file in {file.name: file for file in (*merge.extension.side_files, *own)}.items():
+    directory = merge.adapter.path.parent
+    replacing = [file for file in tokenizer_files(directory) if belongs_to(file, directory)]
+    for name, file in {file.name: file for file in (*merge.extension.side_files, *replacing)}.items():
         place_file(file, staging / name, force_copy=True)
     write_json(staging / "config.json", merged_config(merge))
-    raise_length(staging / "tokenizer_config.json", "model_max_length", merge.extension.new_length)
-    raise_length(staging / "generation_config.json", "max_length", merge.extension.new_length)
-
-
-def merged_config(merge: Merge) -> dict[str, Any]:
-    """Return the base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
-    config = extended_config(merge.extension)
-    text = config.get("text_config")
-    sections = [config, text] if isinstance(text, dict) else [config]
-    if merge.config.dtype != "auto":
-        for section in sections:
-            key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
-            if section is config or key in section:
-                section[key] = merge.config.dtype
-    changes = (merge.adapter.is_tied and not merge.stays_tied) or merge.adapter.difference
-    return untied(config) if changes else config
+    raise_lengths(staging, merge.extension.new_length)
 
 
 def _prove(merge: Merge, staging: Path) -> Proof:
@@ -340,7 +311,7 @@ def _prove(merge: Merge, staging: Path) -> Proof:
 
     return prove_merge(
         merge.base,
-        merge.adapter.directory,
+        merge.adapter.path.parent,
         staging,
         merge.config_directory,
         merge.extension.spec.original_max_position_embeddings,
@@ -352,13 +323,10 @@ def _prove(merge: Merge, staging: Path) -> Proof:
 def _counts(merge: Merge) -> dict[str, tuple[int, int]]:
     """Tensors and parameters by what happened to them."""
     counts: dict[str, tuple[int, int]] = {}
-    for name, home in merge.homes.items():
-        shape = home.tensors[name if name in home.tensors else merge.adapter.embedding][1]
-        kind, size = _kind(merge.adapter, name, len(shape)), 1
-        for length in shape:
-            size *= length
+    for name, source in merge.sources.items():
+        kind = _kind(merge.adapter, name, len(source.shape))
         tensors, parameters = counts.get(kind, (0, 0))
-        counts[kind] = (tensors + 1, parameters + size)
+        counts[kind] = (tensors + 1, parameters + math.prod(source.shape))
     return counts
 
 
@@ -370,8 +338,3 @@ def _kind(adapter: Adapter, name: str, dimensions: int) -> str:
     if name in (adapter.embedding, adapter.head):
         return "embedding replaced"
     return "norm replaced" if dimensions == 1 and "norm" in name else "other replaced"
-
-
-def describe_rope(parameters: dict[str, Any]) -> str:
-    """Return rope_parameters on one line, long lists shortened."""
-    return json.dumps({k: f"[{len(v)} numbers]" if isinstance(v, list) else v for k, v in parameters.items()})

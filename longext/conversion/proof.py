@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from longext.checkpoint.load import load_causal_lm, load_config
-from longext.checkpoint.source import read_config, read_shards
-from longext.checkpoint.writing import TORCH_NAMES, read_tensor
+from longext.checkpoint.load import load_causal_lm, load_config, quiet_transformers
+from longext.checkpoint.source import read_config
+from longext.checkpoint.weights import TORCH_NAMES, read_shards, tensors_of
 from longext.errors import CheckpointError, LongextError, VerificationError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Proof:
         limit: what was allowed: TOLERANCE of the largest logit.
         max_logit: that largest |logit|.
         effect: largest |logit difference| between the adapter's model and its base.
-        rounding_kl: mean KL(adapter, merged) in nats: what the rounding costs; None where nothing was rounded.
+        rounding_kl: mean KL(adapter, merged) in nats: what the rounding costs; None if nothing was rounded.
         rounding_top1: share of tokens with the same most likely successor, or None.
     """
 
@@ -86,7 +86,7 @@ def prove_merge(
     """Compare base + adapter with the merged checkpoint; the models are loaded in float32, one after the other.
 
     Weights: peft's merge, rounded to the written type, against every written tensor. Logits: of base + adapter (of
-    peft's rounded merge, where something was rounded) against those of the merged checkpoint.
+    peft's rounded merge, if something was rounded) against those of the merged checkpoint.
 
     Args:
         base: directory of the base's weights.
@@ -98,10 +98,12 @@ def prove_merge(
         VerificationError: they differ by more than the tolerance, or the merged checkpoint lacks a tensor.
         LongextError: not enough memory.
     """
-    with _quiet(), _enough_memory():
+    quiet_transformers()
+    with warnings.catch_warnings(), _enough_memory():
+        warnings.simplefilter("ignore")  # what matters is compared, not logged
         tokens, positions = _probe(merged, trained_length)
         forward = _Forward(tokens, positions, trust_remote_code)
-        theirs = forward.of_adapter(base, adapter, adapter_config, _Written(merged, locate))
+        theirs = forward.of_adapter(base, adapter, adapter_config, merged, locate)
         gc.collect()
         ours = forward.of_merged(merged)
     exact, rounded = theirs.exact, theirs.rounded
@@ -116,15 +118,15 @@ def prove_merge(
         limit=TOLERANCE * float(exact.abs().max()),
         max_logit=float(exact.abs().max()),
         effect=float((exact - theirs.plain).abs().max()),
-        rounding_kl=None if rounded is None else _kl(exact, ours),
+        rounding_kl=None if rounded is None else mean_kl(exact, ours),
         rounding_top1=None if rounded is None else float((exact.argmax(-1) == ours.argmax(-1)).float().mean()),
     )
-    check_proof(proof)
+    _check_proof(proof)
     return proof
 
 
-def check_proof(proof: Proof) -> None:
-    """Raise VerificationError where a figure is beyond its limit (or not a number)."""
+def _check_proof(proof: Proof) -> None:
+    """Raise VerificationError if a figure is beyond its limit (or not a number)."""
     if not proof.worst_share <= WEIGHT_SHARE:
         raise VerificationError(
             f"the merged model differs from base + adapter in '{proof.worst_tensor}': {proof.describe()}. Nothing was "
@@ -141,21 +143,33 @@ def check_proof(proof: Proof) -> None:
         )
 
 
-def _probe(merged: Path, trained_length: int) -> tuple[list[int], list[int]]:
-    """Seeded token ids and their positions, a span that crosses the trained length."""
-    config = read_config(merged)
+def probe_tokens(directory: Path, count: int) -> list[int]:
+    """Return `count` seeded token ids of a model's vocabulary: any ids serve to compare two models."""
+    config = read_config(directory)
     vocabulary = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 1000
-    ids = np.random.default_rng(0).integers(0, vocabulary, _NUM_TOKENS)
+    return [int(i) for i in np.random.default_rng(0).integers(0, vocabulary, count)]
+
+
+def mean_kl(exact: torch.Tensor, ours: torch.Tensor) -> float:
+    """Return the mean KL divergence in nats per token of logits `ours` from `exact`, both [T, V], in float64."""
+    import torch
+
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (exact, ours))
+    return float(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean())
+
+
+def _probe(merged: Path, trained_length: int) -> tuple[list[int], list[int]]:
+    """Token ids and their positions, a span that crosses the trained length."""
     start = max(0, trained_length - _NUM_TOKENS // 2)
-    return [int(i) for i in ids], list(range(start, start + _NUM_TOKENS))
+    return probe_tokens(merged, _NUM_TOKENS), list(range(start, start + _NUM_TOKENS))
 
 
-@dataclass(frozen=True)
-class _Adapted:
-    """The adapter's side: logits of the base, of base + adapter, of peft's rounded merge; weights by tensor.
+class _Adapted(NamedTuple):
+    """The adapter's side.
 
     Attributes:
-        rounded: None where every tensor is written in float32.
+        plain, exact: logits of the base and of base + adapter.
+        rounded: logits of peft's merge, rounded as written; None if every tensor is written in float32.
         shares: written tensor -> share of its values that differ from peft's merge.
     """
 
@@ -173,8 +187,11 @@ class _Forward:
     positions: list[int]
     trust_remote_code: bool
 
-    def of_adapter(self, base: Path, adapter: Path, config: Path, written: _Written) -> _Adapted:
+    def of_adapter(
+        self, base: Path, adapter: Path, config: Path, merged: Path, locate: Callable[[str], str | None]
+    ) -> _Adapted:
         """Load base + adapter, compute, merge with peft, round as written, compute again."""
+        import torch
         from peft import PeftModel
 
         model = self._load(base, config)
@@ -183,10 +200,12 @@ class _Forward:
         exact = self._logits(wrapped)
         with wrapped.disable_adapter():
             plain = self._logits(wrapped)
-        _untie(entry, exit_)
-        merged = wrapped.merge_and_unload()
-        rounds, shares = written.compare(merged)
-        return _Adapted(plain, exact, self._logits(merged) if rounds else None, shares)
+        if exit_ is not None and exit_.weight is entry.weight:
+            # peft adds both LoRA updates to a shared weight
+            exit_.weight = torch.nn.Parameter(entry.weight.detach().clone(), requires_grad=False)
+        theirs = wrapped.merge_and_unload()
+        rounds, shares = _compare_weights(theirs, merged, locate)
+        return _Adapted(plain, exact, self._logits(theirs) if rounds else None, shares)
 
     def of_merged(self, directory: Path) -> torch.Tensor:
         """Logits of the merged checkpoint, loaded as anybody would."""
@@ -198,77 +217,43 @@ class _Forward:
     def _load(self, directory: Path, config: Path) -> Any:
         import torch
 
-        built = load_config(config, self.trust_remote_code)
-        return load_causal_lm(
-            directory, config=built, dtype=torch.float32, trust_remote_code=self.trust_remote_code
-        ).eval()
+        built, trusted = load_config(config, self.trust_remote_code), self.trust_remote_code
+        return load_causal_lm(directory, config=built, dtype=torch.float32, trust_remote_code=trusted).eval()
 
     def _logits(self, model: Any) -> torch.Tensor:
         import torch
 
+        ids, places = torch.tensor([self.tokens]), torch.tensor([self.positions])
         with torch.inference_mode():
-            output = model(
-                input_ids=torch.tensor([self.tokens]), position_ids=torch.tensor([self.positions]), use_cache=False
-            )
-        logits: torch.Tensor = output.logits[0].float()
+            logits: torch.Tensor = model(input_ids=ids, position_ids=places, use_cache=False).logits[0].float()
         return logits
 
 
-def _untie(entry: Any, exit_: Any) -> None:
-    """Give the output matrix a weight of its own: peft adds both LoRA updates to a shared one."""
+def _compare_weights(model: Any, directory: Path, locate: Callable[[str], str | None]) -> tuple[bool, dict[str, float]]:
+    """Round `model` in place as the files in `directory` are.
+
+    Returns:
+        (whether that changed types, the share of different values by written tensor)
+    """
     import torch
 
-    if exit_ is not None and exit_.weight is entry.weight:
-        exit_.weight = torch.nn.Parameter(entry.weight.detach().clone(), requires_grad=False)
-
-
-class _Written:
-    """The tensors of a merged checkpoint, by the names of the model's parameters."""
-
-    def __init__(self, directory: Path, locate: Callable[[str], str | None]) -> None:
-        self.homes = {name: shard for shard in read_shards(directory) for name in shard.tensors}
-        self.locate = locate
-        stored = [shard.tensors[name][0] for name, shard in self.homes.items()]
-        self.usual = max(stored, key=stored.count)
-
-    def compare(self, model: Any) -> tuple[bool, dict[str, float]]:
-        """Round `model` in place as the files are; return (whether that changed types, different share by tensor)."""
-        import torch
-
-        rounds, shares = False, {}
-        with torch.inference_mode():
-            for name, parameter in model.named_parameters():
-                tensor = self.locate(name)
-                home = self.homes.get(tensor or "")
-                dtype = getattr(torch, TORCH_NAMES[home.tensors[tensor][0] if home and tensor else self.usual])
-                if torch.finfo(dtype).bits < 32:
-                    parameter.copy_(parameter.to(dtype).float())
-                    rounds = True
-                if home and tensor and home.tensors[tensor][1] == tuple(parameter.shape):
-                    allowed = 0.0 if torch.finfo(dtype).bits < 32 else WEIGHT_TOLERANCE * float(parameter.abs().max())
-                    differs = (read_tensor(home, tensor).float() - parameter).abs() > allowed
-                    shares[tensor] = float(differs.double().mean())
-        return rounds, shares
-
-
-def _kl(exact: torch.Tensor, ours: torch.Tensor) -> float:
-    """Mean KL divergence in nats per token of `ours` from `exact`, in float64."""
-    import torch
-
-    log_p, log_q = (logits.double().log_softmax(-1) for logits in (exact, ours))
-    return float(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading chatter off; what matters is compared, not logged."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    files = tensors_of(read_shards(directory))
+    dtypes = [stored.dtype for stored in files.values()]
+    usual = max(dtypes, key=dtypes.count)
+    rounds, shares = False, {}
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            stored = files.get(locate(name) or "")
+            dtype = getattr(torch, TORCH_NAMES[stored.dtype if stored else usual])
+            is_short = torch.finfo(dtype).bits < 32
+            if is_short:
+                parameter.copy_(parameter.to(dtype).float())
+                rounds = True
+            if stored and stored.shape == tuple(parameter.shape):
+                allowed = 0.0 if is_short else WEIGHT_TOLERANCE * float(parameter.abs().max())
+                differs = (stored.read().float() - parameter).abs() > allowed
+                shares[stored.name] = float(differs.double().mean())
+    return rounds, shares
 
 
 @contextmanager

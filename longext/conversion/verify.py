@@ -8,25 +8,25 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from longext.checkpoint.checks import left_over
 from longext.checkpoint.links import find_change
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
-from longext.checkpoint.source import Shard, read_config, read_shards, resolve_model
-from longext.checkpoint.writing import read_tensor, stored_blocks
+from longext.checkpoint.source import read_config, resolve_model
+from longext.checkpoint.weights import Shard, StoredTensor, read_shards, tensors_of
 from longext.checksums import sha256_of
 from longext.conversion.computed import Computed, compare, computed_from, formula_problem
+from longext.conversion.proof import mean_kl, probe_tokens
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
-from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.rope.reading import spec_from_json
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
+_NUM_TOKENS = 256
 _FLOAT32_LIMIT = 8 * 2**30  # larger checkpoints are compared in their own dtype
 _RELOAD = Path(__file__).with_name("_reload.py")
 
@@ -50,7 +50,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True where no check failed."""
+        """True if no check failed."""
         return all(check.status != "fail" for check in self.checks)
 
 
@@ -67,7 +67,7 @@ def verify_checkpoint(
     Args:
         base: the model it was made from; by default the one its run.json names.
         logits: load the weights and compare logits inside the trained window with the base's.
-        hashes: compare every weight file with the base's (skipped per file where both are one file on disk).
+        hashes: compare every weight file with the base's (skipped per file if both are one file on disk).
         on_progress: called with the bytes just compared.
 
     Raises:
@@ -81,17 +81,19 @@ def verify_checkpoint(
     extension, merge = manifest.get("extension"), manifest.get("merge")
     is_trained = "finetune" in manifest
     base_name, base_directory = _find_base(base, extension)
-    spec = _promised_spec(rope, extension)
+    spec = spec_from_json(extension.get("spec")) if extension else rope.spec
     checks = [
         _check_config(rope, extension),
         *_check_layouts(read_config(directory), rope, extension),
         _check_adapter_free(directory),
     ]
     with tempfile.TemporaryDirectory(prefix="longext-verify-") as scratch:
-        ids = _probe_tokens(directory, spec) if logits else None
-        lengths = sorted({spec.original_max_position_embeddings, _new_length(spec) + 1})
+        ids = probe_tokens(directory, min(spec.original_max_position_embeddings, _NUM_TOKENS)) if logits else None
+        dtype = "float32" if sum(shard.size for shard in shards) < _FLOAT32_LIMIT else "auto"
+        trained = spec.original_max_position_embeddings
+        lengths = sorted({trained, round(trained * max(spec.factor, 1)) + 1})
         base_rope = read_model_rope(base_directory) if base_directory is not None else None
-        answer = _reload(directory, base_directory, rope, lengths, Path(scratch), ids, _dtype_for(shards))
+        answer = _reload(directory, base_directory, rope, lengths, Path(scratch), ids, dtype)
         checks += _check_frequencies(answer, rope, spec, lengths, base_rope)
         if logits:
             checks.append(_check_loading(answer, rope.text_of(read_config(directory))))
@@ -104,10 +106,10 @@ def verify_checkpoint(
         why = f"the base model {base_name} is not here any more" if base_name else "no base model given or recorded"
         checks.append(Check("weights", "skip", f"{why}: pass --base MODEL"))
     elif is_trained:
-        checks.append(_check_trained(shards, read_shards(base_directory)))
+        checks.append(_check_trained(tensors_of(shards), tensors_of(read_shards(base_directory))))
     elif hashes:
         touched = set(merge["touched"]) if merge else set()
-        checks.append(_check_weights(shards, read_shards(base_directory), touched, on_progress))
+        checks.append(_check_weights(shards, tensors_of(read_shards(base_directory)), touched, on_progress))
     if extension and "files" in extension:
         checks.append(_check_in_place(shards, extension["files"]))
     return Verification(model, base_name, tuple(checks))
@@ -120,13 +122,6 @@ def _find_base(base: str | None, extension: dict[str, Any] | None) -> tuple[str 
         return None, None
     recorded = Path(extension["base_path"])
     return extension["base_model"], recorded if (recorded / "config.json").is_file() else None
-
-
-def _promised_spec(rope: ModelRope, extension: dict[str, Any] | None) -> RopeSpec:
-    """The RoPE that was promised: run.json's where there is one, else what the config itself says."""
-    if not extension:
-        return rope.spec
-    return spec_from_json(extension.get("spec"))
 
 
 def _check_config(rope: ModelRope, extension: dict[str, Any] | None) -> Check:
@@ -177,18 +172,6 @@ def _check_adapter_free(directory: Path) -> Check:
     return Check("adapter-free", "pass", "plain checkpoint, no adapter, no remote code")
 
 
-def _probe_tokens(directory: Path, spec: RopeSpec) -> list[int]:
-    """Seeded token ids that fit the trained window (256 at most): any ids serve to compare two models."""
-    config = read_config(directory)
-    vocabulary = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 1000
-    length = min(spec.original_max_position_embeddings, 256)
-    return [int(i) for i in np.random.default_rng(0).integers(0, vocabulary, length)]
-
-
-def _dtype_for(shards: list[Shard]) -> str:
-    return "float32" if sum(shard.size for shard in shards) < _FLOAT32_LIMIT else "auto"
-
-
 def _reload(
     directory: Path,
     base: Path | None,
@@ -237,7 +220,7 @@ def _check_frequencies(
     answer: dict[str, Any], rope: ModelRope, spec: RopeSpec, lengths: list[int], base_rope: ModelRope | None
 ) -> list[Check]:
     """Hold what each spelling's model computes to the formula and, if there is a base, to what the base computes."""
-    computed = {name: computed_from(found) for name, found in answer["computed"].items()}
+    computed = {name: computed_from(measured) for name, measured in answer["computed"].items()}
     base, checks = computed.pop("base", None), []
     for layout, ours in computed.items():
         name = {"both": "frequencies", "new": "new spelling", "old": "old spelling"}[layout]
@@ -260,17 +243,13 @@ def _base_problem(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpe
 
 
 def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:
-    found = answer["loading_problems"]
-    left = left_over(found.pop("unexpected_keys", ()), text, answer["is_part"])
-    problems = {**found, "unexpected_keys": left} if left else found
+    reported = answer["loading_problems"]
+    left = left_over(reported.pop("unexpected_keys", ()), text, answer["is_part"])
+    problems = {**reported, "unexpected_keys": left} if left else reported
     if problems:
         kind, keys = next(iter(problems.items()))
         return Check("loads", "fail", f"{kind.replace('_', ' ')}: {keys[0]} ({len(keys)} in all)")
     return Check("loads", "pass", "plain transformers, no missing or unexpected keys")
-
-
-def _new_length(spec: RopeSpec) -> int:
-    return round(spec.original_max_position_embeddings * max(spec.factor, 1))
 
 
 def _check_logits(scratch: Path, spec: RopeSpec, base: RopeSpec, was_trained: bool) -> Check:
@@ -278,9 +257,8 @@ def _check_logits(scratch: Path, spec: RopeSpec, base: RopeSpec, was_trained: bo
 
     ours, theirs = (torch.load(scratch / f"{name}.pt").double() for name in ("out", "base"))
     difference = float((ours - theirs).abs().max())
-    kl = float(torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="none").sum(-1).mean())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    detail = f"{len(ours)} tokens: max |d| {difference:.2g}, KL {kl:.2g}, same top-1 {agreement:.1%}"
+    detail = f"{len(ours)} tokens: max |d| {difference:.2g}, KL {mean_kl(theirs, ours):.2g}, same top-1 {agreement:.1%}"
     if was_trained:
         return Check("logits in old window", "info", f"{detail} (training changes them by design)")
     promised = spec == base or (
@@ -292,7 +270,7 @@ def _check_logits(scratch: Path, spec: RopeSpec, base: RopeSpec, was_trained: bo
 
 
 def _is_identity(spec: RopeSpec) -> bool:
-    """True where nothing changes up to L tokens: factor 1, or LongRoPE whose short factors are 1."""
+    """True if nothing changes up to L tokens: factor 1, or LongRoPE whose short factors are 1."""
     plain, _ = compute_inv_freq(dataclasses.replace(spec, method="none"))
     ours, temperature = compute_inv_freq(spec, spec.original_max_position_embeddings)
     return temperature == 1.0 and bool((plain == ours).all())
@@ -316,56 +294,53 @@ def _check_in_place(shards: list[Shard], marks: dict[str, Any]) -> Check:
     return Check("weight files", "pass", f"{len(shards)} not written to since `extend` (size, time, 64 samples each)")
 
 
-def _check_trained(ours: list[Shard], theirs: list[Shard]) -> Check:
+def _check_trained(ours: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]) -> Check:
     """Compare names and shapes with the base's: every number was trained."""
-    shapes, base = ({name: s.tensors[name][1] for s in shards for name in s.tensors} for shards in (ours, theirs))
-    for name in sorted(set(shapes) | set(base)):
-        if shapes.get(name) != base.get(name):
-            return Check("weights", "fail", f"tensor '{name}' is {shapes.get(name)} here, {base.get(name)} in the base")
-    return Check("weights", "pass", f"{len(shapes)} tensors of the base's names and shapes; all were trained")
+    for name in sorted(set(ours) | set(base)):
+        here, there = (tensors[name].shape if name in tensors else None for tensors in (ours, base))
+        if here != there:
+            return Check("weights", "fail", f"tensor '{name}' is {here} here, {there} in the base")
+    return Check("weights", "pass", f"{len(ours)} tensors of the base's names and shapes; all were trained")
 
 
 def _check_weights(
-    ours: list[Shard], theirs: list[Shard], touched: set[str], on_progress: Callable[[int], None] | None
+    shards: list[Shard],
+    base: Mapping[str, StoredTensor],
+    touched: set[str],
+    on_progress: Callable[[int], None] | None,
 ) -> Check:
     """Compare every tensor with the base's, but for those that a merged adapter `touched`.
 
     Files that are one inode need no reading; a tensor stored in another type must be the base's, rounded.
     """
-    base = {name: shard for shard in theirs for name in shard.tensors}
-    names = {name for shard in ours for name in shard.tensors}
-    for name in sorted((names ^ set(base)) - touched):
+    ours = tensors_of(shards)
+    for name in sorted((set(ours) ^ set(base)) - touched):
         return Check("weights", "fail", f"tensor '{name}' is in only one of the two models")
     hashed = 0
-    for shard in ours:
+    for shard in shards:
         for name in sorted(set(shard.tensors) - touched):
-            is_same_file = _is_same_file(shard, base[name])
-            if not is_same_file and not _is_same_tensor(shard, base[name], name):
+            stored, other = shard.tensors[name], base[name]
+            is_same_file = shard.path.samefile(other.path)
+            if not is_same_file and not _is_same(stored, other):
                 return Check("weights", "fail", f"tensor '{name}' in {shard.path.name} differs from the base's")
             hashed += not is_same_file
         if on_progress:
             on_progress(shard.size)
     how = f"{hashed} by SHA-256" if hashed else "one file on disk with the base"
-    kept = len(names - touched)
-    changed = f"; {len(names) - kept} changed by the adapter" if touched else ""
-    return Check("weights", "pass", f"{kept} tensors identical to the base's ({how}){changed}")
+    unchanged = len(set(ours) - touched)
+    changed = f"; {len(ours) - unchanged} changed by the adapter" if touched else ""
+    return Check("weights", "pass", f"{unchanged} tensors identical to the base's ({how}){changed}")
 
 
-def _is_same_tensor(ours: Shard, theirs: Shard, name: str) -> bool:
-    if ours.tensors[name][0] == theirs.tensors[name][0]:
-        return _tensor_hash(ours, name) == _tensor_hash(theirs, name)
-    stored = read_tensor(ours, name)
-    return bool((read_tensor(theirs, name).to(stored.dtype) == stored).all())
+def _is_same(ours: StoredTensor, theirs: StoredTensor) -> bool:
+    if ours.dtype == theirs.dtype:
+        return ours.shape == theirs.shape and _sha256(ours) == _sha256(theirs)
+    stored = ours.read()
+    return bool((theirs.read().to(stored.dtype) == stored).all())
 
 
-def _is_same_file(a: Shard, b: Shard) -> bool:
-    return a.path.samefile(b.path)
-
-
-def _tensor_hash(shard: Shard, name: str) -> tuple[str, tuple[int, ...], str]:
-    """(dtype, shape, SHA-256 of the bytes) of one tensor, read in pieces."""
-    dtype, shape, *_ = shard.tensors[name]
+def _sha256(tensor: StoredTensor) -> str:
     digest = hashlib.sha256()
-    for block in stored_blocks(shard, name):
+    for block in tensor.blocks():
         digest.update(block)
-    return dtype, shape, digest.hexdigest()
+    return digest.hexdigest()

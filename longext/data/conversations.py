@@ -137,9 +137,9 @@ class _Reader:
             (("prompt", "completion"), self.completion),
             (("instruction", "output"), self.alpaca),
         )
-        found = [(names, reader) for names, reader in readers if all(name in value for name in names)]
-        filled = [case for case in found if any(_is_given(value[name]) for name in case[0])]
-        for names, reader in filled or found:  # an empty column beside a filled schema belongs to other rows
+        present = [(names, reader) for names, reader in readers if all(name in value for name in names)]
+        filled = [case for case in present if any(_is_given(value[name]) for name in case[0])]
+        for names, reader in filled or present:  # an empty column beside a filled schema belongs to other rows
             return reader(*names)
         raise _no_example(self.row)
 
@@ -156,11 +156,11 @@ class _Reader:
             question, answer = self.text(prompt, "prompt"), self.text(completion, "completion", "")
             turns: tuple[Turn, ...] = (Turn(role="user", content=question), Turn(role="assistant", content=answer))
             return names, turns, True
-        asked = [
+        context = [
             Turn(role=turn.role, content=turn.content, trained=False, extra=turn.extra)
             for turn in self.messages(prompt, "prompt")
         ]
-        return names, (*asked, *self.messages(completion, "completion")), False
+        return names, (*context, *self.messages(completion, "completion")), False
 
     def alpaca(self, *names: str) -> tuple[tuple[str, ...], tuple[Turn, ...], bool]:
         """Return the turns of an Alpaca row."""
@@ -183,20 +183,20 @@ class _Reader:
 
     def system(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the row's own system message, unless the conversation begins with the same one."""
-        given = {name: self.text(self.value.get(name), name, "") for name in ("system", "system_prompt")}
+        fields = {name: self.text(self.value.get(name), name, "") for name in ("system", "system_prompt")}
         first = [turn.content for turn in turns[:1] if turn.role == "system"]
-        texts = {text for text in (*given.values(), *first) if text.strip()}
+        texts = {text for text in (*fields.values(), *first) if text.strip()}
         if len(texts) > 1:
-            name = next(name for name, text in given.items() if text.strip())
+            name = next(name for name, text in fields.items() if text.strip())
             raise self.error(f"'{name}' and another system message of the row differ; leave one of them out.")
         return [Turn(role="system", content=text) for text in texts if not first]
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """Return `tools` (a list or its JSON text) in OpenAI's form."""
-        found = self.parsed(self.value.get("tools"), "'tools'")
-        if not _is_given(found):
+        value = self.parsed(self.value.get("tools"), "'tools'")
+        if not _is_given(value):
             return ()
-        listed = found if isinstance(found, list) else [found]
+        listed = value if isinstance(value, list) else [value]
         for tool in listed:
             inner = tool.get("function", tool) if isinstance(tool, dict) else None
             if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -220,10 +220,10 @@ class _Reader:
         content_key = "content" if message.get("content") is not None or "value" not in message else "value"
         if message.get(role_key) is None:
             raise self.error(f"{at}no role (found: {', '.join(map(str, message)) or 'nothing'}).")
-        given = str(message[role_key])
-        role = ROLES.get(given.strip().lower().replace("-", "_"))
+        spelled = str(message[role_key])
+        role = ROLES.get(spelled.strip().lower().replace("-", "_"))
         if role is None:
-            raise self.error(f"{at}unknown role '{given}'. {did_you_mean(given, ROLES)}")
+            raise self.error(f"{at}unknown role '{spelled}'. {did_you_mean(spelled, ROLES)}")
         for name, why in _REFUSED_IN_MESSAGE.items():
             if _is_given(message.get(name)):
                 raise self.error(f"{at}'{name}' cannot be used: {why}.")
@@ -253,30 +253,30 @@ class _Reader:
 
     def calls(self, value: Any, name: str) -> list[dict[str, Any]]:
         """Return calls of tools in OpenAI's form, their arguments as an object."""
-        found = self.parsed(value, name)
-        made = []
-        for call in found if isinstance(found, list) and found else [found]:
+        parsed = self.parsed(value, name)
+        calls = []
+        for call in parsed if isinstance(parsed, list) and parsed else [parsed]:
             inner = call.get("function", call) if isinstance(call, dict) else None
             if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
                 raise self.error(f"{name} must hold the name and arguments of a function, as JSON.")
             arguments = self.parsed(inner.get("arguments", inner.get("parameters")) or {}, name)
-            kept = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
-            made.append({**kept, "type": "function", "function": {"name": inner["name"], "arguments": arguments}})
-        return made
+            identity = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
+            calls.append({**identity, "type": "function", "function": {"name": inner["name"], "arguments": arguments}})
+        return calls
 
     def is_trained(self, message: Mapping[str, Any], at: str) -> bool:
         """Return whether a message's switches leave it trained."""
-        found: dict[str, bool] = {}
+        switches: dict[str, bool] = {}
         for name in (*_ON, *_OFF):
             value = message.get(name)
             if value is None:
                 continue
             if value not in (0, 1) or isinstance(value, str):
                 raise self.error(f"{at}'{name}' can be 0 or 1 (false or true), found {json.dumps(value, default=str)}.")
-            found[name] = bool(value) == (name in _ON)
-        if len(set(found.values())) > 1:
-            raise self.error(f"{at}{' and '.join(map(repr, found))} contradict each other.")
-        return all(found.values())
+            switches[name] = bool(value) == (name in _ON)
+        if len(set(switches.values())) > 1:
+            raise self.error(f"{at}{' and '.join(map(repr, switches))} contradict each other.")
+        return all(switches.values())
 
     # --- values ---
 
@@ -288,10 +288,10 @@ class _Reader:
             return value
         if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
             return json.dumps(value)
-        found = "nothing" if value is None else type(value).__name__
+        kind = "nothing" if value is None else type(value).__name__
         if isinstance(value, _OtherPart):
             raise self.error(f"{at}'{name}' has a part of type '{value.kind}': only text can be trained on.")
-        raise self.error(f"{at}'{name}' must be text, found {found}.")
+        raise self.error(f"{at}'{name}' must be text, found {kind}.")
 
     def parsed(self, value: Any, name: str) -> Any:
         """Return what a JSON text says, any other value as it is."""
@@ -301,8 +301,8 @@ class _Reader:
 
     def count_unused(self, value: Mapping[str, Any], used: set[str], where: str) -> None:
         """Count the fields of `value` that hold something and are not used."""
-        for name, held in value.items():
-            if name not in used and name not in _DESCRIBES and _is_given(held) and isinstance(held, (str, list, dict)):
+        for name, item in value.items():
+            if name not in used and name not in _DESCRIBES and _is_given(item) and isinstance(item, (str, list, dict)):
                 self.unused[f"{where}'{name}'"] += 1
 
     def error(self, message: str) -> DataError:
@@ -331,7 +331,7 @@ def _joined(content: Any) -> Any:
 
 
 def _is_given(value: Any) -> bool:
-    """Return False for what a table writes where there is nothing."""
+    """Return False for what a table writes for nothing."""
     if isinstance(value, str):
         return bool(value.strip()) and value.strip() not in ("[]", "{}", "null")
     return value is not None and value not in ([], {})

@@ -12,6 +12,7 @@ from typing import Any
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.checkpoint.source import HUB_ID
+from longext.checksums import sha256_of
 from longext.errors import DataError, MissingExtraError
 from longext.options import DataConfig
 from longext.untrusted import json_lines, open_file, read_json, read_text, spelled, type_name
@@ -76,14 +77,14 @@ def iterate_rows(config: DataConfig) -> Iterator[Row]:
 def source_identity(config: DataConfig) -> dict[str, Any]:
     """Return what tells two sources apart: names and SHA-256 of local files, or a Hub id, split and commit.
 
-    `commit` is None where the Hub cannot be reached.
+    `commit` is None if the Hub cannot be reached.
 
     Raises:
         DataError: no such source, or no readable file in it.
     """
     files = _source_files(config)
     if files is not None:
-        return {"files": [[spelled(file.name), _file_hash(file)] for file in files]}
+        return {"files": [[spelled(file.name), sha256_of(file)] for file in files]}
     return {"hub": config.data, "split": config.split, "commit": _hub_commit(config.data)}
 
 
@@ -128,7 +129,7 @@ def _reader_of(path: Path) -> Callable[[Path, DataConfig], Iterator[Row]]:
 
 
 def _readable(path: Path) -> Path:
-    """Return `path` if it can be opened and is a file (DataError where not): a hole in the data is no detail."""
+    """Return `path` if it can be opened and is a file (DataError if not): a hole in the data is no detail."""
     try:
         open_file(path).close()
     except FileNotFoundError as error:
@@ -138,9 +139,9 @@ def _readable(path: Path) -> Path:
 
 def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
     """Return the data files in a folder; hidden files and folders (.git, .ipynb_checkpoints) hold none."""
-    found = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _READERS and not file.is_dir())
-    shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    files = [_readable(file) for file in shown if file.stem.upper() != "README"]
+    candidates = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _READERS and not file.is_dir())
+    visible = (file for file in candidates if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    files = [_readable(file) for file in visible if file.stem.upper() != "README"]
     if not files:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
@@ -149,20 +150,12 @@ def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
     return files
 
 
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _hub_commit(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().dataset_info(name).sha)
-    except Exception:  # offline or unreachable, in many kinds; reading the data says so where it must be read
+    except Exception:  # offline or unreachable, in many kinds; reading the data says so if it must be read
         return None
 
 

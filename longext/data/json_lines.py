@@ -26,13 +26,13 @@ def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list
 
 
 def repeated_note(rows: Iterable[tuple[str, Hashable]]) -> list[str]:
-    """Return a note where rows stand more than once, from (name of the file or task, what tells a row apart)."""
-    seen: set[tuple[str, Hashable]] = set()
+    """Return a note if rows stand more than once, from (name of the file or task, what tells a row apart)."""
+    earlier: set[tuple[str, Hashable]] = set()
     repeated: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for name, row in rows:
         counts[name] += 1
-        repeated[name] += (name, row) in seen
-        seen.add((name, row))
+        repeated[name] += (name, row) in earlier
+        earlier.add((name, row))
     listed = ", ".join(f"{number} of {counts[name]} of {name}" for name, number in repeated.items() if number)
     return [f"Rows that repeat an earlier one: {listed} (each of them counts)."] if listed else []

@@ -1,7 +1,7 @@
 """Token caches on disk and the fixed-length training rows cut from them.
 
 A cache is a directory: `tokens.bin` (uint32, little endian), `documents.bin` (int64: where each document starts, then
-the end of the last), `labels.bin` (uint8, supervised data only: 1 where a token is trained on), `names.jsonl` (one
+the end of the last), `labels.bin` (uint8, supervised data only: 1 if a token is trained on), `names.jsonl` (one
 document name a line) and `meta.json`, which holds the size and SHA-256 of each: opening a cache checks them. Rows are a
 pure function of (seed, row number), so neither the number of processes nor the step a run resumes from changes what is
 trained on.
@@ -54,7 +54,7 @@ class TokenizedText:
     Attributes:
         id: its name in its source.
         input_ids: its tokens, special ones included.
-        trained: for each token whether it is trained on; None where all are.
+        trained: for each token whether it is trained on; None if all are.
     """
 
     id: str
@@ -71,7 +71,7 @@ class TokenCache:
     Attributes:
         tokens: uint32 [T], every document one after the other.
         bounds: int64 [D + 1], document d is tokens[bounds[d]:bounds[d + 1]].
-        trained: uint8 [T], or None where every token is trained on.
+        trained: uint8 [T], or None if every token is trained on.
         meta: what meta.json holds.
     """
 
@@ -260,8 +260,8 @@ class TokenRows(Dataset[Row]):
     """Exactly `num_rows` rows of `length` tokens, row i a pure function of (seed, i).
 
     Every epoch of `num_available` rows is a seeded permutation of the same rows. A row is int64 tensors [length]:
-    `input_ids`; `labels`, the same ids with -100 where a token is not trained on (not shifted); `document_ids`,
-    0, 0, 1, ... by document within the row and -1 for padding; and `position_ids` where positions are "pose".
+    `input_ids`; `labels`, the same ids with -100 if a token is not trained on (not shifted); `document_ids`,
+    0, 0, 1, ... by document within the row and -1 for padding; and `position_ids` if positions are "pose".
 
     Args:
         cache: the tokens.
@@ -294,7 +294,7 @@ class TokenRows(Dataset[Row]):
         self.num_available = self._prepare()
 
     def _prepare(self) -> int:
-        """Return how many different rows the tokens make (DataError where none)."""
+        """Return how many different rows the tokens make (DataError if none)."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -334,6 +334,22 @@ class TokenRows(Dataset[Row]):
 
     def _describe(self, place: int) -> str:
         raise NotImplementedError
+
+    def _padded(self, spans: Iterable[tuple[int, int]]) -> Row:
+        """Return one row of the tokens in `spans` of the cache, one behind the other, padded at the right."""
+        input_ids = torch.full((self.length,), int(self.cache.meta.get("pad_token_id", 0)), dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED)
+        document_ids = torch.full_like(input_ids, -1)
+        filled = 0
+        for number, (start, end) in enumerate(spans):
+            here = slice(filled, filled + end - start)
+            filled = here.stop
+            input_ids[here] = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))
+            labels[here] = input_ids[here]
+            if self.cache.trained is not None:
+                labels[here][torch.from_numpy(self.cache.trained[start:end] == 0)] = IGNORED
+            document_ids[here] = number
+        return {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
 
 
 class PackedRows(TokenRows):
@@ -409,20 +425,8 @@ class PackedExamples(TokenRows):
         return len(self._packed)
 
     def _row(self, place: int) -> Row:
-        input_ids = torch.full((self.length,), int(self.cache.meta.get("pad_token_id", 0)), dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED)
-        document_ids = torch.full_like(input_ids, -1)
-        filled = 0
-        for number, example in enumerate(self._packed[place]):
-            start, end = (int(bound) for bound in self.cache.bounds[example : example + 2])
-            here = slice(filled, filled + end - start)
-            filled = here.stop
-            input_ids[here] = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))
-            labels[here] = input_ids[here]
-            if self.cache.trained is not None:
-                labels[here][torch.from_numpy(self.cache.trained[start:end] == 0)] = IGNORED
-            document_ids[here] = number
-        return {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
+        bounds = self.cache.bounds
+        return self._padded((int(bounds[example]), int(bounds[example + 1])) for example in self._packed[place])
 
     def _describe(self, place: int) -> str:
         examples = self._packed[place]
@@ -431,8 +435,8 @@ class PackedExamples(TokenRows):
 
 
 def _spell_names(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4:,} more"
+    listed = ", ".join(names[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4:,} more"
 
 
 def pack_lengths(lengths: NDArray[np.int64], length: int, seed: int) -> list[list[int]]:
@@ -458,12 +462,12 @@ def pack_lengths(lengths: NDArray[np.int64], length: int, seed: int) -> list[lis
 
 
 def check_positions(positions: str, length: int, target_length: int | None) -> None:
-    """Raise ConfigError where `positions` is unknown, or is "pose" without a `target_length` of at least `length`."""
+    """Raise ConfigError if `positions` is unknown, or is "pose" without a `target_length` of at least `length`."""
     if positions not in POSITIONS:
         raise ConfigError(f"Unknown positions '{positions}'. {did_you_mean(positions, POSITIONS)}")
     if positions == "pose" and (target_length is None or target_length < length):
-        given = "no target_length" if target_length is None else f"target_length {target_length:,}"
-        raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {given}.")
+        described = "no target_length" if target_length is None else f"target_length {target_length:,}"
+        raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {described}.")
 
 
 def pose_positions(

@@ -15,7 +15,7 @@ from longext.errors import DataError
 class DocumentRows(TokenRows):
     """Each row is a piece of one document: `length` tokens, or the shorter end of it, padded at the right.
 
-    Row tensors are int64 [length]: `input_ids`; `labels`, with -100 where nothing is scored; and `num_tokens` [],
+    Row tensors are int64 [length]: `input_ids`; `labels`, with -100 if nothing is scored; and `num_tokens` [],
     without the padding.
 
     Args:
@@ -59,14 +59,9 @@ class DocumentRows(TokenRows):
 
     def _row(self, place: int) -> Row:
         start, end = self._pieces[place]
-        count = end - start
-        input_ids = torch.full((self.length,), int(self.cache.meta.get("pad_token_id", 0)), dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED)
-        input_ids[:count] = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))
-        labels[self.skip : count] = input_ids[self.skip : count]
-        if self.cache.trained is not None:
-            labels[:count][torch.from_numpy(self.cache.trained[start:end] == 0)] = IGNORED
-        return {"input_ids": input_ids, "labels": labels, "num_tokens": torch.tensor(count)}
+        row = self._padded([(start, end)])
+        row["labels"][: self.skip] = IGNORED
+        return {"input_ids": row["input_ids"], "labels": row["labels"], "num_tokens": torch.tensor(end - start)}
 
     def _describe(self, place: int) -> str:
         start, end = self._pieces[place]

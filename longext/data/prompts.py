@@ -277,8 +277,8 @@ class _Chat:
     def frame(self, number: int) -> tuple[str, str]:
         """Return what the template writes before and behind the content of a last message."""
         probe = [*self.messages[:number], {"role": "assistant", "content": self.mark}]
-        head, found, tail = self.apply(probe).partition(self.mark)
-        if not found:
+        head, mark, tail = self.apply(probe).partition(self.mark)
+        if not mark:
             raise self.left_out(number)
         return head, tail
 
@@ -311,8 +311,8 @@ class _Chat:
 
     def end_marker(self, tail: str) -> int:
         """Return how much of `tail` the model writes: up to its first special token, else all but white space."""
-        found = self.controls.special.search(tail)
-        return found.end() if found else len(tail.rstrip()) or len(tail)
+        match = self.controls.special.search(tail)
+        return match.end() if match else len(tail.rstrip()) or len(tail)
 
     def stop(self, number: int, tail: str) -> str:
         """Return what ends an answer that the template puts nothing behind: the marker of the next turn (GLM), or EOS.
@@ -329,8 +329,8 @@ class _Chat:
         except DataError:
             rest = ""
         blank = len(rest) - len(rest.lstrip())
-        found = self.controls.added.match(rest, blank)
-        return rest[: found.end()] if found else self.controls.eos
+        match = self.controls.added.match(rest, blank)
+        return rest[: match.end()] if match else self.controls.eos
 
     def generation_spans(self, number: int) -> tuple[Span, ...]:
         """Return the spans of the generation blocks that message `number` adds: those of the tokens marked by them."""
@@ -369,11 +369,11 @@ class _Chat:
         marks = {n: f"{self.mark}{n}m" for n, turn in enumerate(self.turns) if turn.content.strip()}
         probe = [{**message, "content": marks.get(n, "")} for n, message in enumerate(self.messages)]
         try:
-            shown = self.apply(probe).lower()  # a template may change the case
+            written = self.apply(probe).lower()  # a template may change the case
         except DataError:
             return  # a template that reads the contents
         for number, mark in marks.items():
-            if mark.lower() not in shown:
+            if mark.lower() not in written:
                 raise self.left_out(number)
 
     def has_no_effect(self, number: int, until: slice, **changed: Any) -> bool:
@@ -406,9 +406,9 @@ class _Chat:
             if turn.role not in ("user", "tool"):
                 continue
             probe = self.apply(self.without(number, content=self.mark)[:last], add_generation_prompt=True)
-            head, found, tail = probe.partition(self.mark)
+            head, mark, tail = probe.partition(self.mark)
             end = len(base) - len(tail)
-            if found and base.startswith(head) and base.endswith(tail) and text.startswith(base[:end]):
+            if mark and base.startswith(head) and base.endswith(tail) and text.startswith(base[:end]):
                 spans.append((len(head), end))
         return tuple(spans)
 
@@ -449,7 +449,7 @@ def make_prompt(name: str, tokenizer: Any, controls: ControlTokens) -> Render:
 
 
 def resolve_prompt(name: str, tokenizer: Any) -> str:
-    """Return the format meant by `prompt`: "auto" is the chat template where the tokenizer has one, else "plain".
+    """Return the format meant by `prompt`: "auto" is the chat template if the tokenizer has one, else "plain".
 
     Raises:
         ConfigError: unknown name, or "chat" without a template.

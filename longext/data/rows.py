@@ -69,7 +69,7 @@ def cached_tokens(
     length: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenCache:
-    """Return the tokens of `config.data`, from the cache where the same data, tokenizer and settings were seen before.
+    """Return the tokens of `config.data`, from the cache if the same data, tokenizer and settings were seen before.
 
     Caches lie under `cache_root()`, one directory for each key. Processes that build one at the same time do so
     independently; the first to finish provides it.
@@ -90,16 +90,16 @@ def cached_tokens(
         raise ConfigError(f"Unknown task '{config.task}'. {did_you_mean(config.task, TASKS)}")
     encoder = ExampleEncoder(tokenizer, length, config) if config.task == "sft" else None
     key = _cache_key(config, tokenizer, encoder)
-    found = _find_cache(key)
-    if found is None:
-        found = _built(config, tokenizer, encoder, key, on_progress)
-    number = found.meta.get("num_control_tokens", 0)
+    cache = _find_cache(key)
+    if cache is None:
+        cache = _built(config, tokenizer, encoder, key, on_progress)
+    number = cache.meta.get("num_control_tokens", 0)
     if number:
         note(
             f"{config.data} spells out {number:,} control tokens (as <s> or <|im_end|>); the model reads them as such. "
             "With --set control_tokens=text they are text."
         )
-    return found
+    return cache
 
 
 def _built(
@@ -171,21 +171,21 @@ def _encoded(
 
 def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
     batch: list[tuple[str, str]] = []
-    held = 0
+    num_characters = 0
     for document in documents:
         batch.append(document)
-        held += len(document[1])
-        if held >= size:
+        num_characters += len(document[1])
+        if num_characters >= size:
             yield batch
-            batch, held = [], 0
+            batch, num_characters = [], 0
     if batch:
         yield batch
 
 
 def cache_root() -> Path:
     """Return where token caches lie: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
-    given = os.environ.get("LONGEXT_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache/longext/tokens"
+    chosen = os.environ.get("LONGEXT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache/longext/tokens"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -249,8 +249,8 @@ def _find_cache(key: Mapping[str, Any]) -> TokenCache | None:
     """Return the cache of `key`; for Hub data out of reach, the newest cache of any commit of it."""
     candidates = [cache_root() / _digest(key)[:32]]
     if key["data"].get("commit", "") is None and cache_root().is_dir():
-        made = [folder for folder in cache_root().iterdir() if not folder.name.startswith(".")]
-        candidates += sorted(made, key=lambda folder: folder.stat().st_mtime, reverse=True)
+        folders = [folder for folder in cache_root().iterdir() if not folder.name.startswith(".")]
+        candidates += sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
     for directory in candidates:
         with contextlib.suppress(DataError, OSError, ValueError, AttributeError, TypeError):
             if _without_commit(read_meta(directory).get("key", {"data": {}})) == _without_commit(key):

@@ -47,22 +47,22 @@ class SftReport:
 
 
 def shorten(trained: NDArray[np.bool_], material: Sequence[Span], length: int, keep: int) -> NDArray[np.intp] | None:
-    """Return which tokens stay so that at most `length` do, int [<= length] rising, or None where that cannot be.
+    """Return which tokens stay so that at most `length` do, int [<= length] rising, or None if that cannot be.
 
     Tokens go from the middle of the longest material (token spans), then of the next longest, `keep` tokens of each
     staying at either end; trained tokens and those outside the material never go.
     """
     excess = len(trained) - length
-    kept = np.ones(len(trained), dtype=bool)
+    stays = np.ones(len(trained), dtype=bool)
     for start, end in sorted(material, key=lambda span: span[0] - span[1]):
         number = min(excess, end - start - 2 * keep)
         if number > 0:
             first = start + (end - start - number + 1) // 2
-            kept[first : first + number] = False
+            stays[first : first + number] = False
             excess -= number
-    if excess > 0 or (trained & ~kept).any():
+    if excess > 0 or (trained & ~stays).any():
         return None
-    return np.flatnonzero(kept)
+    return np.flatnonzero(stays)
 
 
 class ExampleEncoder:
@@ -70,7 +70,7 @@ class ExampleEncoder:
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed).
-        length: the most tokens of an example; `config.max_tokens` where that is less.
+        length: the most tokens of an example; `config.max_tokens` if that is less.
         config: `prompt` and `max_tokens` are read.
 
     Raises:
@@ -113,7 +113,7 @@ class ExampleEncoder:
         long, empty, split = (self.counts[f"num_{name}"] for name in ("dropped_long", "dropped_empty", "split"))
         where, token = self._spelled[0] if self._spelled else ("", "")
         unused = ", ".join(f"{name} ({number:,})" for name, number in self._unused.most_common())
-        told = (
+        facts = (
             (long, f"Examples left out because their answers do not fit {self.length:,} tokens: {long:,}."),
             (empty, f"Rows left out because they have no answer to train on (empty, or weight 0): {empty:,}."),
             (
@@ -126,7 +126,7 @@ class ExampleEncoder:
             ),
             (unused, f"Fields of rows that are not used: {unused}."),
         )
-        return [*self._notes, *(text for is_so, text in told if is_so)]
+        return [*self._notes, *(text for is_so, text in facts if is_so)]
 
     def encode(self, rows: Iterable[Row]) -> Iterator[TokenizedText]:
         """Yield the examples of `rows` that can be trained on, in order, each of at most `length` tokens.
@@ -170,8 +170,8 @@ class ExampleEncoder:
         return [(f"{row.id}#{number}", example) for number, example in enumerate(examples, 1)]
 
     def _look_for_control_tokens(self, conversation: Conversation, where: str) -> None:
-        found = (self._controls.special.search(turn.content) for turn in conversation.turns)
-        spelled = next((match.group() for match in found if match), None)
+        matches = (self._controls.special.search(turn.content) for turn in conversation.turns)
+        spelled = next((match.group() for match in matches if match), None)
         if spelled is not None:
             self._spelled.append((where, spelled))
 
@@ -188,17 +188,17 @@ class ExampleEncoder:
         if not trained.any():
             self.counts["num_dropped_empty"] += 1
             return None
-        kept: NDArray[np.intp] | None = np.arange(len(ids))
+        stays: NDArray[np.intp] | None = np.arange(len(ids))
         if len(ids) > self.length:
-            kept = shorten(
+            stays = shorten(
                 trained, _token_spans(example.material(), offsets), self.length, min(_KEEP, self.length // 8)
             )
-        if kept is None:
+        if stays is None:
             self.counts["num_dropped_long"] += 1
             return None
         self.counts["num_examples"] += 1
-        self.counts["num_truncated"] += len(kept) < len(ids)
-        return TokenizedText(id=name, input_ids=ids[kept].tolist(), trained=trained[kept].tolist())
+        self.counts["num_truncated"] += len(stays) < len(ids)
+        return TokenizedText(id=name, input_ids=ids[stays].tolist(), trained=trained[stays].tolist())
 
     def _nothing_left(self) -> str:
         long, empty = self.counts["num_dropped_long"], self.counts["num_dropped_empty"]
@@ -208,12 +208,12 @@ class ExampleEncoder:
 
 def _token_spans(spans: Sequence[Span], offsets: NDArray[np.int64]) -> list[Span]:
     """Return the runs of tokens that lie wholly inside each character span."""
-    found = []
+    runs = []
     for start, end in spans:
         inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0]))
         if len(inside):
-            found.append((int(inside[0]), int(inside[-1]) + 1))
-    return found
+            runs.append((int(inside[0]), int(inside[-1]) + 1))
+    return runs
 
 
 def padding_token(tokenizer: Any) -> int:

@@ -56,4 +56,4 @@ def put_in(model: Any, merge: Merge) -> None:
 
 def adapter_facts(merge: Merge) -> dict[str, Any]:
     """Return what a result says of an adapter: its base and the hash of its weights."""
-    return {"base": merge.record["base_model"], "weights_sha256": sha256_of(merge.adapter.shard.path)}
+    return {"base": merge.record["base_model"], "weights_sha256": sha256_of(merge.adapter.path)}

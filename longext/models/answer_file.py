@@ -41,7 +41,7 @@ def hash_of(hashes: Iterable[str]) -> str:
 def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]]]:
     """Return (line number, answer) of what `path` holds, dropping a line that was cut off.
 
-    The file is begun where there is none, or where it holds no answer yet.
+    The file is started if there is none, or none with an answer.
 
     Raises:
         ConfigError: its answers have another fingerprint.
@@ -64,17 +64,17 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
             f"{path} holds answers to other prompts or of another model: they are not used. Run with the settings it "
             "was begun with, or choose another -o to start over."
         )
-    found = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
+    answers = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return found
+    return answers
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}:{number}"
-    found: dict[str, Any] = parse_json(decode(line, where), where, want=dict, constant=float)
-    return found
+    value: dict[str, Any] = parse_json(decode(line, where), where, want=dict, constant=float)
+    return value
 
 
 def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -93,12 +93,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def holds_answers(path: Path) -> bool:
-    """Return True where a file of answers, or one in a folder, has more than its header."""
+    """Return True if a file of answers, or one in a folder, has more than its header."""
     return any(len(read_bytes(file, limit=None).splitlines()) > 1 for file in _files(path))
 
 
 def remove_answers(path: Path) -> None:
-    """Remove a file of answers, or those in a folder and the folder where nothing else is in it."""
+    """Remove a file of answers, or those in a folder and the folder if nothing else is in it."""
     for file in _files(path):
         file.unlink()
     if path.is_dir() and not any(path.iterdir()):

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: batched, written as they come, and taken up again where a run was cut off."""
+"""Greedy answers to many prompts: batched, written as they come, and taken up again if a run was cut off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         id: its name, unique among the requests of a run.
-        input_ids: the prompt, BOS included where it has one.
+        input_ids: the prompt, BOS included if it has one.
         max_new_tokens: where the answer ends at the latest.
         stop: strings that end the answer; the answer is what stands before the first of them.
         stop_ids: tokens that end the answer, beside those that end every answer of the model.
@@ -49,7 +49,7 @@ class Prediction:
     """The answer to one request.
 
     Attributes:
-        text: without what ended it, and without a thought where those are taken off; "" if a thought has no end.
+        text: without what ended it, and without a thought if those are taken off; "" if a thought has no end.
         num_new_tokens: what was generated, the ending token included.
         is_cut: the budget ended it.
         num_thought_tokens: tokens of the thought that was taken off.
@@ -108,12 +108,12 @@ def generate_predictions(
     for batch in _batches(model, requests, batch_tokens):
         if all(request.id in done for request in batch):
             continue
-        made = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
+        new = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
         if path is not None:
-            append_answers(path, [dataclasses.asdict(prediction) for prediction in made])
-        done.update({prediction.id: prediction for prediction in made})
+            append_answers(path, [dataclasses.asdict(prediction) for prediction in new])
+        done.update({prediction.id: prediction for prediction in new})
         if on_progress:
-            on_progress(len(made))
+            on_progress(len(new))
     return [done[request.id] for request in requests]
 
 
@@ -121,8 +121,8 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
     """Return for every control token how often a prompt has it of itself; nothing for None."""
     if is_chat is None:
         return {}
-    own = Counter(control_baseline(model, is_chat))
-    return {token: own[token] for token in control_tokens(model.tokenizer).values()}
+    counts = Counter(control_baseline(model, is_chat))
+    return {token: counts[token] for token in control_tokens(model.tokenizer).values()}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class _Reading:
 
 
 def begins_thought(model: LanguageModel, prompt: Sequence[int], marks: tuple[str, str]) -> bool:
-    """Return True where a prompt ends with the beginning of a thought."""
+    """Return True if a prompt ends with the beginning of a thought."""
     end = model.tokenizer.decode(list(prompt[-_MARK_TOKENS:]), skip_special_tokens=False)
     return str(end).rstrip().endswith(marks[0])
 
@@ -281,11 +281,11 @@ def answer_notes(predictions: Collection[Prediction], *, empty: bool = True) -> 
     Args:
         empty: tell of empty answers.
     """
-    cut = sum(own.is_cut for own in predictions)
-    none = sum(not own.text.strip() for own in predictions)
-    thoughts = sum(own.num_thought_tokens > 0 for own in predictions)
-    opened = sum(own.is_thought_open for own in predictions)
-    spelled = sum(own.spells_control for own in predictions)
+    cut = sum(answer.is_cut for answer in predictions)
+    none = sum(not answer.text.strip() for answer in predictions)
+    thoughts = sum(answer.num_thought_tokens > 0 for answer in predictions)
+    opened = sum(answer.is_thought_open for answer in predictions)
+    spelled = sum(answer.spells_control for answer in predictions)
     notes = []
     if cut:
         notes.append(f"{_share(cut, predictions)} ended at the budget of new tokens, not at their own end.")

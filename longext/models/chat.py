@@ -20,7 +20,7 @@ class ChatFrame:
     """What a chat template puts around a user's message.
 
     Attributes:
-        before: the text in front, the tokenizer's prefix included where the template writes it.
+        before: the text in front, the tokenizer's prefix included if the template writes it.
         after: the text behind, up to where the assistant's answer begins.
         begins: the template writes the prefix itself.
         thinks: what is behind ends with the beginning of a thought.
@@ -61,22 +61,22 @@ def set_asking(model: LanguageModel, config: ChatConfig) -> None:
 
 
 def has_template(model: LanguageModel) -> bool:
-    """Return True where the model's tokenizer has a chat template."""
+    """Return True if the model's tokenizer has a chat template."""
     return bool(getattr(model.tokenizer, "chat_template", None))
 
 
-def uses_template(model: LanguageModel, asked: bool | None) -> bool:
-    """Return True where prompts go through the chat template: as asked, or (None) where the tokenizer has one.
+def uses_template(model: LanguageModel, chosen: bool | None) -> bool:
+    """Return True if prompts go through the chat template: as chosen, or (None) if the tokenizer has one.
 
     Raises:
         ConfigError: it is asked for, and there is none.
     """
-    if asked and not has_template(model):
+    if chosen and not has_template(model):
         raise ConfigError(
             f"The tokenizer of {model.name} has no chat template: leave --chat-template out, or put the model's own "
             "beside its tokenizer (chat_template.jinja)."
         )
-    return has_template(model) if asked is None else asked
+    return has_template(model) if chosen is None else chosen
 
 
 def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_begun: bool = False) -> str:
@@ -107,7 +107,7 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
 
 
 def user_text(model: LanguageModel, text: str) -> str:
-    """Return a text as it goes into a prompt: control tokens that it spells are written as text where that is asked."""
+    """Return a text as it goes into a prompt: control tokens that it spells are written as text if that is asked."""
     return neutralised(model.tokenizer, text) if model.asking.neutralise else text
 
 
@@ -145,18 +145,18 @@ def chat_frame(model: LanguageModel) -> ChatFrame:
 
 
 def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
-    """Return the marks of thoughts that are taken off answers, None where answers stay as they are.
+    """Return the marks of thoughts that are taken off answers, None if answers stay as they are.
 
     Raises:
         ConfigError: --strip-thinking, and the tokenizer knows no such marks.
     """
-    asked, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
-    if asked and marks is None:
+    strip, marks = model.asking.strip_thinking, think_marks(model.tokenizer)
+    if strip and marks is None:
         raise ConfigError(
             f"The tokenizer of {model.name} has no marks of thoughts (<think>), neither as tokens nor in a chat "
             "template: leave --strip-thinking out."
         )
-    return None if asked is False else marks
+    return None if strip is False else marks
 
 
 # --- what a record says -----------------------------------------------------------------------------------------------

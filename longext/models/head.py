@@ -32,9 +32,9 @@ def scale_logits(model: Any, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def head_is_plain(model: Any) -> bool:
-    """True where decoder + head + `scale_logits` give the model's own logits; checked on a few tokens.
+    """True if decoder + head + `scale_logits` give the model's own logits; checked on a few tokens.
 
-    Warns where not: the caller then has to let the model make all its logits at once.
+    Warns if not: the caller then has to let the model make all its logits at once.
     """
     ids = (torch.arange(8, device=model.device) % embedding_rows(model))[None]
     try:

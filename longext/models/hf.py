@@ -31,7 +31,9 @@ from longext.checkpoint.load import (
     resolve_dtype,
 )
 from longext.checkpoint.rope_config import model_rope, read_model_rope
-from longext.checkpoint.source import is_adapter, read_config, read_shards, resolve_model
+from longext.checkpoint.source import is_adapter, read_config, resolve_model
+from longext.checkpoint.weights import read_shards
+from longext.checksums import sha256_of
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
@@ -240,13 +242,13 @@ class HFLanguageModel:
         text = self.model.config.get_text_config()
         return {
             "id": self.name,
-            "config_sha256": _sha256(json.dumps(self.config, sort_keys=True)),
+            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             "tokenizer_sha256": _tokenizer_hash(self.directory),
             "rope_parameters": text.rope_parameters,
             "max_position_embeddings": text.max_position_embeddings,
             "attention": f"full ({text._attn_implementation})",
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": _device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "prefix": list(self.prefix),
@@ -264,13 +266,13 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     Raises:
         LongextError: a score is not a finite number.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     head = model.get_output_embeddings()
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
     rows = max(1, budget // (4 * head.weight.shape[0]))
     parts = [
         _score_logits(scale_logits(model, head(states)), tokens)
-        for states, tokens in zip(flat.split(rows), wanted.split(rows), strict=True)
+        for states, tokens in zip(flat.split(rows), flat_targets.split(rows), strict=True)
     ]
     shape = targets.shape
     nll = torch.cat([part.nll for part in parts]).view(shape)
@@ -300,13 +302,13 @@ class NanWatch:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at logits [B, V]; nothing waits for the device."""
-        found = scores.isnan().any()
-        self._found = found if self._found is None else self._found | found
+        has_nan = scores.isnan().any()
+        self._found = has_nan if self._found is None else self._found | has_nan
         self._length = input_ids.shape[1]
         return scores
 
     def check(self) -> None:
-        """Raise LongextError where there were such logits."""
+        """Raise LongextError if there were such logits."""
         if self._found is not None and bool(self._found):
             raise not_numbers(f"after {self._length:,} tokens")
 
@@ -320,12 +322,12 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    settings = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def rope_type_of(model: Any) -> str:
@@ -333,8 +335,8 @@ def rope_type_of(model: Any) -> str:
     parameters = model.config.get_text_config().rope_parameters
     if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
         return "default"  # HunYuan's fixed base under the name "dynamic"
-    nested = [own for own in parameters.values() if isinstance(own, dict)]
-    kinds = [own["rope_type"] for own in nested or [parameters] if own.get("rope_type")]
+    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
+    kinds = [rope["rope_type"] for rope in nested or [parameters] if rope.get("rope_type")]
     chosen = parameters.get("full_attention") or (nested or [parameters])[0]
     kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
     return kind
@@ -440,28 +442,14 @@ def load_language_model(
     return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
 
 
-def extension_config(config: RuntimeConfig, method: str, factor: float | None) -> dict[str, Any]:
-    """Return the config.json that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
-    return extended_config(_extension_plan(config, method, factor))
-
-
 def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:
+    """The extension that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
         raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
     return plan_extension(request)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _tokenizer_hash(directory: Path) -> str | None:
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    return None
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((sha256_of(file) for file in files if file.is_file()), None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
-from longext.rope.methods import ROPE_METHODS, RopeSpec
+from longext.rope.spec import ROPE_METHODS, RopeSpec
 from longext.settings import build_config
 
 
@@ -52,6 +52,6 @@ def check_method(method: str | None, factor: float | None) -> None:
 def described(spec: RopeSpec) -> str:
     """Return a method's formula with the parameters that were used."""
     method = ROPE_METHODS[spec.method]
-    values = {"factor": spec.factor, **{name: getattr(spec, name, None) for name in method.options}}
+    values = {"factor": spec.factor, **{each.name: getattr(spec, each.name) for each in method.parameters}}
     used = [f"{name} {value:g}" for name, value in values.items() if isinstance(value, (int, float))]
     return method.formula if spec.method == "none" else f"{method.formula}; here {', '.join(used)}"

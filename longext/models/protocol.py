@@ -18,7 +18,7 @@ class TokenScores:
 
     Attributes:
         nll: negative log-likelihood in nats, float32 [B, n].
-        is_top1: True where the token was the model's first choice, bool [B, n].
+        is_top1: True if the token was the model's first choice, bool [B, n].
     """
 
     nll: torch.Tensor

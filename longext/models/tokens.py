@@ -16,8 +16,8 @@ _AGREED = 16  # tokens on either side of a seam that both windows must have alik
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **options: Any) -> list[int]:
     """Return the tokens of `text` without special ones put around it: those of one call of `tokenizer`.
 
-    A long text is tokenised in windows that overlap. They are joined where both have the same tokens on either side;
-    if there is no such place, the text is tokenised as a whole after all.
+    A long text is tokenised in windows that overlap. They are joined at a place with the same
+    tokens on either side in both; if there is none, the text is tokenised as a whole after all.
 
     Args:
         max_tokens: return only the first `max_tokens`; what comes after them is not tokenised.
@@ -95,7 +95,7 @@ def control_tokens(tokenizer: Any) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return frozenset(marked - {own for own in (tokenizer.unk_token_id,) if own not in ends})
+    return frozenset(marked - {token for token in (tokenizer.unk_token_id,) if token not in ends})
 
 
 def count_controls(ids: Iterable[int], controls: frozenset[int]) -> int:

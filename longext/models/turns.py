@@ -51,26 +51,26 @@ class Asking:
     neutralise: bool = False
 
 
-def parse_arguments(given: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """Return the template variables of `--template-arg key=value`: JSON values (false, 3), anything else as text.
 
     Raises:
         ConfigError: no key, a key given twice, or one that is not the template's to take.
     """
-    found: dict[str, Any] = {}
-    for text in given:
+    arguments: dict[str, Any] = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(f"--template-arg takes key=value, for example enable_thinking=false, got '{text}'.")
-        if key in found:
+        if key in arguments:
             raise ConfigError(f"--template-arg names {key} twice.")
         if key in _OWN_ARGUMENTS:
             raise ConfigError(f"--template-arg {key}: longext sets this itself; give variables of the template.")
         try:
-            found[key] = json.loads(value)
+            arguments[key] = json.loads(value)
         except (ValueError, RecursionError):
-            found[key] = value
-    return found
+            arguments[key] = value
+    return arguments
 
 
 def prefix_of(tokenizer: Any) -> tuple[int, ...]:
@@ -105,14 +105,14 @@ def ending_tokens(model: Any, tokenizer: Any, arguments: Mapping[str, Any] | Non
     """
     if tokenizer is None:
         return named_ends(model)
-    own = tokenizer.eos_token_id
-    return named_ends(model) | frozenset([] if own is None else [own]) | turn_ends(tokenizer, arguments or {})
+    eos = tokenizer.eos_token_id
+    return named_ends(model) | frozenset([] if eos is None else [eos]) | turn_ends(tokenizer, arguments or {})
 
 
 def turn_ends(tokenizer: Any, arguments: Mapping[str, Any]) -> frozenset[int]:
     """Return the control tokens that follow an assistant's message in a rendered conversation.
 
-    That is `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, or the next role's marker where a template closes nothing.
+    That is `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, or the next role's marker if a template closes nothing.
     Plain text that a template writes there is no token, and ends nothing.
     """
     template = getattr(tokenizer, "chat_template", None)
@@ -128,7 +128,7 @@ def turn_ends(tokenizer: Any, arguments: Mapping[str, Any]) -> frozenset[int]:
 
 def _behind_answer(tokenizer: Any, role: str, arguments: Mapping[str, Any]) -> str:
     messages = [("user", _USER), ("assistant", _ANSWER), (role, _NEXT)]
-    conversation = [{"role": own, "content": text} for own, text in messages]
+    conversation = [{"role": speaker, "content": text} for speaker, text in messages]
     try:
         whole = str(tokenizer.apply_chat_template(conversation, tokenize=False, **arguments))
     except Exception:  # whatever a template's own code raises for roles that it does not have
@@ -161,9 +161,9 @@ def split_thought(
     """
     begin, end = marks
     text = decode(ids)
-    head, found, _ = text.partition(end)
+    head, closing, _ = text.partition(end)
     is_leading = is_begun or head.lstrip().startswith(begin)
-    if not found:
+    if not closing:
         return (len(ids), True) if is_leading else (0, False)
     if begin in head and not is_leading:
         return 0, False

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
+from longext.attention.shifted import check_model, register_attention
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
 from longext.checkpoint.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.checkpoint.rope_config import model_rope, write_rope
-from longext.checkpoint.source import fingerprint_weights, read_config, resolve_model
+from longext.checkpoint.source import read_config, resolve_model
+from longext.checkpoint.weights import fingerprint_weights
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extended_config, plan_extension, provenance
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.options import RopeConfig, RuntimeConfig
-from longext.rope.methods import ROPE_METHODS
+from longext.rope.spec import ROPE_METHODS
 from longext.training.config import FinetuneConfig
 from longext.training.processes import local_rank
 from longext.training.tuning import TUNINGS, is_inside_attention, quantisation

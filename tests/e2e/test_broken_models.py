@@ -12,7 +12,7 @@ from broken_models import BROKEN, MARKER, add_chat_tokens, add_remote_code, edit
 from safetensors.torch import load_file, save_file
 from test_bad_input import fails
 
-from longext.checkpoint.source import fingerprint_weights, sample_weights
+from longext.checkpoint.weights import fingerprint_weights, sample_weights
 from longext.compressor.checkpoint import find_base
 from longext.errors import DataError, LongextError, LongextWarning
 from longext.models.answers import Request, generate_predictions

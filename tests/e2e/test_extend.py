@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.source import read_shards
+from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
-from longext.rope.methods import compute_inv_freq
+from longext.rope.spec import compute_inv_freq
 
 BASE = BUNDLED_MODELS["books-5m"]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, LENGTH, save_tiny_model
+from rope_examples import METHODS, options_for
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longext.checkpoint.rope_config import read_model_rope
@@ -20,13 +21,17 @@ from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extend_checkpoint
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
-from longext.rope.methods import RopeSpec, compute_inv_freq
 from longext.rope.reading import read_parameters
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
 TOLERANCE = 1e-6  # relative; float32 frequencies
 BEYOND = 200  # tokens, past every trained window here
-METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
-CASES = [(family, method) for family in CONFIGS for method in METHODS if (family, method) != ("phi3", "dynamic")]
+CASES = [
+    (family, method)
+    for family in CONFIGS
+    for method in METHODS
+    if not (family == "phi3" and ROPE_METHODS[method].keeps_length)
+]
 PER_LAYER_TYPE = ("gemma3_text", "gemma3", "olmo3")
 
 # head_dim x partial_rotary_factor of families.py, worked out by hand.
@@ -70,7 +75,7 @@ def extended(base, tmp_path_factory) -> Extended:
     def made(family: str, method: str) -> tuple[Path, Path, ExtensionPlan]:
         out = root / f"{family}-{method}"
         if out not in plans:
-            plans[out] = extend(base(family), method, out)
+            plans[out] = extend(base(family), method, out, **options_for(method, ROTARY_DIM[family], root))
         return base(family), out, plans[out]
 
     return made
@@ -195,7 +200,7 @@ def weights_hash(directory: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "dynamic"])
+@pytest.mark.parametrize("method", [method for family, method in CASES if family == "phi3"])
 def test_phi3_gets_static_methods_as_longrope(extended: Extended, method):
     _, _, plan = extended("phi3", method)
     assert plan.parameters["rope_type"] in ("default", "longrope")

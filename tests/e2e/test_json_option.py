@@ -11,7 +11,7 @@ import torch
 import typer.main
 
 from longext.cli import app
-from longext.cli.options import without_dash
+from longext.cli.app import without_dash
 from longext.compressor.base import CompressorSpec, build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.source import read_shards
+from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig, MergeConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.merge import merge_adapter

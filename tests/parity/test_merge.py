@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.source import INDEX_NAME, read_shards
+from longext.checkpoint.weights import INDEX_NAME, read_shards
 from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
 from longext.conversion.proof import TOLERANCE

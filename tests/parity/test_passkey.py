@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from extensions import books_config
 
 from longext.errors import ConfigError
 from longext.evals.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
@@ -23,8 +24,6 @@ from longext.evals.passkey_prompts import (
     yarn_prompt,
 )
 from longext.evals.suites.passkey import Passkey
-from longext.models.hf import extension_config
-from longext.options import RuntimeConfig
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_too_short_a_length_says_what_is_needed(tokens, filler):
 @pytest.mark.parametrize("method", ["none", "yarn", "dynamic"])
 def test_one_pass_accuracy_is_greedy_decoding(books, method):
     """The score of prompt + answer equals generating the answer's tokens one by one."""
-    books.set_rope(extension_config(RuntimeConfig(model="books-5m"), method, 8.0 if method != "none" else 1.0))
+    books.set_rope(books_config(method, 8.0 if method != "none" else 1.0))
     config = Passkey(model="books-5m", lengths=(400, 700), depths=(0.2, 0.9), num_trials=3)
     tokens = PromptTokens(lambda text: books.encode(text, add_bos=False), books.prefix)
     for cell in evaluate_passkey(books, config):
@@ -137,7 +136,7 @@ def test_published_protocols_run_and_report_the_measured_length(books, protocol)
 @pytest.mark.parametrize("num_prompt", [505, 700])
 def test_dynamic_generation_has_one_rotation_throughout(books, num_prompt):
     """Cached decoding equals one pass over prompt + output, also where the prompt alone fits the trained window."""
-    books.set_rope(extension_config(RuntimeConfig(model="books-5m"), "dynamic", 8.0))
+    books.set_rope(books_config("dynamic", 8.0))
     prompt = [(7 * i) % 8000 + 3 for i in range(num_prompt)]
     tokens = books.greedy(prompt, 12)
     assert len(tokens) == 12

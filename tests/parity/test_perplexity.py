@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from extensions import books_config
 from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +20,7 @@ from longext.evals.perplexity import (
     tokenize_documents,
 )
 from longext.evals.suites.ppl import Perplexity
-from longext.models.hf import HFLanguageModel, extension_config
-from longext.options import RuntimeConfig
+from longext.models.hf import HFLanguageModel
 
 RTOL = 1e-5
 
@@ -112,7 +112,7 @@ def test_scores_equal_full_logits_on_every_family(family, tmp_path):
 
 @pytest.mark.parametrize("method", ["none", "dynamic", "yarn", "linear"])
 def test_the_order_of_lengths_and_earlier_runs_do_not_matter(books, method):
-    books.set_rope(extension_config(RuntimeConfig(model="books-5m"), method, 8.0 if method != "none" else 1.0))
+    books.set_rope(books_config(method, 8.0 if method != "none" else 1.0))
     docs = documents(1100)
     config = config_for("sliding", lengths=(1024, 600), stride=300)
     together = {row.length: row.nll for row in evaluate_perplexity(books, docs, config)}

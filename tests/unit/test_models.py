@@ -11,9 +11,10 @@ from broken_models import edit_config, edit_weights, make_micro
 from families import CONFIGS, _config, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
-from longext.checkpoint import checks, load, source
+from longext.checkpoint import checks, load, weights
 from longext.checkpoint.load import build_model_config, load_causal_lm, load_config
-from longext.checkpoint.source import read_config, read_shards
+from longext.checkpoint.source import read_config
+from longext.checkpoint.weights import read_shards
 from longext.errors import CheckpointError
 
 _MLP = {"intermediate_size": 48}
@@ -195,12 +196,12 @@ def test_the_checksum_of_weights_sees_one_bit(tmp_path):
 
 def test_large_weights_are_sampled_in_every_tensor(tmp_path, monkeypatch):
     make_micro(tmp_path)
-    monkeypatch.setattr(source, "_HASHED_WHOLE", 1000)
-    before = source.fingerprint_weights(tmp_path)
-    assert before.startswith("sampled:") and source.same_weights(tmp_path, before)
+    monkeypatch.setattr(weights, "_HASHED_WHOLE", 1000)
+    before = weights.fingerprint_weights(tmp_path)
+    assert before.startswith("sampled:") and weights.same_weights(tmp_path, before)
     copy = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy")
-    assert source.same_weights(copy, before)  # another place and time
+    assert weights.same_weights(copy, before)  # another place and time
     for name in ("model.norm.weight", "lm_head.weight"):
         edit_weights(copy, lambda s, name=name: {**s, name: s[name] + 0.01})
-        assert not source.same_weights(copy, before)
+        assert not weights.same_weights(copy, before)
         shutil.copy(tmp_path / "model.safetensors", copy)

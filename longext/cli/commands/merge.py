@@ -32,7 +32,7 @@ def run(config: MergeConfig, as_json: bool) -> None:
     if config.output is not None:
         open_output(Path(config.output), config)
     plan = plan_merge(config)
-    with progress(f"merge {config.adapter}", plan.weight_bytes, "bytes") as advance:
+    with progress(f"merge {config.adapter}", plan.extension.weight_bytes, "bytes") as advance:
         result = write_merge(plan, advance)
     record = result_record("merge", output=config.output, **result.summary, extension=result.merge.record)
     unchecked = "Not checked (--no-check): the logits were not compared with base + adapter."
@@ -43,7 +43,7 @@ def run(config: MergeConfig, as_json: bool) -> None:
 
 def merge_table(result: MergeResult) -> Table:
     """Return what was merged by kind, the RoPE old -> new, and the figures of the proof."""
-    from longext.conversion.merge import describe_rope
+    from longext.conversion.card import describe_rope
     from longext.report.tables import Table
 
     record, summary = result.merge.record, result.summary

@@ -22,7 +22,7 @@ class RecipesConfig:
     """`longext recipes`: what is shipped, and a copy of it."""
 
     action: str = option("list", "list, show or copy.", argument=True)
-    recipe: str | None = option(None, "Name of a recipe, as `list` prints it (show, copy).", argument=True)
+    name: str | None = option(None, "Name of a recipe, as `list` prints it (show, copy).", argument=True)
     target: str | None = option(None, "File to write (copy; default: the recipe's own name here).", argument=True)
 
 
@@ -36,9 +36,9 @@ def run(config: RecipesConfig) -> None:
         for name, file in names.items():
             typer.echo(f"{name:{width}}  {_first_line(file)}")
         return
-    if config.recipe is None:
+    if config.name is None:
         raise ConfigError(f"longext recipes {config.action} needs the name of a recipe: longext recipes list.")
-    file = find_recipe(config.recipe)
+    file = find_recipe(config.name)
     text = file.read_text(encoding="utf-8")
     if config.action == "show":
         typer.echo(text, nl=False)

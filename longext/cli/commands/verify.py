@@ -29,7 +29,8 @@ class VerifyConfig:
 
 def verify_and_show(config: VerifyConfig, as_json: bool) -> None:
     """Verify, print the checks, and raise VerificationError if one failed."""
-    from longext.checkpoint.source import read_shards, resolve_model
+    from longext.checkpoint.source import resolve_model
+    from longext.checkpoint.weights import read_shards
     from longext.cli.output import show
     from longext.conversion.verify import verify_checkpoint
     from longext.manifest import result_record

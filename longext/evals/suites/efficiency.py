@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.evals.base import Eval, Outcome, Work, register
 from longext.evals.limits import check_lengths
-from longext.evals.views import Detail, Lines, Score, Section
+from longext.evals.views import TOKENS, Detail, Lines, Score, Section
 from longext.options import RuntimeConfig
 from longext.settings import LENGTH, MANY, option, override
 
@@ -33,7 +33,7 @@ def _by_length(key: str, title: str, unit: str, lower: bool = True, **more: Any)
         unit=unit,
         lower_is_better=lower,
         variant=_way,
-        axis="context length (tokens)",
+        axis=TOKENS,
         exact=True,
         **more,
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, QuestionEval, Work, register
 from longext.evals.limits import POSITIVE, PlaceLimit, check_names, read_limits, verdict
-from longext.evals.views import Bars, Detail, Score, Section
+from longext.evals.views import Bars, Detail, Score, Section, either
 from longext.models.methods import check_method
 from longext.options import ChatConfig, RuntimeConfig
 from longext.settings import LENGTH, MANY, option, override
@@ -45,7 +45,7 @@ _SECTION = Section(
             scale="metric",
             value="value",
             details=(
-                Detail("better", "higher_is_better", lambda more: "more" if more else "less"),
+                Detail("better", "higher_is_better", either("more", "less")),
                 Detail("shots", "num_fewshot"),
                 Detail("documents", "num_documents"),
                 Detail("cut", "num_truncated"),

@@ -1,0 +1,109 @@
+"""The Python API: what the commands do, as functions; the same numbers, and errors that name arguments."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+
+import longext
+from longext.api import in_python
+from longext.errors import ConfigError, LongextError
+
+SMALL = {"lengths": [96, 192], "max_tokens": 400, "num_bootstrap": 20, "device": "cpu"}
+FUNCTIONS = "load evaluate compare extend finetune compress merge generate plan".split()
+
+
+@pytest.fixture(scope="module")
+def yarn():
+    return longext.load("books-5m", method="yarn", factor=8, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def result(yarn):
+    return longext.evaluate(yarn, "perplexity", **{key: value for key, value in SMALL.items() if key != "device"})
+
+
+def numbers(record):
+    return [(row["length"], row["nll"]) for row in record["results"]]
+
+
+def test_a_loaded_model_and_a_named_one_give_the_numbers_of_the_command(result, run, tmp_path):
+    named = longext.evaluate("books-5m", "ppl", method="yarn", factor=8, **SMALL)
+    run(*"eval ppl books-5m --method yarn --factor 8 --lengths 96,192 --max-tokens 400 -o out --device cpu".split())
+    command = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert numbers(result.record) == numbers(named.record) == numbers(command)
+    assert result.record["model"] == named.record["model"]
+
+
+def test_a_result_prints_draws_and_is_a_data_frame(result):
+    text = repr(result)
+    assert "books-5m + yarn 8x" in text
+    assert "192" in text
+    assert repr(result.table()) == text
+    assert "<table>" in result._repr_html_()
+    frame = result.to_pandas()
+    row = frame[frame["score"] == "results[length=192].ppl"].iloc[0]
+    assert row["value"] == result.record["results"][1]["ppl"]
+    assert row["low"] < row["value"] < row["high"]
+    assert result.plot().axes
+    assert result.passed
+
+
+def test_a_saved_result_is_what_the_command_writes(result, run, tmp_path):
+    result.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "result.json").read_text())["results"] == result.record["results"]
+    assert run("report", "saved", "-o", "report").exit_code == 0
+    assert run("eval", "ppl", "-c", "saved/recipe.yaml", "-o", "again", "--device", "cpu").exit_code == 0
+    with pytest.raises(ConfigError, match="force"):
+        result.save(tmp_path / "saved")
+
+
+def test_a_result_is_a_page(result, tmp_path):
+    page = result.report(tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_extend_writes_what_load_reads(tmp_path):
+    path = longext.extend("books-5m", "linear", factor=2, output=tmp_path / "out", check=False)
+    assert longext.load(path, device="cpu").context_length == 1024
+
+
+def test_a_plan_and_a_continuation():
+    assert longext.plan("books-5m", length=1024, gpus="1xH100-80GB") is not None
+    text = longext.generate("books-5m", "The old man", max_new_tokens=4, device="cpu")
+    assert len(text.tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: longext.evaluate("books-5m", "ppl", strid=3), "unknown key 'strid'. Did you mean 'stride'?"),
+        (lambda: longext.evaluate("books-5m", "perplexty"), "Did you mean 'perplexity'?"),
+        (lambda: longext.evaluate("books-5m", "ppl", lengths=[64], stride=64), "stride must be below"),
+        (lambda: longext.load("books-5m", factor=8), "factor 8 needs a method"),
+        (lambda: longext.load("nowhere"), "No model at 'nowhere'"),
+        (lambda: longext.evaluate("books-5m", "effective"), "Missing: max_length."),
+        (lambda: longext.extend("books-5m", "yarn"), "factor"),
+    ],
+)
+def test_errors_speak_python(call, message):
+    with pytest.raises(LongextError) as error:
+        call()
+    assert message in str(error.value)
+    assert "--" not in str(error.value)
+
+
+def test_flags_become_arguments():
+    assert in_python("Give --max-length, or --no-check with -o.") == "Give max_length, or check as output."
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_api_is_documented_and_typed(name):
+    function = getattr(longext, name)
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    assert "Args:" in inspect.getdoc(function)
