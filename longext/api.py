@@ -16,7 +16,7 @@ from longext.errors import LongextError
 from longext.settings import build_config
 
 if TYPE_CHECKING:
-    from longext.compressor.generation import Generated
+    from longext.compressor.reading.generation import Generated
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
@@ -94,9 +94,9 @@ def load(
     values = {key: value for key, value in given.items() if value is not None}
     implied = Eval.implied_defaults(values) if values.get("memory") else {}
     task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
-    opened: LanguageModel = open_model(task)
+    opened: Any = open_model(task)
     opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
-    return opened
+    return opened  # type: ignore[no-any-return]
 
 
 @_python_errors
@@ -206,7 +206,7 @@ def generate(model: str | Path, prompt: str = "", **settings: Any) -> Generated:
         The new `text` and `tokens`, and what was read.
     """
     from longext.compressor.config import GenerateConfig
-    from longext.compressor.generation import open_writer
+    from longext.compressor.reading.generation import open_writer
 
     writer = open_writer(build_config(GenerateConfig, None, [], {"model": str(model), "prompt": prompt, **settings}))
     writer.read(lambda amount: None)

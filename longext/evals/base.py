@@ -106,7 +106,7 @@ class Eval(RuntimeConfig):
             return {"model": ""}
         if not values.get("memory"):
             return {}
-        from longext.compressor.readers import memory_defaults
+        from longext.compressor.reading.readers import memory_defaults
 
         return {"model": "", **cls.memory_defaults, **memory_defaults(str(values["memory"]))}
 

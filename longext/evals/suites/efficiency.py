@@ -59,7 +59,7 @@ _SECTION = Section(
             note="KV: bytes after the prefill, raw rest and sink included; formula: bytes of one more token",
         ),
         _by_length("decode_tokens_per_second", "Decoding, tokens a second", "rate", lower=False),
-        _by_length("kv_bytes", "Bytes of keys and values", "bytes"),
+        _by_length("kv_bytes", "Bytes of keys and values held", "bytes"),
         _by_length("peak_bytes", "Peak memory above model and input", "bytes"),
     ),
 )

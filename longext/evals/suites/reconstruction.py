@@ -49,7 +49,7 @@ _SECTION = Section(
     views=(
         _by_ratio(
             "bleu",
-            "BLEU-4 of the decoded text by compression ratio",
+            "BLEU-4 of what came back, by compression ratio",
             "fraction",
             value="BLEU-4",
             details=(

@@ -22,11 +22,9 @@ from longext.checkpoint.load import MAPPED
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
-from longext.compressor.decoding import CachedDecoder
-from longext.compressor.ratios import find_ratio
-from longext.compressor.rotation import check_rotation
-from longext.compressor.trails import CacheTrail, CompressorTrail, Trail, WindowTrail
+from longext.compressor.reading.trails import CacheTrail, CompressorTrail, Stream, Trail, WindowTrail
 from longext.errors import ConfigError
+from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
 from longext.models.hf import (
     LENGTH_DEPENDENT,
@@ -159,28 +157,10 @@ class Reader:
 
         A RoPE that follows the length of the text allows no cache: there each new token reads its own segment again.
         """
-        ids = torch.tensor([list(input_ids)], device=self.device)
         trail = self.open_trail()
-        whole = (ids.shape[1] - 1) // self.segment * self.segment
-        for tokens in ids[:, :whole].split(self.segment, 1) if whole else ():
-            trail.write(tokens)
-        tail, new, stops = ids[:, whole:], list[int](), self.ending_tokens
-        decoder: CachedDecoder | None = None
-        while len(new) < max_new_tokens and not (new and new[-1] in stops):
-            if self._follows_length:
-                hidden = self._read(trail, tail)
-            elif decoder is None:
-                decoder, hidden = trail.begin(tail, self.segment - tail.shape[1])
-            else:
-                hidden = decoder.feed(tail[:, -1:])
-            # caps and scales after the head keep the order of logits
-            token = self.plain.model.get_output_embeddings()(hidden[:, -1:]).argmax(-1)
-            new.append(int(token))
-            if tail.shape[1] == self.segment:
-                trail.write(tail)
-                tail, decoder = tail[:, :0], None
-            tail = torch.cat([tail, token], 1)
-        return new
+        stream = Stream(trail, self.segment, partial(self._read, trail) if self._follows_length else None)
+        stream.add(torch.tensor([list(input_ids)], device=self.device))
+        return continue_rows(stream.next_logits, stream.add, max_new_tokens, self.ending_tokens)[0]
 
     @property
     def _follows_length(self) -> bool:
@@ -233,14 +213,14 @@ def _streaming(backbone: Backbone, argument: str, segment: int) -> tuple[Callabl
     sinks, _, recent = argument.partition("+")
     num_sinks, size = _count("streaming:4+N", sinks), _count("streaming:4+N", recent)
     _check_room(f"streaming:{argument}", num_sinks + size, segment, backbone.window)
-    check_rotation(backbone)
+    backbone.check_rotation()
     return partial(CacheTrail, backbone, num_sinks, size), num_sinks + size
 
 
 def _transformer_xl(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
     size = _count("transformer-xl:N", argument)
     _check_room(f"transformer-xl:{size}", size, segment, backbone.window)
-    check_rotation(backbone)
+    backbone.check_rotation()
     return partial(CacheTrail, backbone, 0, size), size
 
 
@@ -378,7 +358,7 @@ def _compressor_reader(
     length = compressor.spec.segment
     if segment not in (None, length):
         raise ConfigError(f"--segment {segment}: the segments of {directory} have {length} tokens; leave it out.")
-    ratio = find_ratio(compressor, ratio)
+    ratio = compressor.find_ratio(ratio)
     facts = {
         "kind": "compressor",
         "compressor": compressor.spec.to_json(),

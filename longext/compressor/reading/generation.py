@@ -13,8 +13,7 @@ import torch
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
 from longext.compressor.config import GenerateConfig
-from longext.compressor.sampling import check_sampling
-from longext.compressor.session import Session
+from longext.compressor.reading.session import Session
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
 from longext.models.answers import begins_thought
@@ -27,7 +26,8 @@ from longext.models.chat import (
     user_text,
     uses_template,
 )
-from longext.models.hf import HFLanguageModel, load_language_model, plain_generation
+from longext.models.decode import check_sampling, generate
+from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.turns import split_thought
 from longext.untrusted import read_text
 
@@ -256,25 +256,14 @@ class PlainWriter:
         """Do nothing: the text is read when the first token is written."""
         advance(self.num_unread)
 
-    @torch.no_grad()
     def write(self, on_text: OnText) -> Generated:
         """Continue, with transformers' own generation and no setting of the checkpoint's but its ending tokens."""
         config, model = self._config, self._model
         stream = TextStream(model, on_text, _marks(model, config), self._ids)
-        ids = torch.tensor([self._ids], device=model.device)
-        drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
-        plain = plain_generation(model.model, model.ending_tokens)
+        drawn = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        settings: dict[str, Any] = {"streamer": _Streamer(stream), **(drawn if config.temperature else {})}
         torch.manual_seed(config.seed)
-        with model.frozen_rope(len(self._ids) + config.max_new_tokens), plain:
-            model.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=config.max_new_tokens,
-                do_sample=bool(config.temperature),
-                pad_token_id=model.pad_token(),
-                streamer=_Streamer(stream),
-                **drawn,
-            )
+        generate(model, [self._ids], config.max_new_tokens, model.ending_tokens, **settings)
         return stream.result(len(self._ids), None)
 
 

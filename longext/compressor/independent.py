@@ -1,4 +1,7 @@
-"""The common part of UIO, ICAE and Gist: probes appended to a segment read it into memory, apart from all others."""
+"""Architectures whose memories depend on no other: a segment is encoded by itself, [segment | probes].
+
+Shape legend: l text tokens of a segment, K probes (memory slots), R segments, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-from longext.compressor.base import Compressor, Segment
-from longext.compressor.masks import causal_mask, prefix_mask, probe_positions
+from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
+from longext.compressor.segments import Segment
 
 
-class ProbeCompressor(Compressor):
-    """An encoder pass over [segment | probes]; memories depend on their own segment alone.
+class IndependentCompressor(Compressor):
+    """An encoder pass over a segment and what reads it out; segments are written in any order, many at a time.
 
     Attributes of a class:
         encoder, transfer: adapter sets of the encoder pass and of the projection to keys and values; None for the
@@ -65,3 +68,32 @@ class ProbeCompressor(Compressor):
             positions = torch.cat([text, probe_positions(length, ratio, device)])
             return embeds, positions, prefix_mask(length, ratio, device)
         return embeds, torch.arange(length + count, device=device), causal_mask(length + count, device)
+
+
+def probe_positions(length: int, ratio: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the RoPE positions of the K = length / ratio probes, int64 [K]: probe i at (i + 1) ratio.
+
+    It shares the position of the next text token (UIO-LLMs, arXiv 2406.18173, released code), so that the probes of
+    ratio 2c are every second probe of ratio c.
+    """
+    return torch.arange(ratio, length + 1, ratio, device=device)
+
+
+def prefix_mask(length: int, ratio: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return bool [L + K, L + K], True if row sees column: causal text; probe i the text before (i + 1) ratio.
+
+    Text never sees a probe, and a probe sees no other, so each is a read-out of a prefix, whatever the others are.
+    """
+    probes = length // ratio
+    mask = torch.zeros(length + probes, length + probes, dtype=torch.bool, device=device)
+    text = torch.arange(length, device=device)
+    mask[:length, :length] = text[:, None] >= text
+    mask[length:, :length] = text < probe_positions(length, ratio, device)[:, None]
+    mask[length:, length:] = torch.eye(probes, dtype=torch.bool, device=device)
+    return mask
+
+
+def causal_mask(num_rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return bool [N, N], True on and below the diagonal: probes appended to the text see it and each other."""
+    row = torch.arange(num_rows, device=device)
+    return row[:, None] >= row

@@ -1,13 +1,42 @@
-"""From token rows to the segments a compressor works on."""
+"""From rows of tokens to the segments that a compressor works on.
+
+Shape legend: B documents, N tokens of a document, l of a segment, o of the overlap, s of the sink, D hidden size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from longext.compressor.base import REPEAT, CompressorSpec, Segment
+from longext.compressor.spec import CompressorSpec
 from longext.training.losses import IGNORED, shift
+
+REPEAT = -1  # the token id that stands for the trained "repeat the text" vector (auto-encoding)
+
+
+@dataclass
+class Segment:
+    """One segment of B documents.
+
+    Attributes:
+        tokens: int64 [B, l].
+        labels: int64 [B, l], aligned (label p belongs to the output at p), -100 where nothing is scored.
+        before: int64 [B, o], the raw tokens that stay readable before it.
+        sink: int64 [B, s], the first tokens of the documents; empty for segment 0, which holds them itself.
+        ratio: of the memory it writes.
+        teacher: last hidden states [B, l, D] to imitate, or None.
+        weights: of cross-entropy and of the divergence from the teacher.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    before: torch.Tensor
+    sink: torch.Tensor
+    ratio: int
+    teacher: torch.Tensor | None = None
+    weights: tuple[float, float] = (1.0, 0.0)
 
 
 def split_segments(
@@ -43,8 +72,8 @@ def reconstruction_segments(tokens: torch.Tensor, ratio: int, sink: int) -> list
         tokens: int64 [B, l].
     """
     nothing = tokens[:, :0]
-    asked = torch.cat([torch.full_like(tokens[:, :1], REPEAT), tokens[:, :-1]], 1)
+    asking = torch.cat([torch.full_like(tokens[:, :1], REPEAT), tokens[:, :-1]], 1)
     labels = tokens.clone()
     labels[:, :sink] = IGNORED  # those stay readable as they are
     text = Segment(tokens, torch.full_like(tokens, IGNORED), nothing, nothing, ratio)
-    return [text, Segment(asked, labels, nothing, tokens[:, :sink], ratio)]
+    return [text, Segment(asking, labels, nothing, tokens[:, :sink], ratio)]

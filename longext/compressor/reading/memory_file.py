@@ -73,22 +73,25 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     return memory, {name: tensors[name].tolist() for name in TOKENS}, description
 
 
-def check_memory(path: Path, memory: Memory, compressor: Compressor, num_segments: int) -> None:
-    """Refuse a memory that `compressor` cannot have written: of other shapes, with no slots, or not finite.
+def check_memory(path: Path, memory: Memory, compressor: Compressor, num_slots: int) -> None:
+    """Refuse a memory that `compressor` cannot have written: of other shapes or sizes, or not finite.
+
+    Args:
+        num_slots: that so many compressed segments take, with the sink.
 
     Raises:
         CheckpointError: names the tensor.
     """
     backbone = compressor.backbone
     number = 1 if compressor.is_soft else 2 * len(backbone.layers)
-    if len(memory) != (number if num_segments or memory else 0):
+    if len(memory) != (number if num_slots else 0):
         raise CheckpointError(
-            f"{path} holds {len(memory)} memory tensors, and {num_segments} compressed segments take {number}. "
-            f"{_ADVICE}"
+            f"{path} holds {len(memory)} memory tensors, and its compressed segments take {number if num_slots else 0}."
+            f" {_ADVICE}"
         )
     hidden = (backbone.embedding.weight.shape[1],)
     for i, tensor in enumerate(memory):
-        is_alike = tensor.dim() == (3 if compressor.is_soft else 4) and tensor.shape[-2] == memory[0].shape[-2] > 0
+        is_alike = tensor.dim() == (3 if compressor.is_soft else 4) and tensor.shape[-2] == num_slots
         fits = tensor.shape[-1:] == hidden if compressor.is_soft else tensor.shape[-1] == memory[i % 2].shape[-1]
         if not (is_alike and fits and tensor.shape[0] == 1):
             raise CheckpointError(f"{path}: 'memory.{i}' has the shape {list(tensor.shape)}, not a memory's. {_ADVICE}")

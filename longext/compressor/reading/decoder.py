@@ -16,6 +16,7 @@ from longext.checkpoint.checks import not_numbers
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
+from longext.models.decode import continue_rows
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -85,13 +86,12 @@ class CachedDecoder:
     @property
     def num_bytes(self) -> int:
         """Bytes of the keys and values it keeps (room for more left out)."""
-        held = [states for layer in self._layers for states in (layer.keys, layer.values) if states is not None]
-        return sum(states.numel() * states.element_size() for states in held)
+        return sum(states.nbytes for layer in self._layers for states in (layer.keys, layer.values))
 
     def states(self, first: int = 0) -> Memory:
         """Return keys and values of the positions from `first` on, [B, num_kv_heads, n, head_dim] each."""
-        held = (states for layer in self._layers for states in (layer.keys, layer.values))
-        return tuple(states[..., first:, :] for states in held)
+        states = (states for layer in self._layers for states in (layer.keys, layer.values))
+        return tuple(tensor[..., first:, :] for tensor in states)
 
     def truncate(self, length: int) -> None:
         """Forget all positions but the first `length`."""
@@ -114,17 +114,26 @@ class CachedDecoder:
         hidden: torch.Tensor = output.last_hidden_state[:, -tokens.shape[1] :]
         return hidden
 
-    @torch.no_grad()
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] of what follows `tokens`, those of the last position alone.
 
         Raises:
             LongextError: they are not numbers.
         """
-        logits = self.backbone.logits(self.feed(tokens)[:, -1])
-        if bool(logits.isnan().any()):
-            raise not_numbers(f"after {self.length:,} positions")
-        return logits
+        return last_logits(self.backbone, self.feed(tokens), self.length)
+
+
+@torch.no_grad()
+def last_logits(backbone: Backbone, hidden: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the logits [B, V] of the last hidden states of [B, n, D], `length` positions into the text.
+
+    Raises:
+        LongextError: they are not numbers.
+    """
+    logits = backbone.logits(hidden[:, -1])
+    if bool(logits.isnan().any()):
+        raise not_numbers(f"after {length:,} positions")
+    return logits
 
 
 @torch.no_grad()
@@ -150,18 +159,16 @@ def memory_decoder(
     )
 
 
-@torch.no_grad()
 def greedy(decoder: CachedDecoder, tokens: torch.Tensor, count: int, stop: Collection[int] = ()) -> list[list[int]]:
-    """Return the greedy continuations of B rows after `tokens` [B, n]: `count` tokens, fewer where one of `stop` comes.
+    """Return the greedy continuations of B rows after `tokens` [B, n]: `count` tokens, fewer if one of `stop` comes.
 
-    Rows go through the model together until the last has stopped; the stopping token is left out.
+    The stopping token is left out.
     """
-    ends = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
-    made: list[torch.Tensor] = []
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    while len(made) < count and not bool(ended.all()):
-        made.append(decoder.next_logits(tokens).argmax(-1))
-        ended = ended | torch.isin(made[-1], ends)
-        tokens = made[-1][:, None]
-    rows = torch.stack(made, 1).tolist() if made else [[] for _ in tokens]
-    return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
+    unread = tokens
+
+    def take(new: torch.Tensor) -> None:
+        nonlocal unread
+        unread = new
+
+    made = continue_rows(lambda: decoder.next_logits(unread), take, count, stop, num_rows=len(tokens))
+    return [row[:-1] if row and row[-1] in stop else row for row in made]
