@@ -94,9 +94,9 @@ def load(
     values = {key: value for key, value in given.items() if value is not None}
     implied = Eval.implied_defaults(values) if values.get("memory") else {}
     task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
-    opened: LanguageModel = open_model(task)
+    opened: Any = open_model(task)
     opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
-    return opened
+    return opened  # type: ignore[no-any-return]
 
 
 @_python_errors
