@@ -24,7 +24,7 @@ def evaluation_command(name: str) -> Command:
 
 def run_evaluation(task: Eval, as_json: bool) -> None:
     """Run an evaluation and write its results; exit with 1 if a limit was missed."""
-    from longext.report.console import progress
+    from longext.report.console import progress, working
     from longext.report.results import output_directory
 
     task.check()
@@ -32,7 +32,7 @@ def run_evaluation(task: Eval, as_json: bool) -> None:
     open_output(output, task)
     answers = task.answers_path(output)
     with _kept_answers(answers, output, task):
-        measured = run_eval(task, progress=progress, answers=answers)
+        measured = run_eval(task, progress=progress, loading=working, answers=answers)
         deliver(output, f"eval {task.name}", measured, as_json=as_json)
     task.require(measured.record)
 
@@ -45,6 +45,8 @@ def _kept_answers(path: Path | None, output: Path, task: Eval) -> Iterator[None]
 
     if path is not None and (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{path}, where the answers are kept, is no file or directory. Choose another -o.")
+    if path is not None and getattr(task, "resume", False) and not holds_answers(path):
+        raise ConfigError(f"Nothing to resume: there are no answers in {path}. Leave --resume out to start the run.")
     try:
         yield
     except LongextError:  # its message says what to do

@@ -1,4 +1,4 @@
-"""What a tokenizer says of texts and turns: what stands before a text, what ends an answer, what is a thought.
+"""What a tokenizer says of texts and turns: what comes before a text, what ends an answer, what is a thought.
 
 One rule for everything that generates. Pure functions of a tokenizer; the model's own ending tokens are given.
 """
@@ -90,12 +90,17 @@ def prefix_of(tokenizer: Any) -> tuple[int, ...]:
 # --- what ends an answer ----------------------------------------------------------------------------------------------
 
 
+def eos_of(settings: Any) -> tuple[int, ...]:
+    """Return the ending tokens that a config, or generation settings, name, in their order."""
+    named = settings.eos_token_id
+    return (named,) if isinstance(named, int) else tuple(named or ())
+
+
 def named_ends(model: Any) -> frozenset[int]:
     """Return the ending tokens that a model's generation settings name, else its config's."""
     settings = getattr(model, "generation_config", None)
-    named = settings.eos_token_id if settings else None
-    named = model.config.get_text_config().eos_token_id if named is None else named
-    return frozenset([named] if isinstance(named, int) else named or ())
+    is_named = settings is not None and settings.eos_token_id is not None
+    return frozenset(eos_of(settings if is_named else model.config.get_text_config()))
 
 
 def ending_tokens(model: Any, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> frozenset[int]:
@@ -189,6 +194,6 @@ def neutralised(tokenizer: Any, text: str) -> str:
 
 
 def template_hash(tokenizer: Any, arguments: Mapping[str, Any], rendered: str) -> str:
-    """Return a SHA-256 over a chat template, its arguments and what it makes of a message (a date stands in there)."""
+    """Return a SHA-256 over a chat template, its arguments and what it makes of a message (it may hold a date)."""
     facts = [getattr(tokenizer, "chat_template", None), dict(arguments), rendered]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

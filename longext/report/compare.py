@@ -18,7 +18,7 @@ from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
-from longext.models.methods import described, is_unchanged, method_request
+from longext.models.methods import described, method_request
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
 from longext.report.results import Written, write_result_files
@@ -53,7 +53,7 @@ def compare_methods(
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
     Args:
-        progress: opens a progress display for each evaluation.
+        progress: (what, total, unit) -> context manager that yields advance(n).
         announce: called with one line when a method is done.
 
     Raises:
@@ -79,13 +79,12 @@ def compare_methods(
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
         model.set_rope(plain if plan is None else extended_config(plan))
-        of_method = _progress_of(f"{name} ({index}/{len(plans)})", progress)
         measured = {
             key: run_eval(
                 _with_method(task, name, config, key),
                 model,
                 data=documents if key != "passkey" else None,
-                progress=of_method,
+                progress=_titled(progress, f"{name} ({index}/{len(plans)})"),
             )
             for key, task in tasks.items()
         }
@@ -97,6 +96,11 @@ def compare_methods(
             announce(_one_line(methods[-1]))
     model.set_rope(plain)
     return Comparison(results=results, record=_record(config, model, results[: len(tasks)], trained, methods))
+
+
+def _titled(progress: Progress, title: str) -> Progress:
+    """Return a progress display that says which method is measured."""
+    return lambda what, total, unit: progress(f"{title} {what}", total, unit)
 
 
 def _tasks(config: CompareConfig, trained: int) -> dict[str, Any]:
@@ -116,13 +120,9 @@ def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key in names}
 
 
-def _progress_of(name: str, progress: Progress) -> Progress:
-    return lambda what, total, unit: progress(f"{name} {what}", total, unit)
-
-
 def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:
     """Return an evaluation of one method, with the directory of its result if the comparison has one."""
-    changes: dict[str, Any] = {"method": name, "factor": None if is_unchanged(name) else config.factor}
+    changes: dict[str, Any] = {"method": name, "factor": None if name == "none" else config.factor}
     folder = re.sub(r"[^\w.-]+", "-", name)
     return dataclasses.replace(task, **changes, output=f"{config.output}/{folder}/{key}" if config.output else None)
 

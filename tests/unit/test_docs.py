@@ -71,11 +71,9 @@ def test_every_command_is_in_the_readme():
 
 
 def test_every_choice_of_compression_is_documented():
-    import longext.compressor.architectures  # noqa: F401
-    from longext.compressor.base import COMPRESSORS
-    from longext.compressor.objectives import OBJECTIVES
-    from longext.compressor.policies import POLICIES
-    from longext.compressor.readers import MEMORIES
+    from longext.compressor.architectures import COMPRESSORS
+    from longext.compressor.policies import OBJECTIVES, POLICIES
+    from longext.compressor.reading.readers import MEMORIES
     from longext.evals.memory.controls import METHODS
     from longext.evals.memory.reconstruction import CONTENTS
 

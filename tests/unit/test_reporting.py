@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import pytest
 
-from longext.report.console import pace, print_table
+from longext.report.console import print_table
 from longext.report.plots import log_ticks, new_figure
 from longext.report.results import dump_json, output_directory
 from longext.report.tables import Table, number, percent
@@ -66,19 +65,6 @@ def test_a_table_wider_than_the_terminal_is_continued_and_no_number_is_cut(width
     assert max(map(len, text.splitlines())) <= max(width, 60)
 
 
-@pytest.mark.parametrize(
-    ("done", "seconds", "text"),
-    [
-        (0, 15, "15 s so far"),
-        (10, 5, "2 tokens/s, 1 min 35 s left"),
-        (100, 7200, "0.014 tokens/s, 2 h 0 min left"),
-        (1, 3600, "0.00028 tokens/s, 8 d 7 h left"),
-    ],
-)
-def test_the_time_left_is_never_guessed_from_nothing(done, seconds, text):
-    assert pace(done, 200, "tokens", seconds) == text
-
-
 def test_json_is_strict():
     assert json.loads(dump_json({"a": math.inf, "b": [math.nan, 1.5], "c": (1,)})) == {
         "a": None,
@@ -112,15 +98,3 @@ def test_text_in_a_table_is_neither_html_nor_a_formula():
     assert len(text.splitlines()) == 7
     cells = ["=1+1", "+1", "-1", "@x", "\t=1", "fine", -1, -2.5]
     assert csv_text([cells]) == "'=1+1,'+1,'-1,'@x,'\t=1,fine,-1,-2.5\n"
-
-
-def test_a_progress_display_prints_names_as_they_are(monkeypatch):
-    from rich.console import Console
-
-    from longext.report import console
-
-    file = io.StringIO()
-    monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))
-    with console.progress("merge out[/red]:dog:", 2, "rows") as advance:
-        advance(1, "[bold] note [/nothing]")
-    assert "merge out[/red]:dog:" in file.getvalue() and "[/nothing]" in file.getvalue()

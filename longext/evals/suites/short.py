@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError, DataError, LongextError
@@ -20,9 +20,9 @@ from longext.evals.models import open_model
 from longext.evals.suites.ppl import Perplexity
 from longext.evals.views import SCORED, TOKENS, Detail, Lines, Section, either
 from longext.manifest import result_record
-from longext.models.methods import check_method, is_unchanged
+from longext.models.methods import check_method
 from longext.options import DataConfig
-from longext.settings import LENGTH, MANY, option
+from longext.settings import LENGTH, MANY, option, shown_name
 
 if TYPE_CHECKING:
     from longext.data.documents import Document
@@ -39,32 +39,6 @@ class ShortWindows:
     length: int
     windows: list[TokenizedDocument]
     owners: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShortResult:
-    """A model against its base at one length.
-
-    Attributes:
-        change: relative change of perplexity, exp(mean difference of NLL) - 1.
-        change_low, change_high: its 95 % paired bootstrap interval; None if there is nothing to resample.
-        resampled: "documents", or "windows" if there are fewer than 8 documents.
-        passed: `change` is not above the tolerance.
-    """
-
-    length: int
-    ppl: float
-    base_ppl: float
-    nll: float
-    base_nll: float
-    change: float
-    change_low: float | None
-    change_high: float | None
-    resampled: str | None
-    passed: bool
-    num_documents: int
-    num_windows: int
-    num_tokens: int
 
 
 @register("short")
@@ -116,7 +90,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         check_method(self.method, self.factor)
         if self.lengths:
             check_lengths(self.lengths, minimum=_MINIMUM)
-        if self.against is None and self.memory is None and is_unchanged(self.method):
+        if self.against is None and self.memory is None and self.method in (None, "none"):
             raise ConfigError(
                 "Give the model to compare with: --against BASE (with --memory or --method it may be left out)."
             )
@@ -133,7 +107,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         """Return None: the model is opened once the base is done, since memory may not hold both."""
 
     @property
-    def base(self) -> ShortTexts:
+    def reference(self) -> ShortTexts:
         """Return the settings of the base: the model alone, with no method and no memory."""
         revision = None if self.against else self.revision
         model = self.against or self.model
@@ -152,7 +126,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
 
     def measure(self, model: Any, data: Sequence[Document], work: Work) -> Outcome:
         """Return the record: the base measured, then the model."""
-        base = open_model(self.base)
+        base = open_model(self.reference)
         lengths = self.lengths_within(base.trained_length)
         cuts = cut_windows(base, data, lengths, self)
         num_tokens = sum(cut.length * len(cut.windows) for cut in cuts)
@@ -162,13 +136,13 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         model = model if model is not None else open_model(self)
         if cut_windows(model, data, lengths, self) != cuts:
             raise ConfigError(
-                f"{self.model} and {self.base.model} split this text into different tokens: their perplexities are not "
-                "of the same thing."
+                f"{self.model} and {self.reference.model} split this text into different tokens: their perplexities "
+                "are not of the same thing."
             )
         with work.progress("short texts, the model", num_tokens, "tokens") as advance:
             rows = score_short(model, cuts, self, advance)
         record = short_record(model.describe(), base_facts, data, self, compare_short(rows, base_rows, cuts, self))
-        return Outcome(record=record, notes=_notes(record))
+        return Outcome(record=record, notes=[*_notes(record), f"The base is {shown_name(self.reference.model)}."])
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
         """Return the tolerance at each length."""
@@ -221,10 +195,17 @@ def score_short(
     """Return one model's perplexity at each length; each window counts as a document."""
     from longext.evals.perplexity import evaluate_perplexity
 
-    common = {"model": "", "protocol": "yarn-truncated", "batch_tokens": config.batch_tokens, "num_bootstrap": 0}
-    protocols = [Perplexity(lengths=(cut.length,), **common) for cut in cuts]
-    pairs = zip(cuts, protocols, strict=True)
-    return [row for cut, protocol in pairs for row in evaluate_perplexity(model, cut.windows, protocol, advance)]
+    rows = []
+    for cut in cuts:
+        protocol = Perplexity(
+            model="",
+            protocol="yarn-truncated",
+            lengths=(cut.length,),
+            batch_tokens=config.batch_tokens,
+            num_bootstrap=0,
+        )
+        rows += evaluate_perplexity(model, cut.windows, protocol, advance)
+    return rows
 
 
 def compare_short(
@@ -232,12 +213,19 @@ def compare_short(
     base_rows: Sequence[PerplexityAtLength],
     cuts: Sequence[ShortWindows],
     config: ShortTexts,
-) -> list[ShortResult]:
-    """Return the change at each length with its paired interval."""
+) -> list[dict[str, Any]]:
+    """Return the rows of the record, a length each.
+
+    `change` is the relative change of perplexity, exp(mean difference of NLL) - 1; `change_low` and `change_high` its
+    95 % paired bootstrap interval, None if there is nothing to resample; `resampled` says what was: "documents", or
+    "windows" if there are too few documents; `passed` that the change is not above the tolerance.
+    """
     return [_compare(*row, config) for row in zip(rows, base_rows, cuts, strict=True)]
 
 
-def _compare(row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindows, config: ShortTexts) -> ShortResult:
+def _compare(
+    row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindows, config: ShortTexts
+) -> dict[str, Any]:
     import numpy as np
 
     from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
@@ -247,42 +235,39 @@ def _compare(row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindow
     num_documents = len(set(cut.owners))
     by_document = num_documents >= MIN_DOCUMENTS
     units = np.array(cut.owners) if by_document else np.arange(len(differences))
-    sums, counts = np.bincount(units, differences), np.bincount(units).astype(np.float64)
+    sums, counts = (np.bincount(units, values).astype(np.float64) for values in (differences, np.ones(len(units))))
     interval = bootstrap_mean(sums, counts, num_samples=config.num_bootstrap, seed=config.seed)
     change = math.expm1(float(differences.mean()))
-    return ShortResult(
-        length=cut.length,
-        ppl=row.ppl,
-        base_ppl=base.ppl,
-        nll=row.nll,
-        base_nll=base.nll,
-        change=change,
-        change_low=math.expm1(interval[0]) if interval else None,
-        change_high=math.expm1(interval[1]) if interval else None,
-        resampled=("documents" if by_document else "windows") if interval else None,
-        passed=change <= config.tolerance,
-        num_documents=num_documents,
-        num_windows=len(differences),
-        num_tokens=row.num_tokens,
-    )
+    return {
+        "length": cut.length,
+        "ppl": row.ppl,
+        "base_ppl": base.ppl,
+        "nll": row.nll,
+        "base_nll": base.nll,
+        "change": change,
+        "change_low": math.expm1(interval[0]) if interval else None,
+        "change_high": math.expm1(interval[1]) if interval else None,
+        "resampled": ("documents" if by_document else "windows") if interval else None,
+        "passed": change <= config.tolerance,
+        "num_documents": num_documents,
+        "num_windows": len(differences),
+        "num_tokens": row.num_tokens,
+    }
 
 
-def verdict_text(results: Sequence[ShortResult], tolerance: float) -> str:
+def verdict_text(results: Sequence[Mapping[str, Any]], tolerance: float) -> str:
     """Return one sentence: where the change is above the tolerance, or that it is nowhere."""
-    above = [f"{row.change:+.2%} at {row.length:,}" for row in results if not row.passed]
+    above = [f"{row['change']:+.2%} at {row['length']:,}" for row in results if not row["passed"]]
     if above:
         return f"FAILED: perplexity {', '.join(above)} tokens, above the tolerance of {tolerance:.2%}."
-    worst = max(results, key=lambda row: row.change)
-    return f"Passed: perplexity {worst.change:+.2%} at most ({worst.length:,} tokens), tolerance {tolerance:.2%}."
+    worst = max(results, key=lambda row: float(row["change"]))
+    return f"Passed: perplexity {worst['change']:+.2%} at most ({worst['length']:,} tokens), tolerance {tolerance:.2%}."
 
 
-def undecided(results: Sequence[ShortResult], tolerance: float) -> list[int]:
+def undecided(results: Sequence[Mapping[str, Any]], tolerance: float) -> list[int]:
     """Return the lengths whose interval holds the tolerance: other documents could turn the verdict."""
-    return [
-        row.length
-        for row in results
-        if row.change_low is not None and row.change_high is not None and row.change_low <= tolerance < row.change_high
-    ]
+    rows = [row for row in results if row["change_low"] is not None]
+    return [row["length"] for row in rows if row["change_low"] <= tolerance < row["change_high"]]
 
 
 def short_record(
@@ -290,7 +275,7 @@ def short_record(
     base: dict[str, Any],
     documents: Sequence[Document],
     config: ShortTexts,
-    results: Sequence[ShortResult],
+    results: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the JSON record; `model` and `base` are what the two say of themselves."""
     from longext.data.documents import data_hash
@@ -311,15 +296,15 @@ def short_record(
             "source": config.data,
             "split": config.split,
             "sha256": data_hash(documents),
-            "num_documents": results[0].num_documents,
-            "num_too_short": len(documents) - results[0].num_documents,
+            "num_documents": results[0]["num_documents"],
+            "num_too_short": len(documents) - results[0]["num_documents"],
             "max_tokens": config.max_tokens,
         },
         base=base,
-        passed=all(row.passed for row in results),
+        passed=all(row["passed"] for row in results),
         verdict=verdict_text(results, config.tolerance),
         undecided=undecided(results, config.tolerance),
-        results=[asdict(row) for row in results],
+        results=results,
     )
 
 
