@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.compressor.architectures import COMPRESSORS
+from longext.compressor.policies import OBJECTIVES, policy_forms
 from longext.options import ChatConfig, DataConfig, RuntimeConfig
 from longext.settings import LENGTH, option, setting
 from longext.training.config import TrainingConfig
@@ -20,7 +22,7 @@ class CompressConfig(TrainingConfig, DataConfig):
     schedule: str = setting("cosine")
     weight_decay: float = setting(0.1, ge=0)
     prompt: str = option("auto", "qa: auto (chat template, else plain), chat, plain, llama2.")
-    arch: str = option("uio", "uio, anchor, icae, gist, autocompressor, rmt, beacon or prefix.")
+    arch: str = option("uio", names=lambda: COMPRESSORS)
     memory_kind: str | None = option(None, "icae: soft (vectors) or kv.")
     segment: int = option(1024, "Tokens of a segment.", ge=1, panel="Method")
     ratio: tuple[int, ...] = option((8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.")
@@ -29,8 +31,8 @@ class CompressConfig(TrainingConfig, DataConfig):
     document_length: int | None = option(
         None, "Tokens of a training document (default: 12 segments, or what fits).", ge=2, le=LENGTH
     )
-    objectives: str = option("lm", "lm, ae, qa, distill with weights, as in lm:1,ae:0.2.")
-    gradient: str = option("exact", "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full.")
+    objectives: str = option("lm", f"{', '.join(OBJECTIVES)} with weights, as in lm:1,ae:0.2.")
+    gradient: str = option("exact", f"{', '.join(policy_forms())}.")
     grad_check: int | None = option(None, "Compare with the exact gradient every N steps.", ge=1)
     lora_r: int = option(128, "LoRA rank.", ge=1, le=2**16)
     lora_alpha: int = option(512, "LoRA alpha.", ge=1)

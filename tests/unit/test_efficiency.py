@@ -24,7 +24,7 @@ def test_the_compressor_ends_where_reading_the_document_ends(variant, length):
     document = make_document(compressor, ids)
     with torch.no_grad():
         store, last = encode(document), len(document.slots)
-        hidden = compressor.read(document.segments[last], store.view(*document.span(last)))
+        hidden = compressor.read(document.segments[last], store.view(*document.schedule.span(last)))
         assert torch.allclose(logits, compressor.backbone.logits(hidden[:, -1]), atol=1e-10)
     assert decoder.length == way.slots(length)
     assert decoder.num_bytes == way.slots(length) * bytes_per_position(compressor.backbone)

@@ -17,6 +17,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import check_base_options
 from longext.compressor.gradients import Sweep
+from longext.compressor.memory import MemoryStore
 from longext.compressor.reading.decoder import CachedDecoder, memory_decoder
 from longext.compressor.schedule import Schedule
 from longext.compressor.segments import split_segments
@@ -157,12 +158,19 @@ def _prefill_compressed(
 ) -> tuple[CachedDecoder, torch.Tensor]:
     count = -(-tokens.shape[1] // compressor.spec.segment)
     sweep = Sweep(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
-    store = sweep.new_store()
-    sweep.write_all(store, range(count - 1))
+    store = encode(sweep)
     last = sweep.segments[-1]
     decoder = memory_decoder(compressor, last.sink, store.view(*sweep.schedule.span(count - 1)), ratio, room)
     del store
     return decoder, decoder.next_logits(torch.cat([last.before, last.tokens], 1))
+
+
+@torch.no_grad()
+def encode(sweep: Sweep) -> MemoryStore:
+    """Return the memories of all segments but the last, several segments in a pass if none depends on another."""
+    store = sweep.new_store()
+    sweep.write_all(store, range(len(sweep.slots)))
+    return store
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
