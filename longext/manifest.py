@@ -1,4 +1,4 @@
-"""`run.json` and `recipe.yaml`: what stands beside every output so that it can be understood and made again."""
+"""`run.json` and `recipe.yaml`: what every output holds so that it can be understood and repeated."""
 
 from __future__ import annotations
 

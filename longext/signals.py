@@ -85,7 +85,7 @@ def end_with_parent(parent: int | None = None) -> None:
     A thread looks for it every second: it works under any launcher, and while the main thread waits in a library.
 
     Args:
-        parent: the process that started this one. Given, Linux is asked to kill this process with it too, which works
+        parent: the process that started this one. If given, Linux is told to kill this process with it too, which works
             even while this process is stopped. It must have been started from that process's main thread: Linux
             looks at the thread.
     """

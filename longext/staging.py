@@ -1,6 +1,6 @@
-"""The one door to output directories: checked and locked before the work, complete or absent after it.
+"""The one place for output directories: checked and locked before the work, complete or absent after it.
 
-While a command works towards OUTPUT it holds `.OUTPUT.lock` beside it (flock), so that there is one at a time; it
+While a command works towards OUTPUT it holds `.OUTPUT.lock` next to it (flock), so that there is one at a time; it
 writes into `.OUTPUT.partial-*`, and that gets its name by a rename. What a killed command left is removed by the next
 one that gets the lock. Only the unfinished runs of trainings, in `OUTPUT.running`, outlive a kill.
 """
@@ -69,7 +69,7 @@ def check_output(output: Path, force: bool, *, protected: Path | None = None) ->
     """Raise ConfigError if writing `output` would lose something or cannot work.
 
     Args:
-        output: the directory to be written. A link to a directory stands for its target.
+        output: the directory to be written. A link to a directory means its target.
         force: the user allows an existing directory to be replaced.
         protected: a directory that must survive (the source model).
     """
@@ -127,7 +127,7 @@ def _holds(folder: Path, path: Path) -> bool:
 
 
 def _identity(path: Path) -> _Identity | None:
-    """Return (device, inode) of what stands at `path`, None if nothing does."""
+    """Return (device, inode) of what is at `path`, None if nothing does."""
     with contextlib.suppress(OSError):
         status = path.lstat()
         return status.st_dev, status.st_ino
@@ -135,7 +135,7 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def is_taken(output: Path) -> bool:
-    """Return True if something stands at `output`, or a command is at work on it."""
+    """Return True if something is at `output`, or a command is at work on it."""
     return os.path.lexists(output) or os.path.lexists(_lock_name(output))
 
 
@@ -164,7 +164,7 @@ def hold_output(output: Path, force: bool) -> bool:
 
 
 def hold_name(output: Path) -> bool:
-    """Lock `output`, whatever stands there, and remove what killed commands left; False if it is held already.
+    """Lock `output`, whatever is there, and remove what killed commands left; False if it is held already.
 
     Raises:
         ConfigError: nothing can be written at this place.
@@ -209,7 +209,7 @@ def _lock_name(target: Path) -> Path:
 
 
 def _lock(target: Path, output: Path) -> IO[str] | None:
-    """Return the locked file beside `target`, None on systems and file systems without flock."""
+    """Return the locked file next to `target`, None on systems and file systems without flock."""
     try:
         import fcntl
     except ImportError:
@@ -261,7 +261,7 @@ def _machine() -> str:
 
 
 def _tidy(target: Path) -> None:
-    """Remove what killed commands left beside `target`, whose lock is held; a replacement cut in two is undone.
+    """Remove what killed commands left next to `target`, whose lock is held; a replacement cut in two is undone.
 
     The lock says that none of this machine is alive. A lock of another machine, on a shared file system, may not be
     seen here: its directories go once nothing in them has changed for a day.

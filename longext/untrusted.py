@@ -1,4 +1,4 @@
-"""The one door for text that somebody else wrote: files, JSON, JSON lines, YAML, patterns.
+"""The one place for text that somebody else wrote: files, JSON, JSON lines, YAML, patterns.
 
 Whatever is read here has a size, a depth and types that are known afterwards, or ends in one line that names the file
 (and the line, in formats made of lines), what was found and what to do. Imports nothing heavy.
@@ -116,7 +116,7 @@ def file_kind(mode: int) -> str:
 
 
 def check_directory(directory: Path, kind: Kind = CheckpointError) -> None:
-    """Refuse a directory in which a FIFO, device or socket lies: a library that opened it would hang.
+    """Refuse a directory that holds a FIFO, device or socket: a library that opened it would hang.
 
     Raises:
         LongextError: of `kind`; names the first of them.
@@ -174,7 +174,7 @@ def spelled(text: str) -> str:
 
 
 class _Refused(ValueError):
-    """What this door does not let in though a parser would."""
+    """What is refused here though a parser would take it."""
 
 
 def _whole(digits: str) -> int:
@@ -203,7 +203,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _Refused(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
+        raise _Refused(f"the key '{next(key for key in keys if keys.count(key) > 1)}' is there twice")
     return value
 
 
@@ -412,7 +412,7 @@ def _tuple_items(hint: Any) -> list[Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without dates: `2020-01-02` is text, as it stands."""
+    """YAML without dates: `2020-01-02` is text."""
 
 
 _PlainLoader.yaml_implicit_resolvers = {
@@ -473,7 +473,7 @@ def _check_keys(node: Any) -> None:
                     f"the key {key.value if isinstance(key.value, str) else '?'} must be text, the name of a setting"
                 )
             elif key.value in names:
-                trouble = f"the key '{key.value}' stands there twice"
+                trouble = f"the key '{key.value}' is there twice"
             if trouble:
                 raise yaml.MarkedYAMLError(problem=trouble, problem_mark=key.start_mark)
             names.add(key.value)

@@ -2,8 +2,8 @@
 
 Imports nothing of longext, so that `_reload.py` can use it in a clean process. The model lives on the meta device: no
 memory, no numbers. One forward pass there says which layers rotate and with which rotary module (autograd knows what
-depends on cos and sin), how far each layer sees and its softmax scale (the attention interface is told both). Rotary
-modules hold no weights, so they are made once more on the CPU and asked for numbers.
+depends on cos and sin), how far each layer sees and its softmax scale (the attention interface gets both). Rotary
+modules hold no weights, so they are built once more on the CPU and run.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Notes:
 
     Attributes:
         rotary: the outputs of the rotary modules (leaves of autograd's graph): name -> tensors.
-        attention: what the attention interface was told, by name of the attention module.
+        attention: what the attention interface was given, by name of the attention module.
         layers: for each decoder layer in order of its call, [name, names of the rotary modules it depends on].
     """
 
@@ -132,11 +132,13 @@ class Notes:
     layers: dict[str, list[str]] = field(default_factory=dict)
 
 
-_active: list[tuple[Notes, dict[Any, str]]] = []  # the forward that is being watched; the interface has no other door
+_active: list[
+    tuple[Notes, dict[Any, str]]
+] = []  # the forward that is being watched; the interface takes no other argument
 
 
 def _watch_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **kwargs: Any) -> tuple[Any, None]:
-    """An attention function that only notes what it is told; its output has the right shape and dependencies."""
+    """An attention function that only notes its arguments; its output has the right shape and dependencies."""
     notes, names = _active[-1]
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     scaling = kwargs.get("scaling")
@@ -294,7 +296,7 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
     """Build the model of a transformers config and return what it computes (JSON values only).
 
     Args:
-        lengths: sequence lengths at which every rotary module is asked.
+        lengths: sequence lengths at which every rotary module is run.
         layers: run the forward pass that tells what the layers do.
 
     Returns:
@@ -303,7 +305,7 @@ def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, A
         known or None, "scales": {attention module: softmax scale}}
 
     Raises:
-        NotBuilt: transformers cannot build the model, or a rotary module cannot be asked; one line.
+        NotBuilt: transformers cannot build the model, or a rotary module cannot be run; one line.
     """
     try:
         model = build(config)

@@ -237,7 +237,7 @@ def not_numbers(where: str) -> LongextError:
 
 
 def weights_checksum(model: Any) -> str:
-    """Return a hash of every parameter in memory: sums of bit patterns, so exact, where it lies, on any device.
+    """Return a hash of every parameter in memory: sums of bit patterns, so exact, on whatever device it is.
 
     Reads the weights once (about 2 GB/s on a CPU core). Parameters that are offloaded count by name and shape alone.
     """

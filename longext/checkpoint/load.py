@@ -1,4 +1,4 @@
-"""The one door for models: configs, tokenizers and weights come in through transformers here, whole or not at all.
+"""The one place for models: configs, tokenizers and weights come in through transformers here, whole or not at all.
 
 No other module calls `from_pretrained` of a config, tokenizer or model (conversion/_reload.py does the same in a
 process of its own). Importing this module imports neither torch nor transformers.
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 MAPPED = "map"  # --device map: layers spread over all devices by accelerate
-_COUNT = re.compile(r"(^|_)(n_)?(layers?|labels)$")
-_MOST = 100_000
 _LONGEST = 300  # characters of a library's message that are shown
 _NAMED = (OSError, ValueError, RuntimeError, ImportError)  # their messages say what is wrong without their kind
 
@@ -42,7 +40,7 @@ def load_config(directory: Path, trust_remote_code: bool | None = None) -> Any:
     Raises:
         CheckpointError: transformers cannot read it, or it needs code of its own.
     """
-    _check_config(read_config(directory), str(directory / "config.json"))
+    _check_type(read_config(directory), str(directory / "config.json"))
     from transformers import AutoConfig
 
     with explained(f"transformers cannot read {directory / 'config.json'}", trust_remote_code):
@@ -59,7 +57,7 @@ def build_model_config(config: dict[str, Any]) -> Any:
 
     from longext.checkpoint import _built
 
-    _check_config(config, "config.json")
+    _check_type(config, "config.json")
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING and "auto_map" in config:
         raise CheckpointError(
@@ -71,19 +69,10 @@ def build_model_config(config: dict[str, Any]) -> Any:
         return _built.load_config(config)
 
 
-def _check_config(config: dict[str, Any], where: str) -> None:
+def _check_type(config: dict[str, Any], where: str) -> None:
     if not isinstance(config.get("model_type"), str):
         # transformers would guess the class from the directory's name
         raise CheckpointError(f"{where} has no `model_type`. Restore the model's own config.json.")
-    _check_counts(config, where)
-
-
-def _check_counts(config: dict[str, Any], where: str) -> None:
-    """Refuse numbers of layers or labels that would fill the memory: config classes list something for each."""
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key, value in section.items():
-            if _COUNT.search(key) and isinstance(value, int) and value > _MOST:
-                raise CheckpointError(f"{where}: `{key}` must be at most {_MOST:,}. Restore the model's own.")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -100,7 +89,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     quiet_transformers()
     has_config = (directory / "config.json").is_file()  # transformers reads it for the tokenizer too
     if has_config:
-        _check_counts(read_config(directory), str(directory / "config.json"))
+        read_config(directory)
     try:
         with explained(f"{directory} has no tokenizer that transformers can load", trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
@@ -114,7 +103,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool | None = None) -> An
     if not plain:
         raise CheckpointError(
             f"{directory} has no tokenizer: its vocabulary is empty but for special tokens. Copy the model's own "
-            "tokenizer.json (or tokenizer.model) beside config.json."
+            "tokenizer.json (or tokenizer.model) next to config.json."
         )
     return tokenizer
 
@@ -136,7 +125,7 @@ def load_causal_lm(
 ) -> Any:
     """Return the causal LM in `directory` with every weight from its files, all of them finite.
 
-    The check for finite values reads every weight once, where it lies (about 6 GB/s on one CPU core).
+    The check for finite values reads every weight once, on its device (about 6 GB/s on one CPU core).
 
     Args:
         config: transformers' config object; by default that of the directory.
@@ -269,14 +258,14 @@ def explained(what: str, trust_remote_code: bool | None = None) -> Iterator[None
     """Turn whatever a library raises into one CheckpointError, "WHAT: the reason"; memory and Ctrl-C pass through.
 
     Args:
-        trust_remote_code: as asked for; None for a command that has no option for it.
+        trust_remote_code: the user's choice; None for a command that has no option for it.
     """
     try:
         yield
     except LongextError:
         raise
     except Exception as error:  # a loader meets code of every family, and files of every kind
-        if _is_out_of_memory(error) or _is_interrupt(error):
+        if is_out_of_memory(error) or _is_interrupt(error):
             raise
         if "trust_remote_code=True" in str(error):
             advice = "" if trust_remote_code is None else " If you trust its author, add --trust-remote-code."
@@ -298,7 +287,8 @@ def _reason(error: BaseException) -> str:
     return text if speaks else f"{type(error).__name__}: {text}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for the errors that Python and torch raise if there is no memory left."""
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return is_torchs or isinstance(error, MemoryError)
 

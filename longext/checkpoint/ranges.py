@@ -7,6 +7,7 @@ number. Which combinations are a RoPE that longext knows is decided by `rope_con
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from longext.untrusted import shown
 MAX_LENGTH = 2**31  # positions: far beyond any model, and what fits an index of 32 bits
 MAX_FACTOR = 1e6  # target length / trained length
 _LARGEST = 1e30
+_COUNT = re.compile(r"(^|_)(n_)?(layers?|labels)$")
+_MOST = 100_000
 _ADVICE = "Restore the file from the original model."
 _SHARES = ("partial_rotary_factor", "rotary_pct")
 _NEEDS_FACTOR = ("linear", "dynamic", "yarn", "llama3")
@@ -101,6 +104,12 @@ def check_model_config(config: Mapping[str, Any], path: Path) -> None:
     text = config.get("text_config")
     if isinstance(text, dict):
         _check_level(text, f"{path}: text_config")
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        # config classes list something for each layer or label, whatever family's: too many fill the memory
+        counts = ((key, value) for key, value in section.items() if _COUNT.search(key) and isinstance(value, int))
+        for key, value in counts:
+            if value > _MOST:
+                raise _refusal(str(path), key, value, f"at most {_MOST:,}")
 
 
 def _check_level(level: Mapping[str, Any], where: str) -> None:

@@ -98,14 +98,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return True for a directory that holds an adapter; the weights of its base may lie there as well.
+    """Return True for a directory that holds an adapter; the weights of its base may be there as well.
 
-    transformers, too, puts an adapter into the model beside it.
+    transformers, too, puts an adapter into the model in its directory.
     """
     return (directory / "adapter_config.json").is_file()
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raise CheckpointError for an adapter directory: what is asked for is a model."""
+    """Raise CheckpointError for an adapter directory: a model is wanted."""
     if is_adapter(directory):
         raise CheckpointError(f"{directory} holds an adapter, not a model. Merge it first: longext merge {directory}")

@@ -98,7 +98,7 @@ def read_header(path: Path, kind: Kind = CheckpointError, advice: str = "Downloa
     """Read the header of a safetensors file, never its data, and check that the two agree.
 
     safetensors itself checks it: tensors must fill the data without holes or overlaps, each as many bytes as its shape
-    and dtype take. It lets a name stand there twice (the last one counts), which is refused here.
+    and dtype take. It accepts a name twice (the last one counts), which is refused here.
 
     Raises:
         FileNotFoundError: there is none.
@@ -182,7 +182,9 @@ def _find_shards(directory: Path) -> list[Shard]:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if not name or Path(name).name != name]
         if outside:
-            raise CheckpointError(f"{index_path} names '{outside[0]}': weight files must lie beside their index.")
+            raise CheckpointError(
+                f"{index_path} names '{outside[0]}': weight files must be in the directory of their index."
+            )
         shards = [read_shard(directory / name) for name in names]
         missing = sorted(set(weight_map) - set(tensors_of(shards)))
         if missing:

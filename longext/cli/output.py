@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     from longext.data.documents import SAMPLE
     from longext.staging import check_apart, hold_output
 
-    named = [str(getattr(config, name, None) or "").partition("@")[0] for name in _READ]
+    settings = dataclasses.asdict(config)
+    named = [str(settings.get(name) or "").partition("@")[0] for name in _READ]
     paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
     for path in (*(path for path in paths if path.exists()), *read):
         check_apart(output, path)
@@ -39,14 +41,15 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
 
 def deliver(output: Path, command: str, measured: Measured, *, as_json: bool) -> None:
     """Write the results of an evaluation, then print tables, notes and their directory; see `show`."""
-    from longext.report.console import say
+    from longext.report.console import say, working
     from longext.report.render import render
     from longext.report.results import write_results
 
     rendered = render(str(output), measured.record, measured.task)
-    written = write_results(
-        output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
-    )
+    with working(f"writing {output}"):
+        written = write_results(
+            output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
+        )
     show(measured.record, written.tables, as_json=as_json, notes=measured.notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
@@ -69,10 +72,11 @@ def deliver_files(
     Args:
         tables, figures, extra: as for `write_result_files`.
     """
-    from longext.report.console import say
+    from longext.report.console import say, working
     from longext.report.results import write_results
 
-    written = write_results(output, command, config, record, tables, figures, extra)
+    with working(f"writing {output}"):
+        written = write_results(output, command, config, record, tables, figures, extra)
     for line in lead:
         say(line, aside=as_json)
     show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)

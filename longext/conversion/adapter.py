@@ -1,6 +1,6 @@
 """Read a PEFT LoRA adapter: which base tensor each of its tensors changes, strictly.
 
-What an adapter must hold is not worked out here but asked of peft: the base model is built without data on the meta
+What an adapter must hold is not worked out here; peft says it. The base model is built without data on the meta
 device, peft puts the adapter's modules in, and names, shapes and scalings are read off (rank and alpha patterns,
 rsLoRA, regular expressions and tied heads included).
 """
@@ -43,7 +43,7 @@ _UNDERSTOOD = (
     *("lora_dropout", "init_lora_weights", "eva_config", "lora_ga_config", "loftq_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),
 )
-# Files that may lie beside an adapter and hold nothing of it.
+# Files that an adapter's directory may have and that hold nothing of it.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "pytorch_model_fsdp*")
 PICKLED_WEIGHTS = "adapter_model.bin"
 TRAINED_BESIDE = "trainable_params.bin"  # embeddings and norms of LongLoRA's own code
@@ -118,7 +118,7 @@ def find_adapter(adapter: str) -> Path:
     """
     if not Path(adapter).expanduser().exists() and not HUB_ID.match(adapter):
         raise CheckpointError(f"No adapter at '{adapter}': give the directory with {ADAPTER_CONFIG}, or a Hub id.")
-    directory = resolve_model(adapter, pickles=True)  # told of, never opened
+    directory = resolve_model(adapter, pickles=True)  # named in the refusal, never opened
     if not (directory / ADAPTER_CONFIG).is_file():
         what = "a whole model, nothing is to be merged" if (directory / "config.json").is_file() else "not an adapter"
         raise CheckpointError(f"No {ADAPTER_CONFIG} in {directory}: {what}. Give the directory that PEFT saved.")
@@ -140,8 +140,8 @@ def _check_files(directory: Path) -> None:
     unread = [name for name in pickled if name not in known]
     if unread:
         raise CheckpointError(f"{directory} has trained weights in {unread[0]}, which is not read. {convert}")
-    beside = [file.name for file in sorted(directory.glob("*.safetensors"))]
-    unread = [name for name in beside if name not in known and not name.startswith("model")]
+    others = [file.name for file in sorted(directory.glob("*.safetensors"))]
+    unread = [name for name in others if name not in known and not name.startswith("model")]
     if unread:
         raise CheckpointError(
             f"{directory} has weights in {unread[0]}, which PEFT does not read: put them into {ADAPTER_WEIGHTS}, or "

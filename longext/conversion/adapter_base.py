@@ -1,8 +1,8 @@
 """What an adapter directory says of its base model and its RoPE: found and checked, and written.
 
-PEFT records neither the RoPE of an adapter nor the weights it was trained on. longext writes both beside it: `run.json`
-and `config.json`, and in a finished directory `base/`, the base model under that RoPE (its weights linked), which
-`base_model_name_or_path` names.
+PEFT records neither the RoPE of an adapter nor the weights it was trained on. longext writes both to its directory:
+`run.json` and `config.json`, and once it is finished `base/`, the base model under that RoPE (its weights linked),
+which `base_model_name_or_path` names.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ _TOKENIZER_FILES = (
 def record_of(adapter: Path) -> tuple[dict[str, Any], Path | None]:
     """Return (longext's record of the extension, the directory whose config.json has the RoPE) of an adapter.
 
-    They lie in the directory itself; those of a checkpoint of a run may lie in the run's.
+    They are in the directory itself; those of a checkpoint of a run may be in the run's.
     """
     homes = [adapter, adapter.resolve().parent.parent] if (adapter / _RUN_MARKER).is_file() else [adapter]
     for home in homes:
         record = read_manifest(home).get("extension") or {}
-        if not isinstance(record, dict) or not isinstance(record.get("base_path", ""), str):
-            raise CheckpointError(f"{home / 'run.json'} has no readable record of an extension. Restore or remove it.")
         if record or (home / "config.json").is_file():
             return record, home if (home / "config.json").is_file() else None
     return {}, None
@@ -201,7 +199,7 @@ def describe_adapter(
     record: dict[str, Any],
     state: str,
 ) -> None:
-    """Write beside an adapter what PEFT does not: config.json with its RoPE, run.json, and where its base will be.
+    """Write what PEFT does not write of an adapter: config.json with its RoPE, run.json, and where its base will be.
 
     Args:
         output: the finished directory; its `base/` is what adapter_config.json names, so that PEFT and transformers
@@ -219,10 +217,10 @@ def describe_adapter(
 
 
 def write_base(directory: Path, source: Path, config: dict[str, Any]) -> None:
-    """Write `base/`, the base model under the adapter's RoPE, and links to its weights beside the adapter.
+    """Write `base/`, the base model under the adapter's RoPE, and links to its weights next to the adapter.
 
-    With config.json and weights beside it, `AutoModelForCausalLM.from_pretrained` takes the directory for a model with
-    an adapter in it, wherever it lies; without, it would look for the base under its name and take that one's RoPE.
+    With config.json and weights next to it, `AutoModelForCausalLM.from_pretrained` takes the directory for a model with
+    an adapter in it, wherever it is; without, it would look for the base under its name and take that one's RoPE.
     Weights are hard links, symbolic ones across devices: nothing large is copied.
     """
     base = directory / BASE_DIRECTORY
@@ -233,9 +231,9 @@ def write_base(directory: Path, source: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(file, base / file.name)
     for file in weight_files(source):
         _link(file, base / file.name)
-        beside = directory / file.name
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(Path(BASE_DIRECTORY, file.name))
+        link = directory / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(BASE_DIRECTORY, file.name))
 
 
 def weight_files(source: Path) -> list[Path]:

@@ -151,7 +151,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 ```
 
 `DIR/base` is the base model under this RoPE, its weights linked. `AutoPeftModelForCausalLM` finds it as long as the
-directory stays where it was made. PEFT records no RoPE, so anything else has to be told:
+directory stays where it was made. PEFT records no RoPE, so anything else has to be given it:
 
 ```python
 from peft import PeftModel

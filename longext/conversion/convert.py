@@ -1,14 +1,14 @@
 """Turn an adapter's pickle files into safetensors, without running what a pickle may ask for.
 
 LongLoRA's own code (arXiv 2309.12307) publishes two of them: `adapter_model.bin`, PEFT's old file, and
-`trainable_params.bin`, the embeddings and norms that were trained beside it. The RoPE is in neither.
+`trainable_params.bin`, the embeddings and norms that were trained with it. The RoPE is in neither.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     """Write the adapter as PEFT saves one today, with the RoPE it was trained with; it appears when it fits its base.
 
     Raises:
-        ConfigError: no output, or no RoPE is named and none lies beside the adapter.
+        ConfigError: no output, or no RoPE is named and the adapter has no config.json.
         CheckpointError: nothing to convert; a pickle that holds more than tensors; tensors that do not fit the base.
     """
     if config.output is None:
@@ -91,7 +91,7 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
 
 
 def _plan(config: ConvertConfig, source: Path, name: str, revision: str | None, base: Path) -> ExtensionPlan:
-    """The RoPE that the adapter was trained with: as asked, else that of the config.json beside it."""
+    """The RoPE that the adapter was trained with: as the user says, else that of its config.json."""
     if config.method is not None:
         rope = {field.name: getattr(config, field.name) for field in fields(RopeConfig)}
         return plan_extension(ExtendConfig(model=name, method=config.method, revision=revision, **rope))
@@ -190,8 +190,3 @@ def _write(directory: Path, tensors: dict[str, torch.Tensor], settings: dict[str
 
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(directory / ADAPTER_CONFIG, settings)
-
-
-def conversion_record(conversion: Conversion) -> dict[str, Any]:
-    """Return what `--json` prints of a conversion."""
-    return asdict(conversion)

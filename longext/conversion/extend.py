@@ -37,7 +37,7 @@ from longext.rope.spec import (
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
-# Small files that travel with a checkpoint, beside config.json (rewritten) and the weights (linked).
+# Small files that travel with a checkpoint; config.json is rewritten, the weights are linked.
 _SIDE_PATTERNS = (
     "*.json",
     "*.jsonl",
@@ -436,21 +436,15 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
     }
 
 
-def place_file(source: Path, target: Path, force_copy: bool = False) -> str:
-    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy. Never a symlink.
-
-    Returns:
-        "linked", "cloned" or "copied".
-    """
+def place_file(source: Path, target: Path, force_copy: bool = False) -> None:
+    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy; no symlink."""
     source = source.resolve()  # Hub caches hold symlinks to blobs
     if not force_copy:
         with contextlib.suppress(OSError):
             os.link(source, target)
-            return "linked"
-    if _clone(source, target):
-        return "cloned"
-    shutil.copyfile(source, target)
-    return "copied"
+            return
+    if not _clone(source, target):
+        shutil.copyfile(source, target)
 
 
 def _clone(source: Path, target: Path) -> bool:
@@ -484,7 +478,7 @@ def left_out(source: Path) -> list[str]:
 
 
 def raise_lengths(directory: Path, length: int) -> None:
-    """Raise the limits beside a config, so that nothing stops at the old length; never lower them."""
+    """Raise the limits in other files than config.json, so that nothing stops at the old length; never lower them."""
     for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
         config = read_json(directory / name, "a JSON file") if (directory / name).is_file() else {}
         if isinstance(config.get(key), (int, float)) and config[key] < length:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from longext.checkpoint.load import load_causal_lm, load_config, quiet_transformers
+from longext.checkpoint.load import is_out_of_memory, load_causal_lm, load_config, quiet_transformers
 from longext.checkpoint.source import read_config
 from longext.checkpoint.weights import TORCH_NAMES, read_shards, tensors_of
 from longext.errors import CheckpointError, LongextError, VerificationError
@@ -38,7 +38,7 @@ class Proof:
         worst_tensor: the one with the largest share of different values.
         worst_share: that share; equal means within WEIGHT_TOLERANCE in float32, and exactly in shorter types.
         num_tokens: seeded random tokens compared, all logits of each.
-        first_position: position of the first one; the trained length lies inside the span.
+        first_position: position of the first one; the trained length is inside the span.
         max_difference: largest |logit difference| between the adapter's model and the merged one, both in float32,
             the adapter's merged weights first rounded by peft and torch to the written type.
         limit: what was allowed: TOLERANCE of the largest logit.
@@ -91,7 +91,7 @@ def prove_merge(
     Args:
         base: directory of the base's weights.
         adapter_config: directory whose config.json the adapter's side is built from.
-        trained_length: L; the tokens stand at positions around it, where length-dependent RoPE switches.
+        trained_length: L; the tokens are at positions around it, where length-dependent RoPE switches.
         locate: a parameter's name in the model -> its tensor in the merged files, or None.
 
     Raises:
@@ -261,9 +261,9 @@ def _enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise LongextError(
-                "not enough memory to prove the merge: it loads the model in float32 (4 bytes a parameter), twice, "
-                "one after the other. Use a larger machine, or --no-check and `longext verify` elsewhere."
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise LongextError(
+            "not enough memory to prove the merge: it loads the model in float32 (4 bytes a parameter), twice, "
+            "one after the other. Use a larger machine, or --no-check and `longext verify` elsewhere."
+        ) from error

@@ -19,7 +19,7 @@ from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_r
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import Shard, StoredTensor, read_shards, tensors_of
 from longext.checksums import sha256_of
-from longext.conversion.computed import Computed, compare, computed_from, formula_problem
+from longext.conversion.computed import compare, computed_from, formula_problem
 from longext.conversion.proof import mean_kl, probe_tokens
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
@@ -228,18 +228,13 @@ def _check_frequencies(
         if problem is None and count == 0:
             problem = "0 frequencies found: no layer of the model that transformers builds uses a RoPE"
         if problem is None and base is not None and base_rope is not None:
-            problem = _base_problem(base, ours, base_rope, spec, lengths)
+            try:
+                compare(base, ours, base_rope, spec, lengths)
+            except CheckpointError as error:
+                problem = str(error)
         match = f"{count} frequencies match the formula, largest relative error {worst:.1e}"
         checks.append(Check(name, "fail", problem) if problem else Check(name, "pass", match))
     return checks
-
-
-def _base_problem(base: Computed, ours: Computed, rope: ModelRope, spec: RopeSpec, lengths: list[int]) -> str | None:
-    try:
-        compare(base, ours, rope, spec, lengths)
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 def _check_loading(answer: dict[str, Any], text: dict[str, Any]) -> Check:

@@ -139,7 +139,7 @@ class _Reader:
         )
         present = [(names, reader) for names, reader in readers if all(name in value for name in names)]
         filled = [case for case in present if any(_is_given(value[name]) for name in case[0])]
-        for names, reader in filled or present:  # an empty column beside a filled schema belongs to other rows
+        for names, reader in filled or present:  # an empty column of another schema belongs to other rows
             return reader(*names)
         raise _no_example(self.row)
 
@@ -318,7 +318,7 @@ class _OtherPart:
 
 
 def _joined(content: Any) -> Any:
-    """Return the text of OpenAI's list of parts, joined as it stands; any other content as it is."""
+    """Return the text of OpenAI's list of parts, joined as it is; any other content as it is."""
     if not isinstance(content, list):
         return content
     texts = []

@@ -89,7 +89,7 @@ def source_identity(config: DataConfig) -> dict[str, Any]:
 
 
 def data_hash(documents: Iterable[Document]) -> str:
-    """Return a SHA-256 over ids and texts, so that two results can be told to be on the same data."""
+    """Return a SHA-256 over ids and texts, so that two results can be known to be on the same data."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.id.encode() + b"\0" + document.text.encode() + b"\0")

@@ -26,7 +26,7 @@ def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list
 
 
 def repeated_note(rows: Iterable[tuple[str, Hashable]]) -> list[str]:
-    """Return a note if rows stand more than once, from (name of the file or task, what tells a row apart)."""
+    """Return a note if rows occur more than once, from (name of the file or task, what tells a row apart)."""
     earlier: set[tuple[str, Hashable]] = set()
     repeated: Counter[str] = Counter()
     counts: Counter[str] = Counter()

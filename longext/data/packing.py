@@ -1,259 +1,31 @@
-"""Token caches on disk and the fixed-length training rows cut from them.
+"""The fixed-length training rows cut from a token cache.
 
-A cache is a directory: `tokens.bin` (uint32, little endian), `documents.bin` (int64: where each document starts, then
-the end of the last), `labels.bin` (uint8, supervised data only: 1 if a token is trained on), `names.jsonl` (one
-document name a line) and `meta.json`, which holds the size and SHA-256 of each: opening a cache checks them. Rows are a
-pure function of (seed, row number), so neither the number of processes nor the step a run resumes from changes what is
-trained on.
+Rows are a pure function of (seed, row number), so neither the number of processes nor the step a run resumes from
+changes what is trained on.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import errno
-import hashlib
 import itertools
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from longext.checksums import find_damage, sum_files
+from longext.data.cache import TokenCache
 from longext.errors import ConfigError, DataError
 from longext.registry import did_you_mean
-from longext.untrusted import read_json
 
-SCHEMA = "longext.tokens/1"
-_META = "meta.json"
-_FILES = {"tokens.bin", "documents.bin", "names.jsonl"}
 IGNORED = -100  # transformers' label of a token that is not trained on
 POSITIONS = ("plain", "pose")
 _POSE_STREAM = 1  # keeps the draws of positions apart from those of the row order
 _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less padding and mixes lengths less
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-
-
 Row = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedText:
-    """One document or example as token ids.
-
-    Attributes:
-        id: its name in its source.
-        input_ids: its tokens, special ones included.
-        trained: for each token whether it is trained on; None if all are.
-    """
-
-    id: str
-    input_ids: Sequence[int]
-    trained: Sequence[bool] | None = None
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-class TokenCache:
-    """A finished cache, read through memory maps (pickles as its path).
-
-    Attributes:
-        tokens: uint32 [T], every document one after the other.
-        bounds: int64 [D + 1], document d is tokens[bounds[d]:bounds[d + 1]].
-        trained: uint8 [T], or None if every token is trained on.
-        meta: what meta.json holds.
-    """
-
-    def __init__(self, directory: Path, meta: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self.meta = dict(meta)
-        self.tokens: NDArray[np.uint32] = np.memmap(directory / "tokens.bin", dtype="<u4", mode="r")
-        self.bounds: NDArray[np.int64] = np.memmap(directory / "documents.bin", dtype="<i8", mode="r")
-        labels = directory / "labels.bin"
-        self.trained: NDArray[np.uint8] | None = np.memmap(labels, np.uint8, mode="r") if labels.exists() else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_token_cache, (self.directory,)
-
-    @property
-    def largest_id(self) -> int:
-        """The largest token id that rows of this cache hold, what fills them included."""
-        return max(int(self.meta["max_token"]), int(self.meta.get("pad_token_id") or 0))
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens there are."""
-        return len(self.tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """How many documents or examples there are."""
-        return len(self.bounds) - 1
-
-    def names(self, first: int, last: int) -> list[str]:
-        """Return the names of documents first .. last - 1."""
-        with (self.directory / "names.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in itertools.islice(file, first, last)]
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """Return a cache's meta.json (OSError or DataError if it cannot be read)."""
-    meta: dict[str, Any] = read_json(directory / _META, DataError, want=dict, keep_surrogates=True)
-    return meta
-
-
-def open_token_cache(directory: Path) -> TokenCache:
-    """Return the cache in `directory`, after reading its files once to see that they are what was written.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    try:
-        meta = read_meta(directory)
-        damage = find_damage(directory, meta["files"])
-        if not set(meta["files"]) >= _FILES:
-            damage = f"{_META} lists no {' and '.join(sorted(_FILES - set(meta['files'])))}"
-        if damage is not None:
-            raise ValueError(damage)
-        cache = TokenCache(directory, meta)
-        counts = (cache.num_tokens, cache.num_documents, int(cache.bounds[-1]))
-        whole = meta["schema"] == SCHEMA and counts == (meta["num_tokens"], meta["num_documents"], meta["num_tokens"])
-        marked = cache.num_tokens if cache.trained is not None else meta["num_trained"]
-        whole = whole and isinstance(meta["max_token"], int)
-        whole = whole and marked == cache.num_tokens == len(cache.tokens if cache.trained is None else cache.trained)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, DataError) as error:
-        raise DataError(f"No token cache in {directory} ({error}). Delete the directory to build it again.") from error
-    if not whole:
-        raise DataError(f"The token cache in {directory} is damaged. Delete the directory to build it again.")
-    return cache
-
-
-def build_token_cache(
-    texts: Iterable[TokenizedText],
-    directory: Path,
-    *,
-    meta: Callable[[], Mapping[str, Any]] = dict,
-    on_progress: Callable[[int], None] | None = None,
-    source: str = "The data",
-) -> TokenCache:
-    """Write `texts` as a cache that appears under its name only when it is complete, and open it.
-
-    Where another process finishes the same directory first, its cache is opened and this one is thrown away.
-
-    Args:
-        texts: read once, one at a time; either all of them have `trained` or none.
-        meta: asked for further keys of meta.json when every text has been read.
-        on_progress: called with the number of tokens written so far.
-        source: what the texts come from, for messages.
-
-    Raises:
-        DataError: no text has a token.
-        ConfigError: the disk is full or not writable; nothing is left behind.
-    """
-    with _explained(directory.parent, *_FULL, *_CLOSED):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
-    try:
-        with _explained(directory.parent, *_FULL):
-            counts = _write_texts(texts, staging, on_progress)
-        if not counts["num_tokens"]:
-            raise DataError(
-                f"{source} holds no text. Check the file, the split (--split) and the column (--text-field)."
-            )
-        sums = sum_files(staging, leave_out=_META)
-        text = json.dumps({"schema": SCHEMA, **counts, **meta(), "files": sums}, indent=2, ensure_ascii=False)
-        (staging / _META).write_text(text + "\n", encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp makes it private; a shared cache is meant to be read by others
-        _publish(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return open_token_cache(directory)
-
-
-@contextlib.contextmanager
-def _explained(folder: Path, *kinds: int) -> Iterator[None]:
-    """Turn a disk's errors of these kinds into a message that says how to use another."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in kinds:
-            raise
-        raise ConfigError(
-            f"Cannot write the token cache in {folder} ({error.strerror}); nothing was left there. "
-            "Set LONGEXT_CACHE to a folder with room."
-        ) from error
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Rename `staging` to `directory`; a complete cache that is already there stays, a damaged one is replaced."""
-    with contextlib.suppress(OSError):
-        staging.rename(directory)
-        return
-    with contextlib.suppress(DataError):
-        open_token_cache(directory)
-        return
-    aside = staging.with_name(staging.name.replace(".partial-", ".old-"))
-    with contextlib.suppress(OSError):
-        directory.rename(aside)
-    try:
-        staging.rename(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_texts(
-    texts: Iterable[TokenizedText], directory: Path, on_progress: Callable[[int], None] | None
-) -> dict[str, Any]:
-    """Write tokens, bounds, labels and names; return their counts and the SHA-256 of tokens and labels."""
-    digest = hashlib.sha256()
-    num_tokens = num_trained = num_documents = max_token = 0
-    with contextlib.ExitStack() as stack:
-
-        def create(name: str) -> IO[bytes]:
-            return stack.enter_context((directory / name).open("wb"))
-
-        tokens, bounds, names = create("tokens.bin"), create("documents.bin"), create("names.jsonl")
-        labels: IO[bytes] | None = None
-        bounds.write(np.int64(0).astype("<i8").tobytes())
-        for text in texts:
-            ids = np.asarray(text.input_ids, dtype="<u4")
-            max_token = max(max_token, int(ids.max(initial=0)))
-            data = ids.tobytes()
-            num_tokens, num_documents = num_tokens + len(text.input_ids), num_documents + 1
-            tokens.write(data)
-            digest.update(data)
-            bounds.write(np.int64(num_tokens).astype("<i8").tobytes())
-            names.write(json.dumps(text.id).encode() + b"\n")
-            if text.trained is not None:
-                labels = labels or create("labels.bin")
-                mask = np.asarray(text.trained, dtype=np.uint8)
-                num_trained += int(mask.sum())
-                labels.write(mask.tobytes())
-                digest.update(mask.tobytes())
-            if on_progress is not None:
-                on_progress(num_tokens)
-        trained = num_tokens if labels is None else num_trained
-    return {
-        "num_tokens": num_tokens,
-        "num_trained": trained,
-        "num_documents": num_documents,
-        "max_token": max_token,
-        "tokens_sha256": digest.hexdigest(),
-    }
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class TokenRows(Dataset[Row]):
@@ -432,6 +204,65 @@ class PackedExamples(TokenRows):
         examples = self._packed[place]
         names = [name for example in examples for name in self.cache.names(example, example + 1)]
         return f"{len(examples)} examples, {_spell_names(names)}"
+
+
+class DocumentRows(TokenRows):
+    """Each row is a piece of one document: `length` tokens, or the shorter end of it, padded at the right.
+
+    Row tensors are int64 [length]: `input_ids`; `labels`, with -100 if nothing is scored; and `num_tokens` [],
+    without the padding.
+
+    Args:
+        minimum: shorter pieces are left out, and so are those of supervised data in which nothing is scored.
+        skip: the first `skip` tokens of a piece are not scored.
+
+    Raises:
+        DataError: no piece is left.
+    """
+
+    def __init__(self, cache: TokenCache, length: int, seed: int, num_rows: int, *, minimum: int, skip: int) -> None:
+        self.minimum, self.skip = minimum, skip
+        super().__init__(cache, length, seed, num_rows)
+
+    def _prepare(self) -> int:
+        long = [
+            (start, min(start + self.length, end))
+            for begin, end in itertools.pairwise(self.cache.bounds.tolist())
+            for start in range(begin, end, self.length)
+            if min(start + self.length, end) - start >= self.minimum
+        ]
+        if not long:
+            longest = int(np.diff(self.cache.bounds).max())
+            raise DataError(
+                f"No document has the {self.minimum:,} tokens that reading a memory takes: the longest has "
+                f"{longest:,}. Give longer documents (--data) or a shorter --segment."
+            )
+        trained = self.cache.trained
+        self._pieces = [(a, b) for a, b in long if trained is None or bool(trained[a + self.skip : b].any())]
+        if not self._pieces:
+            raise DataError(
+                f"No example has a token to learn after its first {self.skip:,}, which no memory precedes: give "
+                "examples whose answers come later (--data), or a shorter --segment."
+            )
+        return len(self._pieces)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Counts and hashes of the data, and how much of it the pieces hold."""
+        return {**super().report, "num_piece_tokens": sum(end - start for start, end in self._pieces)}
+
+    def _row(self, place: int) -> Row:
+        start, end = self._pieces[place]
+        row = self._padded([(start, end)])
+        row["labels"][: self.skip] = IGNORED
+        return {"input_ids": row["input_ids"], "labels": row["labels"], "num_tokens": torch.tensor(end - start)}
+
+    def _describe(self, place: int) -> str:
+        start, end = self._pieces[place]
+        document = int(np.searchsorted(self.cache.bounds, start, side="right")) - 1
+        (name,) = self.cache.names(document, document + 1)
+        first = start - int(self.cache.bounds[document])
+        return f"tokens {first:,} to {first + end - start - 1:,} of {name}"
 
 
 def _spell_names(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Conversations as the text that a model reads, with the character spans of their answers.
 
-No answer is found by searching for its text: an answer of one letter stands in every header. What stands in front of
+No answer is found by searching for its text: an answer of one letter is in every header. What comes in front of
 it and behind it comes from rendering the messages before it, with and without it.
 """
 
@@ -22,7 +22,9 @@ from longext.registry import did_you_mean
 
 Span = tuple[int, int]
 Message = Mapping[str, Any]
-_MARK = "Longext0mark"  # stands for a message while a template is taken apart: letters, which no template touches
+_MARK = (
+    "Longext0mark"  # takes the place of a message while a template is taken apart: letters, which no template touches
+)
 _STOP = "Answers end with '{}', which is trained: the chat template has no end marker of its own."
 _NO_STOP = "Answers have no end marker: neither the chat template nor the tokenizer has one, so none is learned."
 _UNOPENED = "The chat template asks for answers with '{}' but does not write it: answers are trained without it."
@@ -399,7 +401,7 @@ class _Chat:
     # --- what can be shortened ---
 
     def material(self, text: str, last: int) -> tuple[Span, ...]:
-        """Return where messages of the user and of tools stand in `text`, whose last answer is message `last`."""
+        """Return where messages of the user and of tools are in `text`, whose last answer is message `last`."""
         base = self.apply(self.messages[:last], add_generation_prompt=True)
         spans = []
         for number, turn in enumerate(self.turns[:last]):
@@ -425,7 +427,7 @@ def _with_text_arguments(message: Message) -> Message:
 def whole_offsets(offsets: Sequence[Span]) -> NDArray[np.int64]:
     """Return token offsets, int64 [T, 2], in which white space counts.
 
-    Some tokenizers trim it, so that a token of nothing else is empty and stands at its own end; it starts where the
+    Some tokenizers trim it, so that a token of nothing else is empty and is at its own end; it starts where the
     token before it ends.
     """
     whole = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)

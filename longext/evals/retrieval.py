@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.evals.base import Advance, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import ALL, PLACES, Place, PlaceLimit, place_limits
-from longext.evals.models import context_length
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
@@ -171,7 +170,7 @@ class RetrievalEval(QuestionEval):
 
     def window_notes(self, model: LanguageModel, scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
-        longest, window = max(each.num_tokens for each in scores), context_length(model, self)
+        longest, window = max(each.num_tokens for each in scores), model.context_length
         if self.memory or longest <= window:
             return []
         over = sum(each.num_tokens > window for each in scores)

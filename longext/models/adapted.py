@@ -21,7 +21,7 @@ def plan_adapter(config: RuntimeConfig, method: str | None) -> Merge:
     """Return the merge of the adapter that `config.model` names into the base that it names itself.
 
     Raises:
-        ConfigError: an extension method is asked for as well.
+        ConfigError: an extension method is given as well.
         CheckpointError: no base, or an adapter that does not fit it.
     """
     if method is not None:

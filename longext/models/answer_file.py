@@ -1,4 +1,4 @@
-"""The answers of an unfinished run: JSON lines under a fingerprint of the model and of all that is asked."""
+"""The answers of an unfinished run: JSON lines under a fingerprint of the model and of all questions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def open_answers(path: Path, fingerprint: str) -> list[tuple[int, dict[str, Any]
     if not is_same:
         raise ConfigError(
             f"{path} holds answers to other prompts or of another model: they are not used. Run with the settings it "
-            "was begun with, or choose another -o to start over."
+            "was started with, or choose another -o to start over."
         )
     answers = [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
     if len(whole) < len(content):

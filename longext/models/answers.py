@@ -32,9 +32,9 @@ class Request:
         id: its name, unique among the requests of a run.
         input_ids: the prompt, BOS included if it has one.
         max_new_tokens: where the answer ends at the latest.
-        stop: strings that end the answer; the answer is what stands before the first of them.
-        stop_ids: tokens that end the answer, beside those that end every answer of the model.
-        min_new_tokens: ending tokens are not chosen before this many (a model read by segments: not heeded there).
+        stop: strings that end the answer; the answer is what comes before the first of them.
+        stop_ids: tokens that end the answer, besides those that end every answer of the model.
+        min_new_tokens: ending tokens are not chosen before this many (ignored by a model read by segments).
     """
 
     id: str
@@ -195,7 +195,7 @@ class _Reading:
         """Cut what a model generated where its answer ends."""
         last, least = len(new) - 1, request.min_new_tokens
         ends = (i for i, t in enumerate(new) if (t in self.ends | set(request.stop_ids) and i >= least))
-        # what is read by segments heeds no minimum: there an ending token may be the last at any place
+        # a model read by segments knows no minimum: there an ending token may be the last at any place
         end = next(ends, last if new and new[last] in self.ends else None)
         kept = list(new if end is None else new[:end])
         num_new = len(new) if end is None else end + 1

@@ -12,7 +12,7 @@ from longext.models.protocol import LanguageModel
 from longext.models.turns import Asking, neutralised, parse_arguments, template_hash, think_marks
 from longext.options import ChatConfig
 
-_MESSAGE = "longext's message"  # stands for a message while a template is taken apart
+_MESSAGE = "longext's message"  # takes the place of a message while a template is taken apart
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def uses_template(model: LanguageModel, chosen: bool | None) -> bool:
     if chosen and not has_template(model):
         raise ConfigError(
             f"The tokenizer of {model.name} has no chat template: leave --chat-template out, or put the model's own "
-            "beside its tokenizer (chat_template.jinja)."
+            "with its tokenizer (chat_template.jinja)."
         )
     return has_template(model) if chosen is None else chosen
 
@@ -107,7 +107,7 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
 
 
 def user_text(model: LanguageModel, text: str) -> str:
-    """Return a text as it goes into a prompt: control tokens that it spells are written as text if that is asked."""
+    """Return a text as it goes into a prompt: its control tokens written as text if the model's settings say so."""
     return neutralised(model.tokenizer, text) if model.asking.neutralise else text
 
 

@@ -211,7 +211,7 @@ class HFLanguageModel:
     def set_rope(self, config: dict[str, Any]) -> None:
         """Give the loaded model the RoPE of another config.json (as `extended_config` makes it); weights stay.
 
-        Equals loading a checkpoint with that config: what a constructor computes from it is computed anew.
+        Equals loading a checkpoint with that config: what a constructor computes from it is computed again.
         """
         rebuild_rope(self.model, build_model_config(config))
         self.config, self.extended_length = config, 0
@@ -329,7 +329,7 @@ def _take_values(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def hold_rope(model: nn.Module, length: int) -> None:
-    """Give every rotary module for good the rotation that it has for a sequence of `length` tokens."""
+    """Give every rotary module permanently the rotation that it has for a sequence of `length` tokens."""
     for module in rotary_modules(model):
         weight = next(model.parameters())
         last = torch.tensor([[length - 1]], device=weight.device)

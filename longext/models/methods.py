@@ -12,7 +12,7 @@ from longext.settings import build_config
 
 
 def method_request(text: str, model: str, revision: str | None = None, factor: float | None = None) -> ExtendConfig:
-    """Return the `extend` request that "name" or "name:key=value:key=value" stands for.
+    """Return the `extend` request that "name" or "name:key=value:key=value" means.
 
     Args:
         factor: of a method that does not spell its own.
@@ -24,26 +24,18 @@ def method_request(text: str, model: str, revision: str | None = None, factor: f
     ROPE_METHODS[name]
     if name == "none" and settings:
         raise ConfigError(f"`none` is the model as it is and takes no parameters, got '{text}'.")
-    settings = [_underscored(setting) for setting in settings]
+    settings = [
+        f"{key.replace('-', '_')}{equals}{value}" for key, equals, value in (s.partition("=") for s in settings)
+    ]
     typed: dict[str, Any] = {"model": model, "method": name, "revision": revision}
     if factor is not None and not any(setting.startswith(("factor=", "target_length=")) for setting in settings):
         typed["factor"] = factor
     return build_config(ExtendConfig, None, settings, typed)
 
 
-def _underscored(setting: str) -> str:
-    key, separator, value = setting.partition("=")
-    return f"{key.replace('-', '_')}{separator}{value}"
-
-
-def is_unchanged(method: str | None) -> bool:
-    """Return True for no method, and for "none"."""
-    return method in (None, "none")
-
-
 def check_method(method: str | None, factor: float | None) -> None:
     """Raise ConfigError for a factor without a method (it would change nothing), or a method that is none."""
-    if factor is not None and is_unchanged(method):
+    if factor is not None and method in (None, "none"):
         raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
     if method is not None:
         method_request(method, "", factor=factor)

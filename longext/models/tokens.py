@@ -10,7 +10,7 @@ import numpy as np
 _WINDOW = 1 << 17  # characters tokenised at a time; an encoding takes about 200 bytes a token while it is made
 LONG = 2 * _WINDOW  # characters of a text that is cut into windows
 _OVERLAP = 1 << 13  # characters that two windows share
-_AGREED = 16  # tokens on either side of a seam that both windows must have alike
+_AGREED = 16  # tokens on either side of a seam that both windows must share
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **options: Any) -> list[int]:
@@ -88,9 +88,9 @@ def _seam(
 
 
 def control_tokens(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of tokens that mean something to a model beside a text: BOS, EOS, markers of turns.
+    """Return the ids of tokens that mean something to a model that is no text: BOS, EOS, markers of turns.
 
-    The unknown token is none: it stands for characters.
+    The unknown token is none: it replaces characters.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)

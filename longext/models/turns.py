@@ -1,4 +1,4 @@
-"""What a tokenizer says of texts and turns: what stands before a text, what ends an answer, what is a thought.
+"""What a tokenizer says of texts and turns: what comes before a text, what ends an answer, what is a thought.
 
 One rule for everything that generates. Pure functions of a tokenizer; the model's own ending tokens are given.
 """
@@ -194,6 +194,6 @@ def neutralised(tokenizer: Any, text: str) -> str:
 
 
 def template_hash(tokenizer: Any, arguments: Mapping[str, Any], rendered: str) -> str:
-    """Return a SHA-256 over a chat template, its arguments and what it makes of a message (a date stands in there)."""
+    """Return a SHA-256 over a chat template, its arguments and what it makes of a message (it may hold a date)."""
     facts = [getattr(tokenizer, "chat_template", None), dict(arguments), rendered]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,16 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError
 from longext.manifest import result_record
-from longext.planning.config import PlanConfig
+from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
 from longext.planning.memory import MemoryPlan, kv_cache_bytes, plan_memory
-from longext.planning.setup import DTYPES, TrainingSetup, setup_of
+from longext.planning.setup import TrainingSetup, setup_of
 from longext.planning.shape import ModelShape, read_shape
 
 STEP = 256  # lengths are searched in multiples of this many tokens
@@ -47,6 +48,7 @@ class TrainingPlan:
     """What a training run will cost.
 
     Attributes:
+        source: directory of the model.
         setup: the run, sharding decided.
         dense, sparse: forward FLOPs of one sequence, every query counted with every key of its group; `sparse` is the
             run's own attention, equal to `dense` for full attention.
@@ -57,6 +59,7 @@ class TrainingPlan:
     """
 
     config: PlanConfig
+    source: Path
     shape: ModelShape
     setup: TrainingSetup
     device: Device
@@ -100,15 +103,20 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         ConfigError: an unknown GPU, method, attention, sharding or dtype, or numbers that cannot be.
         CheckpointError: no such model, or one whose cost is not known.
     """
-    check_plan_config(config)
+    _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
     asked = setup_of(config, num_gpus)
-    shape = read_shape(resolve_model(config.model, config.revision, weights=False))
-    _check_heads(shape, asked)
+    source = resolve_model(config.model, config.revision, weights=False)
+    shape = read_shape(source)
+    if shape.num_heads % asked.sequence_parallel:
+        raise ConfigError(
+            f"`sequence_parallel` {asked.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
+        )
     setup = decide_sharding(shape, asked, device)
     longest = longest_length(shape, asked, device)
     return TrainingPlan(
         config=config,
+        source=source,
         shape=shape,
         setup=setup,
         device=device,
@@ -123,21 +131,12 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     )
 
 
-def check_plan_config(config: PlanConfig) -> None:
-    """Raise ConfigError where `config` cannot be planned; needs no model."""
+def _check_numbers(config: PlanConfig) -> None:
     for name in ("length", "batch_size", "lora_r", "loss_chunk", "sequence_parallel"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
     if not 0 < config.utilisation <= 1:
         raise ConfigError(f"`utilisation` is a fraction of the peak, in (0, 1], got {config.utilisation:g}.")
-    setup_of(config, parse_gpus(config.gpus)[0])
-
-
-def _check_heads(shape: ModelShape, setup: TrainingSetup) -> None:
-    if shape.num_heads % setup.sequence_parallel:
-        raise ConfigError(
-            f"`sequence_parallel` {setup.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
-        )
 
 
 def decide_sharding(shape: ModelShape, setup: TrainingSetup, device: Device) -> TrainingSetup:
@@ -262,32 +261,43 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"does not fit as asked; the first rung of the ladder that does: {way.flag} (with all rungs above it)"
 
 
+_SIZES = (
+    "model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "vocab_size", "tied", "num_parameters", "counted",
+)  # fmt: skip
+
+
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     """Return the plan as JSON values: bytes, FLOPs, seconds."""
-    shape = {
-        name: getattr(plan.shape, name)
-        for name in ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    }
-    sizes = ("intermediate_size", "vocab_size", "tied", "num_parameters", "counted")
-    shape |= {name: getattr(plan.shape, name) for name in sizes}
     num_tokens = plan.config.num_tokens
+    flops = {
+        "forward_dense": plan.dense,
+        "forward": plan.sparse,
+        "step_forward": plan.flops.forward,
+        "step_recompute": plan.flops.recompute,
+        "step_backward": plan.flops.backward,
+        "step": plan.flops.total,
+    }
     return result_record(
         "plan",
         model=plan.config.model,
-        shape=shape,
+        shape={name: getattr(plan.shape, name) for name in _SIZES},
         setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
         device=dataclasses.asdict(plan.device),
         trainable_parameters=plan.setup.trainable(plan.shape),
         memory=_memory_record(plan.memory),
         fits=plan.fits,
         longest_length=plan.longest,
-        flops=_flops_record(plan),
+        flops={
+            name: {**dataclasses.asdict(part), "total": part.total, "attention_share": part.attention_share}
+            for name, part in flops.items()
+        },
         utilisation=plan.config.utilisation,
         seconds_per_batch=plan.seconds,
         tokens_per_second=plan.tokens_per_second,
         hours=plan.hours(num_tokens) if num_tokens else None,
         kv_cache_bytes=kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        ladder=[_rung_record(rung) for rung in plan.ladder],
+        ladder=[dataclasses.asdict(rung) for rung in plan.ladder],
         by_length=[
             {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
             for setup, memory in plan.by_length
@@ -297,20 +307,4 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:
-    totals = {"peak": memory.peak, "needed": memory.needed, "host": memory.host, "phase": memory.phase}
-    return {**totals, "parts": memory.parts}
-
-
-def _flops_record(plan: TrainingPlan) -> dict[str, Any]:
-    parts = {"forward_dense": plan.dense, "forward": plan.sparse}
-    causal = {"step_forward": plan.flops.forward, "step_recompute": plan.flops.recompute}
-    parts |= {**causal, "step_backward": plan.flops.backward, "step": plan.flops.total}
-    return {
-        name: {**dataclasses.asdict(flops), "total": flops.total, "attention_share": flops.attention_share}
-        for name, flops in parts.items()
-    }
-
-
-def _rung_record(rung: Rung) -> dict[str, Any]:
-    names = ("flag", "needed", "fits", "longest", "seconds")
-    return {**{name: getattr(rung, name) for name in names}, "setup": dataclasses.asdict(rung.setup)}
+    return {name: getattr(memory, name) for name in ("peak", "needed", "host", "phase", "parts")}

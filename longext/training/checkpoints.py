@@ -10,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longext.checksums import find_damage, sum_files
 from longext.errors import ConfigError, TrainingError
+from longext.training.config import TrainingConfig
+from longext.training.processes import agree
 from longext.untrusted import read_json
 
+CHECKPOINTS = "checkpoints"  # the folder of a run's directory
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
 # What a run decides once and takes along when it is prolonged: not compared, taken over.
 KEPT = ("warmup_used", "last_step")
+_NOT_COMPARED = (*KEPT, "threads")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -129,7 +134,7 @@ def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str
     then = read_marker(checkpoint)["fingerprint"]
     now = json.loads(json.dumps(fingerprint, default=str))
     for key in [*then, *(key for key in now if key not in then)]:
-        if key not in KEPT and then.get(key) != now.get(key):
+        if key not in _NOT_COMPARED and then.get(key) != now.get(key):
             raise ConfigError(
                 f"{checkpoint} was made with {key} {then.get(key)}, this run has {now.get(key)}: they would not "
                 "continue one another. Use the same settings, or another -o for a new run."
@@ -138,4 +143,78 @@ def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str
         raise ConfigError(
             f"{checkpoint} is beyond --num-steps {fingerprint['last_step']}: give at least {_step(checkpoint)}."
         )
-    return {**fingerprint, "warmup_used": then["warmup_used"]}
+    return {**fingerprint, "warmup_used": then["warmup_used"], "threads": then.get("threads", now["threads"])}
+
+
+# --- where a run begins -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: from which it goes on; None for a new run, and one stopped before its first checkpoint.
+        fingerprint: its own, with what it keeps of the checkpoint's.
+        notes: what the user should know: damaged checkpoints that were passed over, what a longer run keeps.
+    """
+
+    checkpoint: Path | None
+    fingerprint: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def find_start(
+    config: TrainingConfig, directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None
+) -> Beginning:
+    """Return where the run begins: all processes agree on that and on everything that decides the numbers.
+
+    Nothing is deleted.
+
+    Args:
+        directory: checkpoints of the run.
+        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
+
+    Raises:
+        ConfigError: the last whole checkpoint belongs to another run, none is whole, or the processes disagree.
+    """
+    found, damage = _find_checkpoint(config, directory, prolonged, contents=True)
+    compared = {key: value for key, value in fingerprint.items() if key not in _NOT_COMPARED}
+    agree({"the checkpoint to resume": found.name if found else "none", **compared, "num_steps": config.num_steps})
+    if found is None:
+        return Beginning(None, fingerprint)
+    fingerprint = check_fingerprint(found, fingerprint)
+    passed_over = [f"Passed over {text}. The run goes on from {found.name}." for text in damage]
+    return Beginning(found, fingerprint, (*passed_over, *_changes(found, fingerprint)))
+
+
+def _find_checkpoint(
+    config: TrainingConfig, directory: Path, prolonged: Path | None, *, contents: bool
+) -> tuple[Path | None, list[str]]:
+    if not config.resume:
+        return None, []
+    found, damage = last_whole_checkpoint(directory, contents=contents)
+    if found is None and prolonged is not None:
+        return last_whole_checkpoint(prolonged.parent, contents=contents)
+    return found, damage
+
+
+def check_resume(
+    config: TrainingConfig, directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None
+) -> None:
+    """Raise ConfigError where the last checkpoint is another run's: what `find_start` finds, before processes start."""
+    found, _ = _find_checkpoint(config, directory, prolonged, contents=False)
+    if found is not None:
+        check_fingerprint(found, fingerprint)
+
+
+def _changes(checkpoint: Path, fingerprint: dict[str, Any]) -> list[str]:
+    """Return what a run that is prolonged or cut short should know, in a sentence."""
+    before, now = read_marker(checkpoint)["fingerprint"]["last_step"], fingerprint["last_step"]
+    if before == now:
+        return []
+    warmup = fingerprint["warmup_used"]
+    return [
+        f"The run was begun for {before} steps and goes on from {checkpoint.name} to step {now}. Its warm-up stays "
+        f"{warmup} step{'' if warmup == 1 else 's'}; the learning rate is constant after it."
+    ]

@@ -25,8 +25,6 @@ from longext.training.checkpoints import drop_after, keep_last, mark_complete, r
 from longext.training.losses import shift
 from longext.training.processes import gather, is_sharded, num_processes, process_rank
 
-Planner = Callable[[dict[str, Any]], AttentionPlan]
-
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Rows in training order, as the processes of a run take them.

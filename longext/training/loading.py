@@ -23,9 +23,9 @@ from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
-from longext.training.config import FinetuneConfig
+from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.processes import local_rank
-from longext.training.tuning import TUNINGS, is_inside_attention, quantisation
+from longext.training.tuning import is_inside_attention, quantisation
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,7 @@ from torch import nn
 from longext.checkpoint.tying import is_tied
 from longext.errors import ConfigError, MissingExtraError
 from longext.models.head import decoder_of
-from longext.registry import Registry
-from longext.training.config import FinetuneConfig
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A choice of trainable parameters."""
-
-    summary: str
-    lora: bool
-    embeddings: bool
-    norms: bool
-
-
-TUNINGS: Registry[Tuning] = Registry("tuning")
-TUNINGS.register("lora+embed+norm", Tuning("LoRA, embeddings and norms (the paper's LoRA+)", True, True, True))
-TUNINGS.register("lora", Tuning("LoRA alone", True, False, False))
-TUNINGS.register("lora+embed", Tuning("LoRA and embeddings", True, True, False))
-TUNINGS.register("lora+norm", Tuning("LoRA and norms", True, False, True))
-TUNINGS.register("full", Tuning("every parameter", False, True, True))
+from longext.training.config import TUNINGS, FinetuneConfig
 
 
 @dataclass(frozen=True)

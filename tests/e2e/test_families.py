@@ -16,6 +16,7 @@ from families import CONFIGS, LENGTH, save_tiny_model
 from rope_examples import METHODS, options_for
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from longext.checkpoint.families import family_of
 from longext.checkpoint.rope_config import read_model_rope
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extend_checkpoint
@@ -151,6 +152,16 @@ def test_rotary_dimensions_are_those_worked_out_by_hand(extended: Extended, fami
     _, _, plan = extended(family, "yarn")
     assert plan.spec.rotary_dim == ROTARY_DIM[family]
     assert plan.spec.original_max_position_embeddings == LENGTH
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_projections_are_called_as_the_row_says(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    row = family_of(model.config.get_text_config().model_type)
+    assert set(row.projections.values()) <= layers
+    assert row.layout is None or ("qkv" in row.projections) == (not {"q_proj", "k_proj"} & layers)
 
 
 # One type that moves the base, one that follows the length, one with keys of its own.

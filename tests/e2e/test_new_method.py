@@ -6,38 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from contributing import added_file
 
 from longext.errors import ConfigError
 from longext.rope.spec import ROPE_METHODS
 
 # interpolated, then wavelengths rounded to whole positions, the idea of Resonance RoPE
-TOY = '''"""Whole wavelengths."""
-
-import numpy as np
-
-from longext.rope.formulas import bake_as_longrope, base_inv_freq
-from longext.rope.spec import ROPE_METHODS, Parameter, RopeMethod
-
-
-def inv_freq(spec, _):
-    wavelengths = 2 * np.pi * spec.factor * spec.beta_slow / base_inv_freq(spec)
-    return 2 * np.pi / np.round(wavelengths)
-
-
-ROPE_METHODS.register(
-    "whole-waves",
-    RopeMethod(
-        title="whole wavelengths",
-        reference="arXiv 2403.00071",
-        formula="2 pi / round(s lambda_i)",
-        rope_type="longrope",
-        inv_freq=inv_freq,
-        export=lambda spec: bake_as_longrope(spec, inv_freq(spec, None), 1.0),
-        parameters=(Parameter("beta_slow", "stretches all waves", above=0),),
-        examples=({},),
-    ),
-)
-'''
+TOY = added_file("longext/rope/methods/whole_waves.py")
 RUN = """
 import sys
 import longext.rope.methods

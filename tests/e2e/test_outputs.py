@@ -295,7 +295,7 @@ def test_what_nobody_foresaw_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(WRITE, explode)
     message = fails(run(*COMMANDS["extend"]), 1, "internal error: TypeError: '<' not supported between x")
-    assert "(longext/checkpoint/extend.py:" in message and "--traceback" in message and len(message) < 500
+    assert "(longext/conversion/extend.py:" in message and "--traceback" in message and len(message) < 500
     for args in (("--traceback", *COMMANDS["extend"]), (*COMMANDS["extend"], "--debug")):
         assert isinstance(run(*args).exception, TypeError)
 

@@ -49,7 +49,9 @@ IMAGE_TEXT = (
 )
 REFUSED = "beam bert codegen deepseek_v4 gpt2 gptj jamba mamba mpt opt recurrent_gemma "
 # Methods that a family cannot carry, and a part of the reason that is given; everything else must be right.
-PROPORTIONAL = {name: "proportional RoPE" for name in METHODS if not ROPE_METHODS[name].allows_unrotated}
+PROPORTIONAL = {
+    name: "proportional RoPE" for name in METHODS if ROPE_METHODS[name].rope_type not in ("default", "linear")
+}
 CANNOT = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "lfm3"), PROPORTIONAL),
     "granite_swa": {"abf": "all layers one base"},

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from attention_reference import DEFINITIONS, LAYOUTS, reference
+from contributing import added_file
 
 from longext.attention.layout import Layout, make_layout
 from longext.attention.shifted import AttentionPlan, train_attention
@@ -169,13 +170,7 @@ def test_flash_backend_without_flash_attn_says_how_to_get_it(monkeypatch):
         compare("s2", "flash", layout, rows, q, k, v)
 
 
-TOY = '''"""Groups of half the size."""
-
-from longext.attention.variant import AttentionVariant, Cut, register
-
-HALF = Cut(lambda group_size: group_size // 2)
-register(AttentionVariant("quarter", HALF, HALF, "groups whose first one is half as long"))
-'''
+TOY = added_file("longext/attention/variants/quarter.py")
 
 
 @pytest.fixture

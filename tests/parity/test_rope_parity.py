@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from longext.errors import ConfigError
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
 RTOL = 1e-6
@@ -75,6 +77,42 @@ def test_the_plainest_example_is_written_as_the_type_that_the_method_names(case)
 def test_the_parameters_that_an_example_sets_are_the_methods_own(case):
     parameters = {parameter.name for parameter in ROPE_METHODS[case[0]].parameters}
     assert example(case[0], 64, case[1]).keys() <= parameters <= {field.name for field in fields(RopeSpec)}
+
+
+@pytest.mark.parametrize("name", ROPE_METHODS)
+def test_a_method_is_what_it_says_of_itself(name):
+    method, keys = ROPE_METHODS[name], example(name, 64)
+    plain, _ = compute_inv_freq(spec_for("none", 64, 1e4, 1.0))
+    inside, beyond = (compute_inv_freq(spec_for(name, 64, 1e4, 4.0, **keys), n)[0] for n in (LENGTH, 4 * LENGTH))
+    at_one, temperature = compute_inv_freq(spec_for(name, 64, 1e4, 1.0, **keys))
+    assert method.is_exact_inside == (inside == plain).all()
+    assert method.follows_length == (inside != beyond).any()
+    is_unchanged = np.allclose(at_one, plain, rtol=1e-9) and temperature == 1.0
+    assert method.is_scaling == (is_unchanged and not method.follows_length)
+    assert [other for other in ROPE_METHODS if ROPE_METHODS[other].colour == method.colour] == [name]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "text"),
+    [
+        ("linear", {"factor": 0.5}, "`factor` must be a number >= 1 (target length / trained length), got 0.5."),
+        ("dynamic", {"alpha": 0.5}, "`alpha` must be >= 1, got 0.5."),
+        ("yarn", {"attention_factor": math.nan}, "`attention_factor` must be above 0, got nan."),
+        ("yarn", {"ramp": "codes"}, "`ramp` must be 'code' or 'paper', got 'codes'."),
+        ("yarn", {"beta_slow": 0.0}, "`beta_fast` must be above `beta_slow` and both above 0, got 32 and 0."),
+        ("llama3", {"low_freq_factor": 4.0}, "`high_freq_factor` must be above `low_freq_factor` and both above 0"),
+        ("longrope", {"long_factor": (1.0,)}, "`short_factor` must have 32 numbers (rotary dimensions / 2), got 1."),
+        (
+            "yarn",
+            {"num_rotated": 8},
+            "proportional RoPE (some dimensions of a head stay unrotated): choose one of abf,",
+        ),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused(method, keys, text):
+    for question in (compute_inv_freq, rope_parameters):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            question(spec_for(method, 64, 1e4, **{"factor": 4.0, **keys}))
 
 
 def yarn_authors_inv_freq(dim, base, length, scale, beta_fast=32, beta_slow=1):

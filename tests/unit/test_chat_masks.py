@@ -12,8 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.data.cache import build_token_cache
 from longext.data.documents import Row
-from longext.data.packing import PackedExamples, build_token_cache
+from longext.data.packing import PackedExamples
 from longext.data.sft import ExampleEncoder
 from longext.errors import DataError
 from longext.training.config import FinetuneConfig

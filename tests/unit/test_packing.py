@@ -15,20 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BatchEncoding
 
-import longext.data.packing as packing
+import longext.data.cache as token_cache
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.checks import check_token_cache
+from longext.data.cache import TokenizedText, build_token_cache, open_token_cache
 from longext.data.documents import data_hash, iterate_documents, load_documents
-from longext.data.packing import (
-    PackedExamples,
-    PackedRows,
-    TokenizedText,
-    build_token_cache,
-    collate_rows,
-    open_token_cache,
-    pack_lengths,
-    pose_positions,
-)
+from longext.data.packing import PackedExamples, PackedRows, collate_rows, pack_lengths, pose_positions
 from longext.data.rows import cached_tokens, encode_documents, open_rows, tokenizer_hash
 from longext.errors import ConfigError, DataError
 from longext.options import DataConfig
@@ -454,4 +446,4 @@ def test_the_cache_root_follows_the_environment(monkeypatch):
     assert cache_root() == Path.home() / "elsewhere"
     monkeypatch.delenv("LONGEXT_CACHE")
     assert cache_root() == Path.home() / ".cache/longext/tokens"
-    assert packing.SCHEMA == "longext.tokens/1"
+    assert token_cache.SCHEMA == "longext.tokens/1"

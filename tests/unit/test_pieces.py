@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from longext.data.packing import TokenizedText, build_token_cache
-from longext.data.pieces import DocumentRows
+from longext.data.cache import TokenizedText, build_token_cache
+from longext.data.packing import DocumentRows
 from longext.errors import DataError
 
 

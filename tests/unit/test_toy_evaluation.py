@@ -9,54 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from contributing import added_file
 
 from longext.evals.base import EVALS, make_eval
 from longext.evals.runner import run_eval
 from longext.report.suites import section_of, sections
 
-TOY = '''"""Predict a sentence that is repeated.
-
-Example: longext eval toy MODEL --lengths 16,32
-"""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from longext.evals.base import Eval, Outcome, fail_under, register
-from longext.evals.limits import place_limits
-from longext.evals.views import TOKENS, Lines, Section
-from longext.manifest import result_record
-from longext.settings import option
-
-
-@register("toy")
-@dataclass(frozen=True, kw_only=True)
-class Toy(Eval):
-    kind: ClassVar[str] = "toy"
-    sections: ClassVar = (
-        Section(name="toy", title="Toy", kind="toy", views=(Lines("Predicted", of="results.score", axis=TOKENS),)),
-    )
-
-    lengths: tuple[int, ...] = option((16, 32), "Tokens of the text, comma-separated.", ge=2, le=256)
-    fail_under: tuple[str, ...] = fail_under("SCORE or LENGTH=SCORE")
-
-    def limits(self, data):
-        return place_limits(self.fail_under, [("", str(length)) for length in self.lengths])
-
-    def measure(self, model, data, work):
-        import torch
-
-        ids, rows = torch.tensor([model.encode("The sea is deep. " * 256)]), []
-        with work.progress("toy", len(self.lengths), "lengths") as advance:
-            for length in self.lengths:
-                score = float(model.score(ids[:, :length], 1).is_top1.float().mean())
-                rows.append({"length": length, "score": score})
-                advance(1)
-        scores = {str(row["length"]): row["score"] for row in rows}
-        scores[None] = sum(scores.values()) / len(rows)
-        record = result_record(self.kind, model.describe(), {"id": "toy"}, None, results=rows)
-        return Outcome(record=record, score_at=lambda task, length: scores[length], notes=["A toy."])
-'''
+TOY = added_file("longext/evals/suites/toy.py")
 
 
 @pytest.fixture

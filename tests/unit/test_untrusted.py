@@ -40,7 +40,7 @@ DEEP = 100_000
         ("[1e999]", "too large"),
         ("NaN", "NaN is no JSON"),
         ('{"a": -Infinity}', "-Infinity is no JSON"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands there twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
         ("", "Expecting value"),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_dataclass_is_built_from_what_it_wrote_and_nothing_else():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3.*'a' stands there twice"),
+        ("a: 1\nb: 2\na: 3", "line 3.*'a' is there twice"),
         ("a: 1\n1: 2", "line 2.*must be text"),
         ("a: &x [1]\nb: *x", "line 1.*anchors and aliases"),
         ("a: !!python/object/apply:os.system [id]", "the tag"),
@@ -170,7 +170,7 @@ def _entry(start, end, shape=(2,), dtype="F32"):
         ({"a": _entry(0, 8, dtype="F99")}, "unknown variant `F99`"),
         ({"a": None}, "invalid type: null"),
         ({"a": _entry(0, 8), "__metadata__": {"a": 1}}, "expected a string"),
-        (b'{"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]},"a":{}}', "'a' stands there twice"),
+        (b'{"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]},"a":{}}', "'a' is there twice"),
         (b"{" * DEEP, "broken safetensors header"),
         (b"[]", "must hold a JSON object"),
     ],

@@ -9,6 +9,8 @@ Example: longext convert llama-2-7b-longlora-32k --base meta-llama/Llama-2-7b-hf
 
 from __future__ import annotations
 
+import dataclasses
+
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
 from longext.conversion.config import ConvertConfig
@@ -17,7 +19,7 @@ from longext.conversion.config import ConvertConfig
 def run(config: ConvertConfig, as_json: bool) -> None:
     """Read, check against the base, write, say what is next."""
     from longext.cli.output import show
-    from longext.conversion.convert import conversion_record, convert_adapter
+    from longext.conversion.convert import convert_adapter
     from longext.manifest import result_record
 
     result = convert_adapter(config)
@@ -25,7 +27,7 @@ def run(config: ConvertConfig, as_json: bool) -> None:
         f"Wrote {config.output}: {result.num_lora} LoRA tensors, {result.num_whole} whole ones, "
         f"{result.record['spec']['method']} RoPE. Next: longext merge {config.output} -o {config.output}-merged"
     )
-    record = result_record("convert", output=config.output, **conversion_record(result))
+    record = result_record("convert", output=config.output, **dataclasses.asdict(result))
     show(record, [], as_json=as_json, notes=[*result.notes, wrote])
 
 
