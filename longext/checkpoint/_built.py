@@ -134,7 +134,7 @@ class Notes:
 
 _active: list[
     tuple[Notes, dict[Any, str]]
-] = []  # the forward that is being watched; the interface takes no other argument
+] = []  # the forward being watched; the interface takes no argument for it
 
 
 def _watch_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **kwargs: Any) -> tuple[Any, None]:

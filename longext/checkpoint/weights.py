@@ -183,7 +183,7 @@ def _find_shards(directory: Path) -> list[Shard]:
         outside = [name for name in names if not name or Path(name).name != name]
         if outside:
             raise CheckpointError(
-                f"{index_path} names '{outside[0]}': weight files must be in the directory of their index."
+                f"{index_path} names '{outside[0]}': weight files must be next to their index."
             )
         shards = [read_shard(directory / name) for name in names]
         missing = sorted(set(weight_map) - set(tensors_of(shards)))
