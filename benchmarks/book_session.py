@@ -108,7 +108,7 @@ def ask(session, tokenizer) -> int | None:
 
 def ask_by_distance(loaded, arguments: argparse.Namespace, text: str) -> list[dict]:
     """Return accuracy by the tokens between the key and the question, inside the window's memory and beyond."""
-    from longext.compressor.session import Session
+    from longext.compressor.reading.session import Session
     from longext.evals.statistics import wilson_interval
 
     tokenizer, spec = loaded.tokenizer, loaded.compressor.spec
@@ -136,7 +136,7 @@ def ask_by_distance(loaded, arguments: argparse.Namespace, text: str) -> list[di
 
 def read_book(loaded, arguments: argparse.Namespace, text: str) -> tuple[list[dict], dict]:
     """Read the whole book with a key near its end, a piece at a time; return what it took, and the answer."""
-    from longext.compressor.session import Session
+    from longext.compressor.reading.session import Session
 
     tokenizer, spec = loaded.tokenizer, loaded.compressor.spec
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -105,13 +105,13 @@ def measure(arguments: argparse.Namespace, name: str) -> dict:
 
 def step_seconds(arguments: argparse.Namespace, compressor) -> float:
     """Return the CPU seconds of one step's gradient, the best of three."""
-    from longext.compressor.documents import split_segments
-    from longext.compressor.gradients import Document, backprop
+    from longext.compressor.gradients import Sweep, backprop
     from longext.compressor.policies import parse_policy
+    from longext.compressor.segments import split_segments
 
     ids, best = torch.randint(3, 8000, (arguments.documents, 12 * arguments.segment)), float("inf")
     for repeat in range(3):
-        document = Document(split_segments(ids, ids, compressor.spec, [arguments.ratio] * 12), compressor, 1e-4)
+        document = Sweep(split_segments(ids, ids, compressor.spec, [arguments.ratio] * 12), compressor, 1e-4)
         started = time.process_time()
         backprop(document, parse_policy("exact"), np.random.default_rng(repeat))
         best = min(best, time.process_time() - started)

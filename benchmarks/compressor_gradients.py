@@ -30,11 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longext.checkpoint.source import resolve_model
 from longext.compressor import gradients
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import CompressorSpec, build_compressor
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document, backprop
+from longext.compressor.base import build_compressor
+from longext.compressor.gradients import Sweep, backprop
 from longext.compressor.memory import join, num_slots
 from longext.compressor.policies import parse_policy
+from longext.compressor.segments import split_segments
+from longext.compressor.spec import CompressorSpec
 from longext.planning.tracker import MemoryTracker
 
 POLICIES = ("full", "window:2", "released:2", "exact", "exact/1")
@@ -85,17 +86,17 @@ def make_compressor(arguments):
     return compressor
 
 
-def make_document(compressor, count: int, arguments) -> Document:
+def make_document(compressor, count: int, arguments) -> Sweep:
     """Return a document of `count` segments of random tokens; positions beyond the model's window do for a timing."""
     generator = torch.Generator().manual_seed(count)
     ids = torch.randint(3, 8192, (1, count * arguments.segment), generator=generator).to(arguments.device)
-    return Document(split_segments(ids, ids, compressor.spec, [arguments.ratio] * count), compressor, 1 / ids.numel())
+    return Sweep(split_segments(ids, ids, compressor.spec, [arguments.ratio] * count), compressor, 1 / ids.numel())
 
 
 # --- the reservoir of the published code ------------------------------------------------------------------------------
 
 
-def released_reservoir(document: Document, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+def released_reservoir(document: Sweep, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
     """Add the gradient that UIO-LLMs' published training loop gives; return (sum of losses, backwards of zeros).
 
     What its `train.py` does, and our `reservoir:S` does not (arXiv 2406.18173 describes neither point 2 nor 4):
@@ -187,7 +188,7 @@ def pull_back(hidden: list[torch.Tensor], leaves: list[torch.Tensor]) -> bool:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(document: Document, repeats: int) -> dict[str, tuple[float, int, int]]:
+def measure(document: Sweep, repeats: int) -> dict[str, tuple[float, int, int]]:
     """Return policy -> (best seconds, peak bytes, encoder backwards of zeros)."""
     runs = {policy: runner(document, policy) for policy in POLICIES}
     peaks = {policy: peak_of(document, run) for policy, run in runs.items()}
@@ -202,7 +203,7 @@ def measure(document: Document, repeats: int) -> dict[str, tuple[float, int, int
     return {policy: (best[policy], peaks[policy], zeros[policy]) for policy in POLICIES}
 
 
-def runner(document: Document, policy: str) -> Callable[[], int]:
+def runner(document: Sweep, policy: str) -> Callable[[], int]:
     """Return what takes the gradient once, with the same draws every time, and counts backwards of zeros."""
     name, _, size = policy.partition(":")
     if name == "released":
@@ -219,7 +220,7 @@ def runner(document: Document, policy: str) -> Callable[[], int]:
     return run
 
 
-def peak_of(document: Document, run: Callable[[], int]) -> int:
+def peak_of(document: Sweep, run: Callable[[], int]) -> int:
     """Return the most bytes above weights and tokens while the gradient is taken (gradients of weights included)."""
     compressor = document.compressor
     compressor.zero_grad()
@@ -234,7 +235,7 @@ def peak_of(document: Document, run: Callable[[], int]) -> int:
     return tracker.peak
 
 
-def now(document: Document) -> float:
+def now(document: Sweep) -> float:
     """Return the time once the device is done; CPU time where one thread does all the work."""
     if document.compressor.backbone.device.type == "cuda":
         torch.cuda.synchronize()

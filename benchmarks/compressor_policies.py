@@ -120,16 +120,16 @@ def measure(arguments: argparse.Namespace, policy: str, seed: int) -> dict[str, 
 def time_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Return the best of interleaved measurements of one step's gradient, in seconds, by policy."""
     from longext.compressor.checkpoint import load_compressor
-    from longext.compressor.documents import split_segments
-    from longext.compressor.gradients import Document, backprop
+    from longext.compressor.gradients import Sweep, backprop
     from longext.compressor.policies import parse_policy
+    from longext.compressor.segments import split_segments
 
     compressor = load_compressor(directory_of(arguments, POLICIES[0], 0), device="cpu").compressor
     ids = torch.randint(3, 8000, (arguments.documents, 12 * arguments.segment))
     best = dict.fromkeys(POLICIES, float("inf"))
     for repeat in range(4):
         for policy in POLICIES:
-            document = Document(split_segments(ids, ids, compressor.spec, [arguments.ratio] * 12), compressor, 1e-4)
+            document = Sweep(split_segments(ids, ids, compressor.spec, [arguments.ratio] * 12), compressor, 1e-4)
             started = time.process_time()
             backprop(document, parse_policy(policy), np.random.default_rng(repeat))
             best[policy] = min(best[policy], time.process_time() - started)

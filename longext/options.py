@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.rope.spec import parameter_help
 from longext.settings import LENGTH, MANY, option
 
 
@@ -18,32 +19,16 @@ class RopeConfig:
     original_length: int | None = option(
         None, "Pre-training length, where the config does not say it.", le=LENGTH, panel="Method"
     )
-    rope_theta: float | None = option(None, "abf: the raised base.", le=1e30, panel="Method")
-    beta_fast: float | None = option(
-        None, "yarn, ntk-by-parts: turns from which a dimension is kept (32).", panel="Method"
-    )
-    beta_slow: float | None = option(
-        None, "yarn, ntk-by-parts: turns below which it is interpolated (1).", panel="Method"
-    )
-    ramp: str | None = option(
-        None, "yarn, ntk-by-parts: paper (linear in turns) or code (linear in index).", panel="Method"
-    )
-    truncate: bool | None = option(
-        None, "Code ramp: whole-dimension ends (default) or exact.", "--truncate", "--no-truncate", panel="Method"
-    )
-    attention_factor: float | None = option(
-        None, "yarn, ntk-by-parts, longrope: multiplier of cos and sin (yarn: 0.1 ln s + 1).", panel="Method"
-    )
-    alpha: float | None = option(
-        None, "dynamic: 1 is the paper's form, the factor is the other common one.", panel="Method"
-    )
-    low_freq_factor: float | None = option(
-        None, "llama3: turns below which a dimension is interpolated (1).", panel="Method"
-    )
-    high_freq_factor: float | None = option(None, "llama3: turns from which it is kept (4).", panel="Method")
-    factors: str | None = option(
-        None, "longrope: JSON file with long_factor and optional short_factor.", panel="Method"
-    )
+    rope_theta: float | None = option(None, parameter_help("rope_theta"), le=1e30, panel="Method")
+    beta_fast: float | None = option(None, parameter_help("beta_fast"), panel="Method")
+    beta_slow: float | None = option(None, parameter_help("beta_slow"), panel="Method")
+    ramp: str | None = option(None, parameter_help("ramp"), panel="Method")
+    truncate: bool | None = option(None, parameter_help("truncate"), "--truncate", "--no-truncate", panel="Method")
+    attention_factor: float | None = option(None, parameter_help("attention_factor"), panel="Method")
+    alpha: float | None = option(None, parameter_help("alpha"), panel="Method")
+    low_freq_factor: float | None = option(None, parameter_help("low_freq_factor"), panel="Method")
+    high_freq_factor: float | None = option(None, parameter_help("high_freq_factor"), panel="Method")
+    factors: str | None = option(None, parameter_help("factors"), panel="Method")
     replace: bool = option(
         False, "Start from the bare base theta of a model trained with another RoPE.", panel="Method"
     )

@@ -71,7 +71,8 @@ class Registry(Generic[T]):
             ConfigError: no such entry; names the nearest one.
         """
         if name not in self._entries and name in self._modules():
-            importlib.import_module(self._modules()[name])
+            module = importlib.import_module(self._modules()[name])
+            assert name in self._entries, f"{module.__name__} does not register the {self.kind} {name!r}"
         if name not in self._entries:
             raise ConfigError(f"Unknown {self.kind} '{name}'. {did_you_mean(name, self)}")
         return self._entries[name]

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 
+# how the lower and the upper half of the heads are masked, by the name of the variant
+DEFINITIONS = {
+    "full": ("dense", "dense"),
+    "s2": ("plain", "shifted"),
+    "s2-wrapped": ("plain", "wrapped"),
+    "short": ("plain", "plain"),
+}
 LAYOUTS = [(4, 4), (4, 2), (4, 1), (6, 2), (8, 2), (6, 3), (5, 1), (5, 5), (14, 2), (9, 3), (1, 1)]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from longext.attention.layout import Bucket, Layout
+from longext.attention.variant import Cut
 from longext.errors import ConfigError, MissingExtraError
 from longext.registry import Registry
 
@@ -24,15 +25,15 @@ class Job:
     """One attention computation over some heads.
 
     Attributes:
-        layout, kind, group_size: the pieces, as `Layout` cuts them.
+        layout, cut, group_size: the pieces, as `Layout` cuts them.
         scale: multiplier of q k^T.
         dropout: probability on the attention weights.
         softcap: c of c * tanh(score / c) (Gemma 2), or None.
-        window: tokens a query sees, itself included (sliding-window layers), or None. Only with kind "dense".
+        window: tokens a query sees, itself included (sliding-window layers), or None. Only with `WHOLE`.
     """
 
     layout: Layout
-    kind: str
+    cut: Cut
     group_size: int
     scale: float
     dropout: float = 0.0
@@ -110,7 +111,7 @@ def _by_pieces(kernel: Kernel) -> Backend:
     def backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
         if job.window is not None and job.window < q.shape[2]:
             return _sliding(kernel, q, k, v, job)
-        if job.layout.segments is None and job.kind != "wrapped":
+        if job.layout.segments is None and job.cut.reorder is None:
             return _whole_rows(kernel, q, k, v, job)
         return _gathered(kernel, q, k, v, job)
 
@@ -120,8 +121,8 @@ def _by_pieces(kernel: Kernel) -> Backend:
 def _whole_rows(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
     """Every row is one segment: its pieces are slices and reshapes, no token is copied by index."""
     total = q.shape[2]
-    size = total if job.kind == "dense" or total <= job.group_size else job.group_size
-    start = size // 2 if job.kind == "shifted" and size < total else 0
+    size = total if job.cut.first is None or total <= job.group_size else job.group_size
+    start = 0 if job.cut.first is None or size == total else job.cut.first(size) % size
     middle = (total - start) // size * size
     cuts = [(start, start), (middle, size), (total - start - middle, total - start - middle)]
     cuts = [cut for cut in cuts if cut[0]]
@@ -151,7 +152,7 @@ def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     """General layouts: gather each bucket of pieces, attend, scatter. Padding is at a piece's end: causal hides it."""
     flat = [_flat(x) for x in (q, k, v)]
     found = []
-    for bucket in job.layout.buckets(job.kind, job.group_size, q.device):
+    for bucket in job.layout.buckets(job.cut, job.group_size, q.device):
         queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
         found.append((bucket, kernel(queries, keys, values, job, None)))
     return _scattered(q, found)
@@ -207,7 +208,7 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch
 
     rows, heads, length, width = q.shape
     flat = [_flat(x) for x in (q, k, v)]
-    index, ends, longest = job.layout.boundaries(job.kind, job.group_size, q.device)
+    index, ends, longest = job.layout.boundaries(job.cut, job.group_size, q.device)
     window = (-1, -1) if job.window is None else (job.window - 1, 0)
     out: torch.Tensor = flash_attn_varlen_func(
         *(flat if index is None else [x[index] for x in flat]),

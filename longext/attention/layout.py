@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.errors import ConfigError
+from longext.attention.variant import WHOLE, Cut
 
 _NUM_SIZES = 8  # ragged pieces are padded to one of this many lengths, so that few kernel calls serve them all
 
@@ -47,10 +47,10 @@ class Layout:
     num_rows: int
     length: int
     segments: tuple[NDArray[np.int64], ...] | None = None
-    _cache: dict[tuple[str, str, int], Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def boundaries(
-        self, kind: str, group_size: int, device: torch.device
+        self, cut: Cut, group_size: int, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor, int]:
         """Return what a variable-length kernel wants, made once per batch.
 
@@ -58,9 +58,9 @@ class Layout:
             (flat token numbers in the order of pieces, int64, or None where that is the tokens' own order; the pieces'
             cumulative lengths with a leading 0, int32; the longest piece).
         """
-        key = ("boundaries", kind, group_size)
+        key = ("boundaries", cut, group_size)
         if key not in self._cache:
-            pieces = self.pieces(kind, group_size)
+            pieces = self.pieces(cut, group_size)
             ends = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int32)
             order = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
             in_order = len(order) == self.num_rows * self.length and bool((np.diff(order) == 1).all())
@@ -70,11 +70,11 @@ class Layout:
         found: tuple[torch.Tensor | None, torch.Tensor, int] = self._cache[key]
         return found
 
-    def buckets(self, kind: str, group_size: int, device: torch.device) -> list[Bucket]:
+    def buckets(self, cut: Cut, group_size: int, device: torch.device) -> list[Bucket]:
         """Return all pieces as few index tensors of equal length; made once per batch."""
-        key = ("buckets", kind, group_size)
+        key = ("buckets", cut, group_size)
         if key not in self._cache:
-            self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(kind, group_size))]
+            self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(cut, group_size))]
         found: list[Bucket] = self._cache[key]
         return found
 
@@ -85,9 +85,9 @@ class Layout:
             (each segment's first `window` tokens; all later chunks of `window` tokens, or None; for each of those the
             flat numbers [P, window] of the tokens before it).
         """
-        key = ("chunks", "dense", window)
+        key = ("chunks", window)
         if key not in self._cache:
-            segments = self.pieces("dense", 0)
+            segments = self.pieces(WHOLE, 0)
             firsts = [segment[:window] for segment in segments]
             starts = [(s, at) for s in segments for at in range(window, len(s), window)]
             rest = _bucket((window, [s[at : at + window] for s, at in starts]), device) if starts else None
@@ -100,13 +100,13 @@ class Layout:
         found: tuple[list[Bucket], Bucket | None, torch.Tensor | None] = self._cache[key]
         return found
 
-    def pieces(self, kind: str, group_size: int) -> list[NDArray[np.int64]]:
+    def pieces(self, cut: Cut, group_size: int) -> list[NDArray[np.int64]]:
         """Return all pieces in token order, each as its flat token numbers."""
         segments = self.segments
         if segments is None:
             tokens = np.arange(self.num_rows * self.length, dtype=np.int64)
             segments = tuple(tokens.reshape(self.num_rows, self.length))
-        return [piece for segment in segments for piece in cut_segment(segment, kind, group_size)]
+        return [piece for segment in segments for piece in cut_segment(segment, cut, group_size)]
 
 
 def make_layout(
@@ -141,30 +141,12 @@ def make_layout(
     return Layout(num_rows, length, tuple(segments))
 
 
-def cut_segment(segment: NDArray[np.int64], kind: str, group_size: int) -> list[NDArray[np.int64]]:
-    """Cut one segment into pieces.
-
-    Args:
-        kind: "dense" keeps it whole; "plain" cuts at G, 2G, ...; "shifted" at G/2, 3G/2, ..., so that the two ends
-            are pieces of their own and nothing sees the future; "wrapped" is LongLoRA's roll by half a group, whose
-            last piece holds the end and then the beginning of the segment: its beginning attends to its end.
-        group_size: G; a segment of at most G tokens stays whole.
-
-    Raises:
-        ConfigError: "wrapped" and a length that G does not divide.
-    """
-    total = len(segment)
-    if kind == "dense" or total <= group_size:
+def cut_segment(segment: NDArray[np.int64], cut: Cut, group_size: int) -> list[NDArray[np.int64]]:
+    """Cut one segment into pieces; a segment of at most `group_size` tokens stays whole."""
+    if cut.first is None or len(segment) <= group_size:
         return [segment]
-    if kind == "wrapped":
-        if total % group_size:
-            raise ConfigError(
-                f"s2-wrapped reproduces LongLoRA's roll and needs lengths that the group divides: {total} tokens, "
-                f"groups of {group_size}. Use --attention s2, which takes any length."
-            )
-        segment = np.roll(segment, -(group_size // 2))
-    first = group_size // 2 if kind == "shifted" else group_size
-    return np.split(segment, np.arange(first, total, group_size))
+    ordered = segment if cut.reorder is None else cut.reorder(segment, group_size)
+    return np.split(ordered, np.arange(cut.first(group_size), len(segment), group_size))
 
 
 def _by_size(pieces: list[NDArray[np.int64]]) -> list[tuple[int, list[NDArray[np.int64]]]]:

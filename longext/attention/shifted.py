@@ -18,53 +18,12 @@ import torch
 from longext.attention.backends import BACKENDS, Job, choose_backend
 from longext.attention.layout import Layout, make_layout
 from longext.attention.sequence import SequenceGroup, heads_to_sequence, local_heads, sequence_to_heads
+from longext.attention.variant import ATTENTION_VARIANTS, WHOLE, AttentionVariant
 from longext.errors import ConfigError
-from longext.registry import Registry
 
 PLAN = "attention_plan"  # the forward keyword that carries an AttentionPlan to every layer
 _PROBE = "longext_probe_attn"
 _DEFAULT_RATIO = 4  # groups per row where no plan is given: the paper's choice
-
-
-@dataclass(frozen=True)
-class AttentionVariant:
-    """How the heads of a layer attend in train mode.
-
-    Attributes:
-        implementation: its name in transformers' registries.
-        lower, upper: how the first floor(H / 2) heads and the others cut a segment (`layout.cut_segment`).
-        summary: one line for reports.
-    """
-
-    implementation: str
-    lower: str
-    upper: str
-    summary: str
-
-
-ATTENTION_VARIANTS: Registry[AttentionVariant] = Registry("attention")
-ATTENTION_VARIANTS.register(
-    "s2",
-    AttentionVariant(
-        "s2_attn",
-        "plain",
-        "shifted",
-        "groups; half of the heads shifted by half a group, the end pieces apart (no future leak)",
-    ),
-)
-ATTENTION_VARIANTS.register("full", AttentionVariant("full_attn", "dense", "dense", "full causal attention"))
-ATTENTION_VARIANTS.register(
-    "short", AttentionVariant("short_attn", "plain", "plain", "groups without shift (the paper's ablation)")
-)
-ATTENTION_VARIANTS.register(
-    "s2-wrapped",
-    AttentionVariant(
-        "s2_wrapped_attn",
-        "plain",
-        "wrapped",
-        "LongLoRA's roll: the shifted heads' first half group sees the last one, which is the future",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -213,13 +172,13 @@ def train_attention(
         query, key, value = sequence_to_heads(query, key, value, plan.sequence)
     half = min(max(num_heads // 2, first), last) - first
     if sliding_window is not None:
-        kinds = ["dense"]
+        cuts = [WHOLE]
     elif variant.lower == variant.upper or half in (0, last - first):
-        kinds = [variant.upper if half == 0 else variant.lower]
+        cuts = [variant.upper if half == 0 else variant.lower]
     else:
-        kinds = [variant.lower, variant.upper]
-    parts = [(query, key, value)] if len(kinds) == 1 else split_heads(query, key, value, half)
-    jobs = [Job(plan.layout, kind, plan.group_size, scale, dropout, softcap, sliding_window) for kind in kinds]
+        cuts = [variant.lower, variant.upper]
+    parts = [(query, key, value)] if len(cuts) == 1 else split_heads(query, key, value, half)
+    jobs = [Job(plan.layout, cut, plan.group_size, scale, dropout, softcap, sliding_window) for cut in cuts]
     outputs = [backend(*part, job) for part, job in zip(parts, jobs, strict=True)]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out if plan.sequence is None else heads_to_sequence(out, plan.sequence)

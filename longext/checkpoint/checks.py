@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.families import HEAD_NAMES
 from longext.checkpoint.weights import TORCH_NAMES, Shard, is_float, tensors_of
 from longext.errors import CheckpointError, DataError, LongextError, LongextWarning
 
@@ -154,7 +155,7 @@ def _why_missing(missing: list[str], unexpected: list[str]) -> str:
                 f"the files call it with '{mark}' in its name, as {wrapper} does. Save the model without that wrapper, "
                 f"or rename the tensors without '{mark}'."
             )
-    if all(key.endswith(("lm_head.weight", "embed_out.weight")) for key in missing):
+    if all(key.removesuffix(".weight").endswith(HEAD_NAMES) for key in missing):
         return (
             "the model's output matrix. Download the model again, or set `tie_word_embeddings` to true in config.json "
             "if it shares that of its embedding."

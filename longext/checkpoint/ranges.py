@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longext.checkpoint.families import FAMILIES
 from longext.errors import CheckpointError
 from longext.untrusted import shown
 
@@ -23,7 +24,7 @@ _MOST = 100_000
 _ADVICE = "Restore the file from the original model."
 _SHARES = ("partial_rotary_factor", "rotary_pct")
 _NEEDS_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-_DERIVE_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "gpt_neox", "phi3", "olmo", "olmo2", "olmo3", "stablelm")
+_DERIVE_HEAD_DIM = tuple(name for name, family in FAMILIES.items() if not family.omits_head_dim)
 
 
 class _Rule(NamedTuple):

@@ -16,8 +16,8 @@ from longext.checkpoint.families import UNLISTED, WITHOUT_ROPE, Family, family_o
 from longext.checkpoint.load import load_config
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeParameters, RopeSpec, rope_parameters
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeParameters, RopeSpec, rope_parameters
 
 FULL_ATTENTION = "full_attention"
 _OLD_TYPES = {"su": "longrope", "mrope": "default"}
@@ -130,17 +130,11 @@ def _refuse_without_rope(directory: Path, model_type: str, text: dict[str, Any],
     if text.get("alibi") is True:
         raise CheckpointError(f"{directory} is a {model_type} model with ALiBi (`alibi: true`), no RoPE to extend.")
     names = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "rope_local_base_freq")
-    if is_whole and not any(name in text for name in names) and model_type not in _ROPE_BY_DEFAULT:
+    if is_whole and not any(name in text for name in names) and not family_of(model_type).omits_rope:
         raise CheckpointError(
             f"No RoPE in {directory / 'config.json'} (model type '{model_type or 'unknown'}'): none of the keys "
             f"{', '.join(names[:3])} is there. longext extends models with rotary position embeddings only."
         )
-
-
-# Model types whose published configs may leave every RoPE key to the defaults of transformers.
-_ROPE_BY_DEFAULT = frozenset(
-    {"llama", "falcon", "gpt_neox", "gemma", "gemma2", "gemma3_text", "olmo", "mistral", "phi3"}
-)
 
 
 def _needs_defaults(text: dict[str, Any], family: Family) -> bool:
@@ -351,7 +345,7 @@ def write_rope(
     if parameters["rope_type"] in _TOP_LEVEL_LENGTH_TYPES or "original_max_position_embeddings" in text:
         # transformers 4 (longrope) and llama.cpp's converter (llama3) look here, not inside the dict
         text["original_max_position_embeddings"] = original
-    elif rope.model_type == "phi3":
+    elif family.top_level_length:
         text["original_max_position_embeddings"] = original
     if rope.lacks_head_dim:
         # several rope types read `head_dim` from the config without a fallback (Mixtral has null there)

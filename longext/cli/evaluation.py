@@ -28,7 +28,7 @@ def run_evaluation(task: Eval, as_json: bool) -> None:
     from longext.report.results import output_directory
 
     task.check()
-    output = output_directory(task.output, task.label, task.model or None)
+    output = output_directory(task.output, task.label, task.subject)
     open_output(output, task)
     answers = task.answers_path(output)
     with _kept_answers(answers, output, task):

@@ -26,6 +26,7 @@ from longext.cli.options import (
 )
 from longext.cli.running import check_directories, close_run, finished_run, kept_once_started, open_run
 from longext.errors import ConfigError
+from longext.rope.spec import extension_methods
 from longext.staging import release_outputs
 from longext.training.config import FinetuneConfig
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from longext.training.longlora import FinetuneResult, Run
 
 _DEFAULT = FinetuneConfig(model="")
-_METHODS = "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has"
+_METHODS = f"{', '.join(extension_methods())}; none trains the RoPE the model has"
 _HELP = """Extend a checkpoint and train it at its new length (LongLoRA).
 
 Trains with shifted sparse attention (S2-Attn), LoRA, embeddings and norms; every evaluation uses full attention. Writes

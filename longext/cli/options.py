@@ -164,7 +164,7 @@ def config_with_memory(
     config: Any = config_from(ctx, kind, recipe, settings, {"model": ""})
     if config.memory is None:
         return config_from(ctx, kind, recipe, settings)
-    from longext.compressor.readers import memory_defaults
+    from longext.compressor.reading.readers import memory_defaults
 
     return config_from(ctx, kind, recipe, settings, {**defaults, **memory_defaults(config.memory)})
 

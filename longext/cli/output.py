@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     from longext.data.documents import SAMPLE
     from longext.staging import check_apart, hold_output
 
-    named = [str(getattr(config, name, None) or "").partition("@")[0] for name in _READ]
+    settings = dataclasses.asdict(config)
+    named = [str(settings.get(name) or "").partition("@")[0] for name in _READ]
     paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
     for path in (*(path for path in paths if path.exists()), *read):
         check_apart(output, path)
@@ -60,10 +62,11 @@ def deliver_files(
     figures: Callable[[], Mapping[str, Figure]],
     *,
     as_json: bool,
+    lead: Sequence[str] = (),
     notes: Sequence[str] = (),
     extra: Mapping[str, str | Callable[[], str]] | None = None,
 ) -> None:
-    """Write the result directory, then print tables, notes and its path; see `show`.
+    """Write the result directory, then print `lead`, tables, notes and its path; see `show`.
 
     Args:
         tables, figures, extra: as for `write_result_files`.
@@ -72,6 +75,8 @@ def deliver_files(
     from longext.report.results import write_results
 
     written = write_results(output, command, config, record, tables, figures, extra)
+    for line in lead:
+        say(line, aside=as_json)
     show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from longext.checkpoint.families import projection_names
 from longext.errors import ConfigError
 
-_NAMES = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj", "dense", "out_proj")}
-_FUSED = ("qkv_proj", "query_key_value")
+_NAMES = {role: projection_names(role) for role in "qkvo"}
 Rows = torch.Tensor | None
 
 
@@ -122,7 +122,7 @@ def projections(attention: nn.Module, roles: str) -> dict[str, Any]:
     children = dict(attention.named_children())
     found = {name: children[name] for role in roles for name in _NAMES[role] if name in children}
     if not found or (set(roles) & set("qkv") and not any(name in found for r in "qkv" for name in _NAMES[r])):
-        found |= {name: children[name] for name in _FUSED if name in children}
+        found |= {name: children[name] for name in projection_names("qkv") if name in children}
     if not found:
         raise ConfigError(
             f"{type(attention).__name__} has no {'/'.join(roles)} projections that longext knows; it has "

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from longext.compressor.masks import additive, after_memory
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.errors import ConfigError
 from longext.models.head import decoder_of, scale_logits
@@ -106,7 +107,7 @@ class Backbone:
             positions = torch.arange(start, start + embeds.shape[1], device=embeds.device)
         positions = positions.expand(embeds.shape[0], -1)
         if mask is not None:
-            mask = additive(after_memory(mask, start), embeds.dtype)
+            mask = _additive(mask, start, embeds.dtype)
         cache = PrefixCache(prefix) if prefix else None
         output = self.decoder(
             inputs_embeds=embeds,
@@ -190,6 +191,39 @@ class Backbone:
             return rotary(like, positions, layer_type=self.config.layer_types[layer])
         return rotary(like, positions)
 
+    def rerotate(self, memory: Memory, delta: int | torch.Tensor) -> Memory:
+        """Return a `kv` memory whose keys are rotated by `delta` positions more (less, if negative); values stay.
+
+        RoPE turns pairs of dimensions by position times frequency, so a key at p becomes the key at p + delta; in
+        float32 at least. Temperature that a method puts into its rotation (YaRN) stays as it is.
+
+        Args:
+            delta: one number for all slots, or int64 [slots].
+        """
+        deltas = torch.as_tensor(delta).reshape(1, -1)
+        if not memory or not bool(deltas.any()):
+            return memory
+        moved = list(memory)
+        for layer, keys in enumerate(memory[::2]):
+            by = deltas.to(keys.device)
+            wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            cos, sin = (part[:, None] for part in self.rotation(wide[:1, 0], by.abs(), layer))
+            length = (cos**2 + sin**2).sqrt()
+            moved[2 * layer] = _turn(wide, cos / length, (sin / length) * by.sign()[:, None, :, None]).to(keys.dtype)
+        return tuple(moved)
+
+    @torch.no_grad()
+    def check_rotation(self) -> None:
+        """Raise ConfigError if `rerotate` is not how this family turns its keys (those that pair neighbours)."""
+        tokens = torch.arange(4, device=self.device)[None]
+        captured = self.attention_inputs(self.embed(tokens), slice(None))
+        here, there = (self.project(captured, tokens + first) for first in (5, 0))
+        if not all(close_states(a, b) for a, b in zip(self.rerotate(here, -5), there, strict=True)):
+            raise ConfigError(
+                f"{type(self.model).__name__} turns its keys in a way longext does not know, so caches that move "
+                "(streaming, transformer-xl, a session beyond its window) cannot be used with it."
+            )
+
     def enable_checkpointing(self, adapters: Any, offload: bool, enable: Callable[[Any, bool], None]) -> None:
         """Run layers again in the backward pass instead of storing what is inside them.
 
@@ -234,6 +268,39 @@ class Backbone:
         flat = hidden.reshape(-1, hidden.shape[-1])
         return chunked_cross_entropy(flat, labels.reshape(-1), self.logits, [], self.loss_chunk)
 
+    def divergence(self, student: torch.Tensor, teacher: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        """Return the sum over scored tokens of KL(teacher || student) in nats, a float32 scalar.
+
+        Context distillation: the teacher is the same model with the text in view. Logits exist a chunk at a time.
+
+        Args:
+            student, teacher: last hidden states [B, l, D] for the same tokens; the teacher's take no gradient.
+            scored: bool [B, l].
+        """
+        ours, theirs = student[scored], teacher[scored]
+        total = ours.sum() * 0.0
+        for one, other in zip(ours.split(self.loss_chunk), theirs.split(self.loss_chunk), strict=True):
+            total = total + checkpoint(self._divergence, one, other, use_reentrant=False)
+        return total.to(torch.promote_types(total.dtype, torch.float32))
+
+    def _divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(student.dtype, torch.float32)
+        ours = F.log_softmax(self.logits(student).to(wide), -1)
+        theirs = F.log_softmax(self.logits(teacher).detach().to(wide), -1)
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+    @torch.no_grad()
+    def teacher_states(self, tokens: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return the last hidden states [B, stop - start, D] at tokens start .. stop - 1.
+
+        The model reads as much of the text before them as its window holds, raw.
+
+        Args:
+            tokens: int64 [B, N], the whole documents.
+        """
+        first = max(0, stop - self.window)
+        return self.run(self.embed(tokens[:, first:stop]))[:, start - stop :]
+
     # --- checks -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -263,8 +330,26 @@ class Backbone:
             raise ConfigError(refusal)
 
 
+def _additive(mask: torch.Tensor, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return [1, 1, N, M + N] of 0 and the dtype's lowest value, as every attention of transformers adds to scores.
+
+    `mask` [N, N] gets M memory slots in front, which every row sees.
+    """
+    seen = torch.cat([mask.new_ones(mask.shape[0], num_slots), mask], 1)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, lowest)[None, None]
+
+
+def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first dimensions of keys [B, H, n, d], as many as `cos` has, pairing i with i + half."""
+    size = cos.shape[-1]
+    turned, rest = keys[..., :size], keys[..., size:]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
 def close_states(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True where two keys or values are the same but for rounding: 1e-3 of the norm, or 4 epsilons if more."""
+    """True if two keys or values are the same but for rounding: 1e-3 of the norm, or 4 epsilons if more."""
     tolerance = max(_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
     return bool((one.float() - other.float()).norm() <= tolerance * other.float().norm())
 

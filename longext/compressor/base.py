@@ -7,120 +7,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from longext.compressor.adapters import Adapters
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
 from longext.compressor.memory import Memory
-from longext.errors import CheckpointError, ConfigError
-from longext.registry import Registry
+from longext.compressor.schedule import Schedule
+from longext.compressor.segments import REPEAT, Segment
+from longext.compressor.spec import CompressorSpec, check_ratio, check_spec
+from longext.models.turns import eos_of
 from longext.training.losses import IGNORED
-from longext.untrusted import build
 
 _ENCODED_AT_ONCE = {"cpu": 2_048}  # tokens of one encoder pass: more only take memory there
 _ENCODED_AT_ONCE_ACCELERATOR = 16_384
-REPEAT = -1  # the token id that stands for the trained "repeat the text" vector (auto-encoding)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressorSpec:
-    """What a trained compressor is, as compressor.json keeps it.
-
-    Attributes:
-        arch: a name in `COMPRESSORS`.
-        segment: l, tokens of a segment.
-        ratios: the compression ratios it was trained on; the first is the default.
-        sink: raw tokens of the document's start that stay readable (keys and values; 0 for none).
-        overlap: raw tokens before a segment that stay readable beside the memories.
-        memory: "kv" or "soft".
-        rank, alpha: of its adapters.
-    """
-
-    arch: str = "uio"
-    segment: int = 1024
-    ratios: tuple[int, ...] = (8,)
-    sink: int = 1
-    overlap: int = 0
-    memory: str = "kv"
-    rank: int = 128
-    alpha: float = 512.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "ratios": list(self.ratios)}
-
-    @classmethod
-    def from_json(cls, values: Any, where: str = "The compressor's spec") -> CompressorSpec:
-        """Return the spec that `to_json` wrote; `where` is its place as an error names it.
-
-        Raises:
-            CheckpointError: an unknown or missing key, a value of another type, or a count that cannot be.
-        """
-        spec: CompressorSpec = build(cls, values, where, CheckpointError, "Restore the file.")
-        counts = (spec.segment, spec.rank, *spec.ratios, spec.sink + 1, spec.overlap + 1)
-        if not spec.ratios or not all(1 <= count <= 2**31 for count in counts):
-            raise CheckpointError(f"{where} has counts that no compressor has ({counts}). Restore the file.")
-        return spec
-
-    @property
-    def first_reader(self) -> int:
-        """The number of the first segment that reads a memory."""
-        return 1 + self.overlap // self.segment
-
-    @property
-    def shortest(self) -> int:
-        """Tokens of the shortest document with a token whose prediction reads a memory."""
-        return self.first_reader * self.segment + 2
-
-    def num_visible(self, segment: int) -> int:
-        """Return how many memories segment number `segment` reads: those not wholly inside the overlap."""
-        return max(0, segment + 1 - self.first_reader)
-
-    def max_segments(self, window: int, ratio: int) -> int:
-        """Return the most segments of a document whose last one still fits: sink + (T - 1) k + overlap + l <= window.
-
-        0 where not even one does.
-        """
-        room = window - self.sink - self.segment - self.overlap
-        if room < 0:
-            return 0
-        return room // (self.segment // ratio) + self.first_reader
-
-
-@dataclass
-class Segment:
-    """One segment of B documents.
-
-    Attributes:
-        tokens: int64 [B, l].
-        labels: int64 [B, l], aligned (label p belongs to the output at p), -100 where nothing is scored.
-        before: int64 [B, o], the raw tokens that stay readable before it.
-        sink: int64 [B, s], the first tokens of the documents; empty for segment 0, which holds them itself.
-        ratio: of the memory it writes.
-        teacher: last hidden states [B, l, D] to imitate, or None.
-        weights: of cross-entropy and of the divergence from the teacher.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    before: torch.Tensor
-    sink: torch.Tensor
-    ratio: int
-    teacher: torch.Tensor | None = None
-    weights: tuple[float, float] = field(default=(1.0, 0.0))
 
 
 class Compressor(nn.Module):
     """Trainable parts around a frozen model. Only they are its parameters: the model is not part of its state.
 
     Attributes of a class:
-        summary, reference: for tables and cards.
+        reference: for tables and cards; the summary is the first line of the module.
         recurrent: a memory depends on the memories before it.
-        joint: reading and writing share one forward pass.
+        appends: slots that are written take positions behind the segment.
         reads_last: only the previous segment's memory is read.
         trains_reader: the scoring pass has trained parameters of its own.
         memories: the kinds of memory it can make.
@@ -132,10 +43,9 @@ class Compressor(nn.Module):
         spec: sizes.
     """
 
-    summary = ""
     reference = ""
     recurrent = False
-    joint = False
+    appends = False
     reads_last = False
     trains_reader = False
     memories: tuple[str, ...] = ("kv",)
@@ -156,19 +66,33 @@ class Compressor(nn.Module):
 
     @property
     def is_soft(self) -> bool:
-        """True where memories are vectors, which the decoder reads as if they were embeddings."""
+        """True if memories are vectors, which the decoder reads as if they were embeddings."""
         return self.spec.memory == "soft"
+
+    @property
+    def summary(self) -> str:
+        """One line on the architecture, for tables and cards."""
+        return COMPRESSORS.summary(self.spec.arch)
 
     def slots(self, ratio: int) -> int:
         """Return the slots that a segment's memory has."""
         return self.spec.segment // ratio
 
+    def find_ratio(self, ratio: int | None) -> int:
+        """Return the ratio to compress at: `ratio`, or the first of training if None (ConfigError as `check_ratio`)."""
+        chosen = self.spec.ratios[0] if ratio is None else ratio
+        check_ratio(self.spec, chosen, self.backbone.window)
+        return chosen
+
+    def schedule(self, ratio: int, parts: int | None = None) -> Schedule:
+        """Return what segments read at one ratio in the model's window; `parts` as in `Schedule.of`."""
+        return Schedule.of(type(self), self.spec, ratio, self.backbone.window, parts)
+
     def initial_vectors(self, count: int) -> torch.Tensor:
         """Return `count` copies of the EOS embedding [count, D] to start from (float32 at least)."""
         table = self.backbone.embedding.weight
-        eos = self.backbone.config.eos_token_id
-        row = eos[0] if isinstance(eos, (list, tuple)) else eos
-        vector: torch.Tensor = table[int(row if row is not None else 0)].detach()
+        row = next(iter(eos_of(self.backbone.config)), 0)
+        vector: torch.Tensor = table[row].detach()
         return vector.to(torch.promote_types(vector.dtype, torch.float32)).repeat(count, 1).clone()
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -193,16 +117,6 @@ class Compressor(nn.Module):
         with torch.no_grad():
             captured = self.backbone.attention_inputs(self.embed(sink), slice(None))
             return self.backbone.project(captured, torch.arange(sink.shape[1], device=sink.device)[None])
-
-    @classmethod
-    def max_segments(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
-        """Return the most segments of a document that fit `window` positions at this ratio."""
-        return spec.max_segments(window, ratio)
-
-    @classmethod
-    def max_memories(cls, spec: CompressorSpec, window: int, ratio: int) -> int:
-        """Return the most memories that one segment can read in `window` positions at this ratio."""
-        return max(0, cls.max_segments(spec, window, ratio) - spec.first_reader)
 
     # --- what an architecture defines -------------------------------------------------------------------------------
 
@@ -271,54 +185,48 @@ class Compressor(nn.Module):
 
     def loss(self, hidden: torch.Tensor, segment: Segment) -> torch.Tensor:
         """Return the weighted sum of cross-entropy and, with a teacher, the divergence from it."""
-        from longext.compressor.distillation import divergence
-
         of_labels, of_teacher = segment.weights
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         if of_labels:
             total = total + of_labels * self.backbone.loss(hidden, segment.labels)
         if of_teacher and segment.teacher is not None:
-            total = total + of_teacher * divergence(self.backbone, hidden, segment.teacher, segment.labels != IGNORED)
+            scored = segment.labels != IGNORED
+            total = total + of_teacher * self.backbone.divergence(hidden, segment.teacher, scored)
         return total
 
 
-COMPRESSORS: Registry[type[Compressor]] = Registry("architecture")
+class JointCompressor(Compressor):
+    """Reads and writes in one forward pass; what is written changes nothing of what is read."""
 
+    def run(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
+        """Return (last hidden states [B, l, D] of the segment, its memory)."""
+        raise NotImplementedError
 
-def check_spec(spec: CompressorSpec, window: int) -> None:
-    """Raise ConfigError for an unknown architecture, a ratio that does not divide it, too small a window."""
-    cls = COMPRESSORS[spec.arch]
-    if spec.memory not in cls.memories:
-        raise ConfigError(f"--memory-kind of {spec.arch} must be {' or '.join(cls.memories)}, got '{spec.memory}'.")
-    for ratio in spec.ratios:
-        if ratio < 1 or spec.segment % ratio:
-            divisors = [n for n in (2, 4, 8, 16, 32, 64) if spec.segment % n == 0]
-            raise ConfigError(
-                f"--ratio {ratio} does not divide --segment {spec.segment}: choose of "
-                f"{', '.join(map(str, divisors)) or 'its divisors'}."
-            )
-    if len(spec.ratios) != len(set(spec.ratios)) or not spec.ratios:
-        raise ConfigError(f"--ratio must be different whole numbers, got {','.join(map(str, spec.ratios))}.")
-    if spec.sink and cls.trains_reader and spec.memory == "kv":
-        raise ConfigError(f"{spec.arch} trains its reader, so sink tokens have no fixed keys: use --sink 0.")
-    if cls.reads_last and len(spec.ratios) > 1:
-        raise ConfigError(f"{spec.arch} hands one memory of fixed size on: give one --ratio.")
-    if spec.sink >= spec.segment:
-        raise ConfigError(
-            f"--sink {spec.sink} must be below --segment {spec.segment}: the first segment holds the sink tokens."
-        )
-    if not cls.max_memories(spec, window, max(spec.ratios)):
-        raise ConfigError(
-            f"--segment {spec.segment} with --sink {spec.sink} and --overlap {spec.overlap} leaves no room for "
-            f"memories in the model's {window} positions: choose a shorter --segment, or extend the model first "
-            "(longext extend)."
-        )
+    def step(
+        self, segment: Segment, memory: Memory, first_slot: int, *, loss: bool, write: bool
+    ) -> tuple[torch.Tensor | None, Memory | None]:
+        """Read and write at once."""
+        if not write:
+            return super().step(segment, memory, first_slot, loss=loss, write=False)
+        hidden, made = self.run(segment, memory, first_slot)
+        return self.loss(hidden, segment) if loss else None, made
+
+    def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
+        """Write without scoring."""
+        return self.run(segment, memory, first_slot)[1]
+
+    def run_with(self, segment: Segment, memory: Memory, rows: torch.Tensor) -> tuple[torch.Tensor, Memory]:
+        """Return what `run` does if the last hidden states of `rows` [B, k, D], behind the segment, are its memory."""
+        tokens = self.embed(torch.cat([segment.before, segment.tokens], 1))
+        prefix = self.prefix_rows(segment.sink, memory, segment.ratio)
+        with self.reading():
+            hidden = self.backbone.run(torch.cat([prefix, tokens, rows], 1))
+        end = hidden.shape[1] - rows.shape[1]
+        return hidden[:, end - segment.tokens.shape[1] : end], (hidden[:, end:],)
 
 
 def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
     """Return a new compressor of `spec.arch` on `backbone` (ConfigError as `check_spec`)."""
-    import longext.compressor.architectures  # noqa: F401
-
     check_spec(spec, backbone.window)
     backbone.hold_rotation()
     return COMPRESSORS[spec.arch](backbone, spec)

@@ -16,7 +16,8 @@ from longext.checkpoint.rope_config import model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import fingerprint_weights, read_header, same_weights
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor, CompressorSpec, build_compressor
+from longext.compressor.base import Compressor, build_compressor
+from longext.compressor.spec import CompressorSpec
 from longext.errors import CheckpointError, ConfigError
 from longext.models.hf import HFLanguageModel
 from longext.options import RuntimeConfig

@@ -6,33 +6,42 @@ another, so dJ/dm_s adds up over the readers t > s and is pulled back through se
     encode all s without a graph;  for each t: J_t.backward() into the leaves;  for each s: encode again, pull back.
 
 For recurrent architectures the same holds in reverse order (t = T .. 1): at t, all readers of m_t have run.
-Both equal autograd through one graph of the whole document.
+Both equal autograd through one graph of the whole sweep.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from longext.compressor.base import Compressor, Segment
+from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory, MemoryGradients, MemoryStore, join
-from longext.compressor.policies import Policy, Weights
+from longext.compressor.policies import Policy
+from longext.compressor.schedule import Schedule
+from longext.compressor.segments import Segment
 from longext.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from longext.compressor.policies import Weights
 
 
 @dataclass
-class Document:
+class Sweep:
     """B documents of T segments each, and where their memories go.
 
     Attributes:
         segments: in order.
         compressor: who reads and writes.
         scale: every loss is multiplied by it before its gradient is taken.
+        schedule: what each segment reads.
+        visible: memories that each segment reads.
+        slots: of each memory; the last segment has none.
     """
 
     segments: Sequence[Segment]
@@ -40,40 +49,35 @@ class Document:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        length = self.compressor.spec.segment
-        # memories wholly inside the raw tokens before a segment are not read
-        self.visible = [t - segment.before.shape[1] // length for t, segment in enumerate(self.segments)]
-        self.slots = [self.compressor.slots(segment.ratio) for segment in self.segments[:-1]]
-
-    @property
-    def is_soft(self) -> bool:
-        """True where memories take no room in a cache until they are read."""
-        return self.compressor.is_soft
+        last, spec = self.segments[-1], self.compressor.spec
+        # what stays readable is what the segments hold: none of it for auto-encoding
+        spec = dataclasses.replace(spec, overlap=last.before.shape[1], sink=last.sink.shape[1])
+        self.schedule = Schedule.of(type(self.compressor), spec, [segment.ratio for segment in self.segments])
+        self.visible = [self.schedule.visible(t) for t in range(len(self.segments))]
+        self.slots = [self.schedule.slots(t) for t in range(len(self.segments) - 1)]
 
     def new_store(self) -> MemoryStore:
         """Return an empty store with the sink's keys and values in front."""
         return MemoryStore(self.compressor.fixed(self.segments[-1].sink), self.slots)
 
-    def span(self, t: int) -> tuple[int, int]:
-        """Return the memories first .. last - 1 that segment t reads."""
-        last = self.visible[t]
-        return (max(0, last - 1), last) if self.compressor.reads_last else (0, last)
-
     def is_scored(self, t: int) -> bool:
-        """True where segment t has labels, and its loss depends on anything that is trained."""
+        """True if segment t has labels, and its loss depends on anything that is trained."""
         segment = self.segments[t]
         trained = self.compressor.trains_reader or self.visible[t] > 0 or bool((segment.tokens < 0).any())
         return trained and bool((segment.labels != IGNORED).any())
 
     def read(self, t: int, memory: Memory, *, write: bool = False) -> tuple[torch.Tensor, Memory | None]:
-        """Return (loss of segment t, its memory where `write`); 0 where nothing trained is scored."""
-        first = 0 if t >= len(self.slots) else sum(self.slots[:t]) + self.segments[-1].sink.shape[1]
+        """Return (loss of segment t, its memory if `write`); 0 if nothing trained is scored."""
         scored = self.is_scored(t)
         if not scored and not write:
             return self.zero, None
         memory = memory if t else ()  # segment 0 holds the sink itself
-        loss, made = self.compressor.step(self.segments[t], memory, first, loss=scored, write=write)
+        loss, made = self.compressor.step(self.segments[t], memory, self.place(t), loss=scored, write=write)
         return self.zero if loss is None else loss, made
+
+    def place(self, t: int) -> int:
+        """Return the position of the first slot of memory t: nothing leaves, so it is the same for all readers."""
+        return self.schedule.places(0, t)[-1]
 
     @property
     def zero(self) -> torch.Tensor:
@@ -83,11 +87,25 @@ class Document:
 
     def write(self, t: int, store: MemoryStore) -> Memory:
         """Return the memory of segment t given those before it."""
-        memory = store.view(*self.span(t)) if self.compressor.recurrent and t else ()
-        return self.compressor.write(self.segments[t], memory, store.bounds[t])
+        memory = store.view(*self.schedule.span(t)) if self.compressor.recurrent and t else ()
+        return self.compressor.write(self.segments[t], memory, self.place(t))
+
+    def write_all(self, store: MemoryStore, numbers: Sequence[int], at_once: int | None = None) -> None:
+        """Put the memories of some segments (of recurrent architectures of all of them) into `store`.
+
+        Args:
+            at_once: segments of a pass; None for as many as fill the device.
+        """
+        if self.compressor.recurrent:
+            for t in numbers:
+                store.put(t, self.write(t, store))
+            return
+        segments, places = [self.segments[s] for s in numbers], [self.place(s) for s in numbers]
+        for s, memory in zip(numbers, self.compressor.write_all(segments, places, at_once), strict=True):
+            store.put(s, memory)
 
 
-def backprop(document: Document, policy: Policy, rng: np.random.Generator, group: Any = None) -> torch.Tensor:
+def backprop(sweep: Sweep, policy: Policy, rng: np.random.Generator, group: Any = None) -> torch.Tensor:
     """Add the gradient of scale * sum_t J_t, weighed by `policy`, to the parameters; return sum_t J_t (no graph).
 
     The sum is over the segments whose loss depends on what is trained: under a frozen reader not those without a
@@ -97,97 +115,87 @@ def backprop(document: Document, policy: Policy, rng: np.random.Generator, group
         rng: draws the policy's schedule.
         group: process group whose ranks share this document's segments (independent architectures; exact and subset).
     """
-    weights = policy.draw(document.visible, rng)
-    recurrent = document.compressor.recurrent
+    weights = policy.draw(sweep.visible, rng)
+    recurrent = sweep.compressor.recurrent
     if policy.kind.executor == "graph":
-        return _one_graph(document, group)
+        return _one_graph(sweep, group)
     if policy.kind.executor == "stream":
-        return _stream(document, weights)
-    return _reverse_sweep(document, weights) if recurrent else _sweep(document, weights, group)
+        return _stream(sweep, weights)
+    return _in_reverse(sweep, weights) if recurrent else _in_any_order(sweep, weights, group)
 
 
-def _one_graph(document: Document, group: Any) -> torch.Tensor:
+def _one_graph(sweep: Sweep, group: Any) -> torch.Tensor:
     """Autograd through everything; each rank of `group` takes its part of the whole gradient."""
     made: list[Memory] = []
-    fixed = document.new_store().fixed
+    fixed = sweep.new_store().fixed
     losses = []
-    for t in range(len(document.segments)):
-        first, last = document.span(t)
+    for t in range(len(sweep.segments)):
+        first, last = sweep.schedule.span(t)
         memory = join([fixed if first == 0 else (), *made[first:last]])
-        loss, written = document.read(t, memory, write=t < len(document.slots))
+        loss, written = sweep.read(t, memory, write=t < len(sweep.slots))
         losses.append(loss)
         if written is not None:
             made.append(written)
     total = torch.stack(losses).sum()
     if total.requires_grad:
         size = 1 if group is None else dist.get_world_size(group)
-        (total * document.scale / size).backward()
+        (total * sweep.scale / size).backward()
     return total.detach()
 
 
-def _score(document: Document, t: int, store: MemoryStore, grads: MemoryGradients, weights: Weights) -> torch.Tensor:
+def _score(sweep: Sweep, t: int, store: MemoryStore, grads: MemoryGradients, weights: Weights) -> torch.Tensor:
     """Take the gradient of J_t with respect to the memories it reads (and of what else is trained); return J_t."""
-    first, last = document.span(t)
-    if not document.is_scored(t):
-        return document.zero
+    first, last = sweep.schedule.span(t)
+    if not sweep.is_scored(t):
+        return sweep.zero
     leaves = store.leaves(first, last)
-    loss, _ = document.read(t, leaves)
-    (loss * document.scale).backward()
+    loss, _ = sweep.read(t, leaves)
+    (loss * sweep.scale).backward()
     grads.add(first, last, leaves, weights[t])
     return loss.detach()
 
 
-def _pull_back(document: Document, s: int, store: MemoryStore, grads: MemoryGradients) -> None:
+def _pull_back(sweep: Sweep, s: int, store: MemoryStore, grads: MemoryGradients) -> None:
     """Encode segment s again and take its memory's gradient back to the parameters."""
-    memory = document.write(s, store)
+    memory = sweep.write(s, store)
     torch.autograd.backward(memory, grads.of(s, memory))
 
 
-def _sweep(document: Document, weights: Weights, group: Any) -> torch.Tensor:
+def _in_any_order(sweep: Sweep, weights: Weights, group: Any) -> torch.Tensor:
     """Three passes over independent segments, each rank of `group` taking every P-th."""
-    from longext.compressor.parallel import gather_memories, scatter_gradients, share
-
-    store = document.new_store()
-    writers, readers = share(len(document.slots), group), share(len(document.segments), group)
+    store = sweep.new_store()
+    writers, readers = _share(len(sweep.slots), group), _share(len(sweep.segments), group)
     with torch.no_grad():
-        segments, slots = [document.segments[s] for s in writers], [store.bounds[s] for s in writers]
-        made = document.compressor.write_all(segments, slots, _segments_at_once(document))
-        for s, memory in zip(writers, made, strict=True):
-            store.put(s, memory)
-    gather_memories(store, document, group)
+        # without a graph L segments take about what one takes with it: two tensors of a layer instead of all layers'
+        sweep.write_all(store, writers, max(1, len(sweep.compressor.backbone.layers) // 2))
+    _gather_memories(store, sweep, group)
     grads = MemoryGradients(store)
-    total = document.zero
+    total = sweep.zero
     for t in readers:
-        total = total + _score(document, t, store, grads, weights)
-    scatter_gradients(grads, group)
+        total = total + _score(sweep, t, store, grads, weights)
+    _scatter_gradients(grads, group)
     for s in writers:
         if weights[:, s].any():
-            _pull_back(document, s, store, grads)
+            _pull_back(sweep, s, store, grads)
     if group is not None:
         dist.all_reduce(total, group=group)
     return total
 
 
-def _segments_at_once(document: Document) -> int:
-    # without a graph L segments take about what one takes with it: two tensors of a layer instead of all layers'
-    return max(1, len(document.compressor.backbone.layers) // 2)
-
-
-def _reverse_sweep(document: Document, weights: Weights) -> torch.Tensor:
+def _in_reverse(sweep: Sweep, weights: Weights) -> torch.Tensor:
     """One pass forward without a graph, one backward in reverse order, for any dependence between memories."""
-    store = document.new_store()
-    last = len(document.slots)
+    store = sweep.new_store()
+    last = len(sweep.slots)
     with torch.no_grad():
-        for t in range(last):
-            store.put(t, document.write(t, store))
+        sweep.write_all(store, range(last))
     grads = MemoryGradients(store)
     losses = []
-    for t in reversed(range(len(document.segments))):
-        span = document.span(t)
+    for t in reversed(range(len(sweep.segments))):
+        span = sweep.schedule.span(t)
         leaves = store.leaves(*span)
         writes = t < last and bool(weights[:, t].any())
-        loss, memory = document.read(t, leaves, write=writes)
-        roots, cotangents = [loss * document.scale], [torch.ones_like(loss)]
+        loss, memory = sweep.read(t, leaves, write=writes)
+        roots, cotangents = [loss * sweep.scale], [torch.ones_like(loss)]
         if memory is not None:
             roots, cotangents = [*roots, *memory], [*cotangents, *grads.of(t, memory)]
         graphs = [(root, given) for root, given in zip(roots, cotangents, strict=True) if root.requires_grad]
@@ -198,30 +206,93 @@ def _reverse_sweep(document: Document, weights: Weights) -> torch.Tensor:
     return torch.stack(losses).sum()
 
 
-def _stream(document: Document, weights: Weights) -> torch.Tensor:
+def _stream(sweep: Sweep, weights: Weights) -> torch.Tensor:
     """Segments in order, each encoded once; its graph is kept until its last reader with a weight has run.
 
     The paper's incremental algorithm (appendix B) for any weights: one pull-back per segment, none for segments that
     no reader weighs.
     """
-    store = document.new_store()
+    store = sweep.new_store()
     live: dict[int, Memory] = {}
     grads: MemoryGradients | None = None
     losses = []
-    for t in range(len(document.segments)):
+    for t in range(len(sweep.segments)):
         if t:
             grads = grads or MemoryGradients(store)
-            losses.append(_score(document, t, store, grads, weights))
+            losses.append(_score(sweep, t, store, grads, weights))
             for s in [s for s in live if not weights[t + 1 :, s].any()]:
                 memory = live.pop(s)
                 torch.autograd.backward(memory, grads.of(s, memory))
         else:
-            losses.append(_score(document, t, store, MemoryGradients(store), weights))
-        if t < len(document.slots):
+            losses.append(_score(sweep, t, store, MemoryGradients(store), weights))
+        if t < len(sweep.slots):
             needed = bool(weights[:, t].any())
             with torch.set_grad_enabled(needed):
-                memory = document.write(t, store)
+                memory = sweep.write(t, store)
             store.put(t, tuple(tensor.detach() for tensor in memory))
             if needed:
                 live[t] = memory
     return torch.stack(losses).sum()
+
+
+# --- segment parallelism: ranks exchange memories and their gradients -------------------------------------------------
+
+
+def _share(count: int, group: Any) -> list[int]:
+    """Return the segments of 0 .. count - 1 that are this rank's: every P-th, so late ones are dealt out."""
+    if group is None:
+        return list(range(count))
+    return list(range(dist.get_rank(group), count, dist.get_world_size(group)))
+
+
+def _gather_memories(store: MemoryStore, sweep: Sweep, group: Any) -> None:
+    """Fill `store` with what the other ranks have encoded (all-gather)."""
+    if group is None or not sweep.slots:
+        return
+    if not store.tensors:  # fewer segments than ranks: an empty hand still needs buffers of the right shape
+        with torch.no_grad():
+            made = sweep.compressor.write_batch([sweep.segments[0]], [store.bounds[0]])[0]
+        store.put(0, tuple(torch.zeros_like(tensor) for tensor in made))
+    for buffer in store.tensors:
+        packed = _pack(buffer, store.bounds, group)
+        mine = packed[dist.get_rank(group)].contiguous()
+        gathered = torch.empty_like(packed)
+        dist.all_gather(list(gathered.unbind(0)), mine, group=group)
+        _unpack(gathered, buffer, store.bounds, group)
+
+
+def _scatter_gradients(grads: MemoryGradients, group: Any) -> None:
+    """Leave on each rank the sum over ranks of its own segments' gradients (reduce-scatter)."""
+    if group is None:
+        return
+    rank = dist.get_rank(group)
+    for buffer in grads.buffers():
+        packed = _pack(buffer, grads.store.bounds, group)
+        mine = torch.empty_like(packed[0])
+        dist.reduce_scatter(mine, list(packed.unbind(0)), group=group)
+        packed[rank] = mine
+        _unpack(packed, buffer, grads.store.bounds, group, only=rank)
+
+
+def _hands(bounds: list[int], group: Any) -> list[list[int]]:
+    """Return the slots of every rank's segments."""
+    size, count = dist.get_world_size(group), len(bounds) - 1
+    return [
+        [slot for s in range(rank, count, size) for slot in range(bounds[s], bounds[s + 1])] for rank in range(size)
+    ]
+
+
+def _pack(buffer: torch.Tensor, bounds: list[int], group: Any) -> torch.Tensor:
+    """Return [P, slots, ...]: each rank's slots side by side, padded to equal size."""
+    hands, by_slot = _hands(bounds, group), buffer.movedim(-2, 0)
+    packed = by_slot.new_zeros((len(hands), max(map(len, hands)), *by_slot.shape[1:]))
+    for row, hand in zip(packed, hands, strict=True):
+        row[: len(hand)] = by_slot[hand]
+    return packed
+
+
+def _unpack(packed: torch.Tensor, buffer: torch.Tensor, bounds: list[int], group: Any, only: int | None = None) -> None:
+    by_slot = buffer.movedim(-2, 0)
+    for rank, hand in enumerate(_hands(bounds, group)):
+        if only in (None, rank):
+            by_slot[hand] = packed[rank, : len(hand)]

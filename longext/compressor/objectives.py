@@ -10,41 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longext.compressor.base import Compressor, Segment
-from longext.compressor.distillation import teacher_states
-from longext.compressor.documents import reconstruction_segments, split_segments
-from longext.compressor.gradients import Document, backprop
+from longext.compressor.base import Compressor
+from longext.compressor.gradients import Sweep, backprop
 from longext.compressor.policies import Policy, parse_policy
-from longext.errors import ConfigError
-from longext.registry import Registry
+from longext.compressor.segments import Segment, reconstruction_segments, split_segments
 from longext.training.losses import IGNORED
-
-OBJECTIVES: Registry[str] = Registry("objective")
-OBJECTIVES.register("lm", "cross-entropy of each next token given memories and the raw segment")
-OBJECTIVES.register("ae", "cross-entropy of a segment given its memory and the repeat token (auto-encoding)")
-OBJECTIVES.register("qa", "cross-entropy of the answers in instructions and chats")
-OBJECTIVES.register("distill", "KL divergence from the frozen model that reads the text raw, up to its window")
-
-
-def parse_objectives(text: str) -> dict[str, float]:
-    """Return name -> weight of text such as "lm", "lm:1,ae:0.2" or "qa,distill:0.5".
-
-    Raises:
-        ConfigError: unknown name, a weight that is no positive number, or both lm and qa.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, number = part.strip().partition(":")
-        OBJECTIVES[name]
-        try:
-            weights[name] = float(number or 1)
-        except ValueError:
-            weights[name] = 0.0
-        if not 0 < weights[name] < float("inf"):
-            raise ConfigError(f"--objectives takes name:weight with a weight above 0, got '{part}'.")
-    if "lm" in weights and "qa" in weights:
-        raise ConfigError("--objectives lm scores every token and qa the answers alone: choose one of the two.")
-    return weights
 
 
 @dataclass(frozen=True)
@@ -86,8 +56,8 @@ class Objectives:
         ratios = rng.choice(compressor.spec.ratios, -(-batch.tokens.shape[1] // compressor.spec.segment)).tolist()
         parts: dict[str, torch.Tensor] = {}
         if any(self.of_tokens):
-            document = Document(self._segments(compressor, batch, ratios), compressor, batch.per_token)
-            parts["documents"] = backprop(document, self.policy, rng, group) * batch.per_token
+            sweep = Sweep(self._segments(compressor, batch, ratios), compressor, batch.per_token)
+            parts["documents"] = backprop(sweep, self.policy, rng, group) * batch.per_token
         if "ae" in self.weights:
             parts["ae"] = self._autoencode(compressor, batch, int(ratios[0]), rng)
         return parts
@@ -101,7 +71,7 @@ class Objectives:
             if self.of_tokens[1] and bool((segment.labels != IGNORED).any()):
                 start = t * compressor.spec.segment
                 stop = start + segment.tokens.shape[1]
-                segment.teacher = teacher_states(compressor.backbone, batch.tokens, start, stop)
+                segment.teacher = compressor.backbone.teacher_states(batch.tokens, start, stop)
         return segments
 
     def _autoencode(self, compressor: Compressor, batch: Batch, ratio: int, rng: np.random.Generator) -> torch.Tensor:
@@ -113,8 +83,8 @@ class Objectives:
             chosen.append(row[start : start + length])
         segments = reconstruction_segments(torch.stack(chosen), ratio, compressor.spec.sink)
         scale = self.weights["ae"] * batch.per_row / int((segments[1].labels != IGNORED).sum())
-        document = Document(segments, compressor, scale)
-        return backprop(document, parse_policy("full"), rng) * scale
+        sweep = Sweep(segments, compressor, scale)
+        return backprop(sweep, parse_policy("full"), rng) * scale
 
 
 def compare_gradients(

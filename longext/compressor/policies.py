@@ -1,40 +1,41 @@
-"""Which reader's gradient reaches which memory: a matrix of weights W[t, s], drawn before anything is run.
+"""What a compressor learns, and which reader's gradient reaches which memory, by the names that options take.
 
-The gradient of a document is the sum over segments s < t of z_ts = (dJ_t/dm_s)(dm_s/dTheta); a policy weighs its terms
-(UIO-LLMs, arXiv 2406.18173, equations 5 to 12, with m_t a function of segment t alone).
+A policy is a matrix of weights W[t, s], drawn before anything is run. The gradient of a document is the sum over
+segments s < t of z_ts = (dJ_t/dm_s)(dm_s/dTheta); a policy weighs its terms (UIO-LLMs, arXiv 2406.18173, equations 5 to
+12, with m_t a function of segment t alone).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from longext.errors import ConfigError
 from longext.registry import Registry
 
-Weights = NDArray[np.float64]
-_Draw = Callable[[Sequence[int], int, np.random.Generator], Weights]
+if TYPE_CHECKING:  # options list these names, and they start without numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Weights = NDArray[np.float64]
+    _Draw = Callable[[Sequence[int], int, np.random.Generator], Weights]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of policies.
+    """A family of policies; its summary is in the registry.
 
     Attributes:
-        summary: for help and tables.
         draw: (memories visible to each segment, size, rng) -> W.
         executor: "sweep" (encode again, one graph alive), "stream" (hold graphs while they are needed) or "graph".
-        sized: takes a size, as in `window:2`.
-        recurrent: may be used where memories depend on earlier memories.
+        size: the letter of its size in `--gradient`, as in `window:S`; "" if it takes none.
+        recurrent: may be used if memories depend on earlier memories.
     """
 
-    summary: str
     draw: _Draw
     executor: str
-    sized: bool = True
+    size: str = ""
     recurrent: bool = False
 
 
@@ -51,7 +52,7 @@ class Policy:
         return POLICIES[self.name]
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.size}" if self.kind.sized else self.name
+        return f"{self.name}:{self.size}" if self.kind.size else self.name
 
     def draw(self, visible: Sequence[int], rng: np.random.Generator) -> Weights:
         """Return W float64 [T, T]: W[t, s] for the memories s < visible[t] that segment t reads, 0 elsewhere."""
@@ -59,10 +60,18 @@ class Policy:
 
 
 POLICIES: Registry[Kind] = Registry("gradient policy")
+OBJECTIVES: Registry[None] = Registry("objective")
+
+
+def policy_forms(recurrent: bool = False) -> list[str]:
+    """Return the policies as `--gradient` takes them; `recurrent`: those for memories that depend on earlier ones."""
+    kinds = {name: POLICIES[name] for name in POLICIES}
+    chosen = {name: kind for name, kind in kinds.items() if kind.recurrent or not recurrent}
+    return [f"{name}:{kind.size}" if kind.size else name for name, kind in chosen.items()]
 
 
 def parse_policy(text: str, recurrent: bool = False) -> Policy:
-    """Return the policy called `text`: exact, full, window:S, reservoir:S, reservoir-raw:S, subset:N or stop:S.
+    """Return the policy called `text`, of one of the `policy_forms`.
 
     Raises:
         ConfigError: unknown name, a size missing, needless or below 1, or a policy that drops the paths between
@@ -70,28 +79,30 @@ def parse_policy(text: str, recurrent: bool = False) -> Policy:
     """
     name, colon, size = text.partition(":")
     kind = POLICIES[name]
-    if kind.sized and not (size.isdigit() and int(size) >= 1):
+    if kind.size and not (size.isdigit() and int(size) >= 1):
         raise ConfigError(f"--gradient {name} needs a size >= 1, for example {name}:2; got '{text}'.")
-    if colon and not kind.sized:
+    if colon and not kind.size:
         raise ConfigError(f"--gradient {name} takes no size, got '{text}'.")
     if recurrent and not kind.recurrent:
-        allowed = ", ".join(f"{n}:S" if POLICIES[n].sized else n for n in POLICIES if POLICIES[n].recurrent)
         raise ConfigError(
             f"--gradient {text} assumes memories that do not depend on one another, and this architecture's do: "
-            f"use {allowed}."
+            f"use {', '.join(policy_forms(recurrent))}."
         )
-    return Policy(name, int(size) if kind.sized else 0)
+    return Policy(name, int(size) if kind.size else 0)
+
+
+def _blank(visible: Sequence[int]) -> Weights:
+    import numpy as np
+
+    return np.zeros((len(visible), len(visible)))
 
 
 def _all(visible: Sequence[int], _: int, __: np.random.Generator) -> Weights:
-    weights = np.zeros((len(visible), len(visible)))
-    for t, count in enumerate(visible):
-        weights[t, :count] = 1.0
-    return weights
+    return _window(visible, len(visible), __)
 
 
 def _window(visible: Sequence[int], size: int, _: np.random.Generator) -> Weights:
-    weights = np.zeros((len(visible), len(visible)))
+    weights = _blank(visible)
     for t, count in enumerate(visible):
         weights[t, max(0, count - size) : count] = 1.0
     return weights
@@ -99,17 +110,17 @@ def _window(visible: Sequence[int], size: int, _: np.random.Generator) -> Weight
 
 def _reservoir(visible: Sequence[int], size: int, rng: np.random.Generator, factor: bool = True) -> Weights:
     """Draw a uniform S-subset of the memories so far for every segment, by Vitter's algorithm R."""
-    weights = np.zeros((len(visible), len(visible)))
-    held: list[int] = []
+    weights = _blank(visible)
+    chosen: list[int] = []
     seen = 0
     for t, count in enumerate(visible):
         for s in range(seen, count):
-            if len(held) < size:
-                held.append(s)
+            if len(chosen) < size:
+                chosen.append(s)
             elif (place := int(rng.integers(0, s + 1))) < size:
-                held[place] = s
+                chosen[place] = s
         seen = max(seen, count)
-        weights[t, held] = max(1.0, count / size) if factor else 1.0
+        weights[t, chosen] = max(1.0, count / size) if factor else 1.0
     return weights
 
 
@@ -118,26 +129,59 @@ def _reservoir_raw(visible: Sequence[int], size: int, rng: np.random.Generator) 
 
 
 def _subset(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weights:
-    weights = _all(visible, 0, rng)
-    total = max(visible)
+    weights, total = _all(visible, 0, rng), max(visible)
     if size >= total:
         return weights
     chosen = rng.choice(total, size, replace=False)
-    kept = np.zeros_like(weights)
+    kept = _blank(visible)
     kept[:, chosen] = weights[:, chosen] * (total / size)
     return kept
 
 
 def _stop(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weights:
-    block = np.arange(len(visible)) // size
-    weights: Weights = _all(visible, 0, rng) * (block[:, None] == block[None, :])
+    weights = _all(visible, 0, rng)
+    for t in range(len(visible)):
+        weights[t, : t // size * size] = 0.0
     return weights
 
 
-POLICIES.register("exact", Kind("the gradient itself; each segment encoded again", _all, "sweep", False, True))
-POLICIES.register("window", Kind("incremental TBPTT: the last S memories", _window, "stream"))
-POLICIES.register("reservoir", Kind("S random memories, with the factor that makes it unbiased", _reservoir, "stream"))
-POLICIES.register("reservoir-raw", Kind("S random memories without the factor, as released", _reservoir_raw, "stream"))
-POLICIES.register("subset", Kind("n random memories for all readers, unbiased", _subset, "sweep"))
-POLICIES.register("stop", Kind("within blocks of S segments", _stop, "sweep", True, True))
-POLICIES.register("full", Kind("one graph of the whole document", _all, "graph", False, True))
+POLICIES.register("exact", Kind(_all, "sweep", recurrent=True), "the gradient itself; each segment encoded again")
+POLICIES.register("window", Kind(_window, "stream", "S"), "incremental TBPTT: the last S memories")
+POLICIES.register(
+    "reservoir", Kind(_reservoir, "stream", "S"), "S random memories, with the factor that makes it unbiased"
+)
+POLICIES.register(
+    "reservoir-raw", Kind(_reservoir_raw, "stream", "S"), "S random memories without the factor, as released"
+)
+POLICIES.register("subset", Kind(_subset, "sweep", "N"), "N random memories for all readers, unbiased")
+POLICIES.register("stop", Kind(_stop, "sweep", "S", recurrent=True), "within blocks of S segments")
+POLICIES.register("full", Kind(_all, "graph", recurrent=True), "one graph of the whole document")
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+OBJECTIVES.register("lm", None, "cross-entropy of each next token given memories and the raw segment")
+OBJECTIVES.register("ae", None, "cross-entropy of a segment given its memory and the repeat token (auto-encoding)")
+OBJECTIVES.register("qa", None, "cross-entropy of the answers in instructions and chats")
+OBJECTIVES.register("distill", None, "KL divergence from the frozen model that reads the text raw, up to its window")
+
+
+def parse_objectives(text: str) -> dict[str, float]:
+    """Return name -> weight of text such as "lm", "lm:1,ae:0.2" or "qa,distill:0.5".
+
+    Raises:
+        ConfigError: unknown name, a weight that is no positive number, or both lm and qa.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        OBJECTIVES[name]
+        try:
+            weights[name] = float(number or 1)
+        except ValueError:
+            weights[name] = 0.0
+        if not 0 < weights[name] < float("inf"):
+            raise ConfigError(f"--objectives takes name:weight with a weight above 0, got '{part}'.")
+    if "lm" in weights and "qa" in weights:
+        raise ConfigError("--objectives lm scores every token and qa the answers alone: choose one of the two.")
+    return weights

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from longext.compressor.base import COMPRESSORS, CompressorSpec, check_spec
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.config import CompressConfig
-from longext.compressor.objectives import parse_objectives
-from longext.compressor.policies import parse_policy
+from longext.compressor.policies import parse_objectives, parse_policy
+from longext.compressor.spec import CompressorSpec, check_spec
 from longext.errors import ConfigError
 from longext.evals.memory.next_segment import check_context_lengths
 from longext.training.config import FinetuneConfig
@@ -42,8 +42,6 @@ _DECIDING = (
 
 def check_compress_config(config: CompressConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no model."""
-    import longext.compressor.architectures  # noqa: F401
-
     if not config.data:
         raise ConfigError(
             "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
@@ -111,20 +109,21 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
         ConfigError: the memories of so many segments do not fit the model's positions.
     """
     ratio = min(spec.ratios)  # every segment may draw the ratio that makes most slots
-    cls, first = COMPRESSORS[spec.arch], spec.first_reader
-    if not cls.max_memories(spec, window, ratio):
+    schedule = spec.schedule(window, ratio)
+    first = schedule.first_reader
+    if not schedule.capacity:
         raise ConfigError(
             f"--ratio {ratio} makes {spec.segment // ratio} slots of each --segment {spec.segment}, and the model's "
             f"{window} positions hold no memory beside a segment: use larger ratios, a shorter --segment, or extend "
             "the model first (longext extend)."
         )
-    most = cls.max_segments(spec, window, ratio)
+    most = schedule.max_segments
     if config.document_length is None:
         return spec.segment * min(_DEFAULT_SEGMENTS + first - 1, most)
-    if config.document_length < spec.shortest:
+    if config.document_length < schedule.shortest:
         raise ConfigError(
             f"--document-length {config.document_length} is too short for a memory to be read: with --segment "
-            f"{spec.segment} and --overlap {spec.overlap} give at least {spec.shortest} tokens."
+            f"{spec.segment} and --overlap {spec.overlap} give at least {schedule.shortest} tokens."
         )
     segments = -(-config.document_length // spec.segment)
     if segments > most:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from longext.attention.sequence import make_sequence_group
 from longext.checkpoint.checks import check_ids, check_token_cache, embedding_rows
 from longext.checkpoint.source import read_config
-from longext.compressor.base import Compressor, CompressorSpec, build_compressor
+from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
     BaseModel,
     find_base,
@@ -24,8 +24,8 @@ from longext.compressor.checkpoint import (
     save_compressor,
 )
 from longext.compressor.config import CompressConfig
-from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
-from longext.compressor.policies import parse_policy
+from longext.compressor.objectives import Batch, Objectives, compare_gradients
+from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.settings import (
     check_compress_config,
     compress_fingerprint,
@@ -35,6 +35,7 @@ from longext.compressor.settings import (
     spec_of,
     token_source,
 )
+from longext.compressor.spec import CompressorSpec
 from longext.data.packing import DocumentRows, collate_rows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
@@ -233,7 +234,7 @@ def open_documents(
     on_tokens: Callable[[int], None] | None = None,
 ) -> DocumentRows:
     """Return the training documents of the whole run; the main process tokenises, the others then find its cache."""
-    spec = compressor.spec
+    shortest = compressor.schedule(min(compressor.spec.ratios)).shortest
     with main_process_first():
         cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
     # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
@@ -242,8 +243,8 @@ def open_documents(
         length,
         config.seed,
         config.num_steps * global_batch(config),
-        minimum=spec.shortest,
-        skip=1 if compressor.trains_reader else spec.shortest - 1,
+        minimum=shortest,
+        skip=1 if compressor.trains_reader else shortest - 1,
     )
 
 

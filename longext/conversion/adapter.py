@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from longext.checkpoint.families import HEAD_NAMES
 from longext.checkpoint.load import build_model, load_config
 from longext.checkpoint.source import HUB_ID, read_json, resolve_model
 from longext.checkpoint.tying import is_tied, stored_difference
@@ -393,7 +394,7 @@ def locate_in(files: set[str]) -> Callable[[str], str | None]:
 
 def _without_wrappers(name: str) -> str:
     parts = (part for part in name.split(".") if part not in ("model", "language_model"))
-    return ".".join("lm_head" if part == "embed_out" else part for part in parts)
+    return ".".join(HEAD_NAMES[0] if part in HEAD_NAMES else part for part in parts)
 
 
 def merged_tensor(adapter: Adapter, name: str, base: torch.Tensor) -> torch.Tensor:

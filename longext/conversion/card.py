@@ -11,23 +11,10 @@ from typing import Any
 from longext.checkpoint.source import HUB_ID
 from longext.errors import CheckpointError
 from longext.manifest import command_line, versions
-from longext.rope.methods import ROPE_METHODS
+from longext.rope.spec import ROPE_METHODS
 from longext.untrusted import METADATA_LIMIT, read_text, spelled
 
 _LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
-
-_TRAPS = {
-    "dynamic": (
-        "Dynamic NTK changes with the sequence length: `max_position_embeddings` stays at the trained length on "
-        "purpose, keys cached before the length grew keep their old rotation (generate with `use_cache=False`, or "
-        "choose a static method), and vLLM applies one static factor instead."
-    ),
-    "longrope": (
-        "transformers picks the short or long factors per forward pass; vLLM picks once per server from "
-        "`--max-model-len`. A cache that crosses the trained length mixes both."
-    ),
-}
-
 
 _UNTRAINED = "The weights of `{}`, unchanged, with another rotary position embedding. No training was done."
 _CARD = Template("""---
@@ -94,12 +81,13 @@ def license_of(source: Path) -> list[str]:
 def formula_lines(record: dict[str, Any]) -> list[str]:
     """Return the formula and its numbers, one fact a line, from an extension record (`extend.provenance`)."""
     spec = record["spec"]
+    names = [parameter.name for parameter in ROPE_METHODS[spec["method"]].parameters]
     numbers = {
         "theta": spec["rope_theta"],
         "d (rotary dimensions)": spec["rotary_dim"],
         "L (trained length)": spec["original_max_position_embeddings"],
         "s (factor)": spec["factor"],
-        **{key: spec[key] for key in ROPE_METHODS[spec["method"]].options if _is_scalar(spec[key])},
+        **{name: spec[name] for name in names if _is_scalar(spec[name])},
     }
     return [record["formula"], *(f"{name} = {_number(value)}" for name, value in numbers.items())]
 
@@ -129,8 +117,7 @@ def model_card(
     front = ["library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
     if HUB_ID.match(base) and not Path(base).exists():
         front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
-    notes = [_TRAPS[spec["method"]]] if spec["method"] in _TRAPS else []
-    notes += record.get("warnings", [])
+    notes = [*filter(None, [method.caveat]), *record.get("warnings", [])]
     if not record.get("checked", True):
         notes.append("The RoPE was not compared with what transformers builds (`--no-check`).")
     trap = "".join(f"\n> {note}\n" for note in notes)

@@ -22,8 +22,8 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.rope_config import ModelRope
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
-from longext.rope.methods import RopeSpec, compute_inv_freq, softmax_scale
 from longext.rope.reading import read_parameters
+from longext.rope.spec import RopeSpec, compute_inv_freq, softmax_scale
 
 _TOLERANCE = 2e-6  # relative; float32 frequencies, read out of float32 cosines
 _ZERO = 1e-12  # rad per token: no rotation
@@ -225,7 +225,8 @@ def _places(measured: NDArray[np.float64], formula: NDArray[np.float64], toleran
     nearest = np.abs(measured[:, None] / np.where(formula > 0, formula, np.inf)[None, :] - 1).argmin(1)
     close = np.isclose(measured, formula[nearest], rtol=tolerance, atol=0)
     still = np.abs(measured) < _ZERO
-    covers = set(nearest[close].tolist()) >= set(np.flatnonzero(formula > 0).tolist())
+    # by value: a method may give two pairs one frequency
+    covers = all(np.isclose(measured, value, rtol=tolerance, atol=0).any() for value in formula[formula > 0])
     return np.where(still, -1, nearest) if bool((close | still).all()) and covers else None
 
 

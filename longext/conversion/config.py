@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.options import RopeConfig
+from longext.rope.spec import ROPE_METHODS, extension_methods
 from longext.settings import option, shown_name
 
 
@@ -13,7 +14,7 @@ class ExtendConfig(RopeConfig):
     """`longext extend`: one checkpoint, one method, one length."""
 
     model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
-    method: str = option(help="linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf.", panel="Method")
+    method: str = option(names=extension_methods, panel="Method")
     output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
     copy: bool = option(False, "Copy the weights instead of hard-linking them.")
@@ -53,7 +54,7 @@ class ConvertConfig(RopeConfig):
     base: str | None = option(None, "The base model (default: the one the adapter names).")
     revision: str | None = option(None, "Branch, tag or commit of --base, for a Hub id.", panel="Running")
     method: str | None = option(
-        None, "RoPE it was trained with: linear, ntk, yarn, ... or none (the base's own).", panel="Method"
+        None, "RoPE it was trained with (none: the base's own).", names=lambda: ROPE_METHODS, panel="Method"
     )
     output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
     force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")

@@ -24,15 +24,16 @@ from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
 from longext.errors import CheckpointError, ConfigError, LongextError
 from longext.manifest import read_manifest, write_manifest, write_text
-from longext.rope.methods import (
+from longext.rope.formulas import bake_as_longrope, ramp_of
+from longext.rope.reading import spec_from_json
+from longext.rope.spec import (
     ROPE_METHODS,
     RopeParameters,
     RopeSpec,
-    bake_as_longrope,
     compute_inv_freq,
+    methods_that,
     rope_parameters,
 )
-from longext.rope.reading import spec_from_json
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
@@ -193,7 +194,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
         if config.original_length < 1:
             raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
         origin = replace(origin, original_max_position_embeddings=config.original_length)
-    is_plain = origin.method in ("none", "dynamic") or origin.factor == 1
+    is_plain = ROPE_METHODS[origin.method].is_exact_inside or origin.factor == 1
     composes = origin.method == config.method and not is_plain
     if not (is_plain or composes or config.replace):
         raise ConfigError(
@@ -255,33 +256,24 @@ def _bare(spec: RopeSpec) -> RopeSpec:
 
 def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
-    typed: dict[str, Any] = {
-        "beta_fast": config.beta_fast,
-        "beta_slow": config.beta_slow,
-        "ramp": config.ramp,
-        "truncate": config.truncate,
-        "attention_factor": config.attention_factor,
-        "alpha": config.alpha,
-        "low_freq_factor": config.low_freq_factor,
-        "high_freq_factor": config.high_freq_factor,
-        "new_rope_theta": config.rope_theta,
-    }
-    given = {key: value for key, value in typed.items() if value is not None}
+    method = ROPE_METHODS[config.method]
+    takes = {parameter.key: parameter.name for parameter in method.parameters}
+    for other in ROPE_METHODS.values():
+        for key in (parameter.key for parameter in other.parameters):
+            if key not in takes and getattr(config, key, None) is not None:
+                names = f"it takes {', '.join(takes)}" if takes else "it takes none"
+                raise ConfigError(f"`{config.method}` has no parameter `{key}`: {names}.")
+    given = {name: getattr(config, key) for key, name in takes.items() if key != "factors"}
+    given = {name: value for name, value in given.items() if value is not None}
     if config.factors is not None:
         given.update(read_factors(Path(config.factors)))
-    allowed = ROPE_METHODS[config.method].options
-    for key in given:
-        if key not in allowed and not (config.method == "longrope" and key == "factor"):
-            flag = {"new_rope_theta": "rope_theta", "short_factor": "factors", "long_factor": "factors"}.get(key, key)
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
-            raise ConfigError(f"`{config.method}` has no parameter `{flag}`: {takes}.")
     factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
     if config.method == "none" and factor != 1:
         raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
-    ramp = given.get("ramp") or start.ramp or ROPE_METHODS[config.method].ramp
-    if "truncate" in given and ramp == "paper":
+    spec = replace(start, **{**given, "method": config.method, "factor": factor})
+    if config.truncate is not None and ramp_of(spec) == "paper":
         raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
-    return replace(start, **{**given, "method": config.method, "factor": factor})
+    return spec
 
 
 def resolve_factor(config: ExtendConfig, original: int, from_file: float | None) -> float:
@@ -349,7 +341,7 @@ def exportable_parameters(rope: ModelRope, spec: RopeSpec) -> RopeParameters:
     if ROPE_METHODS[spec.method].keeps_length:
         raise ConfigError(
             f"`{spec.method}` depends on the sequence length, and a {rope.model_type} config accepts only "
-            f"{', '.join(sorted(accepted))}. Use ntk, ntk-by-parts, yarn or longrope."
+            f"{', '.join(sorted(accepted))}. Choose one of {methods_that(lambda other: not other.keeps_length)}."
         )
     return _with_carried(bake_as_longrope(spec, *compute_inv_freq(spec)), rope, spec)
 

@@ -23,8 +23,8 @@ from longext.conversion.computed import compare, computed_from, formula_problem
 from longext.conversion.proof import mean_kl, probe_tokens
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest
-from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.rope.reading import spec_from_json
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
 _NUM_TOKENS = 256
 _FLOAT32_LIMIT = 8 * 2**30  # larger checkpoints are compared in their own dtype

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from longext.evals.limits import FAIL_UNDER, PlaceLimit, place_verdicts, require_limits
+from longext.errors import ConfigError
+from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.options import ChatConfig, RuntimeConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
@@ -33,10 +35,14 @@ class Progress(Protocol):
     def __call__(self, what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]: ...
 
 
+def silent(amount: int, note: str = "") -> None:
+    """Show nothing: an `Advance`."""
+
+
 @contextlib.contextmanager
 def no_progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     """Yield an `Advance` that shows nothing."""
-    yield lambda amount, note="": None
+    yield silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ class Eval(RuntimeConfig):
             return {"model": ""}
         if not values.get("memory"):
             return {}
-        from longext.compressor.readers import memory_defaults
+        from longext.compressor.reading.readers import memory_defaults
 
         return {"model": "", **cls.memory_defaults, **memory_defaults(str(values["memory"]))}
 
@@ -117,6 +123,11 @@ class Eval(RuntimeConfig):
     def label(self) -> str:
         """Return what the results directory is named after: the evaluation, and its protocol if it has several."""
         return self.name
+
+    @property
+    def subject(self) -> str | None:
+        """Return what else it is named after: the model, or the answers that are scored."""
+        return self.model or None
 
     def check(self) -> None:
         """Raise ConfigError for settings that cannot be measured; reads nothing."""
@@ -185,10 +196,25 @@ def register(name: str) -> Callable[[type[EvalT]], type[EvalT]]:
 
     def add(kind: type[EvalT]) -> type[EvalT]:
         kind.name = name
-        EVALS.register(name, kind, (kind.__doc__ or "").strip().partition("\n")[0].rstrip("."))
+        text = sys.modules[kind.__module__].__doc__ or kind.__doc__ or ""
+        EVALS.register(name, kind, text.strip().partition("\n")[0].rstrip("."))
         return kind
 
     return add
+
+
+def fail_under(form: str = PLACES) -> Any:
+    """Return the field of --fail-under for shares, which are given in a `form`."""
+    text = f"{form}, {SHARE.words}: exit with 1 below it; may be repeated."
+    return option((), text, repeats=True, panel="Output")
+
+
+def check_tasks(tasks: Sequence[str], table: Registry[Any]) -> None:
+    """Raise ConfigError unless `tasks` are different entries of `table`, at least one."""
+    for task in tasks:
+        table[task]
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ConfigError(f"--tasks must name different tasks, got {','.join(tasks) or 'none'}.")
 
 
 def find_eval(name: str) -> type[Eval]:
@@ -202,8 +228,6 @@ def find_eval(name: str) -> type[Eval]:
     kinds = {kind.kind: kind for kind in EVALS.values()}
     if name in kinds:
         return kinds[name]
-    from longext.errors import ConfigError
-
     raise ConfigError(f"Unknown evaluation '{name}'. {did_you_mean(name, {*EVALS, *kinds})}")
 
 

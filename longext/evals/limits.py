@@ -1,7 +1,7 @@
-"""Bars that a result must reach, in one form for every suite: `--fail-under NAME=SCORE` (no torch).
+"""Limits that a result must reach, in one form for every evaluation: `--fail-under NAME=SCORE`.
 
-A name is what a suite measures: a task, a length, or a task at a length (TASK@LENGTH). A record holds its bars with
-what was measured; a command that missed one exits with 1, once its results are written.
+A name is what an evaluation measures: a task, a length, or a task at a length (TASK@LENGTH). A record holds its limits
+with what was measured (under "bars"); a command that missed one exits with 1, once its results are written.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from longext.errors import ConfigError, LongextError
 from longext.registry import did_you_mean
 
 FAIL_UNDER, FAIL_OVER = "--fail-under", "--fail-over"
-ALL = "all"  # the name of a bar on everything
-PLACES = "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE"  # the form of suites with tasks and lengths
-Place = tuple[str, str]  # task ("" where a suite has one), length as users spell it
+ALL = "all"  # the name of a limit on everything
+PLACES = "SCORE, TASK=SCORE, LENGTH=SCORE or TASK@LENGTH=SCORE"  # the form of evaluations with tasks and lengths
+Place = tuple[str, str]  # task ("" for an evaluation without tasks), length as users spell it
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The values that a bar can have: `least` to `most`, in `words`."""
+    """The values that a limit can have: `least` to `most`, in `words`."""
 
     words: str
     least: float
@@ -37,7 +37,7 @@ PERPLEXITY = Scale("a perplexity of 1 or more", 1, math.inf)
 
 @dataclass(frozen=True)
 class PlaceLimit:
-    """A bar on the score at a task and a length, None for all of them."""
+    """A limit of the score at a task and a length, None for all of them."""
 
     name: str
     task: str | None
@@ -59,8 +59,8 @@ def read_limits(
         ConfigError: not of that form, out of range, or a name given twice.
     """
     limits: dict[str, float] = {}
-    for bar in given:
-        name, equals, text = bar.rpartition("=")
+    for item in given:
+        name, equals, text = item.rpartition("=")
         name = name.strip()
         if name in limits:
             raise ConfigError(f"{option} names {name or ALL} twice.")
@@ -70,14 +70,14 @@ def read_limits(
             limits[name] = math.nan
         has_name = bool(name) or (has_whole and not equals)
         if not (has_name and math.isfinite(limits[name]) and scale.least <= limits[name] <= scale.most):
-            raise ConfigError(f"{option} takes {form} with {scale.words}, got '{bar}'.")
+            raise ConfigError(f"{option} takes {form} with {scale.words}, got '{item}'.")
     return limits
 
 
-def check_names(bars: Mapping[str, float], names: Iterable[str], option: str = FAIL_UNDER) -> None:
+def check_names(limits: Mapping[str, float], names: Iterable[str], option: str = FAIL_UNDER) -> None:
     """Raise ConfigError for a name that is none of `names`."""
     known = list(names)
-    for name in bars:
+    for name in limits:
         if name not in known:
             raise ConfigError(f"{option} {name}: unknown task '{name}'. {did_you_mean(name, known)}")
 
@@ -91,7 +91,7 @@ def place_limits(
     option: str = FAIL_UNDER,
     has_whole: bool = True,
 ) -> list[PlaceLimit]:
-    """Return bars named TASK, LENGTH or TASK@LENGTH, or by nothing for all prompts together.
+    """Return limits named TASK, LENGTH or TASK@LENGTH, or by nothing for all prompts together.
 
     Args:
         places: every task and length that is measured.
@@ -114,9 +114,9 @@ def _find(name: str, places: Sequence[Place], option: str) -> tuple[str | None, 
         task, length = "", task
     if task and task not in tasks:
         raise ConfigError(f"{option} {name}: unknown task '{task}'. {did_you_mean(task, tasks)}")
-    own = list(dict.fromkeys(size for other, size in places if task in ("", other)))
-    if length and length not in own:
-        raise ConfigError(f"{option} {name}: {length} is not measured. Measured: {', '.join(own)}.")
+    lengths = list(dict.fromkeys(size for other, size in places if task in ("", other)))
+    if length and length not in lengths:
+        raise ConfigError(f"{option} {name}: {length} is not measured. Measured: {', '.join(lengths)}.")
     return task or None, length or None
 
 
@@ -124,29 +124,29 @@ def _find(name: str, places: Sequence[Place], option: str) -> tuple[str | None, 
 
 
 def verdict(name: str, limit: float, value: float | None, *, at_most: bool = False) -> dict[str, Any]:
-    """Return a bar as a record holds it; what was not measured, or is no number, misses it."""
+    """Return a limit as a record holds it; what was not measured, or is no number, misses it."""
     passed = value is not None and (value <= limit if at_most else value >= limit)
     rule = "at most" if at_most else "at least"
     return {"name": name, "rule": rule, "limit": limit, "value": value, "passed": passed}
 
 
 def place_verdicts(
-    bars: Sequence[PlaceLimit], value_of: Callable[[str | None, str | None], float | None], *, at_most: bool = False
+    limits: Sequence[PlaceLimit], value_of: Callable[[str | None, str | None], float | None], *, at_most: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the verdict of each bar; `value_of` gives the score of (task, length)."""
-    return [verdict(bar.name, bar.limit, value_of(bar.task, bar.length), at_most=at_most) for bar in bars]
+    """Return the verdict on each limit; `value_of` gives the score of (task, length)."""
+    return [verdict(each.name, each.limit, value_of(each.task, each.length), at_most=at_most) for each in limits]
 
 
 def require_limits(record: Mapping[str, Any], option: str = FAIL_UNDER) -> None:
-    """Raise LongextError that names every bar of a record that was missed."""
+    """Raise LongextError that names every limit of a record that was missed."""
     missed = [row for row in record["bars"] if not row["passed"]]
     if missed:
-        raise LongextError(f"Missed {option}: {'; '.join(map(_said, missed))}.")
+        raise LongextError(f"Missed {option}: {'; '.join(map(_spell, missed))}.")
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    found = "was not scored" if row["value"] is None else f"is {row['value']:.6g}"
-    return f"{row['name']} {found} ({row['rule']} {row['limit']:g})"
+def _spell(row: Mapping[str, Any]) -> str:
+    value = "was not scored" if row["value"] is None else f"is {row['value']:.6g}"
+    return f"{row['name']} {value} ({row['rule']} {row['limit']:g})"
 
 
 def check_lengths(lengths: Sequence[int], minimum: int) -> None:

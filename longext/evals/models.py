@@ -22,10 +22,12 @@ def open_model(config: Any) -> Any:
 
 
 def _load(config: Any) -> Any:
-    if config.memory:
-        from longext.compressor.readers import load_reader
+    # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
+    method, factor = getattr(config, "method", None), getattr(config, "factor", None)
+    if getattr(config, "memory", None):
+        from longext.compressor.reading.readers import load_reader
 
-        return load_reader(config, config.memory, segment=config.segment, method=config.method, factor=config.factor)
+        return load_reader(config, config.memory, segment=config.segment, method=method, factor=factor)
     from longext.models.hf import load_language_model
 
-    return load_language_model(config, config.method, config.factor)
+    return load_language_model(config, method, factor)

@@ -13,7 +13,7 @@ import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
-from longext.evals.base import Outcome, Work
+from longext.evals.base import Advance, Outcome, Work, silent
 from longext.evals.passkey_prompts import (
     FILLER,
     NeedlePrompt,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from longext.evals.suites.passkey import Passkey
 
 _YARN_NEW_TOKENS = 10
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +70,16 @@ def num_prompts(config: Passkey) -> int:
     return len(config.lengths) * len(config.places) * config.num_trials
 
 
-def evaluate_passkey(model: LanguageModel, config: Passkey, on_progress: Progress | None = None) -> list[PasskeyCell]:
+def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[PasskeyCell]:
     """Return one cell per length and depth; the same seeds, keys and depths for every model.
 
     Args:
-        on_progress: called with the number of prompts just answered.
+        advance: called with the number of prompts just answered.
     """
     tokens = _prompt_tokens(model)
     filler = _filler_ids(model, config)
     return [
-        _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), on_progress)
+        _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), advance)
         for length in sorted(config.lengths)
         for depth in config.places
     ]
@@ -136,12 +135,12 @@ def _evaluate_cell(
     length: int,
     depth: float | None,
     prompts: Sequence[NeedlePrompt],
-    on_progress: Progress | None,
+    advance: Advance,
 ) -> PasskeyCell:
     if config.rules.scoring == "exact":
-        num_correct = _count_exact(model, prompts, batch_size(config.batch_tokens, length, model.device), on_progress)
+        num_correct = _count_exact(model, prompts, batch_size(config.batch_tokens, length, model.device), advance)
     else:
-        num_correct = sum(_first_integer(model, prompt, on_progress) for prompt in prompts)
+        num_correct = sum(_first_integer(model, prompt, advance) for prompt in prompts)
     low, high = wilson_interval(num_correct, len(prompts))
     counts_answer = config.rules.has_depths
     return PasskeyCell(
@@ -156,7 +155,7 @@ def _evaluate_cell(
     )
 
 
-def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: int, on_progress: Progress | None) -> int:
+def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: int, advance: Advance) -> int:
     """Count prompts whose greedy continuation is exactly the answer.
 
     One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every answer
@@ -167,17 +166,15 @@ def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: in
     for batch in batched_by(prompts, size, lambda p: (len(p.input_ids), len(p.answer_ids))):
         ids = torch.tensor([[*prompt.input_ids, *prompt.answer_ids] for prompt in batch])
         correct += int(model.score(ids, len(batch[0].input_ids)).is_top1.all(dim=1).sum())
-        if on_progress:
-            on_progress(len(batch))
+        advance(len(batch))
     return correct
 
 
-def _first_integer(model: LanguageModel, prompt: NeedlePrompt, on_progress: Progress | None) -> bool:
+def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:
     ends = model.ending_tokens
     text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
     found = re.search(r"\d+", text)
-    if on_progress:
-        on_progress(1)
+    advance(1)
     return found is not None and int(found.group()) == prompt.key
 
 

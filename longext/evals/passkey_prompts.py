@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from longext.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Encode = Callable[[str], list[int]]
 
@@ -52,8 +54,8 @@ class PromptTokens:
     Attributes:
         encode: tokens of a text, without special ones.
         prefix: what the tokenizer puts before a text: mostly a BOS or nothing.
-        before, after: texts that a chat template puts around the user's message; RULER's prompts heed them.
-        opens: the beginning of the answer stands at the end of the prompt (RULER's).
+        before, after: texts that a chat template puts around the user's message; RULER's prompts have them.
+        opens: the prompt ends with the beginning of the answer (RULER's).
     """
 
     encode: Encode
@@ -105,6 +107,8 @@ def exact_prompt(
     Raises:
         ConfigError: `length` is too short for the task line, needles and question.
     """
+    import numpy as np
+
     rng = np.random.default_rng([seed, num_needles, num_digits])
     keys = draw_keys(rng, num_needles, num_digits)
     names = [NAMES[i % len(NAMES)] for i in rng.permutation(len(NAMES))[:num_needles]]
@@ -141,6 +145,8 @@ def longlora_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePr
 
     The token count is whatever comes out; reports give the measured mean.
     """
+    import numpy as np
+
     rng = np.random.RandomState(seed)
     num_characters = int(3.75 * length // 1024 * 1024)
     if num_characters < 1024:
@@ -153,6 +159,8 @@ def longlora_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePr
 
 def yarn_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePrompt:
     """Return YaRN's prompt: filler grown by 128 characters, the last that stays below `length` tokens; seeded here."""
+    import numpy as np
+
     rng = np.random.default_rng([seed, length])
     key, share = int(rng.integers(1, _PUBLISHED_MAX_KEY + 1)), float(rng.random())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from longext.data.documents import Document, data_hash
 from longext.errors import DataError
-from longext.evals.base import Outcome, Work
-from longext.evals.statistics import bootstrap_mean
+from longext.evals.base import Advance, Outcome, Work, silent
+from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
 from longext.manifest import result_record
 from longext.models.batching import batch_size, batched_by
 from longext.models.protocol import LanguageModel
@@ -28,9 +28,6 @@ from longext.untrusted import note
 
 if TYPE_CHECKING:
     from longext.evals.suites.ppl import Perplexity, Window
-
-_MIN_DOCUMENTS_TO_RESAMPLE = 8
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -121,16 +118,16 @@ def evaluate_perplexity(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     config: Perplexity,
-    on_progress: Progress | None = None,
+    advance: Advance = silent,
 ) -> list[PerplexityAtLength]:
     """Return perplexity at each of `config.lengths` (positional: at each position bucket), shortest first.
 
     Args:
-        on_progress: called with the number of tokens just processed.
+        advance: called with the number of tokens just processed.
     """
     if config.protocol == "positional":
-        return _evaluate_positions(model, documents, config, on_progress)
-    return [_evaluate_length(model, documents, config, length, on_progress) for length in sorted(config.lengths)]
+        return _evaluate_positions(model, documents, config, advance)
+    return [_evaluate_length(model, documents, config, length, advance) for length in sorted(config.lengths)]
 
 
 def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexity) -> int:
@@ -149,7 +146,7 @@ def _score_windows(
     documents: Sequence[TokenizedDocument],
     windows: Sequence[Window],
     config: Perplexity,
-    on_progress: Progress | None,
+    advance: Advance,
 ) -> Iterator[tuple[Window, NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
     size = batch_size(config.batch_tokens, windows[0].length, model.device)
@@ -159,8 +156,7 @@ def _score_windows(
         scores = model.score(ids, first)
         for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
             yield window, nll, is_top1.cpu().numpy()
-        if on_progress:
-            on_progress(ids.numel())
+        advance(ids.numel())
 
 
 def _evaluate_length(
@@ -168,11 +164,11 @@ def _evaluate_length(
     documents: Sequence[TokenizedDocument],
     config: Perplexity,
     length: int,
-    on_progress: Progress | None,
+    advance: Advance,
 ) -> PerplexityAtLength:
     started = time.perf_counter()
     windows = _plan_windows(documents, config, length)
-    scored = list(_score_windows(model, documents, windows, config, on_progress))
+    scored = list(_score_windows(model, documents, windows, config, advance))
     owners = np.array([window.document for window, _, _ in scored])
     sums = np.array([nll.sum() for _, nll, _ in scored])
     counts = np.array([len(nll) for _, nll, _ in scored], dtype=np.float64)
@@ -200,7 +196,7 @@ def _summarise(
     weighting = config.rules.weighting
     by_document = [(sums[owners == i].sum(), counts[owners == i].sum()) for i in range(len(documents))]
     document_sums, document_counts = (np.array(column) for column in zip(*by_document, strict=True))
-    resampled: str | None = "documents" if len(documents) >= _MIN_DOCUMENTS_TO_RESAMPLE else "windows"
+    resampled: str | None = "documents" if len(documents) >= MIN_DOCUMENTS else "windows"
     units, sizes = (document_sums, document_counts) if resampled == "documents" else (sums, counts)
     if weighting == "document":
         units, sizes, resampled = document_sums / document_counts, np.ones(len(documents)), "documents"
@@ -237,12 +233,12 @@ def _evaluate_positions(
     model: LanguageModel,
     documents: Sequence[TokenizedDocument],
     config: Perplexity,
-    on_progress: Progress | None,
+    advance: Advance,
 ) -> list[PerplexityAtLength]:
     started = time.perf_counter()
     length = max(config.lengths)
     windows = _plan_windows(documents, config, length)
-    scored = list(_score_windows(model, documents, windows, config, on_progress))
+    scored = list(_score_windows(model, documents, windows, config, advance))
     seconds = time.perf_counter() - started
     owners = np.array([window.document for window, _, _ in scored])
     nll = np.stack([values for _, values, _ in scored])  # [windows, length - 1], column j is position j + 1

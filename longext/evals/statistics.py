@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Z = 1.959963984540054  # two-sided 95 %
+MIN_DOCUMENTS = 8  # fewer are no sample to draw from: windows are resampled then
 
 
 def wilson_interval(num_correct: float, num_trials: int) -> tuple[float, float]:

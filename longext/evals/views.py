@@ -221,3 +221,14 @@ class Section:
     must_agree: frozenset[str] = frozenset()
     measured: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda record: {}
     unknown: str = ""
+
+
+TOKENS = "context length (tokens)"  # axes that evaluations share
+PROMPT = "prompt length (tokens)"
+SCORED = Detail("tokens scored", "num_tokens", "{:,}")
+TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of that tokenizer's tokens
+
+
+def either(word: str, other: str) -> Callable[[Any], str]:
+    """Return the form of a detail that is true or false: `word`, or `other`."""
+    return lambda value: word if value else other

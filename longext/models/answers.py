@@ -16,7 +16,8 @@ from longext.errors import DataError
 from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
-from longext.models.hf import HFLanguageModel, NanWatch, plain_generation
+from longext.models.decode import generate
+from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
 
@@ -230,30 +231,18 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((place for place in places if place >= 0), default=None)
 
 
-@torch.no_grad()
 def _greedy_batch(model: HFLanguageModel, batch: Sequence[Request], reading: _Reading) -> list[list[int]]:
     """Return the new tokens of each request; what follows a row's end is only there to fill."""
-    longest = max(len(request.input_ids) for request in batch)
-    first = batch[0]
-    pad = model.pad_token() or 0  # masked: which token fills is without effect
-    rows = [[pad] * (longest - len(request.input_ids)) + list(request.input_ids) for request in batch]
-    mask = [[0] * (longest - len(request.input_ids)) + [1] * len(request.input_ids) for request in batch]
-    ends = reading.ends | set(first.stop_ids)
-    is_ended = _stopping(reading, batch, longest) if any(request.stop for request in batch) else None
-    with model.frozen_rope(longest + first.max_new_tokens), plain_generation(model.model, ends):
-        output = model.model.generate(
-            torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=first.max_new_tokens,
-            min_new_tokens=first.min_new_tokens or None,
-            do_sample=False,
-            pad_token_id=pad,
-            stopping_criteria=is_ended,
-            logits_processor=[watch := NanWatch()],
-        )
-    watch.check()
-    made: list[list[int]] = output[:, longest:].tolist()
-    return made
+    prompts, first = [request.input_ids for request in batch], batch[0]
+    longest = max(map(len, prompts))
+    return generate(
+        model,
+        prompts,
+        first.max_new_tokens,
+        reading.ends | set(first.stop_ids),
+        min_new_tokens=first.min_new_tokens or None,
+        stopping_criteria=_stopping(reading, batch, longest) if any(request.stop for request in batch) else None,
+    )
 
 
 def _stopping(reading: _Reading, batch: Sequence[Request], longest: int) -> Any:

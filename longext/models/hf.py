@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from longext.checkpoint.checks import (
     check_scores,
     check_tokens,
     embedding_rows,
-    not_numbers,
     weights_checksum,
 )
 from longext.checkpoint.load import (
@@ -38,6 +37,7 @@ from longext.conversion.extend import ExtensionPlan, extended_config, plan_exten
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
+from longext.models.decode import generate
 from longext.models.head import decoder_of, head_is_plain, scale_logits
 from longext.models.methods import method_request
 from longext.models.protocol import TokenScores
@@ -161,26 +161,9 @@ class HFLanguageModel:
 
     # --- generation ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of one prompt, with a KV cache.
-
-        Length-dependent RoPE (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a
-        change of length would keep their old rotation, and the result would equal no single forward pass.
-        """
-        ids = torch.tensor([list(input_ids)], device=self.device)
-        with self.frozen_rope(ids.shape[1] + max_new_tokens), plain_generation(self.model, self.ending_tokens):
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.pad_token(),
-                logits_processor=[watch := NanWatch()],
-            )
-        watch.check()
-        new: list[int] = output[0, ids.shape[1] :].tolist()
-        return new
+        """Return the greedy continuation of one prompt, as `generate` makes it."""
+        return generate(self, [input_ids], max_new_tokens, self.ending_tokens)[0]
 
     def pad_token(self) -> int | None:
         """Return the token that fills prompts: the tokenizer's, else (or if the model has no row for it) its EOS."""
@@ -291,43 +274,6 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
     nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
     return TokenScores(nll, is_top1)
-
-
-class NanWatch:
-    """A logits processor that changes nothing and remembers logits that are not numbers (generation would go on)."""
-
-    def __init__(self) -> None:
-        self._found: torch.Tensor | None = None
-        self._length = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Look at logits [B, V]; nothing waits for the device."""
-        found = scores.isnan().any()
-        self._found = found if self._found is None else self._found | found
-        self._length = input_ids.shape[1]
-        return scores
-
-    def check(self) -> None:
-        """Raise LongextError where there were such logits."""
-        if self._found is not None and bool(self._found):
-            raise not_numbers(f"after {self._length:,} tokens")
-
-
-@contextlib.contextmanager
-def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
-    """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
-
-    What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
-    would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    try:
-        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
-        yield
-    finally:
-        model.generation_config = own
 
 
 def rope_type_of(model: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
-from longext.rope.methods import ROPE_METHODS, RopeSpec
+from longext.rope.spec import ROPE_METHODS, RopeSpec
 from longext.settings import build_config
 
 
@@ -33,9 +33,14 @@ def method_request(text: str, model: str, revision: str | None = None, factor: f
     return build_config(ExtendConfig, None, settings, typed)
 
 
+def is_unchanged(method: str | None) -> bool:
+    """Return True for no method, and for "none"."""
+    return method in (None, "none")
+
+
 def check_method(method: str | None, factor: float | None) -> None:
     """Raise ConfigError for a factor without a method (it would change nothing), or a method that is none."""
-    if factor is not None and method in (None, "none"):
+    if factor is not None and is_unchanged(method):
         raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
     if method is not None:
         method_request(method, "", factor=factor)
@@ -44,6 +49,6 @@ def check_method(method: str | None, factor: float | None) -> None:
 def described(spec: RopeSpec) -> str:
     """Return a method's formula with the parameters that were used."""
     method = ROPE_METHODS[spec.method]
-    values = {"factor": spec.factor, **{name: getattr(spec, name, None) for name in method.options}}
+    values = {"factor": spec.factor, **{each.name: getattr(spec, each.name) for each in method.parameters}}
     used = [f"{name} {value:g}" for name, value in values.items() if isinstance(value, (int, float))]
     return method.formula if spec.method == "none" else f"{method.formula}; here {', '.join(used)}"

@@ -90,12 +90,17 @@ def prefix_of(tokenizer: Any) -> tuple[int, ...]:
 # --- what ends an answer ----------------------------------------------------------------------------------------------
 
 
+def eos_of(settings: Any) -> tuple[int, ...]:
+    """Return the ending tokens that a config, or generation settings, name, in their order."""
+    named = settings.eos_token_id
+    return (named,) if isinstance(named, int) else tuple(named or ())
+
+
 def named_ends(model: Any) -> frozenset[int]:
     """Return the ending tokens that a model's generation settings name, else its config's."""
     settings = getattr(model, "generation_config", None)
-    named = settings.eos_token_id if settings else None
-    named = model.config.get_text_config().eos_token_id if named is None else named
-    return frozenset([named] if isinstance(named, int) else named or ())
+    is_named = settings is not None and settings.eos_token_id is not None
+    return frozenset(eos_of(settings if is_named else model.config.get_text_config()))
 
 
 def ending_tokens(model: Any, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> frozenset[int]:

@@ -144,8 +144,8 @@ def training_flops(
 def _recomputed(shape: ModelShape, setup: TrainingSetup, forward: Flops) -> Flops:
     if not setup.checkpointing:
         return Flops()
-    matrices = 3 if shape.family.gated else 2
-    again = 1.0 if shape.family.post_norm else (matrices - 1) / matrices
+    matrices = 3 if shape.layout.gated else 2
+    again = 1.0 if shape.layout.post_norm else (matrices - 1) / matrices
     return dataclasses.replace(forward, mlp=forward.mlp * again, head=0.0)
 
 
@@ -155,7 +155,7 @@ def _backward(shape: ModelShape, setup: TrainingSetup, forward: Flops, attention
     is_cut = not (setup.trains_embeddings or setup.checkpointing)  # the first layer's input needs no gradient
     tokens = 2.0 * setup.batch_size * setup.length
     unused = tokens * shape.hidden_size * (shape.query_size + 2 * shape.kv_size) if is_cut else 0.0
-    unused_mlp = tokens * shape.mlp_weights if is_cut and shape.family.parallel else 0.0
+    unused_mlp = tokens * shape.mlp_weights if is_cut and shape.layout.parallel else 0.0
     return Flops(
         projections=forward.projections * per_matrix - unused,
         attention=forward.attention * attention,

@@ -143,11 +143,11 @@ def layer_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
 def _attention_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     width, query, kv = setup.compute_bytes, shape.query_size, shape.kv_size
     kernel = width * 2 * (query + kv) + FULL * shape.num_heads  # q, k, v, output; log-sum-exp
-    if shape.family.fused:
+    if shape.fused:
         kernel += width * (query + kv)  # v is a view, which keeps all of q, k and v
-    if shape.family.query_key_norm:
+    if shape.layout.query_key_norm:
         kernel += (query + kv) * (FULL + (width if setup.is_full or setup.trains_embeddings else 0))
-    inner = 0 if setup.is_full else width * setup.lora_r * (2 if shape.family.fused else 4)
+    inner = 0 if setup.is_full else width * setup.lora_r * (2 if shape.fused else 4)
     return kernel + inner + width * _matrix_inputs(shape, setup)
 
 
@@ -156,24 +156,24 @@ def _matrix_inputs(shape: ModelShape, setup: TrainingSetup) -> int:
 
     Under autocast each matrix casts its input for itself, otherwise those that read the same tensor share it.
     """
-    readers = 1 if shape.family.fused or not _is_mixed(setup) else 3
+    readers = 1 if shape.fused or not _is_mixed(setup) else 3
     if not setup.is_full:
         return readers * shape.hidden_size + (shape.query_size if _is_mixed(setup) else 0)
-    mlp_readers = 2 if shape.family.gated and not shape.family.fused and _is_mixed(setup) else 1
+    mlp_readers = 2 if shape.layout.gated and not shape.fused and _is_mixed(setup) else 1
     return (readers + mlp_readers) * shape.hidden_size
 
 
 def _norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    hidden, stream, count = shape.hidden_size, stream_bytes(setup), shape.family.num_norms
-    if shape.family.norm_has_bias:
-        at_32_bits = 2 if stream < FULL or not shape.family.parallel else 1  # else both norms share their input
+    hidden, stream, count = shape.hidden_size, stream_bytes(setup), shape.layout.num_norms
+    if shape.layout.norm_has_bias:
+        at_32_bits = 2 if stream < FULL or not shape.layout.parallel else 1  # else both norms share their input
         return at_32_bits * hidden * FULL + 2 * count * FULL
     inputs = count * (hidden * FULL + FULL)  # at 32 bits, and one number a token
     return inputs + (count * hidden * stream if setup.trains_embeddings else 0)
 
 
 def _mlp_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    kept = (3 if shape.family.gated else 1) + (1 if setup.is_full else 0)
+    kept = (3 if shape.layout.gated else 1) + (1 if setup.is_full else 0)
     return kept * shape.intermediate_size * setup.compute_bytes
 
 
@@ -215,14 +215,14 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 def _last_norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     """Bytes that the norm before the head keeps, and the head's input where the head is trained."""
     trained_head = setup.is_full or (shape.tied and setup.trains_embeddings)
-    normed = stream_bytes(setup) if setup.trains_embeddings and not shape.family.norm_has_bias else 0
+    normed = stream_bytes(setup) if setup.trains_embeddings and not shape.layout.norm_has_bias else 0
     return setup.local_tokens * shape.hidden_size * (FULL + normed + (setup.compute_bytes if trained_head else 0))
 
 
 def _layer_work(shape: ModelShape, setup: TrainingSetup) -> float:
     """Bytes of one layer's backward: what it computed again, gradients inside the MLP and of its two streams."""
     tokens, width = setup.local_tokens, setup.compute_bytes
-    inner = (3 if shape.family.gated else 2) - (1 if setup.is_full else 0)  # the product is freed, its gradient lives
+    inner = (3 if shape.layout.gated else 2) - (1 if setup.is_full else 0)  # the product is freed, its gradient lives
     gradients = inner * shape.intermediate_size * width + 2 * shape.hidden_size * stream_bytes(setup)
     again = layer_bytes(shape, setup) if setup.checkpointing else 0
     casts = shape.layer_weights * setup.compute_bytes if setup.is_full and _is_mixed(setup) else 0

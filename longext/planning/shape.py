@@ -1,6 +1,6 @@
 """The sizes of a decoder, from its config.json alone: what the closed forms of cost are made of.
 
-The families in `FAMILIES` are read without transformers. Keys that a file leaves to defaults are looked up there.
+Families that have a `Layout` are read without transformers. Keys that a file leaves to defaults are looked up there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext.checkpoint.families import EMBEDDING_NAMES, FAMILIES, HEAD_NAMES, Family, Layout, family_of
 from longext.checkpoint.load import load_config
 from longext.checkpoint.source import read_config
 from longext.checkpoint.tying import stored_difference
@@ -19,54 +20,9 @@ from longext.checkpoint.weights import StoredTensor, read_shards, tensors_of
 from longext.errors import CheckpointError
 from longext.registry import did_you_mean
 
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyLayout:
-    """What a model type has besides the common matrices.
-
-    Attributes:
-        gated: the MLP has a gate and an up projection (SwiGLU and its kin), else one input projection.
-        num_norms: norms over the hidden size in a layer.
-        norm_has_bias: the norms are LayerNorms with weight and bias.
-        query_key_norm: None, "head" (one weight per head dimension) or "full" (one per projected dimension).
-        post_norm: a norm follows the MLP, so its output matrix is recomputed under gradient checkpointing.
-        parallel: attention and MLP read the same input, so neither is behind the other.
-        tied: the default of `tie_word_embeddings`.
-        fused: q, k and v are one matrix.
-        attention_bias: which of the attention projections have a bias ("", "qkv", "qkvo", or the config's key).
-        mlp_bias: the MLP's projections have biases.
-    """
-
-    gated: bool = True
-    num_norms: int = 2
-    norm_has_bias: bool = False
-    query_key_norm: str | None = None
-    post_norm: bool = False
-    parallel: bool = False
-    tied: bool = False
-    fused: bool = False
-    attention_bias: str = "key"
-    mlp_bias: bool = False
-
-
-FAMILIES: dict[str, FamilyLayout] = {
-    "llama": FamilyLayout(),
-    "mistral": FamilyLayout(attention_bias=""),
-    "qwen2": FamilyLayout(attention_bias="qkv"),
-    "qwen3": FamilyLayout(query_key_norm="head"),
-    "gemma": FamilyLayout(tied=True),
-    "gemma2": FamilyLayout(tied=True, num_norms=4, post_norm=True),
-    "gemma3_text": FamilyLayout(tied=True, num_norms=4, post_norm=True, query_key_norm="head"),
-    "olmo2": FamilyLayout(query_key_norm="full", post_norm=True),
-    "olmo3": FamilyLayout(query_key_norm="full", post_norm=True),
-    "phi3": FamilyLayout(fused=True, attention_bias=""),
-    "gpt_neox": FamilyLayout(
-        gated=False, norm_has_bias=True, parallel=True, fused=True, attention_bias="qkvo", mlp_bias=True
-    ),
-}
 _NOT_PARAMETERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in old checkpoints
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = tuple(f"{name}.weight" for name in HEAD_NAMES)
+_EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_NAMES)
 _NOT_LANGUAGE = ("vision", "multi_modal")  # the other half of a multimodal checkpoint
 
 
@@ -75,7 +31,8 @@ class ModelShape:
     """The sizes of a dense decoder.
 
     Attributes:
-        family: its row in `FAMILIES`.
+        layout: what its layers are made of.
+        fused: q, k and v are one matrix.
         attention_biases, mlp_biases: bias elements of one layer.
         tied: the output matrix is the embedding.
         has_sliding_layers: some layers see a window only (they are counted as dense, which is an upper bound).
@@ -84,7 +41,8 @@ class ModelShape:
     """
 
     model_type: str
-    family: FamilyLayout
+    layout: Layout
+    fused: bool
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -117,7 +75,7 @@ class ModelShape:
     @property
     def mlp_weights(self) -> int:
         """Elements of the MLP's matrices of one layer."""
-        return self.hidden_size * self.intermediate_size * (3 if self.family.gated else 2)
+        return self.hidden_size * self.intermediate_size * (3 if self.layout.gated else 2)
 
     @property
     def head_weights(self) -> int:
@@ -127,14 +85,14 @@ class ModelShape:
     @property
     def stream_norm_weights(self) -> int:
         """Elements of the norms over the hidden size, the last one included (what LongLoRA trains)."""
-        each = self.hidden_size * (2 if self.family.norm_has_bias else 1)
-        return (self.num_layers * self.family.num_norms + 1) * each
+        each = self.hidden_size * (2 if self.layout.norm_has_bias else 1)
+        return (self.num_layers * self.layout.num_norms + 1) * each
 
     @property
     def norm_weights(self) -> int:
         """Elements of all norms, those of queries and keys too."""
         heads = {"head": 2 * self.head_dim, "full": self.query_size + self.kv_size}
-        return self.stream_norm_weights + self.num_layers * heads.get(self.family.query_key_norm or "", 0)
+        return self.stream_norm_weights + self.num_layers * heads.get(self.layout.query_key_norm or "", 0)
 
     @property
     def layer_weights(self) -> int:
@@ -149,7 +107,7 @@ class ModelShape:
     def lora_weights(self, rank: int) -> int:
         """Return the elements of LoRA adapters of `rank` on q, k, v and o of all layers (a fused qkv takes one)."""
         hidden, query, kv = self.hidden_size, self.query_size, self.kv_size
-        inputs = (hidden + query + 2 * kv) if self.family.fused else (hidden + query) + 2 * (hidden + kv)
+        inputs = (hidden + query + 2 * kv) if self.fused else (hidden + query) + 2 * (hidden + kv)
         return self.num_layers * rank * (inputs + query + hidden)
 
 
@@ -170,17 +128,18 @@ def shape_of(config: Mapping[str, Any], directory: Path) -> ModelShape:
     text = dict(config[section]) if section else dict(config)
     model_type = str(text.get("model_type") or config.get("model_type") or "")
     _refuse_experts(text, model_type, directory)
-    if model_type not in FAMILIES:
+    family, known = family_of(model_type), [name for name, row in FAMILIES.items() if row.layout]
+    if family.layout is None:
         raise CheckpointError(
             f"{directory} is a model of type '{model_type}', whose cost `longext plan` does not know. "
-            f"{did_you_mean(model_type, FAMILIES)}"
+            f"{did_you_mean(model_type, known)}"
         )
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    head_dim_by_default = model_type in ("qwen3", "gemma", "gemma2", "gemma3_text") and not text.get("head_dim")
-    kv_by_default = model_type != "gpt_neox" and not text.get("num_key_value_heads")
+    head_dim_by_default = family.omits_head_dim and not text.get("head_dim")
+    kv_by_default = family.layout.groups_heads and not text.get("num_key_value_heads")
     if head_dim_by_default or kv_by_default or any(not text.get(key) for key in required):
         text = _with_defaults(directory, section)
-    return _shape(text, model_type, directory)
+    return _shape(text, model_type, family, family.layout, directory)
 
 
 def _refuse_experts(text: Mapping[str, Any], model_type: str, directory: Path) -> None:
@@ -198,20 +157,21 @@ def _with_defaults(directory: Path, section: str | None) -> dict[str, Any]:
     return values
 
 
-def _shape(text: Mapping[str, Any], model_type: str, directory: Path) -> ModelShape:
+def _shape(text: Mapping[str, Any], model_type: str, family: Family, layout: Layout, directory: Path) -> ModelShape:
     def size(key: str) -> int:
         value = text.get(key)
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"{directory / 'config.json'}: `{key}` must be a whole number >= 1, got {value!r}.")
         return value
 
-    family, hidden, heads = FAMILIES[model_type], size("hidden_size"), size("num_attention_heads")
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // heads
     intermediate = size("intermediate_size")
     return ModelShape(
         model_type=model_type,
-        family=family,
+        layout=layout,
+        fused="qkv" in family.projections,
         hidden_size=hidden,
         num_layers=size("num_hidden_layers"),
         num_heads=heads,
@@ -219,16 +179,16 @@ def _shape(text: Mapping[str, Any], model_type: str, directory: Path) -> ModelSh
         head_dim=head_dim,
         intermediate_size=intermediate,
         vocab_size=size("vocab_size"),
-        tied=bool(text.get("tie_word_embeddings", family.tied)),
-        attention_biases=_attention_biases(text, family, hidden, heads * head_dim, kv_heads * head_dim),
-        mlp_biases=_mlp_biases(text, family, hidden, intermediate),
+        tied=bool(text.get("tie_word_embeddings", layout.tied)),
+        attention_biases=_attention_biases(text, layout, hidden, heads * head_dim, kv_heads * head_dim),
+        mlp_biases=_mlp_biases(text, layout, hidden, intermediate),
         has_sliding_layers=_has_sliding_layers(text),
-        caps_scores=bool(text.get("attn_logit_softcapping", model_type == "gemma2")),
+        caps_scores=bool(text.get("attn_logit_softcapping", layout.caps_scores)),
     )
 
 
-def _attention_biases(text: Mapping[str, Any], family: FamilyLayout, hidden: int, query: int, kv: int) -> int:
-    which = family.attention_bias
+def _attention_biases(text: Mapping[str, Any], layout: Layout, hidden: int, query: int, kv: int) -> int:
+    which = layout.attention_bias
     if which == "key":
         which = "qkvo" if text.get("attention_bias") else ""
     elif which == "qkvo" and text.get("attention_bias") is False:
@@ -236,9 +196,9 @@ def _attention_biases(text: Mapping[str, Any], family: FamilyLayout, hidden: int
     return (query + 2 * kv if "qkv" in which else 0) + (hidden if which.endswith("o") else 0)
 
 
-def _mlp_biases(text: Mapping[str, Any], family: FamilyLayout, hidden: int, intermediate: int) -> int:
-    has_bias = family.mlp_bias or bool(text.get("mlp_bias"))
-    return (intermediate * (2 if family.gated else 1) + hidden) if has_bias else 0
+def _mlp_biases(text: Mapping[str, Any], layout: Layout, hidden: int, intermediate: int) -> int:
+    has_bias = layout.mlp_bias or bool(text.get("mlp_bias"))
+    return (intermediate * (2 if layout.gated else 1) + hidden) if has_bias else 0
 
 
 def _has_sliding_layers(text: Mapping[str, Any]) -> bool:

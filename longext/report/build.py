@@ -182,7 +182,8 @@ def build_report(results: Sequence[Result], left_out: Sequence[str] = ()) -> Rep
         found = group([part for part in parts if part.section.name == section.name])
         for i, members in enumerate(found, 1):
             groups.append(_group(members, i, found[0], names, is_single=len(results) == len(members) == 1))
-    model = next(iter(names), "") if len(names) == 1 else ""
+    models = [name for name in names if name]
+    model = models[0] if len(models) == 1 else ""
     return Report(results=list(results), groups=groups, model=model, left_out=list(left_out))
 
 

@@ -1,4 +1,4 @@
-"""Settings of `compare` and `report`."""
+"""Settings of `compare`, `report` and `eval diff`."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ class ReportConfig:
         None, "Directory of the report (default: results/report-<time>).", "--output", "-o", panel="Output"
     )
     force: bool = option(False, "Replace an output that longext wrote before.", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """`longext eval diff`: two results."""
+
+    a: str = option(help="Result directory, or its result.json.", argument=True)
+    b: str = option(help="Another of the same kind.", argument=True)

@@ -1,4 +1,4 @@
-"""Two results of one kind beside each other: every score in both, and what else differs between them."""
+"""`longext eval diff`: two results of one kind, every score in both, and what else differs between them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 from longext.errors import DataError
 from longext.report.comparable import other_template
+from longext.report.notes import value_text
 from longext.report.scores import leaves, numbers_of, scores_of
+from longext.report.tables import Table
 
 _COMPARED = ("model", "protocol", "data", "versions")
 _TOKENIZER = "model.tokenizer_sha256"
 # What answers are like: no count of what was asked
 _OF_ANSWERS = frozenset({"num_correct", "num_empty", "num_new_tokens"})
+_WIDTH = 48  # characters of a value
 _SOURCE = "data.source"  # where the data lay; their hash says what they are
 
 
@@ -78,23 +81,23 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
     """
     if a["kind"] != b["kind"]:
         raise DataError(f"A is a result of kind '{a['kind']}', B of kind '{b['kind']}': give two of one kind.")
-    own, other = scores_of(a), scores_of(b)
+    left, right = scores_of(a), scores_of(b)
     fields = _differing_fields(a, b)
     reasons = [
-        f"the {what} differs" if left is not None and right is not None else f"the {what} is missing in one"
-        for what, left, right in (
+        f"the {what} differs" if one is not None and other is not None else f"the {what} is missing in one"
+        for what, one, other in (
             ("protocol id", _protocol_ids(a), _protocol_ids(b)),
             ("data hash", _data_hash(a), _data_hash(b)),
         )
-        if left != right
+        if one != other
     ]
     if other_template(_value_in(a), _value_in(b)):
         reasons.append("another template")
     return Difference(
         kind=a["kind"],
-        scores=[_pair(name, value, other[name]) for name, value in own.items() if name in other],
-        only_a=[name for name in own if name not in other],
-        only_b=[name for name in other if name not in own],
+        scores=[_pair(name, value, right[name]) for name, value in left.items() if name in right],
+        only_a=[name for name in left if name not in right],
+        only_b=[name for name in right if name not in left],
         fields=fields,
         comparable=not reasons,
         reasons=reasons,
@@ -133,14 +136,61 @@ def _data_hash(record: Mapping[str, Any]) -> Any:
 
 
 def _cautions(fields: list[FieldPair], a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    names = [own.field for own in fields]
+    names = [pair.field for pair in fields]
     settings = [name for name in names if name.startswith(("protocol.", "data.")) and name != _SOURCE]
     cautions = [f"settings differ: {', '.join(settings)}"] if settings else []
     if _TOKENIZER in names:
         cautions.append("the tokenizers differ: lengths and values per token are of different tokens")
     left, right = (
-        {score.name: score.value for score in numbers_of(own) if score.is_count and score.keys[-1] not in _OF_ANSWERS}
-        for own in (a, b)
+        {
+            score.name: score.value
+            for score in numbers_of(record)
+            if score.is_count and score.keys[-1] not in _OF_ANSWERS
+        }
+        for record in (a, b)
     )
     counts = dict.fromkeys(name.split(".")[-1] for name in left if name in right and left[name] != right[name])
     return [*cautions, *([f"counts differ: {', '.join(counts)}"] if counts else [])]
+
+
+# --- in words and tables ----------------------------------------------------------------------------------------------
+
+
+def difference_tables(difference: Difference, a: str, b: str) -> list[Table]:
+    """Return the scores in both, then the fields that differ."""
+    scores = [
+        [
+            pair.score,
+            f"{pair.a:.5g}",
+            f"{pair.b:.5g}",
+            f"{pair.difference:+.4g}" if pair.difference else "0",
+            "-" if pair.change is None else f"{pair.change:+.2%}",
+        ]
+        for pair in difference.scores
+    ]
+    sides = (("A", difference.only_a), ("B", difference.only_b))
+    only = [f"{len(names)} only in {side}" for side, names in sides if names]
+    tables = [
+        Table(
+            f"{difference.kind}: A = {a}, B = {b}",
+            ["score", "A", "B", "B - A", "relative"],
+            scores,
+            caption="; ".join([f"{len(scores)} score(s) in both", *only]),
+        )
+    ]
+    if difference.fields:
+        fields = [[pair.field, *(_shown(value) for value in (pair.a, pair.b))] for pair in difference.fields]
+        tables.append(Table("What differs between them", ["field", "A", "B"], fields, left=frozenset({1, 2})))
+    return tables
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else value_text(value, _WIDTH)
+
+
+def difference_notes(difference: Difference) -> list[str]:
+    """Return the verdict, and what it leaves open."""
+    if not difference.comparable:
+        return [f"Not comparable: {'; '.join(difference.reasons)}."]
+    tail = f" But {'; '.join(difference.cautions)}." if difference.cautions else ""
+    return [f"Comparable: kind, protocol id and data hash agree.{tail}"]

@@ -376,7 +376,8 @@ def _dots(picture: Picture) -> Figure:
             axes.axis("off")
             continue
         style(axes, "", _Y[view.unit] if i + across >= len(columns) else "", "")
-        axes.set_title(view.spell(columns[i]), loc="left", fontsize=9.5, color=INK)
+        tokens = " tokens" if "tokens" in view.axis_name else ""
+        axes.set_title(view.spell(columns[i]) + tokens, loc="left", fontsize=9, color=INK)
         for cell in (cell for cell in shown.cells if cell.column == columns[i]):
             _dot(axes, picture, cell, scale)
         axes.set_yticks(range(len(labels)), labels, fontsize=7.5 if is_narrow else 8.5)
@@ -497,11 +498,12 @@ def _maps(picture: Picture, view: HeatMap) -> Figure:
     places = list(dict.fromkeys((cell.label, cell.panel) for cell in shown.cells))
     is_narrow = picture.width <= NARROW
     names = 0.075 * max(len(view.spell_row(row)) for row in rows) + 0.45
-    wide = (0.36 if is_narrow else 0.55) * len(columns) + 0.25
+    title = 0.075 * max(len(", ".join(filter(None, place))) for place in places) if len(places) > 1 else 0
+    wide = max(0.36 * len(columns) if is_narrow else 0.48 * len(columns), title) + 0.2
     across = max(1, min(len(places), int((picture.width + 1.2 * (not is_narrow) - names) // wide)))
     down = -(-len(places) // across)
     width = picture.width if is_narrow else max(picture.width * (len(places) == 1) * 0.8, across * wide + names + 0.2)
-    figure = _titled(picture, width, (0.3 * len(rows) + 0.62) * down + 0.75)
+    figure = _titled(picture, width, (0.25 * len(rows) + 0.5) * down + 0.75)
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for i, axes in enumerate(grid.flat):
         if i >= len(places):
@@ -511,11 +513,14 @@ def _maps(picture: Picture, view: HeatMap) -> Figure:
         _draw_map(axes, picture, cells, rows)
         several = [places[i][0]] if len(shown.labels) > 1 else []
         axes.set_title(", ".join([*several, *filter(None, [places[i][1]])]), loc="left", fontsize=9, color=INK)
-        axes.set_xlabel("tokens" if i + across >= len(places) else "", fontsize=8.5, color=INK)
+        is_last = i + across >= len(places)
+        axes.set_xlabel("tokens" if is_last else "", fontsize=8.5, color=INK)
+        axes.tick_params(length=0, colors=INK, labelsize=8, labelbottom=is_last)
+        axes.tick_params(axis="x", labelrotation=45 if is_narrow else 0)
     axes = grid[0][0]
     spelled = [view.spell(column) for column in columns]
-    axes.set_xticks([c + 0.5 for c in range(len(columns))], spelled, fontsize=8, rotation=45 if is_narrow else 0)
-    axes.set_yticks([r + 0.5 for r in range(len(rows))], [view.spell_row(row) for row in rows], fontsize=8)
+    axes.set_xticks([c + 0.5 for c in range(len(columns))], spelled)
+    axes.set_yticks([r + 0.5 for r in range(len(rows))], [view.spell_row(row) for row in rows])
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(rows), 0)
     figure.supylabel(view.rows_name, fontsize=8.5, color=INK)
@@ -534,6 +539,5 @@ def _draw_map(axes: Any, picture: Picture, cells: Sequence[Cell], rows: Sequence
         )
         ink = "white" if value > 0.55 else _ON_LIGHT
         axes.text(x + 0.5, y + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-    axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -233,7 +233,8 @@ def _of_method(record: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator
         same = {**protocol[key], "stride": protocol["perplexity"]["stride"], **seed}
         yield {**shared, "kind": "perplexity", "protocol": same, "data": record["data"], "results": method[key]}
     if method["passkey"]:
-        cells = {"results": method["passkey"], "by_length": method["passkey_by_length"]}
+        by_depth = [{**cell, "accuracy": cell["num_correct"] / cell["num_trials"]} for cell in method["passkey"]]
+        cells = {"results": by_depth, "by_length": method["passkey_by_length"]}
         yield {**shared, "kind": "passkey", "protocol": {**protocol["passkey"], **seed}, "data": None, **cells}
 
 
@@ -258,11 +259,17 @@ def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_names(parts: Sequence[Part]) -> dict[str, str]:
-    """Return model id -> how labels spell it: the end of a path, "" if there is only one and other things differ."""
-    ids = list(dict.fromkeys(part.model for part in parts if part.model))
-    if len(ids) == 1 and len({(part.method, part.memory) for part in parts if part.model}) > 1:
-        return {ids[0]: ""}
-    return dict(zip(ids, _shortest(ids), strict=True))
+    """Return model id -> how labels spell it: the end of a path, "" if there is only one and other things differ.
+
+    The name of "" is that of a model to which nothing was applied: "none" among RoPE methods, as `compare` calls it.
+    """
+    named = [part for part in parts if part.model]
+    ids = list(dict.fromkeys(part.model for part in named))
+    names = dict(zip(ids, _shortest(ids), strict=True))
+    plain = "none" if any(part.method for part in named) or len(ids) != 1 else names[ids[0]]
+    if len(ids) == 1 and len({(part.method, part.memory) for part in named}) > 1:
+        names = {ids[0]: ""}
+    return {**names, "": plain}
 
 
 def label_parts(parts: Sequence[Part], names: Mapping[str, str]) -> list[str]:
@@ -286,7 +293,7 @@ def label_parts(parts: Sequence[Part], names: Mapping[str, str]) -> list[str]:
 def _plain_label(part: Part, names: Mapping[str, str]) -> str:
     if not part.model:
         return ""
-    return " + ".join(name for name in (names[part.model], part.method, part.memory) if name) or "none"
+    return " + ".join(name for name in (names[part.model], part.method, part.memory) if name) or names[""]
 
 
 def _shortest(paths: Sequence[str]) -> list[str]:

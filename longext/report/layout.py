@@ -99,23 +99,29 @@ def report_tables(report: Report) -> list[Table]:
 
 
 def shown_tables(group: Group, shown: Shown) -> list[Table]:
-    """Return the numbers of one view as a table: a row for each result, or for each column if that is narrower.
+    """Return the table of a view; what is wider than `WIDTH` is continued in further tables."""
+    table = shown_table(group, shown, WIDTH)
+    return table.parts(WIDTH) if table else []
 
-    Intervals are left out if neither fits; what is still too wide is continued in further tables. The table of a
-    single result has a row for each number, with the details of the view.
+
+def shown_table(group: Group, shown: Shown, width: int) -> Table | None:
+    """Return the numbers of one view as a table, None if it has none.
+
+    It has a row for each result, or for each column if only that fits `width` characters; intervals are left out if
+    neither fits. The table of a single result has a row for each number, with the details of the view.
     """
     if not is_made(shown.view.table, group.is_single):
-        return []
+        return None
     if isinstance(shown.view, HeatMap):
-        return [_map_table(group, shown)]
+        return _map_table(group, shown)
     if group.is_single and shown.view.details:
-        return [_detailed_table(group, shown)]
+        return _detailed_table(group, shown)
     has_intervals = any(cell.score.interval() for cell in shown.cells)
     ways = [(turned, True) for turned in (False, True)] if has_intervals else []
     ways += [(turned, False) for turned in (False, True)]
     layouts = [_Layout.of(group, shown, turned, intervals) for turned, intervals in ways]
-    fitting = next((layout for layout in layouts if layout.width <= WIDTH), None)
-    return (fitting or min(layouts, key=lambda layout: layout.width)).table.parts(WIDTH)
+    fitting = next((layout for layout in layouts if layout.width <= width), None)
+    return (fitting or min(layouts, key=lambda layout: layout.width)).table
 
 
 def _map_table(group: Group, shown: Shown) -> Table:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from longext.evals.views import HeatMap
+from longext.evals.views import Column, HeatMap, Lines
 from longext.report.build import Cell, Group, Report, Shown
 from longext.report.comparable import Conflict, base_of
 from longext.report.layout import cell_text, set_title, unit_text
 from longext.report.tables import Table
 
+_AVERAGE = "average"
 _FEW = 3  # labels that a note spells out
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONG = 40
@@ -24,7 +25,10 @@ _NOUNS = {"perplexity": "perplexity", "nats": "loss", "change": "change of perpl
 
 def report_title(report: Report) -> str:
     """Return the title of a report."""
-    count = f"{len(report.results)} result{'s' if len(report.results) > 1 else ''}"
+    number, noun = len(report.results), "result"
+    if number == 1 and report.results[0].record["kind"] == "compare":
+        number, noun = len(report.results[0].record["methods"]), "method"
+    count = f"{number} {noun}{'s' if number > 1 else ''}"
     return f"{report.model}: {count}" if report.model else f"{count} side by side"
 
 
@@ -59,7 +63,7 @@ def _of_one(group: Group, shown: Shown, report: Report) -> str:
     ends = [shown.columns[0], shown.columns[-1]]
     cells = [next(cell for cell in shown.cells if cell.column == end) for end in dict.fromkeys(ends)]
     panel = f" ({cells[0].panel})" if len(shown.panels) > 1 else ""
-    texts = [f"{cell_text(cell, shown.view)} at {_place(cell, shown)}" for cell in cells]
+    texts = [f"{cell_text(cell, shown.view)} {_place(cell, shown)}" for cell in cells]
     return f"{set_title(group, report)}{panel}: {shown.labels[0]} has {', '.join(texts)}."
 
 
@@ -67,39 +71,72 @@ def _of_panels(group: Group, shown: Shown, report: Report) -> Iterator[str]:
     if len(shown.labels) < 2:
         return
     for panel in shown.panels[:_FEW]:
-        columns = [cell.column for cell in shown.cells if cell.panel == panel]
-        last = next(column for column in reversed(shown.columns) if column in columns)
-        cells = [cell for cell in shown.cells if (cell.panel, cell.column) == (panel, last)]
-        if len(cells) > 1:
-            name = f"{set_title(group, report)}, {panel}" if len(shown.panels) > 1 else set_title(group, report)
-            yield f"{name}: {_leaders(group, shown, cells)}"
+        name = f"{set_title(group, report)}, {panel}" if len(shown.panels) > 1 else set_title(group, report)
+        cells = [cell for cell in shown.cells if cell.panel == panel]
+        columns = [[cell for cell in cells if cell.column == column] for column in _headline(shown)]
+        several = [column for column in columns if len(column) > 1]
+        if isinstance(shown.view, Lines):
+            several = [several] if several else []
+        else:
+            several = [[column] for column in several]
+        yield from (f"{name}: {_leaders(group, shown, places)}" for places in several)
     if len(shown.panels) > _FEW:
         yield f"{set_title(group, report)}: {len(shown.panels) - _FEW} more {shown.view.panel_name}s are in the table."
 
 
-def _leaders(group: Group, shown: Shown, cells: Sequence[Cell]) -> str:
-    """Return who leads at one place, what the unchanged model has there, and what the leader costs when short."""
+def _headline(shown: Shown) -> list[Column]:
+    """Return the columns that a verdict is about: all lengths; of tasks their average, else the first few."""
+    if isinstance(shown.view, Lines):
+        return shown.columns
+    return [_AVERAGE] if _AVERAGE in shown.columns else shown.columns[:_FEW]
+
+
+def _leaders(group: Group, shown: Shown, columns: Sequence[Sequence[Cell]]) -> str:
+    """Return who leads in the last column, and if nobody does, in the last one in which somebody does."""
+    last = columns[-1]
+    led = next((cells for cells in reversed(columns) if any(cell.is_best or cell.is_tied for cell in cells)), None)
+    if led is last:
+        return _lead(group, shown, last)
+    lower = bool(shown.view.is_lower_better(last[0].score))
+    ranked = sorted(last, key=lambda cell: cell.score.value)
+    best = ranked[0] if lower else ranked[-1]
+    place = _place(last[0], shown)
+    if ranked[0].score.value == ranked[-1].score.value:
+        return f"{place} all have {cell_text(best, shown.view)}."
+    if not all(cell.score.interval() for cell in last):
+        text = f"{place} {best.label} has the {_best(shown, lower)}, {cell_text(best, shown.view)}"
+        return f"{text}{_plain(shown, last, [best])}; without intervals this is no lead."
+    ends = list(dict.fromkeys(unit_text(shown.view.unit, cell.score.value) for cell in (ranked[0], ranked[-1])))
+    text = f"{place} no result is told apart from the best ({' to '.join(ends)}): their intervals meet."
+    return text if led is None else f"{text} {_lead(group, shown, led)[:1].upper()}{_lead(group, shown, led)[1:]}"
+
+
+def _lead(group: Group, shown: Shown, cells: Sequence[Cell]) -> str:
+    """Return who leads in a column, what the unchanged model has there, and what the leader costs when short."""
     lower = bool(shown.view.is_lower_better(cells[0].score))
     ranked = sorted(cells, key=lambda cell: cell.score.value, reverse=not lower)
     leading = [cell for cell in ranked if cell.is_best or cell.is_tied]
-    noun = _NOUNS.get(shown.view.unit, "result")
-    place = _place(cells[0], shown)
-    plain = next((cell for cell in cells if not cell.part.method and not cell.part.memory), None)
-    if not leading:
-        low, high = (unit_text(shown.view.unit, cell.score.value) for cell in (ranked[0], ranked[-1]))
-        between = low if low == high else f"{low} to {high}"
-        if all(cell.score.interval() for cell in cells):
-            return f"at {place} no result is told apart from the best ({between}): their intervals meet."
-        return f"at {place} {ranked[0].label} is first of {len(cells)} ({between}); without intervals, nobody leads."
+    best = cell_text(leading[0], shown.view)
     if len(leading) == 1:
-        adjective = "lowest" if lower else "best"
-        text = f"at {place} {leading[0].label} has the {adjective} {noun}, {cell_text(leading[0], shown.view)}"
+        text = f"{leading[0].label} has the {_best(shown, lower)}, {best}"
     else:
-        names = " and ".join(", ".join(cell.label for cell in leading).rsplit(", ", 1))
-        text = f"at {place} {names} share the lead, {cell_text(leading[0], shown.view)} the best: their intervals meet"
-    if plain is not None and plain not in leading:
-        text += f"; the unchanged model has {cell_text(plain, shown.view)}"
-    return f"{text}.{_costs(group, leading)}"
+        labels = [cell.label for cell in leading[:_FEW]]
+        labels += [f"{len(leading) - _FEW} more"] if len(leading) > _FEW else []
+        why = "" if shown.view.exact else " (their intervals meet)"
+        text = f"{', '.join(labels[:-1])} and {labels[-1]} share the lead{why}, the first with {best}"
+    return f"{_place(cells[0], shown)} {text}{_plain(shown, cells, leading)}.{_costs(group, leading)}"
+
+
+def _best(shown: Shown, lower: bool) -> str:
+    return f"{'lowest' if lower else 'best'} {_NOUNS.get(shown.view.unit, shown.view.value)}"
+
+
+def _plain(shown: Shown, cells: Sequence[Cell], leading: Sequence[Cell]) -> str:
+    """Return what the unchanged model has, if it is not among the leaders."""
+    plain = [cell for cell in cells if not cell.part.method and not cell.part.memory]
+    if len(plain) != 1 or plain[0] in leading or shown.view.variant:
+        return ""
+    return f"; the unchanged model has {cell_text(plain[0], shown.view)}"
 
 
 def _costs(group: Group, leading: Sequence[Cell]) -> str:
@@ -110,11 +147,15 @@ def _costs(group: Group, leading: Sequence[Cell]) -> str:
         for cell in leading
         if cell.label in group.price.changes and (cell.part.method or cell.part.memory)
     ]
-    return f" At {group.price.length:,} tokens it costs {', '.join(costs)} perplexity." if costs else ""
+    at = f"{group.price.length:,} tokens"
+    return f" The price at {at}, against the unchanged model: {', '.join(costs)} perplexity." if costs else ""
 
 
 def _place(cell: Cell, shown: Shown) -> str:
-    return shown.view.spell(cell.column) + (" tokens" if "tokens" in shown.view.axis_name else "")
+    spelled = shown.view.spell(cell.column)
+    if not isinstance(shown.view, Lines):
+        return f"for {spelled}"
+    return f"at {spelled} tokens" if "tokens" in shown.view.axis else f"at {spelled}"
 
 
 # --- what a set shares ------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class _Shown:
         from longext.report.page import report_page
 
         path = Path(file)
-        path.write_text(report_page(self._rendered.report), encoding="utf-8")
+        path.write_text(report_page(self._rendered), encoding="utf-8")
         return path
 
     def __repr__(self) -> str:

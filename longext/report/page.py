@@ -6,12 +6,12 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import longext
-from longext.report.build import Group, Report, Shown
-from longext.report.layout import set_title, shown_tables
+from longext.report.build import Group, Report, Shown, csv_rows
+from longext.report.layout import set_title, shown_table, shown_tables
 from longext.report.notes import (
     definition_note,
     measured_note,
@@ -20,17 +20,29 @@ from longext.report.notes import (
     set_notes,
     verdict,
 )
-from longext.report.tables import Table
+from longext.report.render import Rendered
+from longext.report.tables import Table, csv_text
 
 _LEAD = (
     "Results under one protocol and on the same data share a table; others are in sets of their own. Notes under a "
     "table say what differs in it. The same numbers are in result.json and results.csv next to this page."
 )
+_WIDTH = 170  # characters of a table on a page: what is wider than the screen scrolls
 _GROUP = re.compile(r'<g id="([^"]*)"')
 _METHODS = ("Methods", "The RoPE parameters of each result, as `longext extend` writes them.")
 
 
-def report_page(report: Report) -> str:
+def report_files(rendered: Rendered) -> dict[str, str | Callable[[], str]]:
+    """Return the files of a report by name, besides its record, tables and pictures."""
+    report = rendered.report
+    return {
+        "results.csv": csv_text(csv_rows(report)),
+        "report.html": lambda: report_page(rendered),
+        "report.md": lambda: to_markdown(report, rendered.pictures),
+    }
+
+
+def report_page(rendered: Rendered) -> str:
     """Return the report as one HTML file: pictures, style and script are inside, nothing is loaded."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -41,14 +53,13 @@ def report_page(report: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    from longext.report.draw import looks_of
-
-    looks = looks_of(report.groups)
+    report = rendered.report
+    looks = {label: look for picture in rendered.pictures.values() for label, look in picture.looks.items()}
     return environment.get_template("page.html.j2").render(
         title=report_title(report),
         lead=_LEAD,
         verdict=verdict(report),
-        sections=_sections(report),
+        sections=_sections(rendered),
         methods=_methods(report),
         methods_text=_METHODS,
         colours={label: look.colour for label, look in looks.items()},
@@ -58,10 +69,11 @@ def report_page(report: Report) -> str:
     )
 
 
-def _sections(report: Report) -> list[dict[str, Any]]:
-    from longext.report.draw import NARROW, WIDE, report_pictures
+def _sections(rendered: Rendered) -> list[dict[str, Any]]:
+    from longext.report.draw import NARROW, report_pictures
 
-    wide, narrow = (report_pictures(report, width) for width in (WIDE, NARROW))
+    report, wide = rendered.report, rendered.pictures
+    narrow = report_pictures(report, NARROW)
     pictures: dict[int, list[Any]] = {}
     for name, picture in wide.items():
         pictures.setdefault(id(picture.shown), []).extend(
@@ -81,8 +93,8 @@ def _sections(report: Report) -> list[dict[str, Any]]:
 
 
 def _block(group: Group, shown: Shown, pictures: Sequence[Any]) -> dict[str, Any]:
-    tables = shown_tables(group, shown)
-    return {"tables": [(table, _rows(table)) for table in tables], "pictures": pictures}
+    table = shown_table(group, shown, _WIDTH)
+    return {"table": table, "rows": _rows(table) if table else [], "pictures": pictures}
 
 
 def _rows(table: Table) -> list[list[dict[str, Any]]]:
@@ -132,14 +144,15 @@ def _svg(picture: Any, name: str, size: str) -> Any:
     text = text[text.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
-    alt = html.escape(picture.alt)
-    start = f'<svg class="{size}" {box[0]} role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
+    alt, width = html.escape(picture.alt), picture.figure.get_figwidth()
+    start = f'<svg class="{size}" {box[0]} style="max-width: {_PIXELS * width:.0f}px" role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
     text = start + text[text.index(">") + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     return Markup(_GROUP.sub(lambda match: _group_tag(picture, match[1]), text))
 
 
+_PIXELS = 110  # an inch of a picture on a page at most
 _XLINK = "http://www.w3.org/1999/xlink"
 
 

@@ -15,18 +15,10 @@ matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is 
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
+from longext.rope.spec import ROPE_METHODS  # noqa: E402
+
 # One colour per method, the same in every picture; readable for the colour-blind (Okabe and Ito, extended).
-METHOD_COLOURS = {
-    "none": "#7a7a7a",
-    "linear": "#cc79a7",
-    "ntk": "#e69f00",
-    "ntk-by-parts": "#009e73",
-    "dynamic": "#56b4e9",
-    "yarn": "#0072b2",
-    "longrope": "#8c564b",
-    "llama3": "#d55e00",
-    "abf": "#b2912f",
-}
+METHOD_COLOURS = {name: ROPE_METHODS[name].colour for name in ROPE_METHODS if ROPE_METHODS[name].colour}
 INK, GRID = "#222222", "#e3e3e3"
 TRAINED_DASHES = (0, (4, 3))  # of the line at the trained length, in every picture
 

@@ -159,8 +159,3 @@ def number(value: float) -> str:
 def percent(value: float) -> str:
     """Return a share as a whole percentage."""
     return f"{100 * value:.0f}%"
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """Return "low - high" for two perplexities, "-" where there is no interval."""
-    return "-" if low is None or high is None else f"{number(low)} - {number(high)}"

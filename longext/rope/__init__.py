@@ -1,5 +1,5 @@
-"""RoPE: the papers' mathematics (methods.py) and what it means for a model (analysis.py)."""
+"""RoPE: a RoPE as data and methods by name (spec.py), one file per method (methods/), what it means (analysis.py)."""
 
-from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
 __all__ = ["ROPE_METHODS", "RopeSpec", "compute_inv_freq", "rope_parameters"]

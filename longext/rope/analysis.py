@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from longext.rope.methods import RopeSpec, compute_inv_freq, turns_in_window
+from longext.rope.formulas import turns_in_window
+from longext.rope.spec import RopeSpec, compute_inv_freq
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.options import DataConfig, RopeConfig, RuntimeConfig
+from longext.rope.spec import extension_methods
 from longext.settings import LENGTH, MANY, option, setting
 
 
@@ -51,9 +52,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
         None, "In training: s2 (default; pose: full), full, short, s2-wrapped.", panel="Running"
     )
     method: str = option(
-        "none",
-        "linear, ntk, ntk-by-parts, dynamic, yarn, longrope, llama3, abf; none trains the RoPE the model has.",
-        panel="Method",
+        "none", "RoPE method (none: train the RoPE the model has).", names=extension_methods, panel="Method"
     )
     task: str = option("pretrain", "pretrain (plain text) or sft (instructions, chats).")
     prompt: str = option("auto", "sft: auto (chat template, else plain), chat, plain, llama2.")

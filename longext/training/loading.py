@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from longext.attention.shifted import ATTENTION_VARIANTS, check_model, register_attention
+from longext.attention.shifted import check_model, register_attention
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
 from longext.checkpoint.load import build_model_config, load_causal_lm, load_tokenizer, resolve_device
 from longext.checkpoint.rope_config import model_rope, write_rope
@@ -21,7 +22,7 @@ from longext.conversion.extend import extended_config, plan_extension, provenanc
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.options import RopeConfig, RuntimeConfig
-from longext.rope.methods import ROPE_METHODS
+from longext.rope.spec import ROPE_METHODS
 from longext.training.config import FinetuneConfig
 from longext.training.processes import local_rank
 from longext.training.tuning import TUNINGS, is_inside_attention, quantisation

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from longext.attention.sequence import check_heads, make_sequence_group
-from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.source import HUB_ID
 from longext.checkpoint.tying import untied
@@ -34,6 +34,7 @@ from longext.evals.suites.ppl import Perplexity
 from longext.models.head import head_is_plain
 from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
 from longext.options import DataConfig
+from longext.rope.spec import methods_that
 from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import KEPT, check_fingerprint, last_whole_checkpoint, read_marker
 from longext.training.config import FinetuneConfig, TrainingConfig
@@ -273,7 +274,8 @@ def _check_rope(config: FinetuneConfig, extension: Extension) -> None:
         if is_on:
             raise ConfigError(
                 f"{flag} cannot train {extension.rope_type} RoPE: it depends on the length of the sequence, and the "
-                "rows here are not what the model will see in use. Choose linear, ntk, ntk-by-parts or yarn."
+                "rows here are not what the model will see in use. Choose one of "
+                f"{methods_that(lambda method: not method.follows_length)}."
             )
 
 

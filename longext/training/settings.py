@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
-from longext.attention.shifted import ATTENTION_VARIANTS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import RopeConfig
-from longext.rope.methods import ROPE_METHODS
+from longext.rope.spec import ROPE_METHODS
 from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import Extension, attention_of, training_device

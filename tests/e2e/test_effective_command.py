@@ -57,7 +57,7 @@ def test_through_a_memory(run):
         (("--max-length", 64), ("--min-length 128 is above",)),
         (("--max-length", 256, "--bar", 80), ("--bar", "80")),
         (("--max-length", 256, "--test", "needles"), ("Did you mean 'needle'",)),
-        (("--max-length", 256, "--depths", "2"), ("--depths",)),
+        (("--max-length", 256, "--depths", "2"), ("`depths` must be <= 1",)),
         (("--max-length", 256, "--min-length", 64), ("needs at least",)),
         (("--max-length", 256, "--min-length", 64, "--test", "needle"), ("needs at least",)),
     ],

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+from longext.compressor.spec import CompressorSpec
 
 SMALL = ("--num-new-tokens", 2, "--num-repeats", 1)
 POSITION = 2 * 4 * 2 * 64 * 4  # books-5m: keys and values, layers, KV heads, head size, float32

@@ -18,7 +18,7 @@ from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
-from longext.rope.methods import compute_inv_freq
+from longext.rope.spec import compute_inv_freq
 
 BASE = BUNDLED_MODELS["books-5m"]
 

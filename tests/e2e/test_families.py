@@ -13,20 +13,26 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, LENGTH, save_tiny_model
+from rope_examples import METHODS, options_for
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from longext.checkpoint.families import family_of
 from longext.checkpoint.rope_config import read_model_rope
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extend_checkpoint
 from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
-from longext.rope.methods import RopeSpec, compute_inv_freq
 from longext.rope.reading import read_parameters
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 
 TOLERANCE = 1e-6  # relative; float32 frequencies
 BEYOND = 200  # tokens, past every trained window here
-METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
-CASES = [(family, method) for family in CONFIGS for method in METHODS if (family, method) != ("phi3", "dynamic")]
+CASES = [
+    (family, method)
+    for family in CONFIGS
+    for method in METHODS
+    if not (family == "phi3" and ROPE_METHODS[method].keeps_length)
+]
 PER_LAYER_TYPE = ("gemma3_text", "gemma3", "olmo3")
 
 # head_dim x partial_rotary_factor of families.py, worked out by hand.
@@ -70,7 +76,7 @@ def extended(base, tmp_path_factory) -> Extended:
     def made(family: str, method: str) -> tuple[Path, Path, ExtensionPlan]:
         out = root / f"{family}-{method}"
         if out not in plans:
-            plans[out] = extend(base(family), method, out)
+            plans[out] = extend(base(family), method, out, **options_for(method, ROTARY_DIM[family], root))
         return base(family), out, plans[out]
 
     return made
@@ -148,6 +154,16 @@ def test_rotary_dimensions_are_those_worked_out_by_hand(extended: Extended, fami
     assert plan.spec.original_max_position_embeddings == LENGTH
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_projections_are_called_as_the_row_says(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    row = family_of(model.config.get_text_config().model_type)
+    assert set(row.projections.values()) <= layers
+    assert row.layout is None or ("qkv" in row.projections) == (not {"q_proj", "k_proj"} & layers)
+
+
 # One type that moves the base, one that follows the length, one with keys of its own.
 SPELLED = [case for case in CASES if case[1] in ("ntk", "dynamic", "yarn")]
 
@@ -195,7 +211,7 @@ def weights_hash(directory: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "dynamic"])
+@pytest.mark.parametrize("method", [method for family, method in CASES if family == "phi3"])
 def test_phi3_gets_static_methods_as_longrope(extended: Extended, method):
     _, _, plan = extended("phi3", method)
     assert plan.parameters["rope_type"] in ("default", "longrope")

@@ -12,9 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
-from longext.compressor.readers import load_reader
+from longext.compressor.reading.readers import load_reader
+from longext.compressor.spec import CompressorSpec
 from longext.evals.harness.model import Scorer, harness_model
 from longext.options import RuntimeConfig
 

@@ -11,9 +11,10 @@ import torch
 import typer.main
 
 from longext.cli import app
-from longext.cli.options import without_dash
-from longext.compressor.base import CompressorSpec, build_compressor
+from longext.cli.app import without_dash
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+from longext.compressor.spec import CompressorSpec
 
 BOOKS = "books-5m"
 PPL = ("--lengths", "64", "--max-tokens", 200, "--num-bootstrap", 5)

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+from longext.compressor.spec import CompressorSpec
 from longext.evals.memory.controls import METHODS
 
 SMALL = ("--max-tokens", 600, "--num-places", 3, "--num-bootstrap", 20)

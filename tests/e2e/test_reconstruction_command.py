@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from longext.compressor.base import CompressorSpec, build_compressor
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+from longext.compressor.spec import CompressorSpec
 
 SMALL = ("--num-samples", 6, "--num-bootstrap", 20, "--max-tokens", 600)
 

@@ -106,7 +106,7 @@ def test_answers_of_another_run_are_not_taken_up(run, tmp_path, facts):
         (("--data", "facts"), ("No cases", "found there: none")),
         (("--data", "cases", "--sizes", "4"), ("No cases of 4", "1_lines.jsonl")),
         (("--data", "cases"), ("1_lines.jsonl:2", "expected_number")),
-        (("--sizes", "0"), ("--sizes must be whole numbers >= 1",)),
+        (("--sizes", "0"), ("`sizes` must be >= 1",)),
         (("--num-cases", 0), ("`num_cases` must be >= 1",)),
         (("--predictions", "nowhere.txt"), ("--predictions must be a file", "nowhere.txt")),
         (("--chat-template",), ("books-5m has no chat template", "leave --chat-template out")),
@@ -130,7 +130,7 @@ def test_wrong_longeval_flags_end_in_one_line(run, tmp_path, facts, args, texts)
         (("--tasks", "qa1", "--data", ""), ("--data must be a folder",)),
         (("--tasks", "qa1", "--data", "."), ("No folder named after a length",)),
         (("--prompt", "example"), ("Unknown prompt 'example'", "Did you mean 'examples'")),
-        (("--max-new-tokens", 0), ("--max-new-tokens must be >= 1",)),
+        (("--max-new-tokens", 0), ("`max_new_tokens` must be >= 1",)),
         (("--tasks", "qa1", "--chat-template"), ("books-5m has no chat template",)),
     ],
 )

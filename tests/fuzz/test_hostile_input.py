@@ -65,8 +65,9 @@ def _make_adapter(model: Any, root: Path) -> None:
 
 
 def _make_compressor(root: Path) -> None:
-    from longext.compressor.base import CompressorSpec, build_compressor
+    from longext.compressor.base import build_compressor
     from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
+    from longext.compressor.spec import CompressorSpec
 
     (root / "uio").mkdir()
     base = find_base(str(root / "base"))

@@ -48,7 +48,7 @@ def parse(line: str) -> Any:
     import typer
 
     from longext.cli import app
-    from longext.cli.options import without_dash
+    from longext.cli.app import without_dash
 
     command, words = typer.main.get_command(app), without_dash(words_of(line))
     while hasattr(command, "commands"):

@@ -103,6 +103,10 @@ def _normalise_item(key: str, value: Any, measured: bool) -> tuple[str, Any]:
     return normalise(key), normalise(value, measured)
 
 
+# Records of commands that are no evaluations had no such keys; one function writes the head of all of them now.
+NEW_KEYS = ("command", "versions", "protocol", "data")
+
+
 def differences(stored: Any, found: Any, place: str = "") -> Iterator[str]:
     """Yield a line for every place where a record is not what is stored."""
     if type(stored) is not type(found):
@@ -111,9 +115,9 @@ def differences(stored: Any, found: Any, place: str = "") -> Iterator[str]:
         for key in sorted({*stored, *found}):
             if key not in found:
                 yield f"{place}.{key}: gone (was {_short(stored[key])})"
-            elif key not in stored:
+            elif key not in stored and key not in NEW_KEYS:
                 yield f"{place}.{key}: new ({_short(found[key])})"
-            else:
+            elif key in stored:
                 yield from differences(stored[key], found[key], f"{place}.{key}")
     elif isinstance(stored, list):
         if len(stored) != len(found):

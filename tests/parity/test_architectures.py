@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import LENGTH, tiny_config
+from rope_examples import METHODS
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from longext.checkpoint.rope_config import ModelRope, read_model_rope
@@ -25,9 +26,9 @@ from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, extended_config, plan_extension
 from longext.errors import LongextError
 from longext.models.hf import HFLanguageModel
+from longext.rope.spec import ROPE_METHODS
 
 FACTOR, BASE = 4.0, 1e8
-METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3", "longrope", "abf")
 SHORT, LONG = LENGTH, int(LENGTH * FACTOR) + 1
 
 TEXT = (
@@ -48,7 +49,9 @@ IMAGE_TEXT = (
 )
 REFUSED = "beam bert codegen deepseek_v4 gpt2 gptj jamba mamba mpt opt recurrent_gemma "
 # Methods that a family cannot carry, and a part of the reason that is given; everything else must be right.
-PROPORTIONAL = dict.fromkeys(("ntk-by-parts", "dynamic", "yarn", "llama3", "longrope"), "proportional RoPE")
+PROPORTIONAL = {
+    name: "proportional RoPE" for name in METHODS if ROPE_METHODS[name].rope_type not in ("default", "linear")
+}
 CANNOT = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "lfm3"), PROPORTIONAL),
     "granite_swa": {"abf": "all layers one base"},
@@ -98,6 +101,7 @@ def turn(frequencies: np.ndarray, method: str, length: int, theta: float) -> np.
     elif method == "longrope":
         new = own / (rank + 1) if length > LENGTH else own
     else:
+        assert method in ("ntk-by-parts", "yarn", "llama3"), f"write the formula of {method} here, from its paper"
         new = own * blend(own, rank, pairs, method)
     out = np.zeros_like(frequencies)
     out[rotating] = new

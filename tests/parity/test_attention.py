@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 
 import pytest
 import torch
-from attention_reference import LAYOUTS, reference
+from attention_reference import DEFINITIONS, LAYOUTS, reference
+from contributing import added_file
 
 from longext.attention.layout import Layout, make_layout
-from longext.attention.shifted import ATTENTION_VARIANTS, AttentionPlan, train_attention
+from longext.attention.shifted import AttentionPlan, train_attention
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 D = 8
+ANY_LENGTH = [name for name in ATTENTION_VARIANTS if name != "s2-wrapped"]
 
 # name, attention_mask or None, document ids or None, segment ids of the reference
 BATCHES = {
@@ -52,7 +56,7 @@ def compare(variant, backend, layout, rows, q, k, v, group_size=8, **options):
     """Forward and backward of a backend against the definition; tolerance relative to the largest gradient."""
     ours = [x.clone().requires_grad_() for x in (q, k, v)]
     theirs = [x.double().clone().requires_grad_() for x in (q, k, v)]
-    kinds = (ATTENTION_VARIANTS[variant].lower, ATTENTION_VARIANTS[variant].upper)
+    kinds = DEFINITIONS[variant]
     plan = AttentionPlan(layout, group_size, backend)
     window = options.pop("window", None)
     out = train_attention(
@@ -73,9 +77,13 @@ def compare(variant, backend, layout, rows, q, k, v, group_size=8, **options):
         )
 
 
+def test_every_variant_has_a_definition_to_be_compared_with():
+    assert set(DEFINITIONS) == set(ATTENTION_VARIANTS), "add its masks to tests/attention_reference.py"
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
-@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+@pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
 def test_head_layouts(variant, heads, kv_heads, backend):
     q, k, v, layout, rows = make_batch("whole", heads, kv_heads, torch.float32)
     compare(variant, backend, layout, rows, q, k, v)
@@ -83,7 +91,7 @@ def test_head_layouts(variant, heads, kv_heads, backend):
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+@pytest.mark.parametrize("variant", ANY_LENGTH)
 def test_batches(variant, name, backend):
     q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
     compare(variant, backend, layout, rows, q, k, v)
@@ -93,11 +101,6 @@ def test_batches(variant, name, backend):
 def test_group_sizes_in_float64(group_size):
     q, k, v, layout, rows = make_batch("left padding", 5, 1, torch.float64)
     compare("s2", "sdpa", layout, rows, q, k, v, group_size)
-
-
-def test_wrapped_variant_is_longloras_roll():
-    q, k, v, layout, rows = make_batch("whole", 6, 2, torch.float32)
-    compare("s2-wrapped", "sdpa", layout, rows, q, k, v)
 
 
 def test_wrapped_variant_by_rolling_tensors():
@@ -133,7 +136,7 @@ def test_soft_capped_scores():
         compare("s2", "sdpa", layout, rows, q, k, v, softcap=5.0)
 
 
-@pytest.mark.parametrize("variant", ["s2", "full", "short"])
+@pytest.mark.parametrize("variant", ANY_LENGTH)
 @pytest.mark.parametrize("name", BATCHES)
 def test_flash_backend_calls_its_kernel_rightly(variant, name, monkeypatch):
     """flash-attn is not installed here: a stand-in with its signature and meaning shows that boundaries are right."""
@@ -165,3 +168,26 @@ def test_flash_backend_without_flash_attn_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("longext.attention.backends._has_flash", lambda: False)
     with pytest.raises(MissingExtraError, match="flash-attn"):
         compare("s2", "flash", layout, rows, q, k, v)
+
+
+TOY = added_file("longext/attention/variants/quarter.py")
+
+
+@pytest.fixture
+def quarter(tmp_path, monkeypatch):
+    """A variant in a file of its own, as one in attention/variants/ is."""
+    (tmp_path / "quarter.py").write_text(TOY)
+    package = importlib.import_module("longext.attention.variants")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setitem(DEFINITIONS, "quarter", ("shifted", "shifted"))
+    yield "quarter"
+    ATTENTION_VARIANTS.unregister("quarter")
+    sys.modules.pop("longext.attention.variants.quarter")
+
+
+def test_a_variant_is_one_file(quarter):
+    assert quarter in ATTENTION_VARIANTS
+    assert ATTENTION_VARIANTS.summary(quarter) == "Groups of half the size"
+    for name in BATCHES:
+        q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
+        compare(quarter, "sdpa", layout, rows, q, k, v)

@@ -66,7 +66,7 @@ def test_stop_cuts_recurrent_gradients_at_block_borders(variant):
     made, losses = [], []
     fixed = document.new_store().fixed
     for t in range(6):
-        first, last = document.span(t)
+        first, last = document.schedule.span(t)
         cut = [tuple(x if s // 2 == t // 2 else x.detach() for x in made[s]) for s in range(first, last)]
         memory = gradients.join([fixed if first == 0 else (), *cut])
         loss, written = document.read(t, memory, write=t < 5)

@@ -188,7 +188,7 @@ def test_the_engines_own_s2_attention(checkpointing):
     name, extra, targets = FAMILIES["llama"]
     config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
     model = build(config, targets, "longlora", checkpointing, mixed=False)
-    model.get_base_model().set_attn_implementation(shifted.ATTENTION_VARIANTS["s2"].implementation)
+    model.get_base_model().set_attn_implementation("s2_attn")
     forward, batch = model.forward, layout.make_layout(1, LENGTH)
     plan = shifted.AttentionPlan(batch, 128, "auto", None)
     model.forward = lambda **inputs: forward(**inputs, **{shifted.PLAN: plan})

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_llama
+from compressors import SEGMENT, VARIANTS, compressor_reader, document_nll, make_compressor, random_ids, tiny_llama
 from families import CONFIGS, tiny_model
 
 from longext.compressor.backbone import Backbone
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import join
-from longext.compressor.readers import MEMORIES, Reader
-from longext.compressor.trails import CompressorTrail
+from longext.compressor.reading.readers import MEMORIES, Reader
+from longext.compressor.reading.trails import CompressorTrail
+from longext.compressor.segments import split_segments
 from longext.errors import ConfigError, DataError
 from longext.evals.memory.controls import METHODS, CompressorControls, ReaderControls
 from longext.evals.memory.next_segment import choose_places, evaluate_memory, gather_texts
@@ -31,12 +32,6 @@ def reader(spec, segment=SEGMENT, model=None):
     name, _, argument = spec.partition(":")
     open_trail, size = MEMORIES[name].open(Backbone(plain.model), argument, segment)
     return Reader(plain, spec, segment, open_trail, size=size)
-
-
-def compressor_reader(compressor, ratio=4):
-    plain = HFLanguageModel("tiny", compressor.backbone.model, None, {}, Path())
-    trail = lambda: CompressorTrail(compressor, ratio)  # noqa: E731
-    return Reader(plain, "c", SEGMENT, trail, compressor=compressor, ratio=ratio)
 
 
 @torch.no_grad()
@@ -219,28 +214,6 @@ def test_evicted_tokens_live_on_in_what_saw_them():
 # --- compressors ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def document_nll(compressor, ids, ratio):
-    """Per-token NLL of each segment through `Document`, as training reads it."""
-    segments = split_segments(ids, ids, compressor.spec, [ratio] * (ids.shape[1] // SEGMENT + 1))
-    document = Document(segments, compressor)
-    store = document.new_store()
-    for t in range(len(segments) - 1):
-        store.put(t, document.write(t, store))
-    sums = []
-    for t, segment in enumerate(segments):
-        first, last = document.span(t)
-        memory = store.view(first, last) if t else ()  # the first segment holds the sink itself
-        hidden = compressor.read(segment, memory)
-        targets = (
-            torch.cat([segment.tokens[:, 1:], segments[t + 1].tokens[:, :1]], 1)
-            if t + 1 < len(segments)
-            else (segment.tokens[:, 1:])
-        )
-        sums.append(score_hidden(compressor.backbone.model, hidden[:, : targets.shape[1]], targets).nll)
-    return torch.cat(sums, 1)
-
-
 @pytest.mark.parametrize("overlap", [0, 3, 20])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_a_compressor_reads_as_in_training(variant, overlap):
@@ -264,14 +237,14 @@ def test_the_losses_are_those_of_the_document(variant):
     compressor = make_compressor(variant)
     ids = random_ids(2, 5)
     segments = split_segments(ids, ids, compressor.spec, [4] * 5)
-    document = Document(segments, compressor)
+    document = Sweep(segments, compressor)
     store = document.new_store()
     with torch.no_grad():
         for t in range(4):
             store.put(t, document.write(t, store))
         nll = compressor_reader(compressor).score(ids, 1).nll
         for t in range(1, 5):
-            loss, _ = document.read(t, store.view(*document.span(t)))
+            loss, _ = document.read(t, store.view(*document.schedule.span(t)))
             own = nll[:, t * SEGMENT : (t + 1) * SEGMENT]
             assert float(own.double().sum()) == pytest.approx(float(loss), rel=1e-6)
 
@@ -283,7 +256,7 @@ def test_beyond_the_window_the_newest_memories_stay(variant):
     compressor = make_compressor(variant, model, ratios=(2, 4))
     ids = random_ids(2, 18)
     one = compressor_reader(compressor, 2)
-    assert CompressorTrail(compressor, 2).capacity == 13
+    assert CompressorTrail(compressor, 2).schedule.capacity == 13
     late = one.score(ids, 17 * SEGMENT + 1).nll
     # the same text without its first four segments, but for the sink: the first token of the whole
     shorter = torch.cat([ids[:, :1], ids[:, 4 * SEGMENT + 1 : 17 * SEGMENT]], 1)
@@ -304,7 +277,7 @@ def test_recurrent_memories_slide_too(variant):
     ids = random_ids(1, 20)
     nll = one.score(ids, 1).nll
     assert torch.isfinite(nll).all()
-    assert CompressorTrail(compressor, 4).capacity == (11 if variant == "beacon" else 10)
+    assert CompressorTrail(compressor, 4).schedule.capacity == (11 if variant == "beacon" else 10)
     fits = random_ids(1, 20)[:, : 10 * SEGMENT]
     close(nll[:, : 10 * SEGMENT - 1], document_nll(compressor, fits, 4))
 
@@ -317,12 +290,11 @@ def test_recurrent_keys_move_with_their_memories():
     with torch.no_grad():
         for tokens in ids.split(SEGMENT, 1):
             trail.write(tokens)
-        trail.capacity = 2
+        made = [tensor[..., -8:, :] for tensor in trail.memory()]
+        trail.schedule = dataclasses.replace(trail.schedule, capacity=2)
         moved = trail.memory()
-        made = [trail._made[s].memory for s in (2, 3)]
     assert moved[0].shape[-2] == 8
-    for index, tensor in enumerate(moved):
-        own = torch.cat([memory[index] for memory in made], -2)
+    for index, (tensor, own) in enumerate(zip(moved, made, strict=True)):
         if index % 2:
             assert torch.equal(tensor, own)
         else:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import LENGTH, tiny_config
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from longext.checkpoint import _built
 from longext.checkpoint.source import read_config
 from longext.conversion import extend
-from longext.conversion.computed import compute
+from longext.conversion.computed import _places, compute
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.verify import verify_checkpoint
@@ -323,3 +324,9 @@ def test_a_base_that_is_a_list_is_refused_in_a_line(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         plan_extension(ExtendConfig(model=str(source), method="yarn", factor=4.0))
+
+
+def test_pairs_may_share_a_frequency_but_none_may_be_missing():
+    formula = np.array([1.0, 0.5, 0.5, 0.1])
+    assert _places(formula, formula, 1e-6) is not None
+    assert _places(np.array([1.0, 0.5, 0.5, 0.5]), formula, 1e-6) is None

@@ -4,60 +4,34 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from rope_examples import CASES, METHODS, case_id, example, spec_for
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from longext.rope.methods import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
+from longext.errors import ConfigError
+from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
 RTOL = 1e-6
 LENGTH = 4096
 SHAPES = list(itertools.product((64, 80, 96, 128), (1e4, 5e5, 1e6)))
 FACTORS = (2.0, 4.0, 7.5, 16.0, 32.0)
+RAMPS = {"ramp", "truncate", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"}
 
 
 def tolerance(keys, factor):
-    """1e-6 for every method as it comes; with other ramp ends, what float32 allows.
+    """1e-6 for every method as it comes; with another ramp, what float32 allows.
 
     transformers computes the ramp in float32: an error of 2^-23 in a gamma near 0 is `factor` times as large relative
     to the frequency, 3.8e-6 at factor 32.
     """
-    return RTOL if not keys else max(RTOL, factor * 2**-23)
-
-
-# (method, parameters): every method and every option that changes frequencies or temperature
-CASES = [
-    ("none", {}),
-    ("linear", {}),
-    ("ntk", {}),
-    ("abf", {"new_rope_theta": 5e6}),
-    ("ntk-by-parts", {}),
-    ("ntk-by-parts", {"ramp": "code"}),
-    ("ntk-by-parts", {"beta_fast": 16.0, "beta_slow": 2.0}),
-    ("ntk-by-parts", {"attention_factor": 1.1}),
-    ("yarn", {}),
-    ("yarn", {"ramp": "paper"}),
-    ("yarn", {"truncate": False}),
-    ("yarn", {"attention_factor": 1.25, "beta_fast": 48.0, "beta_slow": 2.0}),
-    ("llama3", {}),
-    ("llama3", {"low_freq_factor": 2.0, "high_freq_factor": 8.0}),
-]
-IDS = ["-".join([name, *(f"{k}={v}" for k, v in keys.items())]) for name, keys in CASES]
-
-
-def spec_for(method, head_dim, theta, factor, **keys):
-    return RopeSpec(
-        method=method,
-        rope_theta=theta,
-        rotary_dim=head_dim,
-        original_max_position_embeddings=LENGTH,
-        factor=factor,
-        **keys,
-    )
+    return max(RTOL, factor * 2**-23) if RAMPS & keys.keys() else RTOL
 
 
 def llama_config(spec):
@@ -71,39 +45,74 @@ def llama_config(spec):
     )
 
 
+def test_every_method_brings_examples():
+    assert [name for name in ROPE_METHODS if not ROPE_METHODS[name].examples] == []
+
+
 @pytest.mark.parametrize(("head_dim", "theta"), SHAPES)
-@pytest.mark.parametrize(("method", "keys"), CASES, ids=IDS)
-def test_export_reproduces_the_paper_through_transformers(method, keys, head_dim, theta):
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_export_reproduces_the_paper_through_transformers(case, head_dim, theta):
+    method, keys = case[0], example(case[0], head_dim, case[1])
     for factor in FACTORS:
         spec = spec_for(method, head_dim, theta, factor, **keys)
         module = LlamaRotaryEmbedding(llama_config(spec))
-        expected, temperature = compute_inv_freq(spec, round(LENGTH * factor))
-        np.testing.assert_allclose(module.inv_freq.double().numpy(), expected, rtol=tolerance(keys, factor))
-        assert module.attention_scaling == pytest.approx(temperature, rel=RTOL)
+        end = round(LENGTH * factor)
+        lengths = (100, LENGTH, LENGTH + 1, end, 32 * LENGTH) if ROPE_METHODS[method].follows_length else (None, end)
+        for length in lengths:
+            if length is not None:
+                module(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
+            expected, temperature = compute_inv_freq(spec, length)
+            np.testing.assert_allclose(module.inv_freq.double().numpy(), expected, rtol=tolerance(keys, factor))
+            assert module.attention_scaling == pytest.approx(temperature, rel=RTOL if temperature != 1 else 0, abs=0)
 
 
-@pytest.mark.parametrize(("head_dim", "theta"), SHAPES)
-@pytest.mark.parametrize("alpha", [1.0, 8.0])
-def test_dynamic_ntk_at_every_length(head_dim, theta, alpha):
-    spec = spec_for("dynamic", head_dim, theta, 8.0, alpha=alpha)
-    for length in (100, LENGTH, LENGTH + 1, 3 * LENGTH, 32 * LENGTH):
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS["dynamic"](llama_config(spec), torch.device("cpu"), seq_len=length)
-        expected, temperature = compute_inv_freq(spec, length)
-        np.testing.assert_allclose(inv_freq.double().numpy(), expected, rtol=RTOL)
-        assert scaling == temperature == 1.0
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_plainest_example_is_written_as_the_type_that_the_method_names(case):
+    method = ROPE_METHODS[case[0]]
+    written = rope_parameters(spec_for(case[0], 64, 1e4, 4.0, **example(case[0], 64, case[1])))["rope_type"]
+    assert written == method.rope_type if case[1] == 0 else written in ROPE_INIT_FUNCTIONS or written == "default"
 
 
-@pytest.mark.parametrize("given", [None, 1.0, 1.3])
-def test_longrope_on_both_sides_of_the_trained_length(given):
-    short = tuple(np.linspace(1, 1.5, 32))
-    long = tuple(np.linspace(1, 16, 32))
-    spec = spec_for("longrope", 64, 1e4, 16.0, short_factor=short, long_factor=long, attention_factor=given)
-    module = LlamaRotaryEmbedding(llama_config(spec))
-    for length in (LENGTH, LENGTH + 1):
-        module(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
-        expected, temperature = compute_inv_freq(spec, length)
-        np.testing.assert_allclose(module.inv_freq.double().numpy(), expected, rtol=RTOL)
-        assert module.attention_scaling == pytest.approx(temperature, rel=RTOL)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_parameters_that_an_example_sets_are_the_methods_own(case):
+    parameters = {parameter.name for parameter in ROPE_METHODS[case[0]].parameters}
+    assert example(case[0], 64, case[1]).keys() <= parameters <= {field.name for field in fields(RopeSpec)}
+
+
+@pytest.mark.parametrize("name", ROPE_METHODS)
+def test_a_method_is_what_it_says_of_itself(name):
+    method, keys = ROPE_METHODS[name], example(name, 64)
+    plain, _ = compute_inv_freq(spec_for("none", 64, 1e4, 1.0))
+    inside, beyond = (compute_inv_freq(spec_for(name, 64, 1e4, 4.0, **keys), n)[0] for n in (LENGTH, 4 * LENGTH))
+    at_one, temperature = compute_inv_freq(spec_for(name, 64, 1e4, 1.0, **keys))
+    assert method.is_exact_inside == (inside == plain).all()
+    assert method.follows_length == (inside != beyond).any()
+    is_unchanged = np.allclose(at_one, plain, rtol=1e-9) and temperature == 1.0
+    assert method.is_scaling == (is_unchanged and not method.follows_length)
+    assert [other for other in ROPE_METHODS if ROPE_METHODS[other].colour == method.colour] == [name]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "text"),
+    [
+        ("linear", {"factor": 0.5}, "`factor` must be a number >= 1 (target length / trained length), got 0.5."),
+        ("dynamic", {"alpha": 0.5}, "`alpha` must be >= 1, got 0.5."),
+        ("yarn", {"attention_factor": math.nan}, "`attention_factor` must be above 0, got nan."),
+        ("yarn", {"ramp": "codes"}, "`ramp` must be 'code' or 'paper', got 'codes'."),
+        ("yarn", {"beta_slow": 0.0}, "`beta_fast` must be above `beta_slow` and both above 0, got 32 and 0."),
+        ("llama3", {"low_freq_factor": 4.0}, "`high_freq_factor` must be above `low_freq_factor` and both above 0"),
+        ("longrope", {"long_factor": (1.0,)}, "`short_factor` must have 32 numbers (rotary dimensions / 2), got 1."),
+        (
+            "yarn",
+            {"num_rotated": 8},
+            "proportional RoPE (some dimensions of a head stay unrotated): choose one of abf,",
+        ),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused(method, keys, text):
+    for question in (compute_inv_freq, rope_parameters):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            question(spec_for(method, 64, 1e4, **{"factor": 4.0, **keys}))
 
 
 def yarn_authors_inv_freq(dim, base, length, scale, beta_fast=32, beta_slow=1):
@@ -162,7 +171,10 @@ def test_yarn_temperature_enters_the_logits_squared():
     np.testing.assert_allclose(norm.numpy(), (0.1 * math.log(16) + 1) ** 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in ROPE_METHODS if m not in ("abf", "longrope")])
+SCALING = [name for name in METHODS if ROPE_METHODS[name].is_scaling]
+
+
+@pytest.mark.parametrize("method", [*SCALING, *(name for name in ROPE_METHODS if ROPE_METHODS[name].is_exact_inside)])
 def test_factor_one_is_the_identity(method):
     plain, _ = compute_inv_freq(spec_for("none", 96, 1e4, 1.0))
     spec = spec_for(method, 96, 1e4, 1.0)
@@ -173,7 +185,7 @@ def test_factor_one_is_the_identity(method):
     assert torch.equal(module.inv_freq, base.inv_freq)
 
 
-@pytest.mark.parametrize("method", ["yarn", "ntk-by-parts", "llama3", "linear", "ntk"])
+@pytest.mark.parametrize("method", SCALING)
 def test_the_formula_tends_to_the_identity(method):
     plain, _ = compute_inv_freq(spec_for("none", 96, 1e4, 1.0))
     near, temperature = compute_inv_freq(spec_for(method, 96, 1e4, 1.0 + 1e-9))
@@ -181,7 +193,7 @@ def test_the_formula_tends_to_the_identity(method):
     assert temperature == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", [m for m in ROPE_METHODS if m not in ("abf", "longrope", "dynamic", "none")])
+@pytest.mark.parametrize("method", SCALING)
 def test_frequencies_fall_with_dimension_and_with_the_factor(method):
     rows = [compute_inv_freq(spec_for(method, 128, 1e4, factor))[0] for factor in FACTORS]
     assert all((np.diff(row) < 0).all() for row in rows)

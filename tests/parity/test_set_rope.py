@@ -5,27 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 from extensions import books_config
+from rope_examples import options_for
 from transformers import AutoModelForCausalLM
 
+from longext.checkpoint.rope_config import read_model_rope
+from longext.checkpoint.source import resolve_model
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
+from longext.rope.spec import ROPE_METHODS
 
 IDS = torch.arange(3, 803)[None] % 8000
 
 
-@pytest.mark.parametrize("method", ["none", "linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("method", ROPE_METHODS)
 def test_set_rope_equals_the_written_checkpoint(books, method, tmp_path):
     factor = 1.0 if method == "none" else 8.0
-    extend_checkpoint(ExtendConfig(model="books-5m", method=method, factor=factor, output=str(tmp_path / "out")))
+    options = options_for(method, read_model_rope(resolve_model("books-5m")).spec.rotary_dim, tmp_path)
+    asked = ":".join([method, *(f"{key}={value}" for key, value in options.items())])
+    extend_checkpoint(
+        ExtendConfig(model="books-5m", method=method, factor=factor, output=str(tmp_path / "out"), **options)
+    )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = saved(IDS, use_cache=False).logits
-        books.set_rope(books_config(method, factor))
+        books.set_rope(books_config(asked, factor))
         books.reset_rope()
         assert torch.equal(books.model(IDS, use_cache=False).logits, expected)
-        loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), method, factor)
+        loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), asked, factor)
         assert torch.equal(loaded.model(IDS, use_cache=False).logits, expected)
 
 

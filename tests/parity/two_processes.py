@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from longext.attention.layout import make_layout
 from longext.attention.sequence import make_sequence_group, split_sequence
-from longext.attention.shifted import ATTENTION_VARIANTS, PLAN, AttentionPlan, register_attention, train_attention
+from longext.attention.shifted import PLAN, AttentionPlan, register_attention, train_attention
+from longext.attention.variant import ATTENTION_VARIANTS
 
 LENGTH, GROUP = 32, 8
 

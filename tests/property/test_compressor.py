@@ -17,16 +17,16 @@ from compressors import (
 )
 from families import tiny_model
 
+from longext.compressor.architectures.beacon import beacon_mask
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor, CompressorSpec, check_spec
-from longext.compressor.distillation import divergence, teacher_states
-from longext.compressor.documents import reconstruction_segments, split_segments
-from longext.compressor.gradients import Document
-from longext.compressor.masks import beacon_mask, causal_mask, prefix_mask
+from longext.compressor.base import Compressor
+from longext.compressor.gradients import Sweep
+from longext.compressor.independent import causal_mask, prefix_mask
 from longext.compressor.memory import MemoryStore, num_bytes, num_slots
-from longext.compressor.objectives import Batch, Objectives, compare_gradients, parse_objectives
-from longext.compressor.policies import parse_policy
-from longext.compressor.rotation import rerotate
+from longext.compressor.objectives import Batch, Objectives, compare_gradients
+from longext.compressor.policies import parse_objectives, parse_policy
+from longext.compressor.segments import reconstruction_segments, split_segments
+from longext.compressor.spec import CompressorSpec, check_spec
 from longext.errors import ConfigError
 from longext.training.loading import enable_checkpointing
 
@@ -52,7 +52,7 @@ def test_identity_compressor_is_full_attention(family):
     model = tiny_model(family, attention="sdpa").double().eval()
     identity = Identity(Backbone(model), CompressorSpec(segment=5, ratios=(1,), sink=0, rank=1))
     ids = torch.randint(3, 60, (2, 15))
-    document = Document(split_segments(ids, ids, identity.spec, [1] * 3), identity)
+    document = Sweep(split_segments(ids, ids, identity.spec, [1] * 3), identity)
     store, losses = document.new_store(), []
     with torch.no_grad():
         for t in range(3):
@@ -122,7 +122,7 @@ def test_memory_reaches_the_loss_under_checkpointing(variant):
     store = document.new_store()
     for t in range(2):
         store.put(t, document.write(t, store))
-    memory = store.view(*document.span(2))
+    memory = store.view(*document.schedule.span(2))
     other = tuple(x + torch.randn_like(x) for x in memory)
     assert abs(document.read(2, memory)[0] - document.read(2, other)[0]) > 1e-5
 
@@ -134,7 +134,7 @@ def test_ratios_are_nested():
     fine, coarse = (compressor.encode(ids, ratio, torch.tensor([3, 3])) for ratio in (4, 8))
     for a, b in zip(fine[1::2], coarse[1::2], strict=True):  # values: keys are rotated to other slots
         torch.testing.assert_close(a[..., 1::2, :], b, **TIGHT)
-    moved = rerotate(compressor.backbone, tuple(x[..., 1::2, :][..., :1, :] for x in fine), -1)
+    moved = compressor.backbone.rerotate(tuple(x[..., 1::2, :][..., :1, :] for x in fine), -1)
     for a, b in zip(moved, coarse, strict=True):
         torch.testing.assert_close(a, b[..., :1, :], rtol=1e-6, atol=1e-6)  # transformers' float32 cos and sin
 
@@ -200,7 +200,9 @@ def test_no_segment_sees_the_future(variant):
         store, hidden = document.new_store(), []
         with torch.no_grad():
             for t in range(4):
-                hidden.append(compressor.read(document.segments[t], store.view(*document.span(t)) if t else ()))
+                hidden.append(
+                    compressor.read(document.segments[t], store.view(*document.schedule.span(t)) if t else ())
+                )
                 if t < 3:
                     store.put(t, document.write(t, store))
         states.append(torch.cat(hidden, 1))
@@ -261,7 +263,7 @@ def test_reconstruction_asks_with_the_trained_vector():
     compressor = make_compressor("uio")
     ids = random_ids(2, 1)
     segments = reconstruction_segments(ids, 4, 1)
-    document = Document(segments, compressor)
+    document = Sweep(segments, compressor)
     _, gradient = gradient_of(compressor, document, "full")
     assert compressor.repeat.grad.any()
     torch.testing.assert_close(gradient_of(compressor, document, "exact")[1], gradient, **TIGHT)
@@ -272,18 +274,18 @@ def test_divergence_equals_the_full_softmax_and_vanishes_for_the_teacher():
     compressor = make_compressor("uio")
     backbone, ids = compressor.backbone, random_ids(2, 2)
     backbone.loss_chunk = 5
-    teacher = teacher_states(backbone, ids, SEGMENT, 2 * SEGMENT)
+    teacher = backbone.teacher_states(ids, SEGMENT, 2 * SEGMENT)
     model = backbone.model
     expected = model(ids).logits[:, SEGMENT:]
     torch.testing.assert_close(backbone.logits(teacher), expected, **TIGHT)
     student = (teacher + 0.1 * torch.randn_like(teacher)).requires_grad_()
     scored = torch.rand(2, SEGMENT) < 0.7
-    found = divergence(backbone, student, teacher, scored)
+    found = backbone.divergence(student, teacher, scored)
     p, q = expected.log_softmax(-1), backbone.logits(student).log_softmax(-1)
     reference = ((p.exp() * (p - q)).sum(-1) * scored).sum()
     torch.testing.assert_close(found, reference, **TIGHT)
     torch.testing.assert_close(*torch.autograd.grad(found, student), *torch.autograd.grad(reference, student), **TIGHT)
-    assert abs(divergence(backbone, teacher, teacher, scored)) < 1e-12
+    assert abs(backbone.divergence(teacher, teacher, scored)) < 1e-12
 
 
 def test_gradient_check_reports_and_keeps_the_gradients():
@@ -302,9 +304,9 @@ def test_gradient_check_reports_and_keeps_the_gradients():
 def test_the_position_budget_is_the_papers():
     """W = 4096, l = 1024: 97 segments (99,328 tokens) at 32x and 25 (25,600) at 8x (arXiv 2406.18173, section 4)."""
     spec = CompressorSpec(segment=1024, ratios=(8, 32), sink=0)
-    assert [spec.max_segments(4096, ratio) * 1024 for ratio in (32, 8)] == [99_328, 25_600]
+    assert [spec.schedule(4096, ratio).max_segments * 1024 for ratio in (32, 8)] == [99_328, 25_600]
     hybrid = CompressorSpec(segment=128, ratios=(32,), sink=1, overlap=128)
-    assert hybrid.max_segments(512, 32) == 1 + (512 - 1 - 256) // 4 + 1
+    assert hybrid.schedule(512, 32).max_segments == 1 + (512 - 1 - 256) // 4 + 1
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longext.compressor.generation import TextStream
+from longext.compressor.reading.generation import TextStream
 from longext.errors import ConfigError
-from longext.evals.config import LongEvalConfig, NeedleConfig
-from longext.evals.longeval import evaluate_longeval, longeval_record
-from longext.evals.longeval_data import LongEvalCase
-from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_notes, needle_record
+from longext.evals.base import Work
+from longext.evals.suites.longeval import LongEval, LongEvalCase
+from longext.evals.suites.needle import Needle
 from longext.models import chat, turns
 from longext.models.answers import Request, answer_notes, generate_predictions
 from longext.models.hf import HFLanguageModel
@@ -171,10 +172,8 @@ def test_an_answer_ends_with_its_turn_and_leaves_no_trace_of_the_end(says, templ
 def test_the_last_integer_of_longeval_is_of_the_answer_not_of_an_invented_turn(says):
     case = LongEvalCase("lines", 5, "line one: <42>. Which?", "42", "one")
     model = says(CHATML, "The number is 42.<|im_end|>\n<|im_start|>user\nAnd of line 77?<|im_end|>")
-    config = LongEvalConfig(model="m", tasks=("lines",))
-    outcomes, answers, _ = evaluate_longeval(model, [case], config)
-    assert [outcome.score for outcome in outcomes] == [1.0]
-    record = longeval_record(model, config, outcomes, [case], answers.values())
+    record = LongEval(model="m", tasks=("lines",)).measure(model, [case], Work()).record
+    assert [row["score"] for row in record["results"]] == [1.0]
     assert len(record["protocol"]["prompts_sha256"]) == len(record["protocol"]["template_sha256"]) == 64
 
 
@@ -243,21 +242,20 @@ def test_stop_strings_inside_a_thought_end_nothing(says):
 
 
 def test_the_beginning_of_a_needle_answer_never_stands_inside_a_thought(says):
-    config = NeedleConfig(model="m", tasks=("single",), lengths=(300,), num_trials=1, max_new_tokens=40)
+    task = Needle(model="m", tasks=("single",), lengths=(300,), num_trials=1, max_new_tokens=40)
     model = says(OPENS)
-    (question,) = make_questions(model, config)
+    (question,) = task.questions(model, None)
     text = model.tokenizer.decode(question.prompt.input_ids)
     assert text.endswith("<think>\n") and len(question.prompt.input_ids) + 40 == 300
-    assert "opens a thought" in needle_notes(model, config, [])[0]
     model = says(OPENS, f"\nI see it.\n</think>\n\n{question.prompt.answers[0]}<|im_end|>")
-    outcomes, answers = evaluate_needles(model, [question], config)
-    assert [own.score for own in outcomes] == [1.0]
-    assert needle_record(model, config, outcomes, 0.0, [question])["protocol"]["answer_prefix"] is False
+    record = task.measure(model, None, Work()).record
+    assert record["results"][0]["score"] == 1.0 and record["protocol"]["answer_prefix"] is False
+    assert "opens a thought" in record["notes"][0]
     closed = says(OPENS, template_arg=("enable_thinking=false",))
-    (question,) = make_questions(closed, config)
+    (question,) = task.questions(closed, None)
     assert closed.tokenizer.decode(question.prompt.input_ids).endswith(" is")
     with pytest.raises(ConfigError, match="--scoring exact reads the answer right behind"):
-        make_questions(says(OPENS), NeedleConfig(**{**vars(config), "scoring": "exact"}))
+        dataclasses.replace(task, scoring="exact").questions(says(OPENS), None)
 
 
 # --- notes and records ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from longext.evals.limits import (
     require_limits,
     verdict,
 )
-from longext.evals.retrieval import Outcome, outcome_verdicts
+from longext.evals.retrieval import QuestionScore, mean_at
 
 PLACES = [("single", "512"), ("single", "1024"), ("lines", "20")]
 
@@ -122,9 +122,9 @@ def test_one_line_names_all_that_was_missed():
 
 def test_scores_are_means_over_the_prompts_of_a_place():
     scores = {("single", 512): (1, 0), ("single", 1024): (1, 1, 0.5, 0.5), ("lines", 20): (0,)}
-    outcomes = [Outcome(task, length, None, score, 9) for (task, length), own in scores.items() for score in own]
+    answers = [QuestionScore(task, length, None, score, 9) for (task, length), own in scores.items() for score in own]
     bars = place_limits(["0.1", "single=0.1", "1024=0.1", "single@512=0.6"], PLACES)
-    rows = outcome_verdicts(bars, outcomes)
+    rows = place_verdicts(bars, mean_at(answers))
     assert [row["value"] for row in rows] == pytest.approx([4 / 7, 4 / 6, 3 / 4, 1 / 2])
     assert [row["passed"] for row in rows] == [True, True, True, False]
     assert place_verdicts(bars, lambda task, length: None)[0]["passed"] is False

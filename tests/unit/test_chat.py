@@ -7,8 +7,8 @@ import re
 import pytest
 
 from longext.errors import ConfigError
-from longext.evals.config import NeedleConfig
-from longext.evals.ruler.needle import evaluate_needles, make_questions, needle_record
+from longext.evals.base import Work
+from longext.evals.suites.needle import Needle
 from longext.models.chat import chat_frame, chat_tokens, render_chat, uses_template
 
 WITH_BOS = (  # writes BOS, has a system message, and strips messages, as Llama 3's
@@ -22,7 +22,7 @@ TEMPLATES = pytest.mark.parametrize("template", [WITH_BOS, WITHOUT_BOS])
 
 def questions(model, **settings):
     defaults = {"num_trials": 1, "num_needles": 2, "max_new_tokens": 32, "lengths": (500, 601)}
-    return make_questions(model, NeedleConfig(model="m", **{**defaults, **settings}))
+    return Needle(model="m", **{**defaults, **settings}).questions(model, None)
 
 
 def text_of(model, ids):
@@ -69,11 +69,9 @@ def test_a_length_too_short_for_the_template_says_what_is_needed(books):
 
 @pytest.mark.parametrize("asked", [None, True])
 def test_the_record_says_whether_the_template_was_used(books, asked):
-    config = NeedleConfig(model="m", tasks=("single",), lengths=(256,), num_trials=1, scoring="exact")
-    config = NeedleConfig(**{**vars(config), "chat_template": asked})
+    task = Needle(model="m", tasks=("single",), lengths=(256,), num_trials=1, scoring="exact", chat_template=asked)
     books.tokenizer.chat_template = WITH_BOS
-    outcomes, _ = evaluate_needles(books, make_questions(books, config), config)
-    assert needle_record(books, config, outcomes, 0.0)["protocol"]["chat_template"] is True
+    assert task.measure(books, None, Work()).record["protocol"]["chat_template"] is True
 
 
 def test_a_missing_template_is_refused_only_where_it_is_asked_for(books):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from advice import commands
+from contributing import added_file
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
@@ -16,36 +17,7 @@ from longext.errors import ConfigError
 from longext.evals.base import EVALS
 from longext.settings import build_config, option, option_of, shipped_recipes
 
-TOY = '''"""Say hello.
-
-Example: longext hello Ada
-"""
-
-from dataclasses import dataclass
-
-import typer
-
-from longext.cli.app import COMMANDS
-from longext.cli.build import Command
-from longext.settings import option
-
-
-@dataclass(frozen=True, kw_only=True)
-class HelloConfig:
-    """`longext hello`: a greeting."""
-
-    who: str = option(help="Who is greeted.", argument=True)
-    times: int = option(1, "How often.", ge=1, le=3)
-    tone: str = option("warm", "Tone", names=lambda: ["warm", "cool"])
-
-
-def run(config, as_json):
-    for _ in range(config.times):
-        typer.echo(f"hello {config.who}, {config.tone}")
-
-
-COMMANDS.register("hello", Command(config=HelloConfig, run=run))
-'''
+TOY = added_file("longext/cli/commands/hello.py")
 
 
 def configs():

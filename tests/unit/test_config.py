@@ -7,7 +7,6 @@ import pytest
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
 from longext.evals.suites.ppl import Perplexity
-from longext.registry import Registry, did_you_mean
 from longext.report.config import CompareConfig
 from longext.settings import build_config, find_recipe, to_recipe
 
@@ -77,20 +76,3 @@ def test_a_shipped_recipe_is_found_by_name():
     assert find_recipe("extend/books-5m-4k-yarn").name == "books-5m-4k-yarn.yaml"
     with pytest.raises(ConfigError, match="Did you mean 'extend/books-5m-4k-yarn'"):
         find_recipe("extend/books-5m-4k-yarm")
-
-
-def test_registry_keeps_order_and_explains_a_miss():
-    registry: Registry[int] = Registry("fruit")
-    registry.register("pear", 1)
-    registry.register("apple", 2)
-    assert list(registry) == ["pear", "apple"]
-    assert "pear" in registry
-    assert len(registry) == 2
-    with pytest.raises(ConfigError, match="Unknown fruit 'aple'. Did you mean 'apple'\\? Available: apple, pear."):
-        registry["aple"]
-    with pytest.raises(AssertionError):
-        registry.register("pear", 3)
-
-
-def test_did_you_mean_stays_silent_when_nothing_is_near():
-    assert did_you_mean("zzz", ["apple"]) == "Available: apple."

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from longext.compressor.config import CompressConfig
+from longext.rope.spec import ROPE_METHODS, extension_methods
 from longext.settings import build_config, shipped_recipes
 from longext.training.config import FinetuneConfig
 
@@ -70,11 +71,9 @@ def test_every_command_is_in_the_readme():
 
 
 def test_every_choice_of_compression_is_documented():
-    import longext.compressor.architectures  # noqa: F401
-    from longext.compressor.base import COMPRESSORS
-    from longext.compressor.objectives import OBJECTIVES
-    from longext.compressor.policies import POLICIES
-    from longext.compressor.readers import MEMORIES
+    from longext.compressor.architectures import COMPRESSORS
+    from longext.compressor.policies import OBJECTIVES, POLICIES
+    from longext.compressor.reading.readers import MEMORIES
     from longext.evals.memory.controls import METHODS
     from longext.evals.memory.reconstruction import CONTENTS
 
@@ -82,6 +81,20 @@ def test_every_choice_of_compression_is_documented():
     assert listed == {*COMPRESSORS, *POLICIES, *OBJECTIVES}
     listed = set(table("evaluation.md"))
     assert {*CONTENTS, *METHODS, *(MEMORIES[name].form for name in MEMORIES)} <= listed
+
+
+def test_every_method_is_documented_with_its_paper_its_type_and_its_parameters():
+    listed, options = table("methods.md", "The methods"), table("methods.md", "The options")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## The methods\n")[1].split("\n## ")[0]
+    assert set(listed) - {"--method"} == set(extension_methods())
+    named = {flag: row[0] for cell, row in options.items() for flag in re.findall(r"--([a-z-]+)", cell)}
+    for name in extension_methods():
+        method, (_, paper, written) = ROPE_METHODS[name], listed[name]
+        assert " ".join(method.reference.split()[:2]).rstrip(",;") in paper, name
+        assert f"`{method.rope_type}`" in written, name
+        assert f"| `{name}` |" in readme, name
+        for parameter in method.parameters:
+            assert name in named[parameter.key.replace("_", "-")], (name, parameter.name)
 
 
 def test_the_example_recipe_loads(tmp_path):

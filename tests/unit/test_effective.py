@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 
 from longext.errors import ConfigError
-from longext.evals.config import EffectiveConfig
-from longext.evals.effective import (
-    STEP,
-    check_effective_config,
-    effective_notes,
-    longest,
-    longest_unbroken,
-    search_lengths,
-)
+from longext.evals.base import make_eval
+from longext.evals.suites.effective import STEP, Effective, effective_notes, longest, longest_unbroken, search_lengths
 
 
-def search(right, minimum=128, maximum=8192, bar=0.8, trials=20):
+def search(right, minimum=128, maximum=8192, limit=0.8, trials=20):
     """Search with `right(length)` correct answers of `trials`."""
-    return search_lengths(lambda n: (right(n), trials), minimum=minimum, maximum=maximum, bar=bar)
+    return search_lengths(lambda n: (right(n), trials), minimum=minimum, maximum=maximum, limit=limit)
 
 
 def in_order(tried):
@@ -41,7 +34,7 @@ def test_lengths_are_multiples_of_the_step_within_the_limits_and_tried_once(mini
         calls.append(length)
         return (20 if length <= 600 else 0), 20
 
-    tried = search_lengths(measure, minimum=minimum, maximum=maximum, bar=0.8)
+    tried = search_lengths(measure, minimum=minimum, maximum=maximum, limit=0.8)
     assert len(set(calls)) == len(calls)
     assert in_order(tried) == calls
     assert all(length % STEP == 0 and minimum <= length <= maximum for length in calls)
@@ -79,7 +72,7 @@ def test_a_failure_at_the_first_length_alone():
     assert "at no length" in " ".join(effective_notes(tried, config()))
 
 
-def test_the_bar_itself_passes_and_the_interval_is_judged_apart():
+def test_the_limit_itself_passes_and_the_interval_is_judged_apart():
     (row,) = search(lambda n: 16, minimum=64, maximum=64)
     assert row.accuracy == 0.8
     assert (row.passed, row.clearly) == (True, False)
@@ -90,7 +83,7 @@ def test_the_bar_itself_passes_and_the_interval_is_judged_apart():
 
 
 def config(**changes):
-    return EffectiveConfig(**{"model": "m", "max_length": 8192, **changes})
+    return Effective(**{"model": "m", "max_length": 8192, **changes})
 
 
 @pytest.mark.parametrize(
@@ -98,16 +91,16 @@ def config(**changes):
     [
         ({"bar": 0.0}, "--bar"),
         ({"bar": 1.01}, "--bar"),
-        ({"bar": float("nan")}, "--bar"),
+        ({"bar": float("nan")}, "`bar` must be a finite number"),
         ({"max_length": 1000}, "--max-length must be a multiple of 64, got 1000: try 1024"),
         ({"min_length": 0}, "--min-length must be a multiple of 64, got 0: try 64"),
         ({"min_length": 256, "max_length": 128}, "above --max-length"),
         ({"depths": ()}, "--depths"),
         ({"test": "pasky"}, "Unknown test 'pasky'"),
-        ({"num_trials": 0}, "--num-trials"),
-        ({"num_trials": 0, "test": "needle"}, "--num-trials"),
+        ({"num_trials": 0}, "`num_trials` must be >= 1"),
+        ({"num_trials": 0, "test": "needle"}, "`num_trials` must be >= 1"),
     ],
 )
 def test_values_out_of_range(changes, text):
     with pytest.raises(ConfigError, match=text):
-        check_effective_config(config(**changes))
+        make_eval("effective", **{"model": "m", "max_length": 8192, **changes}).check()

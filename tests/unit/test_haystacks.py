@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from longext.errors import ConfigError
-from longext.evals.config import NeedleConfig
-from longext.evals.retrieval import Outcome, cells_of, pooled_cells, share_interval
+from longext.evals.retrieval import QuestionScore, cells_of, pooled_cells
 from longext.evals.ruler.haystacks import NEEDLE_TASKS, Names
-from longext.evals.ruler.needle import SCORINGS, evaluate_needles, make_questions, match_share
 from longext.evals.ruler.words import ADJECTIVES, NOUNS, draw_different
+from longext.evals.statistics import share_interval
+from longext.evals.suites.needle import SCORINGS, Needle, match_share
 from longext.models.protocol import TokenScores
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for ([\w-]+) is: ([\w-]+)\.")
@@ -21,7 +21,7 @@ NEEDLE = re.compile(r"One of the special magic (\w+) for ([\w-]+) is: ([\w-]+)\.
 
 def questions(model, **settings):
     defaults = {"num_trials": 1, "num_needles": 3, "max_new_tokens": 32}
-    return make_questions(model, NeedleConfig(model="m", **{**defaults, **settings}))
+    return Needle(model="m", **{**defaults, **settings}).questions(model, None)
 
 
 def text_of(model, question):
@@ -133,10 +133,10 @@ def test_words_are_different_and_run_out_with_a_message():
 
 
 def test_match_is_rulers():
-    assert match_share("The numbers are 123 and 789.", ["123", "456", "789"]) == pytest.approx(2 / 3)
-    assert match_share("  OLD-Fox\x00", ["old-fox"]) == 1
-    assert match_share("12 3", ["123"]) == 0
-    assert match_share("", ["1"]) == 0
+    assert match_share(["123", "456", "789"], "The numbers are 123 and 789.") == pytest.approx(2 / 3)
+    assert match_share(["old-fox"], "  OLD-Fox\x00") == 1
+    assert match_share(["123"], "12 3") == 0
+    assert match_share(["1"], "") == 0
 
 
 class _Right:
@@ -153,28 +153,26 @@ class _Right:
 
 
 def test_exact_scoring_counts_values_whose_every_token_is_first(books):
-    config = NeedleConfig(
-        model="m", tasks=("multiquery",), lengths=(700,), num_trials=2, num_needles=3, scoring="exact"
-    )
-    asked = make_questions(books, config)
+    task = Needle(model="m", tasks=("multiquery",), lengths=(700,), num_trials=2, num_needles=3, scoring="exact")
+    asked = task.questions(books, None)
     second = asked[0].prompt.ends[0] + 2
     shares = []
     for wrong in ([], [second], [second, 0], slice(None)):
-        outcomes, answers = evaluate_needles(_Right(books, wrong), asked, config)
+        scores, answers = task.ask(_Right(books, wrong), asked)
         assert not answers
-        shares.append([outcome.score for outcome in outcomes])
+        shares.append([each.score for each in scores])
     assert shares == [[1, 1], [pytest.approx(2 / 3)] * 2, [pytest.approx(1 / 3)] * 2, [0, 0]]
     assert set(SCORINGS) == {"match", "exact"}
 
 
 def test_cells_pool_prompts_and_give_intervals():
-    outcomes = [Outcome("a", 10, 0.5, score, 8) for score in (0, 1, 1, 1)] + [Outcome("b", 10, 0.0, 0.5, 12)]
-    a, b = cells_of(outcomes)
-    assert (a.task, a.depth, a.num_trials, a.score, a.part, a.whole) == ("a", 0.5, 4, 0.75, 0.75, 0.75)
-    assert (b.score, b.part, b.whole) == (0.5, 1, 0)
-    (both,) = pooled_cells(outcomes)
-    assert (both.task, both.num_trials, both.score, both.num_tokens) == ("all", 5, 0.7, 8.8)
-    assert a.low < 0.75 < a.high
+    scores = [QuestionScore("a", 10, 0.5, score, 8) for score in (0, 1, 1, 1)]
+    a, b = cells_of([*scores, QuestionScore("b", 10, 0.0, 0.5, 12)])
+    assert [a[key] for key in ("task", "depth", "num_trials", "score", "part", "whole")] == ["a", 0.5, 4, *[0.75] * 3]
+    assert [b[key] for key in ("score", "part", "whole")] == [0.5, 1, 0]
+    (both,) = pooled_cells([*scores, QuestionScore("b", 10, 0.0, 0.5, 12)])
+    assert [both[key] for key in ("task", "num_trials", "score", "num_tokens")] == ["all", 5, 0.7, 8.8]
+    assert a["low"] < 0.75 < a["high"]
 
 
 def test_intervals_are_never_narrower_for_equal_shares():

@@ -10,12 +10,8 @@ import pytest
 from conftest import SHARED
 
 from longext.errors import ConfigError, DataError
-from longext.evals import babilong_data as babilong
-from longext.evals import longeval_data as longeval
-from longext.evals.babilong import evaluate_babilong
-from longext.evals.babilong import is_right as answers_fact
-from longext.evals.config import BABILongConfig, LongEvalConfig
-from longext.evals.longeval import is_right, load_cases, prompt_text, score_published
+from longext.evals.suites import babilong, longeval
+from longext.evals.suites.longeval import LONGEVAL_TASKS, LongEval, score_published
 from longext.models.chat import uses_template
 
 LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)
@@ -26,9 +22,9 @@ ANSWERS = SHARED / "longeval/lines/predictions/longchat-13b-16k"
 @pytest.mark.parametrize(("size", "accuracy"), [(200, 0.96), (300, 0.94)])
 def test_published_answers_score_as_published(size, accuracy):
     found = score_published(ANSWERS / f"{size}_response.txt")
-    assert sum(outcome.score for outcome in found.outcomes) / len(found.outcomes) == accuracy == found.stated
-    assert {(outcome.task, outcome.length) for outcome in found.outcomes} == {("lines", size)}
-    assert len(found.outcomes) == 50
+    assert sum(each.score for each in found.scores) / len(found.scores) == accuracy == found.stated
+    assert {(each.task, each.length) for each in found.scores} == {("lines", size)}
+    assert len(found.scores) == 50
 
 
 @pytest.mark.skipif(not (SHARED / "longeval/topics").is_dir(), reason="no LongEval cases here")
@@ -61,7 +57,7 @@ def test_generated_lines_are_different_seeded_and_answerable():
         assert numbers[case.key] == case.expected
     assert len({case.prompt for case in cases}) == 4
     with pytest.raises(ConfigError, match="topics needs --data"):
-        load_cases(LongEvalConfig(model="m", tasks=("topics",)))
+        LongEval(model="m", tasks=("topics",)).load_data()
 
 
 @pytest.mark.parametrize(
@@ -78,13 +74,13 @@ def test_generated_lines_are_different_seeded_and_answerable():
     ],
 )
 def test_the_last_integer_and_the_first_topic_count(task, answer, expected, verdict):
-    assert is_right(task, answer, expected) is verdict
+    assert LONGEVAL_TASKS[task].score(expected, answer) == verdict
 
 
 def test_a_completion_begins_the_answer():
     (case,) = longeval.generate_lines(3, 1, 0)
-    assert prompt_text(case, False) == case.prompt
-    assert prompt_text(case, True).endswith(f"Line <{case.key}>: <REGISTER_CONTENT> is")
+    assert longeval.prompt_text(case, False) == case.prompt
+    assert longeval.prompt_text(case, True).endswith(f"Line <{case.key}>: <REGISTER_CONTENT> is")
 
 
 def test_topic_answers_in_lmsys_form_are_scored(tmp_path):
@@ -94,7 +90,7 @@ def test_topic_answers_in_lmsys_form_are_scored(tmp_path):
         "Label: Sports, Predict: ['Art, Parsed'], prompt length: 71\n"
     )
     found = score_published(path)
-    assert [(o.task, o.length, o.score, o.num_tokens) for o in found.outcomes] == [
+    assert [(o.task, o.length, o.score, o.num_tokens) for o in found.scores] == [
         ("topics", 5, 1.0, 70),
         ("topics", 5, 0.0, 71),
     ]
@@ -131,7 +127,8 @@ def test_broken_answers_name_file_and_line(tmp_path, text, message):
     ],
 )
 def test_babilong_verdicts(task, answer, question, target, verdict):
-    assert answers_fact(task, answer, question, target) is verdict
+    row = babilong.BABILongRow("i", task, 0, "", question, target)
+    assert babilong.share_right(row, answer) == verdict
 
 
 def test_babilong_prompts_have_the_parts_that_were_asked_for():
@@ -162,7 +159,7 @@ def test_real_rows_can_be_right():
     rows = babilong.read_rows(str(SHARED / "babilong"), tuple(babilong.BABILONG_TASKS), (), None)
     assert len(rows) == 1500
     assert {row.length for row in rows} == {0, 1000, 4000}
-    assert all(answers_fact(row.task, row.target, row.question, row.target) for row in rows)
+    assert all(babilong.share_right(row, row.target) for row in rows)
     assert len({row.id for row in rows}) == 1500
 
 
@@ -190,13 +187,17 @@ def test_files_of_other_encodings_name_file_and_line(tmp_path):
 
 def test_a_chat_model_is_asked_through_its_template(books):
     rows = [babilong.BABILongRow("i", "qa1", 0, "FACTS.", "Where is Mary? ", "garden")]
-    config = BABILongConfig(model="m", data="d", prompt="plain", max_new_tokens=1)
-    plain = evaluate_babilong(books, rows, config)[1]["i"].num_prompt_tokens
+    task = babilong.BABILong(model="m", data="d", prompt="plain", max_new_tokens=1)
+    plain = len(task.questions(books, rows)[0].input_ids)
     books.tokenizer.chat_template = "{{ bos_token }}USER: {{ messages[0]['content'] }} ASSISTANT:"
-    asked = evaluate_babilong(books, rows, config)[1]["i"].num_prompt_tokens
+    asked = len(task.questions(books, rows)[0].input_ids)
     bare = len(books.encode(babilong.prompt_text(rows[0], "plain")))
     assert asked > bare + 4
     assert plain == len(books.encode(babilong.prompt_text(rows[0], "plain") + "\nAnswer:"))
-    without = dataclasses.replace(config, chat_template=False)
-    assert evaluate_babilong(books, rows, without)[1]["i"].num_prompt_tokens == plain
+    task = dataclasses.replace(task, chat_template=False)
+    assert (
+        len(task.questions(books, rows)[0].input_ids)
+        == task.ask(books, task.questions(books, rows))[1]["i"].num_prompt_tokens
+        == plain
+    )
     assert uses_template(books, True) and uses_template(books, None) and not uses_template(books, False)

@@ -11,7 +11,7 @@ from longext.evals.suites.ppl import Perplexity
 from longext.models.hf import load_language_model
 from longext.models.methods import check_method, described, method_request
 from longext.options import RuntimeConfig
-from longext.rope.methods import RopeSpec
+from longext.rope.spec import RopeSpec
 
 
 def test_a_method_brings_its_parameters():

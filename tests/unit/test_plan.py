@@ -10,13 +10,14 @@ import torch
 from families import CONFIGS, LLAMA2_7B, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from longext.checkpoint.families import family_of
 from longext.errors import CheckpointError, ConfigError
 from longext.planning.config import PlanConfig
 from longext.planning.devices import DEVICES, GIB, parse_gpus
 from longext.planning.fit import STEP, longest_length, plan_record, plan_training
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
-from longext.planning.shape import FAMILIES, read_shape
+from longext.planning.shape import read_shape
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def config_for(directory, **changes) -> PlanConfig:
     return PlanConfig(**{"model": str(directory), "length": 32768, "gpus": "A100-80GB", **changes})
 
 
-KNOWN = [name for name, make in CONFIGS.items() if make().model_type in FAMILIES]
+KNOWN = [name for name, make in CONFIGS.items() if family_of(make().model_type).layout]
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -8,10 +8,9 @@ import torch
 from compressors import SEGMENT, VARIANTS, make_compressor, random_ids, tiny_llama
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-from longext.compressor.base import REPEAT, Segment
-from longext.compressor.decoding import CachedDecoder, greedy
-from longext.compressor.documents import reconstruction_segments
-from longext.compressor.gradients import Document
+from longext.compressor.gradients import Sweep
+from longext.compressor.reading.decoder import CachedDecoder, greedy
+from longext.compressor.segments import REPEAT, Segment, reconstruction_segments
 from longext.errors import DataError
 from longext.evals.memory.reconstruction import (
     CONTENTS,
@@ -35,7 +34,7 @@ def tokens(rows=3, seed=1):
 
 
 def memory_of(compressor, rows, ratio=4):
-    document = Document(reconstruction_segments(rows, ratio, compressor.spec.sink), compressor)
+    document = Sweep(reconstruction_segments(rows, ratio, compressor.spec.sink), compressor)
     store = document.new_store()
     store.put(0, document.write(0, store))
     return document.segments[1], store.view(0, 1)

@@ -12,15 +12,15 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import longext.compressor.architectures  # noqa: F401
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec, build_compressor
+from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import BaseModel, LoadedCompressor
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import num_slots
-from longext.compressor.rotation import rerotate
-from longext.compressor.session import Session
+from longext.compressor.reading.session import Session
+from longext.compressor.segments import split_segments
+from longext.compressor.spec import CompressorSpec
 from longext.errors import CheckpointError, ConfigError
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-8}
@@ -61,10 +61,10 @@ def batch_logits(compressor, tokens, ratio=4):
     """[N, V]: what training's own segments, store and read give; the first segment holds its sink itself."""
     tokens = tokens[None]
     count = -(-tokens.shape[1] // compressor.spec.segment)
-    trained = Document(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
+    trained = Sweep(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
     store, found = trained.new_store(), []
     for t, segment in enumerate(trained.segments):
-        memory = store.view(*trained.span(t)) if t else ()
+        memory = store.view(*trained.schedule.span(t)) if t else ()
         found.append(compressor.backbone.logits(compressor.read(segment, memory))[0])
         if t < count - 1:
             seen = memory if compressor.recurrent else ()
@@ -206,7 +206,7 @@ def test_keys_that_slide_are_rotated_and_values_are_not():
     for layer in range(2):
         keys, values = before[2 * layer][..., 1 + dropped :, :], before[2 * layer + 1][..., 1 + dropped :, :]
         kept = keys.shape[-2]
-        moved = rerotate(compressor.backbone, tuple(t[..., 1 + dropped :, :] for t in before), -dropped)
+        moved = compressor.backbone.rerotate(tuple(t[..., 1 + dropped :, :] for t in before), -dropped)
         same(after[2 * layer][..., 1 : 1 + kept, :], moved[2 * layer])
         same(after[2 * layer + 1][..., 1 : 1 + kept, :], values)
         same(after[2 * layer][..., :1, :], before[2 * layer][..., :1, :])
@@ -222,7 +222,7 @@ def _absorbed(session, tokens, length):
 def test_an_error_names_the_longest_document_and_absorbs_nothing():
     compressor = make("uio", window=64)
     session = Session(compressor, overflow="error")
-    longest = compressor.spec.max_segments(64, 4) * 16
+    longest = compressor.schedule(4).max_segments * 16
     session.absorb(document(longest))
     with pytest.raises(ConfigError, match=str(longest)):
         session.absorb([1])

@@ -9,16 +9,7 @@ import torch
 
 from longext.data.documents import Document
 from longext.errors import ConfigError, DataError
-from longext.evals.config import ShortConfig
-from longext.evals.short_context import (
-    check_short_config,
-    compare_short,
-    cut_windows,
-    lengths_within,
-    score_short,
-    undecided,
-    verdict,
-)
+from longext.evals.suites.short import ShortTexts, compare_short, cut_windows, score_short, undecided, verdict_text
 from longext.models.protocol import TokenScores
 
 
@@ -45,7 +36,7 @@ def texts(count, length=70):
 
 
 def compared(model, documents, **changes):
-    config = ShortConfig(model="", num_bootstrap=500, **changes)
+    config = ShortTexts(model="", num_bootstrap=500, **changes)
     base = Known()
     cuts = cut_windows(base, documents, (8, 16), config)
     return compare_short(score_short(model, cuts, config), score_short(base, cuts, config), cuts, config)
@@ -54,7 +45,7 @@ def compared(model, documents, **changes):
 @pytest.mark.parametrize("bos", [(1,), ()])
 def test_every_length_covers_the_same_text_and_starts_with_bos(bos):
     documents = [*texts(2), Document("short", "abc")]
-    config = ShortConfig(model="", num_windows=3)
+    config = ShortTexts(model="", num_windows=3)
     half, whole = cut_windows(Known(bos=bos), documents, (9, 17), config)
     assert {len(w.input_ids) for w in half.windows} == {9}
     assert {len(w.input_ids) for w in whole.windows} == {17}
@@ -72,7 +63,7 @@ def test_every_length_covers_the_same_text_and_starts_with_bos(bos):
         )
         assert tokens == all_tokens[: len(tokens)]
         assert len(all_tokens) - len(tokens) < 9
-    assert len(cut_windows(Known(bos=bos), documents, (16,), ShortConfig(model="", max_tokens=32))[0].windows) == 4
+    assert len(cut_windows(Known(bos=bos), documents, (16,), ShortTexts(model="", max_tokens=32))[0].windows) == 4
 
 
 def test_a_constant_loss_is_found_exactly_with_an_interval_of_no_width():
@@ -87,7 +78,7 @@ def test_a_constant_loss_is_found_exactly_with_an_interval_of_no_width():
 def test_the_same_model_changes_nothing_and_passes_at_no_tolerance():
     rows = compared(Known(), texts(2), tolerance=0.0)
     assert all(row.change == 0 and row.passed and row.resampled == "windows" for row in rows)
-    assert verdict(rows, 0.0).startswith("Passed")
+    assert verdict_text(rows, 0.0).startswith("Passed")
 
 
 def test_the_point_estimate_decides_and_the_interval_says_how_surely():
@@ -98,7 +89,7 @@ def test_the_point_estimate_decides_and_the_interval_says_how_surely():
 
 
 def test_a_single_window_has_no_interval():
-    config = ShortConfig(model="", num_windows=1)
+    config = ShortTexts(model="", num_windows=1)
     cuts = cut_windows(Known(), texts(1), (16,), config)
     rows = score_short(Known(), cuts, config)
     (row,) = compare_short(rows, rows, cuts, config)
@@ -106,16 +97,16 @@ def test_a_single_window_has_no_interval():
 
 
 def test_lengths_stay_within_the_trained_length():
-    assert lengths_within(ShortConfig(model=""), 512) == (256, 512)
-    assert lengths_within(ShortConfig(model="", lengths=(64, 32)), 512) == (32, 64)
+    assert ShortTexts(model="").lengths_within(512) == (256, 512)
+    assert ShortTexts(model="", lengths=(64, 32)).lengths_within(512) == (32, 64)
     with pytest.raises(ConfigError, match="trained length 512"):
-        lengths_within(ShortConfig(model="", lengths=(513,)), 512)
+        ShortTexts(model="", lengths=(513,)).lengths_within(512)
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DataError, match="has 99 tokens: the longest has 70"):
-        cut_windows(Known(), texts(2), (100,), ShortConfig(model=""))
+        cut_windows(Known(), texts(2), (100,), ShortTexts(model=""))
     with pytest.raises(ConfigError, match="--against"):
-        check_short_config(ShortConfig(model="m"))
-    check_short_config(ShortConfig(model="m", memory="window"))
-    check_short_config(ShortConfig(model="m", method="yarn", factor=8))
+        ShortTexts(model="m").check()
+    ShortTexts(model="m", memory="window").check()
+    ShortTexts(model="m", method="yarn", factor=8).check()

@@ -12,7 +12,7 @@ import pytest
 from longext.checkpoint.ranges import check_model_config
 from longext.checkpoint.source import read_config
 from longext.checkpoint.weights import fingerprint_weights, read_header
-from longext.compressor.base import CompressorSpec
+from longext.compressor.spec import CompressorSpec
 from longext.errors import CheckpointError, ConfigError, DataError
 from longext.untrusted import (
     build,

@@ -18,13 +18,13 @@ from longext.cli.build import Command
 from longext.compressor.config import GenerateConfig
 
 if TYPE_CHECKING:
-    from longext.compressor.generation import Generated
+    from longext.compressor.reading.generation import Generated
 
 
 def run(config: GenerateConfig, as_json: bool) -> None:
     """Read the context, write the continuation as it comes, say how it went."""
     from longext.cli.output import show
-    from longext.compressor.generation import open_writer
+    from longext.compressor.reading.generation import open_writer
     from longext.manifest import result_record
     from longext.report.console import progress, say
 

@@ -18,7 +18,7 @@ from longext.manifest import result_record
 
 if TYPE_CHECKING:
     from longext.checkpoint.rope_config import ModelRope
-    from longext.rope.methods import RopeSpec
+    from longext.rope.spec import RopeSpec
 
 
 def run(config: ExtendConfig, as_json: bool) -> None:

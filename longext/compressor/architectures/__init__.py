@@ -1,5 +1,13 @@
-"""The architectures, one file each; importing this registers them."""
+"""The compressor architectures by name, one file each; a file is imported when its architecture is used."""
 
-from longext.compressor.architectures import anchor, autocompressor, beacon, gist, icae, prefix, rmt, uio
+from __future__ import annotations
 
-__all__ = ["anchor", "autocompressor", "beacon", "gist", "icae", "prefix", "rmt", "uio"]
+from typing import TYPE_CHECKING
+
+from longext.registry import Registry
+
+if TYPE_CHECKING:
+    from longext.compressor.base import Compressor
+
+_ORDER = "uio anchor icae gist autocompressor rmt beacon prefix".split()
+COMPRESSORS: Registry[type[Compressor]] = Registry("architecture", __name__, _ORDER)

@@ -1,4 +1,6 @@
-"""UIO whose probes start as copies of the tokens they stand on (longext's own variant).
+"""as uio, with probes that start as copies of every ratio-th token.
+
+UIO whose probes start as copies of the tokens they stand on (longext's own variant).
 
 The released probe is one trained vector, so before training a slot holds keys that the frozen reader has never seen.
 Here probe i is the last token of its stretch, seen as that token sees the text: before training the memory is the raw
@@ -10,16 +12,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec
-from longext.compressor.masks import prefix_mask, probe_positions
-from longext.compressor.probes import ProbeCompressor
+from longext.compressor.independent import IndependentCompressor, prefix_mask, probe_positions
+from longext.compressor.spec import CompressorSpec
 
 
-class Anchor(ProbeCompressor):
+class Anchor(IndependentCompressor):
     """UIO's encoder, mask and transfer head; a probe's input is its token's embedding plus one trained vector."""
 
-    summary = "as uio, with probes that start as copies of every ratio-th token"
     reference = "longext; after UIO-LLMs, arXiv 2406.18173"
     encoder, transfer, nested = "encoder", "transfer", True
 

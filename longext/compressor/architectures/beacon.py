@@ -1,17 +1,23 @@
-"""Activation Beacon (arXiv 2401.03462): beacons among the raw tokens, with projections of their own, keep KV."""
+"""beacons among the tokens with their own q, k, v adapters; recurrent through depth.
+
+Activation Beacon (arXiv 2401.03462): beacons among the raw tokens, with projections of their own, keep KV.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, Compressor, CompressorSpec, Segment
-from longext.compressor.masks import beacon_mask, probe_positions
+from longext.compressor.base import JointCompressor
+from longext.compressor.independent import causal_mask, probe_positions
 from longext.compressor.memory import Memory, num_slots
+from longext.compressor.segments import Segment
+from longext.compressor.spec import CompressorSpec
 
 
-class Beacon(Compressor):
+class Beacon(JointCompressor):
     """One beacon after every `ratio` raw tokens; beacon rows run with their own adapters on q, k and v.
 
     Beacons see all memories before, the raw tokens before them and one another. Raw tokens run as the frozen model and
@@ -19,9 +25,8 @@ class Beacon(Compressor):
     The paper trains full copies of the projections; here a LoRA stands for them.
     """
 
-    summary = "beacons among the tokens with their own q, k, v adapters; recurrent through depth"
     reference = "Activation Beacon, arXiv 2401.03462 v3"
-    recurrent = joint = True
+    recurrent = True
 
     def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
         super().__init__(backbone, spec)
@@ -30,20 +35,8 @@ class Beacon(Compressor):
         self.adapters.add("beacon", "q", len(backbone.attentions) - 1)
         self.adapters.add("beacon", "kv")
 
-    def step(
-        self, segment: Segment, memory: Memory, first_slot: int, *, loss: bool, write: bool
-    ) -> tuple[torch.Tensor | None, Memory | None]:
-        """Read and write in one forward pass."""
-        if not write:
-            return super().step(segment, memory, first_slot, loss=loss, write=False)
-        hidden, made = self._pass(segment, memory, first_slot)
-        return self.loss(hidden, segment) if loss else None, made
-
-    def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
-        """Write without scoring."""
-        return self._pass(segment, memory, first_slot)[1]
-
-    def _pass(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
+    def run(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
+        """Run the segment with beacons at the positions that they reach to, and project their keys to their slots."""
         batch, length = segment.tokens.shape
         device, before = segment.tokens.device, segment.before.shape[1]
         count = self.slots(segment.ratio)
@@ -60,6 +53,21 @@ class Beacon(Compressor):
             slots = torch.arange(first_slot, first_slot + count, device=device)[None]
             made = self.backbone.project(captured, slots)
         return hidden[:, before : before + length], made
+
+
+def beacon_mask(length: int, ratio: int, before: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return bool [N, N] for N = before + L + K rows [raw tokens | K beacons].
+
+    Raw rows are causal among themselves and see no beacon of their own segment. Beacon i sees the raw rows before
+    (i + 1) ratio and the beacons up to itself, as if it stood among them (Activation Beacon, arXiv 2401.03462).
+    """
+    raw, beacons = before + length, length // ratio
+    mask = torch.zeros(raw + beacons, raw + beacons, dtype=torch.bool, device=device)
+    mask[:raw, :raw] = causal_mask(raw, device)
+    reach = before + probe_positions(length, ratio, device)
+    mask[raw:, :raw] = torch.arange(raw, device=device) < reach[:, None]
+    mask[raw:, raw:] = causal_mask(beacons, device)
+    return mask
 
 
 COMPRESSORS.register("beacon", Beacon)

@@ -1,22 +1,25 @@
-"""Gist tokens (arXiv 2304.08467): the model learns to leave a text's content in the keys and values of a few tokens."""
+"""one adapted model writes and reads; keys and values of causal gist tokens.
+
+Gist tokens (arXiv 2304.08467): the model learns to leave a text's content in the keys and values of a few tokens.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec
-from longext.compressor.probes import ProbeCompressor
+from longext.compressor.independent import IndependentCompressor
+from longext.compressor.spec import CompressorSpec
 
 
-class Gist(ProbeCompressor):
+class Gist(IndependentCompressor):
     """One new token, repeated, causal; one adapter both writes and reads. Each segment's gists see that segment alone.
 
     The paper trains all weights; here a LoRA on q, k, v and o stands for them.
     """
 
-    summary = "one adapted model writes and reads; keys and values of causal gist tokens"
     reference = "Gist tokens, arXiv 2304.08467"
     encoder = transfer = reader = "model"
     trains_reader = True

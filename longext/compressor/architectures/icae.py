@@ -1,23 +1,26 @@
-"""ICAE (arXiv 2307.06945): memory slots with vectors of their own, soft; or their keys and values (500xCompressor)."""
+"""LoRA encoder, distinct causal slots; soft vectors (or their KV) for the frozen reader.
+
+ICAE (arXiv 2307.06945): memory slots with vectors of their own, soft; or their keys and values (500xCompressor).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec
-from longext.compressor.probes import ProbeCompressor
+from longext.compressor.independent import IndependentCompressor
+from longext.compressor.spec import CompressorSpec
 
 
-class ICAE(ProbeCompressor):
+class ICAE(IndependentCompressor):
     """LoRA encoder with distinct causal slots; a slot's last hidden state is an input vector of the frozen reader.
 
     `memory="kv"` keeps the slots' keys and values of every layer instead (500xCompressor, arXiv 2408.03094), made at
     the positions they are read at.
     """
 
-    summary = "LoRA encoder, distinct causal slots; soft vectors (or their KV) for the frozen reader"
     reference = "ICAE, arXiv 2307.06945; with kv memory 500xCompressor, arXiv 2408.03094"
     encoder, transfer = "encoder", "encoder"
     memories = ("soft", "kv")

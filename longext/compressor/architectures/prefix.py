@@ -1,4 +1,6 @@
-"""A control, not a memory: trained keys and values of the same size that know nothing of the text.
+"""control: a trained constant prefix of the same size, blind to the text.
+
+A control, not a memory: trained keys and values of the same size that know nothing of the text.
 
 What it gains over no memory is what prefix tuning alone gains; only what a memory gains over it is remembered text.
 """
@@ -10,16 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec, Segment
+from longext.compressor.independent import IndependentCompressor
 from longext.compressor.memory import Memory
-from longext.compressor.probes import ProbeCompressor
+from longext.compressor.segments import Segment
+from longext.compressor.spec import CompressorSpec
 
 
-class ConstantPrefix(ProbeCompressor):
+class ConstantPrefix(IndependentCompressor):
     """The same trained input vectors for every segment, run through the frozen model's projections (prefix tuning)."""
 
-    summary = "control: a trained constant prefix of the same size, blind to the text"
     reference = "prefix tuning, arXiv 2101.00190"
 
     def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:

@@ -1,19 +1,22 @@
-"""UIO-LLMs (arXiv 2406.18173, section 3): a LoRA encoder, and a LoRA transfer head that makes the reader's KV."""
+"""LoRA encoder, prefix probes, LoRA transfer head on k and v; frozen reader.
+
+UIO-LLMs (arXiv 2406.18173, section 3): a LoRA encoder, and a LoRA transfer head that makes the reader's KV.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import COMPRESSORS, CompressorSpec
-from longext.compressor.probes import ProbeCompressor
+from longext.compressor.independent import IndependentCompressor
+from longext.compressor.spec import CompressorSpec
 
 
-class UIO(ProbeCompressor):
+class UIO(IndependentCompressor):
     """One trained vector, repeated, reads a prefix of the segment per slot; what attention sees there is remembered."""
 
-    summary = "LoRA encoder, prefix probes, LoRA transfer head on k and v; frozen reader"
     reference = "UIO-LLMs, arXiv 2406.18173"
     encoder, transfer, nested = "encoder", "transfer", True
 

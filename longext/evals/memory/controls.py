@@ -21,10 +21,8 @@ import torch
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
-from longext.compressor.ratios import num_memories, num_readable
-from longext.compressor.readers import Reader
-from longext.compressor.rotation import check_rotation, rerotate
-from longext.compressor.trails import CompressorTrail
+from longext.compressor.reading.readers import Reader
+from longext.compressor.reading.trails import CompressorTrail
 from longext.errors import ConfigError
 from longext.models.hf import score_hidden
 from longext.models.protocol import TokenScores
@@ -141,14 +139,14 @@ class CompressorControls(Controls):
 
     def __init__(self, compressor: Compressor, ratio: int, texts: Texts) -> None:
         super().__init__(compressor.backbone, texts)
-        self.compressor, self.ratio = compressor, ratio
+        self.compressor, self.ratio, self.schedule = compressor, ratio, compressor.schedule(ratio)
         self._longest: Memory | None = None
         self._current: tuple[int, Memory] = (0, ())
         self._may_turn = compressor.is_soft or _turns(compressor.backbone)
 
     def num_readable(self, length: int) -> int:
         """Return the positions of sink, memories and overlap."""
-        return num_readable(self.compressor, self.ratio, length)
+        return self.schedule.num_readable(length // self.schedule.segment)
 
     def score(self, method: str, length: int) -> TokenScores:
         """Score by `method` given `length` tokens of context."""
@@ -200,12 +198,10 @@ class CompressorControls(Controls):
         newest = tuple(t[..., t.shape[-2] - kept :, :] for t in self._longest) if kept else ()
         if self.compressor.is_soft:
             return newest
-        return rerotate(self.backbone, newest, kept - all_of_them)
+        return self.backbone.rerotate(newest, kept - all_of_them)
 
     def _num_slots(self, length: int) -> int:
-        t = length // self.compressor.spec.segment
-        visible = min(t, self.compressor.spec.num_visible(t), num_memories(self.compressor, self.ratio))
-        return visible * self.compressor.slots(self.ratio)
+        return self.schedule.num_slots(length // self.schedule.segment)
 
     def _written(self, length: int) -> Memory:
         parts = []
@@ -219,7 +215,7 @@ class CompressorControls(Controls):
 
 def _turns(backbone: Backbone) -> bool:
     try:
-        check_rotation(backbone)
+        backbone.check_rotation()
     except ConfigError:
         return False
     return True

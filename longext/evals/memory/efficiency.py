@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor, CompressorSpec
+from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import check_base_options
-from longext.compressor.decoding import CachedDecoder, memory_decoder
-from longext.compressor.documents import split_segments
-from longext.compressor.gradients import Document
-from longext.compressor.memory import MemoryStore
+from longext.compressor.gradients import Sweep
+from longext.compressor.reading.decoder import CachedDecoder, memory_decoder
+from longext.compressor.schedule import Schedule
+from longext.compressor.segments import split_segments
+from longext.compressor.spec import CompressorSpec
 from longext.errors import ConfigError
 from longext.evals.config import EfficiencyConfig
 from longext.evals.limits import check_lengths
@@ -137,12 +138,9 @@ def bytes_per_position(backbone: Backbone) -> int:
 
 def _compressed_slots(compressor: Compressor, ratio: int, length: int) -> int:
     """Return sink + slots + overlap + raw tokens after `length` tokens."""
-    spec = compressor.spec
-    last = (length - 1) // spec.segment
-    read = min(last, spec.num_visible(last))
-    memories = min(read, 1) if compressor.reads_last else read
-    raw = length - last * spec.segment + min(spec.overlap, last * spec.segment)
-    return min(spec.sink, length) + memories * (spec.segment // ratio) + raw
+    schedule = Schedule.of(type(compressor), compressor.spec, ratio)
+    last = (length - 1) // schedule.segment
+    return schedule.num_readable(last) + length - last * schedule.segment
 
 
 @torch.no_grad()
@@ -158,25 +156,13 @@ def _prefill_compressed(
     compressor: Compressor, ratio: int, tokens: torch.Tensor, room: int
 ) -> tuple[CachedDecoder, torch.Tensor]:
     count = -(-tokens.shape[1] // compressor.spec.segment)
-    document = Document(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
-    store = encode(document)
-    last = document.segments[-1]
-    decoder = memory_decoder(compressor, last.sink, store.view(*document.span(count - 1)), ratio, room)
+    sweep = Sweep(split_segments(tokens, tokens, compressor.spec, [ratio] * count), compressor)
+    store = sweep.new_store()
+    sweep.write_all(store, range(count - 1))
+    last = sweep.segments[-1]
+    decoder = memory_decoder(compressor, last.sink, store.view(*sweep.schedule.span(count - 1)), ratio, room)
     del store
     return decoder, decoder.next_logits(torch.cat([last.before, last.tokens], 1))
-
-
-@torch.no_grad()
-def encode(document: Document) -> MemoryStore:
-    """Return the memories of all segments but the last, several segments in a pass where none depends on another."""
-    store, count = document.new_store(), len(document.slots)
-    if document.compressor.recurrent:
-        for t in range(count):
-            store.put(t, document.write(t, store))
-        return store
-    for t, memory in enumerate(document.compressor.write_all(document.segments[:-1], store.bounds[:-1])):
-        store.put(t, memory)
-    return store
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

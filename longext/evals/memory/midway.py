@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longext.compressor.base import Compressor, CompressorSpec
+from longext.compressor.base import Compressor
 from longext.compressor.config import CompressConfig
+from longext.compressor.spec import CompressorSpec
 from longext.data.documents import load_documents
 from longext.errors import DataError
 from longext.evals.memory.controls import MEMORY, NO_MEMORY, SAME_KV, WRONG

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from longext.compressor.base import Compressor
-from longext.compressor.ratios import find_ratio
-from longext.compressor.readers import Reader
+from longext.compressor.reading.readers import Reader
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, Work
@@ -226,7 +225,7 @@ def _controls(subject: Compressor | Reader, ratio: int | None, texts: Texts) -> 
             return ReaderControls(subject, texts)
         ratio = ratio or subject.ratio
         subject = subject.compressor
-    return CompressorControls(subject, find_ratio(subject, ratio), texts)
+    return CompressorControls(subject, subject.find_ratio(ratio), texts)
 
 
 def _summarise(

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.compressor.base import Compressor, CompressorSpec, Segment
+from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import LoadedCompressor, check_base_options
-from longext.compressor.decoding import greedy, memory_decoder
-from longext.compressor.documents import reconstruction_segments
-from longext.compressor.gradients import Document as Segments
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import Memory
-from longext.compressor.ratios import check_ratios
+from longext.compressor.reading.decoder import greedy, memory_decoder
+from longext.compressor.segments import Segment, reconstruction_segments
+from longext.compressor.spec import CompressorSpec, check_ratios
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evals.config import ReconstructionConfig
@@ -205,10 +205,10 @@ def reconstruct(compressor: Compressor, tokens: torch.Tensor, ratio: int, stop: 
 
 def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[Segment, Memory]:
     """Return (the segment that asks for the text, what it reads)."""
-    segments = Segments(reconstruction_segments(tokens, ratio, compressor.spec.sink), compressor)
-    store = segments.new_store()
-    store.put(0, segments.write(0, store))
-    return segments.segments[1], store.view(0, 1)
+    sweep = Sweep(reconstruction_segments(tokens, ratio, compressor.spec.sink), compressor)
+    store = sweep.new_store()
+    store.put(0, sweep.write(0, store))
+    return sweep.segments[1], store.view(0, 1)
 
 
 def _decode(compressor: Compressor, asked: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from longext.errors import ConfigError
 from longext.evals.passkey_prompts import FILLER, Encode, PromptTokens
 from longext.evals.ruler.words import NUM_NAMES, draw_different, draw_name
 from longext.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HEAD = (
     "{article} special magic {kind} {verb} hidden within the following text. Make sure to memorize it. "
@@ -39,10 +41,9 @@ class NeedleTask:
     """What is hidden and what is asked for.
 
     Attributes:
-        keys, values, queries: needles with different keys, values of each key, keys asked for; None for the number
-            that the user gives.
-        haystack: noise, text or needles; None for what the user gives.
-        key_type, value_type: words, numbers or uuids; None for what the user gives.
+        keys, values, queries: needles with different keys, values of each key, keys asked for; None for --num-needles.
+        haystack: noise, text or needles; None for --haystack.
+        key_type, value_type: words, numbers or uuids; None for --key-type and --value-type.
     """
 
     summary: str
@@ -78,7 +79,7 @@ class HaystackPrompt:
     """One retrieval question.
 
     Attributes:
-        input_ids: the prompt, with BOS where the tokenizer has one; ends with the beginning of the answer (behind
+        input_ids: the prompt, with BOS if the tokenizer has one; ends with the beginning of the answer (behind
             what a chat template puts in front of answers).
         answer_ids: the tokens of the expected values, comma-separated, as they would follow the prompt.
         answers: the expected values: in order of the keys asked for, values of one key in order of the text.
@@ -234,6 +235,8 @@ def haystack_prompt(
     Raises:
         ConfigError: `length` is too short for needles, question and answer.
     """
+    import numpy as np
+
     # the depth enters the seed so that cells do not share their keys
     place = -1 if depth is None else round(1000 * depth)
     rng = np.random.default_rng([seed, length, place + 1, zlib.crc32(setup.name.encode())])

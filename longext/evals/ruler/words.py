@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from longext.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ADJECTIVES = """
     able amber ancient angry arid autumn awake bald bitter blank bold brave brief bright brisk broad broken busy calm

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.base import Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
+from longext.evals.retrieval import MEAN_TOKENS, depth_map, depths_of
+from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
@@ -78,6 +80,28 @@ class Passkey(ReadingConfig, Eval):
     """Retrieval accuracy by length and depth."""
 
     kind: ClassVar[str] = "passkey"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="passkey",
+            title="Passkey",
+            kind="passkey",
+            measured=depths_of,
+            views=(
+                Lines(
+                    "Passkey accuracy by prompt length",
+                    of="by_length.accuracy",
+                    axis=PROMPT,
+                    picture=SEVERAL,
+                    details=(MEAN_TOKENS, Detail("trials", "num_trials")),
+                ),
+                depth_map(
+                    "Passkey accuracy by length and depth",
+                    of="results.accuracy",
+                    table=ONE,
+                ),
+            ),
+        ),
+    )
 
     lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Context lengths in tokens, comma-separated.", le=LENGTH)
     depths: tuple[float, ...] = option(
@@ -90,12 +114,7 @@ class Passkey(ReadingConfig, Eval):
     filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
     num_needles: int = option(1, "Needles in the text; one of them is asked for.", ge=1, le=10)
     num_digits: int = option(5, "Digits of a key.", ge=2, le=12)
-    fail_under: tuple[str, ...] = option(
-        (),
-        f"{_FORM}, a share of 0 to 1 (0.9 for 90%): exit with 1 below it; may be repeated.",
-        repeats=True,
-        panel="Output",
-    )
+    fail_under: tuple[str, ...] = fail_under(_FORM)
 
     @property
     def label(self) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceLimit, check_lengths, place_limits
+from longext.evals.views import ONE, SCORED, SEVERAL, TOKENIZER, TOKENS, Detail, Lines, Score, Section
 from longext.models.methods import check_method
 from longext.options import DataConfig
 from longext.registry import Registry
@@ -128,12 +129,119 @@ PERPLEXITY_PROTOCOLS.register(
 )
 
 
+def _positions(score: Score) -> str:
+    return f"{score.field('start'):,}-{score.field('length'):,}"
+
+
+def _windows(record: Mapping[str, Any]) -> dict[str, Any]:
+    rows = record["results"]
+    return {"window": max(row["length"] for row in rows), "buckets": len(rows)}
+
+
+def _longest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The longest context decides from where segments are taken, at every length."""
+    return {"longest context": max(row["length"] for row in record["results"])}
+
+
 @register("ppl")
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(ReadingConfig, DataConfig, Eval):
     """Perplexity by context length."""
 
     kind: ClassVar[str] = "perplexity"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="perplexity",
+            title="Perplexity",
+            kind="perplexity",
+            picture="ppl",
+            must_agree=TOKENIZER,
+            views=(
+                Lines(
+                    "Perplexity by context length",
+                    of="results.ppl",
+                    unit="perplexity",
+                    lower_is_better=True,
+                    axis=TOKENS,
+                    value="ppl",
+                    details=(Detail("NLL", "nll", "{:.4f}"), Detail("top-1", "accuracy", "{:.1%}"), SCORED),
+                ),
+            ),
+        ),
+        Section(
+            name="positions",
+            title="Loss by position",
+            kind="perplexity",
+            protocol="ppl/positional",
+            picture="ppl",
+            must_agree=TOKENIZER,
+            measured=_windows,
+            views=(
+                Lines(
+                    "NLL by position in the window, nats per token",
+                    of="results.nll",
+                    unit="nats",
+                    lower_is_better=True,
+                    columns=_positions,
+                    heading="positions",
+                    axis="position in the window (tokens)",
+                    steps=True,
+                    value="NLL",
+                    details=(Detail("ppl", "ppl", "{:.2f}"), Detail("top-1", "accuracy", "{:.1%}"), SCORED),
+                ),
+            ),
+        ),
+        Section(
+            name="memory-perplexity",
+            title="Perplexity with a memory",
+            kind="memory-perplexity",
+            picture="ppl",
+            must_agree=TOKENIZER,
+            measured=_longest,
+            views=(
+                Lines(
+                    "Perplexity of the next segment by context",
+                    of="results.ppl",
+                    unit="perplexity",
+                    lower_is_better=True,
+                    axis="context before the segment (tokens)",
+                    where={"method": "memory"},
+                    table=SEVERAL,
+                    picture=SEVERAL,
+                ),
+                Lines(
+                    "Perplexity of the next segment by context",
+                    of="results.ppl",
+                    name="methods",
+                    unit="perplexity",
+                    lower_is_better=True,
+                    variant="method",
+                    heading="context",
+                    axis="context before the segment (tokens)",
+                    table=ONE,
+                    picture=ONE,
+                    value="ppl",
+                    details=(
+                        Detail("first quarter", "nll_first_quarter", "{:.3f}"),
+                        Detail("last quarter", "nll_last_quarter", "{:.3f}"),
+                        Detail("positions", "num_readable", "{:,}"),
+                    ),
+                    note="quarters of the segment: NLL, nats per token; positions: before the segment, that the "
+                    "memory reads",
+                ),
+                Lines(
+                    "NLL of the memory minus that of its own controls, nats (below 0: the memory is better)",
+                    of="results.difference",
+                    name="controls",
+                    unit="signed",
+                    lower_is_better=None,
+                    panel="method",
+                    panel_name="control",
+                    axis="context before the segment (tokens)",
+                ),
+            ),
+        ),
+    )
     limit_option: ClassVar[str] = FAIL_OVER
     limits_are_most: ClassVar[bool] = True
     memory_defaults: ClassVar[Mapping[str, Any]] = {"protocol": NEXT_SEGMENT, "lengths": ()}

@@ -1,0 +1,385 @@
+"""Models that read a text segment by segment and remember what came before in one of several ways, as `LanguageModel`.
+
+A text is cut from its first token into segments of l tokens. The outputs of a segment predict its own tokens but the
+first, and the first token of the next: the token at index j is scored by the segment that holds index j - 1.
+
+Shape legend: B texts, T tokens of a text, n scored tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.checkpoint.load import MAPPED
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import Compressor
+from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
+from longext.compressor.reading.trails import CacheTrail, CompressorTrail, Stream, Trail, WindowTrail
+from longext.errors import ConfigError
+from longext.models.decode import continue_rows
+from longext.models.head import head_is_plain
+from longext.models.hf import (
+    LENGTH_DEPENDENT,
+    HFLanguageModel,
+    load_language_model,
+    score_hidden,
+)
+from longext.models.protocol import TokenScores
+from longext.models.turns import Asking
+from longext.options import RuntimeConfig
+from longext.registry import Registry, did_you_mean
+
+DEFAULT_SEGMENT = 128
+
+
+class Reader:
+    """A `LanguageModel` that reads segments, each given what a `Trail` kept of those before it.
+
+    Args:
+        plain: the model by itself.
+        spec: the memory as the user spelled it.
+        segment: l.
+        open_trail: makes the trail of a new batch of texts.
+        size: raw tokens that stay readable (for compressors: None).
+        facts: what a result says of the memory.
+        compressor, ratio: for compressors.
+    """
+
+    def __init__(
+        self,
+        plain: HFLanguageModel,
+        spec: str,
+        segment: int,
+        open_trail: Callable[[], Trail],
+        *,
+        size: int | None = None,
+        facts: dict[str, Any] | None = None,
+        compressor: Compressor | None = None,
+        ratio: int = 0,
+    ) -> None:
+        self.plain, self.spec, self.segment, self.open_trail = plain, spec, segment, open_trail
+        self.size, self.facts, self.compressor, self.ratio = size, facts or {}, compressor, ratio
+        self.name = f"{plain.name} + {spec}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.plain.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.plain.tokenizer
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are put to it: as to its model."""
+        return self.plain.asking
+
+    @asking.setter
+    def asking(self, asking: Asking) -> None:
+        self.plain.asking = asking
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens put before a text: mostly a BOS or nothing."""
+        return self.plain.prefix
+
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self.plain.ending_tokens
+
+    @property
+    def trained_length(self) -> int:
+        """The pre-training length of the model."""
+        return self.plain.trained_length
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model has; texts may be longer."""
+        return self.plain.context_length
+
+    @property
+    def follows_length(self) -> bool:
+        """False: a rotation depends on the segment at most, never on how long the text is."""
+        return False
+
+    def weights_checksum(self) -> str:
+        """Return a hash of the model's parameters; those of a compressor are in `describe`."""
+        return self.plain.weights_checksum()
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return token ids as the model's tokenizer makes them."""
+        return self.plain.encode(text, add_bos=add_bos)
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return self.plain.decode(input_ids)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model part of a result record, with the memory."""
+        model = self.plain.describe()
+        attention = model["attention"].replace("full", "by segments", 1)
+        memory = {"spec": self.spec, "segment": self.segment, **self.facts}
+        return {**model, "id": self.name, "attention": attention, "memory": memory}
+
+    @torch.no_grad()
+    def score(self, input_ids: torch.Tensor, first: int) -> TokenScores:
+        """Score tokens first .. T-1 of int64 [B, T]; segments before the first scored one are only written."""
+        assert first >= 1, "the first token of a text has nothing to be predicted from"
+        ids = input_ids.to(self.device)
+        last = ids.shape[1] - 1  # this token is only predicted
+        trail = self.open_trail()
+        parts = []
+        for start in range(0, last, self.segment):
+            end = min(start + self.segment, last)
+            tokens = ids[:, start:end]
+            if end >= first:
+                skip = max(0, first - 1 - start)
+                hidden = self._read(trail, tokens)[:, skip:]
+                parts.append(score_hidden(self.plain.model, hidden, ids[:, start + skip + 1 : end + 1]))
+            if end < last:
+                trail.write(tokens)
+        return TokenScores(torch.cat([part.nll for part in parts], 1), torch.cat([part.is_top1 for part in parts], 1))
+
+    @torch.no_grad()
+    def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of one prompt, with a KV cache within a segment.
+
+        A RoPE that follows the length of the text allows no cache: there each new token reads its own segment again.
+        """
+        trail = self.open_trail()
+        stream = Stream(trail, self.segment, partial(self._read, trail) if self._follows_length else None)
+        stream.add(torch.tensor([list(input_ids)], device=self.device))
+        return continue_rows(stream.next_logits, stream.add, max_new_tokens, self.ending_tokens)[0]
+
+    @property
+    def _follows_length(self) -> bool:
+        return self.compressor is None and self.plain.rope_type in LENGTH_DEPENDENT
+
+    def _read(self, trail: Trail, tokens: torch.Tensor) -> torch.Tensor:
+        if self.compressor is None:  # a compressor holds its model's rotation at one length
+            self.plain.reset_rope()
+        return trail.read(tokens)
+
+
+# --- kinds of memory --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryKind:
+    """One way of remembering that needs no training.
+
+    Attributes:
+        summary, reference: for reports.
+        form: how it is spelled.
+        open: (the frozen model, text after the colon, segment) -> (maker of trails, tokens that stay readable).
+        moves: it turns keys, so a RoPE that follows the length of the text cannot be used.
+    """
+
+    summary: str
+    reference: str
+    form: str
+    open: Callable[[Backbone, str, int], tuple[Callable[[], Trail], int]]
+    moves: bool = False
+
+
+MEMORIES: Registry[MemoryKind] = Registry("memory")
+
+
+def _none(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
+    if argument:
+        raise ConfigError(f"--memory none takes no size, got 'none:{argument}'.")
+    _check_room("none", 0, segment, backbone.window)
+    return partial(WindowTrail, backbone, 0), 0
+
+
+def _window(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
+    size = _count("window:N", argument) if argument else max(0, backbone.window - segment)
+    _check_room(f"window:{size}", size, segment, backbone.window)
+    return partial(WindowTrail, backbone, size), size
+
+
+def _streaming(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
+    sinks, _, recent = argument.partition("+")
+    num_sinks, size = _count("streaming:4+N", sinks), _count("streaming:4+N", recent)
+    _check_room(f"streaming:{argument}", num_sinks + size, segment, backbone.window)
+    backbone.check_rotation()
+    return partial(CacheTrail, backbone, num_sinks, size), num_sinks + size
+
+
+def _transformer_xl(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
+    size = _count("transformer-xl:N", argument)
+    _check_room(f"transformer-xl:{size}", size, segment, backbone.window)
+    backbone.check_rotation()
+    return partial(CacheTrail, backbone, 0, size), size
+
+
+def _count(form: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"--memory {form} takes whole numbers of tokens there, got '{text}'.")
+    return int(text)
+
+
+def _check_room(spec: str, size: int, segment: int, window: int) -> None:
+    if size + segment > window:
+        raise ConfigError(
+            f"--memory {spec} keeps {size} tokens beside a segment of {segment}, and the model has {window} positions: "
+            f"keep at most {max(0, window - segment)}, or shorten --segment."
+        )
+
+
+MEMORIES.register("none", MemoryKind("the segment alone", "control", "none", _none))
+MEMORIES.register(
+    "window",
+    MemoryKind("the last N raw tokens, read again with every segment", "sliding window", "window[:N]", _window),
+)
+MEMORIES.register(
+    "streaming",
+    MemoryKind(
+        "keys and values of the first tokens and of the last N; evicted after every segment, positions in the cache",
+        "StreamingLLM, arXiv 2309.17453",
+        "streaming:4+N",
+        _streaming,
+        moves=True,
+    ),
+)
+MEMORIES.register(
+    "transformer-xl",
+    MemoryKind(
+        "keys and values of the last N tokens as earlier segments computed them, at positions 0 .. N - 1",
+        "Transformer-XL, arXiv 1901.02860, as a cache of a frozen model",
+        "transformer-xl:N",
+        _transformer_xl,
+        moves=True,
+    ),
+)
+
+
+# --- from text to reader ----------------------------------------------------------------------------------------------
+
+
+def load_reader(
+    config: RuntimeConfig,
+    spec: str,
+    *,
+    segment: int | None = None,
+    method: str | None = None,
+    factor: float | None = None,
+) -> Reader:
+    """Load what `--memory SPEC` names.
+
+    Args:
+        config: its `model` is the base model; for a compressor where that lies now, or "" for where training found it.
+        spec: none, window[:N], streaming:S+N, transformer-xl:N, or OUT[@ratio[+overlap]] with OUT a trained compressor.
+        segment: l (default 128; for a compressor its own, and no other).
+        method, factor: a RoPE extension applied in memory first, as `load_language_model` does (no compressors).
+
+    Raises:
+        ConfigError: unknown spec, a size or ratio out of range, or a model whose cache cannot be used so.
+        CheckpointError: the model or compressor cannot be read.
+    """
+    if config.device == MAPPED:
+        raise ConfigError("--memory needs the model on one device: use --device auto, cpu, cuda, cuda:N or mps.")
+    trained = find_compressor(spec)
+    if trained is not None:
+        if method not in (None, "none"):
+            raise ConfigError(f"--method {method} would change the model under a compressor that was trained on it.")
+        return _compressor_reader(config, spec, *trained, segment)
+    name, _, argument = spec.partition(":")
+    kind = MEMORIES[name]
+    length = DEFAULT_SEGMENT if segment is None else segment
+    plain = load_language_model(config, method, factor)
+    if not head_is_plain(plain.model):
+        raise ConfigError(
+            f"{type(plain.model).__name__} makes its logits in a way that longext cannot run by segments."
+        )
+    if kind.moves and plain.rope_type in LENGTH_DEPENDENT:
+        raise ConfigError(
+            f"--memory {name} keeps keys that are rotated already, and this model's {plain.rope_type} RoPE changes "
+            "with the length of the text: use window, or another RoPE method."
+        )
+    open_trail, size = kind.open(Backbone(plain.model), argument, length)
+    facts = {"kind": name, "definition": kind.summary, "reference": kind.reference, "size": size}
+    return Reader(plain, spec, length, open_trail, size=size, facts=facts)
+
+
+def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
+    """Return (directory, ratio, overlap) where `spec` names a trained compressor, None where it names another memory.
+
+    Ratio and overlap are None where OUT stands alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
+
+    Raises:
+        ConfigError: it names neither.
+    """
+    name = spec.partition(":")[0]
+    if name in MEMORIES:
+        return None
+    if is_compressor(spec):
+        return Path(spec).expanduser(), None, None
+    directory, at, sizes = spec.rpartition("@")
+    if at and is_compressor(directory):
+        ratio, plus, overlap = sizes.partition("+")
+        if not ratio.isdecimal() or int(ratio) < 1 or (plus and not overlap.isdecimal()):
+            raise ConfigError(f"--memory {directory}@RATIO+OVERLAP takes whole numbers, got '{sizes}'.")
+        return Path(directory).expanduser(), int(ratio), int(overlap) if plus else None
+    hint, _, _ = did_you_mean(name, MEMORIES).rpartition("Available")
+    forms = ", ".join(MEMORIES[known].form for known in MEMORIES)
+    raise ConfigError(
+        f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
+        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap for others."
+    )
+
+
+def _compressor_reader(
+    config: RuntimeConfig, spec: str, directory: Path, ratio: int | None, overlap: int | None, segment: int | None
+) -> Reader:
+    # a base given under the name it was trained as keeps its revision
+    is_named = config.model in ("", read_description(directory)["base_model"])
+    loaded = load_compressor(
+        directory,
+        base=None if is_named else config.model,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+    )
+    compressor = loaded.compressor
+    if overlap is not None:  # raw text needs no training to be read
+        compressor.spec = dataclasses.replace(compressor.spec, overlap=overlap)
+    length = compressor.spec.segment
+    if segment not in (None, length):
+        raise ConfigError(f"--segment {segment}: the segments of {directory} have {length} tokens; leave it out.")
+    ratio = compressor.find_ratio(ratio)
+    facts = {
+        "kind": "compressor",
+        "compressor": compressor.spec.to_json(),
+        "ratio": ratio,
+        "definition": compressor.summary,
+        "reference": compressor.reference,
+        "num_parameters": sum(p.numel() for p in compressor.parameters()),
+        "weights_sha256": hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest(),
+    }
+    open_trail = partial(CompressorTrail, compressor, ratio)
+    return Reader(loaded.plain, spec, length, open_trail, facts=facts, compressor=compressor, ratio=ratio)
+
+
+def memory_defaults(spec: str) -> dict[str, Any]:
+    """Return what a memory says of settings that the user left open: a compressor's `model` and `segment`.
+
+    Raises:
+        ConfigError, CheckpointError: no such memory.
+    """
+    trained = find_compressor(spec)
+    if trained is None:
+        return {}
+    description = read_description(trained[0])
+    return {"model": description["base_model"], "segment": description["spec"]["segment"]}

@@ -1,0 +1,363 @@
+"""What is kept of a text that is read segment by segment: raw tokens, a moving KV cache, or compressed memories.
+
+Shape legend: B texts, l tokens of a segment, n tokens read, D hidden size, k slots of a segment's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from longext.compressor.backbone import Backbone
+from longext.compressor.base import Compressor
+from longext.compressor.memory import Memory, join
+from longext.compressor.reading.decoder import CachedDecoder, last_logits, memory_decoder
+from longext.compressor.segments import Segment
+
+
+class Trail(ABC):
+    """What B texts leave behind, in turns of `read` (score a segment) and `write` (go past it).
+
+    Attributes:
+        backbone: the frozen model.
+    """
+
+    backbone: Backbone
+
+    @abstractmethod
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [B, n, D] of the next segment or its beginning, int64 [B, n]; keep nothing."""
+
+    @abstractmethod
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Return what `read` returns, and a decoder to which the segment's further tokens are fed, `room` at most."""
+
+    @abstractmethod
+    def write(self, tokens: torch.Tensor) -> None:
+        """Go past a whole segment, int64 [B, l]; it may be one that has just been read."""
+
+
+class WindowTrail(Trail):
+    """The last `size` raw tokens, read again with every segment at positions from 0; nothing else is seen."""
+
+    def __init__(self, backbone: Backbone, size: int) -> None:
+        self.backbone, self.size = backbone, size
+        self.past: torch.Tensor | None = None
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Run the frozen model over what is kept and the tokens."""
+        return self.backbone.run(self.backbone.embed(self._with_past(tokens)))[:, -tokens.shape[1] :]
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the frozen model over what is kept and the tokens, with a cache."""
+        decoder = CachedDecoder(self.backbone, room=room)
+        return decoder, decoder.feed(self._with_past(tokens))[:, -tokens.shape[1] :]
+
+    def write(self, tokens: torch.Tensor) -> None:
+        """Keep the newest tokens."""
+        self.past = _newest(self._with_past(tokens), self.size)
+
+    def _with_past(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if self.past is None else torch.cat([self.past, tokens], 1)
+
+
+class CacheTrail(Trail):
+    """Keys and values of the first `num_sinks` and the last `size` tokens, evicted after every segment.
+
+    StreamingLLM (arXiv 2309.17453), where a segment of one token is the paper's eviction after every token; without
+    sinks the segment recurrence of Transformer-XL (arXiv 1901.02860) with keys and values for its hidden states. A
+    token's states are computed once, when it is read; what it saw then may have been evicted since. Positions are
+    relative to the cache: kept keys are turned to 0, 1, ... from where they were computed, so each is rounded once.
+    """
+
+    def __init__(self, backbone: Backbone, num_sinks: int, size: int) -> None:
+        self.backbone, self.num_sinks, self.size = backbone, num_sinks, size
+        self.states: Memory = ()
+        self.positions = torch.zeros(0, dtype=torch.int64)  # that the keys in `states` are rotated to
+        self._read: tuple[torch.Tensor, Memory] | None = None
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Run the frozen model behind the cache."""
+        decoder, hidden = self.begin(tokens, 0)
+        self._read = tokens, decoder.states(len(self.positions))
+        return hidden
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the frozen model behind the cache."""
+        memory = self.backbone.rerotate(self.states, torch.arange(len(self.positions)) - self.positions)
+        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1] + room)
+        return decoder, decoder.feed(tokens)
+
+    def write(self, tokens: torch.Tensor) -> None:
+        """Add the segment's states, then evict the tokens between the sinks and the newest."""
+        if self._read is None or not torch.equal(self._read[0], tokens):
+            self.read(tokens)
+        assert self._read is not None
+        kept = len(self.positions)
+        states = join([self.states, self._read[1]])
+        positions = torch.cat([self.positions, torch.arange(kept, kept + tokens.shape[1])])
+        self._read = None
+        total = len(positions)
+        newest = torch.arange(max(min(self.num_sinks, total), total - self.size), total)
+        stay = torch.cat([torch.arange(min(self.num_sinks, total)), newest])
+        self.positions = positions[stay]
+        self.states = states if len(stay) == total else tuple(t[..., stay.to(t.device), :] for t in states)
+
+
+@dataclass(frozen=True)
+class TrailState:
+    """What is left of the segments gone past; replaced, never changed, so that an old one stays valid.
+
+    Attributes:
+        num_segments: gone past, those included that have left.
+        sink: int64 [B, s], the first tokens of the texts, once segment 0 is past.
+        text: int64 [B, n], the newest tokens: the overlap, and the segments whose memories are not written yet.
+        memory: [sink | memories `first` ...], the sink for `kv` alone.
+        first: number of the oldest memory that is kept.
+        places: the position of the first slot of each, as its keys are rotated.
+    """
+
+    num_segments: int = 0
+    sink: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    memory: Memory = ()
+    first: int = 0
+    places: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """The number of the first memory that is not written."""
+        return self.first + len(self.places)
+
+
+class CompressorTrail(Trail):
+    """Memories of the segments before, [sink | memories | overlap | segment]; the oldest leave when the window is full.
+
+    A memory is written at the positions it is read at; keys that move because older memories have left are turned from
+    where they were written, so each is rounded once. Memories that depend on no other are written when they are first
+    read, many at a time.
+
+    Args:
+        past: int64 [B, t l], tokens already gone past; recurrent memories of them are not written.
+        parts: memories leave in blocks, one of so many parts at once, and keys then stay as they were turned: what is
+            kept is all there is to save. None: one by one.
+    """
+
+    def __init__(
+        self, compressor: Compressor, ratio: int, past: torch.Tensor | None = None, parts: int | None = None
+    ) -> None:
+        self.compressor, self.backbone, self.ratio = compressor, compressor.backbone, ratio
+        self.schedule = compressor.schedule(ratio, parts)
+        self.state = TrailState()
+        self.settles = parts is not None
+        self._may_turn = False
+        if past is not None:
+            self._go_past(past)
+
+    @property
+    def num_fixed(self) -> int:
+        """Slots of the sink in front of the memories."""
+        return self.schedule.fixed if self.state.num_segments else 0
+
+    @property
+    def overlap(self) -> torch.Tensor | None:
+        """The raw tokens in front of the next segment that stay readable; None for the first."""
+        text = self.state.text
+        return None if text is None else _newest(text, self.schedule.overlap)
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Run the reader over the memories and the segment."""
+        return self.compressor.read(self._segment(tokens), self._readable())
+
+    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
+        """Run the reader over memories, overlap and the tokens, with a cache."""
+        segment = self._segment(tokens)
+        text = torch.cat([segment.before, tokens], 1)
+        decoder = memory_decoder(self.compressor, segment.sink, self._readable(), self.ratio, text.shape[1] + room)
+        return decoder, decoder.feed(text)[:, -tokens.shape[1] :]
+
+    def read_with(self, tokens: torch.Tensor, memory: Memory) -> torch.Tensor:
+        """Return the last hidden states [B, n, D] with `memory` in the place of the text's own."""
+        sink = tuple(t[..., : self.num_fixed, :] for t in self.state.memory) if self.num_fixed else ()
+        return self.compressor.read(self._segment(tokens), join([sink, memory]))
+
+    def memory(self) -> Memory:
+        """Return the memories that the next segment reads, at the positions it reads them at, without the sink."""
+        return tuple(t[..., self.num_fixed :, :] for t in self._readable())
+
+    def write(self, tokens: torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Go past whole segments, int64 [B, m l]; recurrent architectures write their memories now.
+
+        Args:
+            advance: told l when a memory has been written.
+        """
+        if not self.compressor.recurrent:
+            self._go_past(tokens)
+            return
+        for part in tokens.split(self.schedule.segment, 1):
+            t = self.state.num_segments
+            span = self.schedule.writer_span(t)
+            segment, memory = self._segment(part), self._at(*span)
+            place = self.schedule.places(span[0], t)[-1]
+            made = self.compressor.write(segment, memory, place)
+            self._go_past(part)
+            self._add([made], [place])
+            advance(self.schedule.segment)
+
+    def settle(self, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Write now what a later segment may read, memories of the overlap too; `advance` as in `write`."""
+        last = self.state.num_segments
+        self._at(self.schedule.first(last), last, advance)
+
+    def _readable(self) -> Memory:
+        """Return [sink | memories] as the next segment reads them; () for the first, which holds the sink itself."""
+        return self._at(*self.schedule.span(self.state.num_segments))
+
+    def _at(self, first: int, last: int, advance: Callable[[int], object] = lambda _: None) -> Memory:
+        """Return [sink | memories first .. last - 1] at the positions of a segment that reads from `first` on."""
+        self._drop(first)
+        if not self.compressor.recurrent:
+            self._encode(last, advance)
+        places = self.schedule.places(first, self.state.last)[:-1]
+        memory = self._turned(places)
+        if self.settles:
+            self.state = dataclasses.replace(self.state, memory=memory, places=tuple(places))
+        end = self.schedule.places(first, last)[-1]
+        return tuple(tensor[..., :end, :] for tensor in memory)
+
+    def _turned(self, places: list[int]) -> Memory:
+        """Return [sink | memories] with the first slot of each memory at one of `places`."""
+        state = self.state
+        deltas = [place - now for place, now in zip(places, state.places, strict=True)]
+        if self.compressor.is_soft or not any(deltas):
+            return state.memory
+        if not self._may_turn:
+            self.backbone.check_rotation()
+            self._may_turn = True
+        slots = [self.num_fixed, *(self.schedule.slots(s) for s in range(state.first, state.last))]
+        return self.backbone.rerotate(state.memory, torch.tensor([0, *deltas]).repeat_interleave(torch.tensor(slots)))
+
+    def _drop(self, first: int) -> None:
+        """Forget the memories before `first`; the others keep their rotation."""
+        state = self.state
+        gone = min(first - state.first, len(state.places))
+        if gone > 0:
+            start = self.schedule.places(state.first, state.first + gone)[-1]
+            sink = tuple(tensor[..., : self.num_fixed, :] for tensor in state.memory)
+            memory = join([sink, tuple(tensor[..., start:, :] for tensor in state.memory)])
+            self.state = dataclasses.replace(state, memory=memory, places=state.places[gone:], first=first)
+        elif first > state.first:
+            self.state = dataclasses.replace(state, first=first)
+
+    def _encode(self, last: int, advance: Callable[[int], object]) -> None:
+        """Write the memories before `last` that are not there, in batches; they depend on no other."""
+        state, length = self.state, self.schedule.segment
+        if state.last >= last:
+            return
+        assert state.text is not None
+        nothing = state.text[:, :0]
+        end = state.text.shape[1] - (state.num_segments - last) * length
+        texts = state.text[:, end - (last - state.last) * length : end].split(length, 1)
+        places = self.schedule.places(state.first, last)[len(state.places) : -1]
+        made = []
+        for memory in self.compressor.write_all([Segment(t, t, nothing, nothing, self.ratio) for t in texts], places):
+            made.append(memory)
+            advance(length)
+        self._add(made, places)
+
+    def _add(self, made: list[Memory], places: list[int]) -> None:
+        """Keep new memories; joining copies them, so that nothing larger is kept alive."""
+        state = self.state
+        state = dataclasses.replace(state, memory=join([state.memory, *made]), places=(*state.places, *places))
+        self.state = dataclasses.replace(state, text=self._needed(state))
+
+    def _go_past(self, tokens: torch.Tensor) -> None:
+        """Count segments, int64 [B, m l], and keep their text."""
+        state, count = self.state, tokens.shape[1] // self.schedule.segment
+        if not count:
+            return
+        sink, memory, text = state.sink, state.memory, tokens
+        if sink is None or state.text is None:
+            sink = tokens[:, : self.schedule.sink]
+            memory = join([self.compressor.fixed(sink)])
+        else:
+            text = torch.cat([state.text, tokens], 1)
+        state = dataclasses.replace(state, num_segments=state.num_segments + count, sink=sink, memory=memory, text=text)
+        self.state = dataclasses.replace(state, text=self._needed(state))
+
+    def _needed(self, state: TrailState) -> torch.Tensor:
+        """Return the end of the text that may still be read or written."""
+        assert state.text is not None
+        first = max(state.last, self.schedule.first(state.num_segments))
+        unwritten = 0 if self.compressor.recurrent else state.num_segments - first
+        return _newest(state.text, max(self.schedule.overlap, unwritten * self.schedule.segment))
+
+    def _segment(self, tokens: torch.Tensor) -> Segment:
+        """Return the next segment; the first one has nothing before it and holds the sink itself."""
+        before, sink, nothing = self.overlap, self.state.sink, tokens[:, :0]
+        if before is None or sink is None:
+            return Segment(tokens, tokens, nothing, nothing, self.ratio)
+        return Segment(tokens, tokens, before, sink, self.ratio)
+
+
+class Stream:
+    """B texts that are read as they come, a token or many at a time: a trail of whole segments, a KV cache in the last.
+
+    The tail grows to l tokens; the token after them has the trail go past them.
+
+    Args:
+        segment: l.
+        read: tail [B, n] -> last hidden states [B, n, D], for a model that allows no cache; None to keep one.
+    """
+
+    def __init__(self, trail: Trail, segment: int, read: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.trail, self.segment, self._read = trail, segment, read
+        self.tail: torch.Tensor | None = None
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self._decoder: CachedDecoder | None = None
+        self._logits: torch.Tensor | None = None
+        self._num_read = 0  # tokens of the tail
+
+    @torch.no_grad()
+    def add(self, tokens: torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Take tokens, int64 [B, n]; `advance` is told how many tokens the trail has just gone past."""
+        text = tokens if self.tail is None else torch.cat([self.tail, tokens], 1)
+        whole = max(0, text.shape[1] - 1) // self.segment * self.segment
+        if whole:
+            self._go_past(text[:, :whole], advance)
+            self._forget_cache()
+        self.tail = text[:, whole:]
+
+    def _go_past(self, tokens: torch.Tensor, advance: Callable[[int], object]) -> None:
+        for part in tokens.split(self.segment, 1):
+            self.trail.write(part)
+            advance(self.segment)
+
+    @torch.no_grad()
+    def next_logits(self) -> torch.Tensor:
+        """Return the logits [B, V] of what follows (LongextError if they are not numbers).
+
+        Tokens since the last call are read on top of what is cached.
+        """
+        assert self.tail is not None, "there is nothing to continue"
+        unread, size = self.tail[:, self._num_read :], self.tail.shape[1]
+        if self._logits is None or unread.shape[1]:
+            if self._read is not None:
+                hidden = self._read(self.tail)
+            elif self._decoder is None:
+                self._decoder, hidden = self.trail.begin(self.tail, self.segment - size)
+            else:
+                hidden = self._decoder.feed(unread)
+            self._logits = last_logits(self.trail.backbone, hidden, self._decoder.length if self._decoder else size)
+            self._num_read = size
+        return self._logits
+
+
+def _newest(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    return tokens[:, max(0, tokens.shape[1] - size) :]

@@ -1,0 +1,351 @@
+"""Search the longest length at which retrieval works: every length tried with its interval, picture, JSON.
+
+Lengths double until two in a row fail; then the gap above the longest that passed is halved down to 64 tokens.
+
+Example: longext eval effective books-5m --method yarn --factor 8 --max-length 4096
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from longext.errors import ConfigError
+from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.limits import verdict
+from longext.evals.suites.needle import Needle
+from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
+from longext.evals.views import ANY, NEVER, ONE, PROMPT, Bars, Detail, Lines, Section, either
+from longext.manifest import result_record
+from longext.options import ChatConfig
+from longext.registry import Registry
+from longext.settings import LENGTH, option, override
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
+
+STEP = 64  # lengths are multiples of it
+_FAILURES = 2  # in a row end the doubling: nothing says that accuracy falls with length
+Measure = Callable[[int], tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedLength:
+    """One length and what was found there.
+
+    Attributes:
+        order: 1 for the first length tried.
+        low, high: 95 % Wilson interval of `accuracy`.
+        passed: `accuracy` is at or above the limit.
+        clearly: `low` is, too.
+        seconds: wall time.
+    """
+
+    order: int
+    length: int
+    num_correct: int
+    num_trials: int
+    accuracy: float
+    low: float
+    high: float
+    passed: bool
+    clearly: bool
+    seconds: float
+
+
+def search_lengths(measure: Measure, *, minimum: int, maximum: int, limit: float) -> list[TriedLength]:
+    """Return every length tried, shortest first.
+
+    From `minimum` lengths double up to `maximum`, or until two in a row are below the limit. Then the gap above the
+    longest length that passed is halved until it is one step.
+
+    Args:
+        measure: length -> (right answers, prompts).
+        minimum, maximum: multiples of `STEP`.
+    """
+    from longext.evals.statistics import wilson_interval
+
+    tried: dict[int, TriedLength] = {}
+
+    def passes(length: int) -> bool:
+        started = time.perf_counter()
+        correct, trials = measure(length)
+        low, high = wilson_interval(correct, trials)
+        tried[length] = TriedLength(
+            order=len(tried) + 1,
+            length=length,
+            num_correct=correct,
+            num_trials=trials,
+            accuracy=correct / trials,
+            low=low,
+            high=high,
+            passed=correct / trials >= limit,
+            clearly=low >= limit,
+            seconds=time.perf_counter() - started,
+        )
+        return tried[length].passed
+
+    length, failures = minimum, 0 if passes(minimum) else 1
+    while length < maximum and failures < _FAILURES:
+        length = min(2 * length, maximum)
+        failures = 0 if passes(length) else failures + 1
+    low = max((row.length for row in tried.values() if row.passed), default=None)
+    if low is not None and low < length:
+        high = min(row.length for row in tried.values() if row.length > low)
+        while high - low > STEP:
+            middle = (low + high) // 2 // STEP * STEP
+            low, high = (middle, high) if passes(middle) else (low, middle)
+    return [tried[length] for length in sorted(tried)]
+
+
+def longest(tried: Sequence[TriedLength], *, clearly: bool = False) -> int | None:
+    """Return the longest length that passed (or whose whole interval did), None if none has."""
+    return max((row.length for row in tried if (row.clearly if clearly else row.passed)), default=None)
+
+
+def longest_unbroken(tried: Sequence[TriedLength]) -> int | None:
+    """Return the longest length that passed with no failure at any shorter length tried."""
+    length = None
+    for row in sorted(tried, key=lambda row: row.length):
+        if not row.passed:
+            break
+        length = row.length
+    return length
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LengthTest:
+    """A test that can be run at one length.
+
+    Attributes:
+        summary, reference: for reports.
+        task: (settings, lengths) -> the evaluation that is run.
+        try_prompts: (model, evaluation) raises ConfigError or DataError if a prompt could not be built.
+        run: (model, evaluation, advance) -> (right answers, prompts).
+    """
+
+    summary: str
+    reference: str
+    task: Callable[[Effective, Sequence[int]], Any]
+    try_prompts: Callable[[LanguageModel, Any], None]
+    run: Callable[[LanguageModel, Any, Advance], tuple[int, int]]
+
+
+def _shared(kind: type[Eval], config: Effective, lengths: Sequence[int], **more: Any) -> Any:
+    names = {field.name for field in fields(kind)} - {"fail_under"}
+    common = {key: value for key, value in vars(config).items() if key in names}
+    return kind(**{**common, "lengths": tuple(dict.fromkeys(lengths)), **more})
+
+
+def _passkey(config: Effective, lengths: Sequence[int]) -> Passkey:
+    asking = {
+        "--chat-template": config.chat_template,
+        "--template-arg": config.template_arg,
+        "--neutralise-control-tokens": config.neutralise_control_tokens,
+    }
+    flag = next((flag for flag, value in asking.items() if value), None)
+    if flag:
+        raise ConfigError(f"{flag} is for --test needle: the passkey prompt is a text that models continue.")
+    task: Passkey = _shared(Passkey, config, lengths)
+    return task
+
+
+def _try_passkey(model: LanguageModel, task: Passkey) -> None:
+    from longext.evals.passkey import check_prompts
+
+    check_prompts(model, task)
+
+
+def _run_passkey(model: LanguageModel, task: Passkey, advance: Advance) -> tuple[int, int]:
+    from longext.evals.passkey import evaluate_passkey
+
+    cells = evaluate_passkey(model, task, advance)
+    return sum(cell.num_correct for cell in cells), sum(cell.num_trials for cell in cells)
+
+
+def _needle(config: Effective, lengths: Sequence[int]) -> Needle:
+    task: Needle = _shared(Needle, config, lengths, tasks=("single",), scoring="exact")
+    return task
+
+
+def _try_needle(model: LanguageModel, task: Needle) -> None:
+    replace(task, lengths=(min(task.lengths),)).questions(model, None)  # longer ones have more room
+
+
+def _run_needle(model: LanguageModel, task: Needle, advance: Advance) -> tuple[int, int]:
+    scores, _ = task.ask(model, task.questions(model, None), advance=advance)
+    return sum(each.score == 1 for each in scores), len(scores)
+
+
+LENGTH_TESTS: Registry[LengthTest] = Registry("test")
+_LANDMARK = PASSKEY_PROTOCOLS["landmark"]
+LENGTH_TESTS.register(
+    "passkey", LengthTest(_LANDMARK.summary, _LANDMARK.reference, _passkey, _try_passkey, _run_passkey)
+)
+LENGTH_TESTS.register(
+    "needle",
+    LengthTest(
+        "RULER's single needle in a book, prompt and answer of exactly L tokens; greedy decoding gives the answer",
+        "RULER, arXiv 2404.06654",
+        _needle,
+        _try_needle,
+        _run_needle,
+    ),
+)
+
+
+@register("effective")
+@dataclass(frozen=True, kw_only=True)
+class Effective(ReadingConfig, ChatConfig, Eval):
+    """The longest length at which retrieval reaches a limit: lengths double, then the step that failed is halved."""
+
+    kind: ClassVar[str] = "effective-length"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="effective-length",
+            title="Effective length",
+            kind="effective-length",
+            picture="effective",
+            views=(
+                Bars(
+                    "Longest length above the limit, tokens",
+                    of=ANY,
+                    unit="count",
+                    columns=lambda score: score.keys[-1].removesuffix("_length"),
+                    picture=NEVER,
+                ),
+                Lines(
+                    "Accuracy at the lengths tried",
+                    of="results.accuracy",
+                    name="tried",
+                    axis=PROMPT,
+                    table=ONE,
+                    details=(
+                        Detail("limit", "passed", either("pass", "fail")),
+                        Detail("interval above", "clearly", either("yes", "no")),
+                        Detail("right", "num_correct"),
+                        Detail("of", "num_trials"),
+                        Detail("tried as", "order"),
+                    ),
+                ),
+            ),
+        ),
+    )
+
+    max_length: int = option(help="Longest length to try, a multiple of 64.", ge=2, le=LENGTH)
+    min_length: int = option(128, "First length to try, a multiple of 64.")
+    bar: float = option(0.8, "Accuracy that counts as passed, 0 to 1.")
+    test: str = option(
+        "passkey", "The landmark passkey, or RULER's single needle with exact scoring:", names=lambda: LENGTH_TESTS
+    )
+    depths: tuple[float, ...] = override(Passkey, "depths")
+    num_trials: int = override(Passkey, "num_trials")
+    fail_under: int | None = option(None, "LENGTH: exit with 1 if no length from it on passed.", panel="Output")
+    # no answer is read as text here, so it is no flag; recipes may have the key
+    strip_thinking: bool | None = override(ChatConfig, "strip_thinking", is_flag=False)
+
+    def task_at(self, *lengths: int) -> Any:
+        """Return the evaluation that is run at some lengths."""
+        return LENGTH_TESTS[self.test].task(self, lengths)
+
+    def check(self) -> None:
+        """Raise ConfigError for a length or limit out of range."""
+        LENGTH_TESTS[self.test]
+        if not 0 < self.bar <= 1:
+            raise ConfigError(f"--bar must be a share above 0 and up to 1, for example 0.8, got {self.bar:g}.")
+        for name in ("min_length", "max_length"):
+            value = getattr(self, name)
+            if value < STEP or value % STEP:
+                near = max(STEP, round(value / STEP) * STEP)
+                raise ConfigError(f"--{name.replace('_', '-')} must be a multiple of {STEP}, got {value}: try {near}.")
+        if self.min_length > self.max_length:
+            raise ConfigError(f"--min-length {self.min_length} is above --max-length {self.max_length}.")
+        if self.fail_under is not None and not 1 <= self.fail_under <= self.max_length:
+            raise ConfigError(
+                f"--fail-under must be a length of 1 to {self.max_length} (--max-length), got {self.fail_under}."
+            )
+        if not self.depths:
+            raise ConfigError("--depths needs at least one depth, for example 0,0.5,1.")
+        self.task_at(self.min_length, self.max_length).check()
+
+    def measure(self, model: Any, data: Any, work: Work) -> Outcome:
+        """Return the record of the search."""
+        test, num_prompts = LENGTH_TESTS[self.test], len(self.depths) * self.num_trials
+        test.try_prompts(model, self.task_at(self.min_length, self.max_length))
+
+        def measure(length: int) -> tuple[int, int]:
+            with work.progress(f"{self.test} at {length:,}", num_prompts, "prompts") as advance:
+                return test.run(model, self.task_at(length), advance)
+
+        tried = search_lengths(measure, minimum=self.min_length, maximum=self.max_length, limit=self.bar)
+        record = effective_record(model, self, tried)
+        return Outcome(record=record, notes=record["notes"])
+
+    def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
+        """Return the limit of --fail-under; a length of 0 is one that nothing reached."""
+        if self.fail_under is None:
+            return []
+        return [verdict("effective length", self.fail_under, outcome.record["effective_length"] or 0)]
+
+
+def effective_notes(tried: Sequence[TriedLength], config: Effective) -> list[str]:
+    """Return the finding in words, and what would make it another."""
+    found, limit = longest(tried), f"{config.bar:.0%}"
+    if found is None:
+        notes = [f"No length tried reaches {limit}: not even {tried[0].length:,} tokens."]
+    else:
+        notes = [f"Effective length: {found:,} tokens, the longest tried with an accuracy of at least {limit}."]
+        if found == config.max_length:
+            notes.append("It is the longest length asked for (--max-length): the model may reach further.")
+        unbroken, failed = longest_unbroken(tried), [row for row in tried if not row.passed and row.length < found]
+        if failed:
+            lengths = ", ".join(f"{row.length:,}" for row in failed)
+            before = f"up to {unbroken:,}" if unbroken else "at no length"
+            notes.append(f"Accuracy is not monotone: {lengths} failed below it. Without a failure it passes {before}.")
+        if not next(row for row in tried if row.length == found).clearly:
+            clear = longest(tried, clearly=True)
+            until = (
+                f"the longest length whose interval does not: {clear:,}" if clear else "so does that of every length"
+            )
+            notes.append(f"Its interval reaches below the bar (more --num-trials narrow it); {until}.")
+    if tried[-1].length < config.max_length:
+        notes.append(f"Lengths above {tried[-1].length:,} were not tried: {_FAILURES} in a row had failed.")
+    return notes
+
+
+def effective_record(model: LanguageModel, config: Effective, tried: Sequence[TriedLength]) -> dict[str, Any]:
+    """Return the JSON record of a search."""
+    from longext.models.chat import template_facts, uses_template
+
+    test = LENGTH_TESTS[config.test]
+    is_chat = config.test == "needle" and uses_template(model, config.chat_template)
+    return result_record(
+        Effective.kind,
+        model.describe(),
+        {
+            "id": f"effective/{config.test}",
+            "definition": f"longest multiple of {STEP} tokens tried whose accuracy is at or above the bar; lengths "
+            "double until two in a row fail, then the gap above the longest that passed is halved",
+            "test": test.summary,
+            "reference": test.reference,
+            "bar": config.bar,
+            "min_length": config.min_length,
+            "max_length": config.max_length,
+            "depths": list(config.depths),
+            "num_trials": config.num_trials,
+            "chat_template": is_chat,
+            "seed": config.seed,
+            **template_facts(model, is_chat),
+        },
+        None,
+        effective_length=longest(tried),
+        unbroken_length=longest_unbroken(tried),
+        clear_length=longest(tried, clearly=True),
+        notes=effective_notes(tried, config),
+        results=[asdict(row) for row in tried],
+    )

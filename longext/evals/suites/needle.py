@@ -1,0 +1,313 @@
+"""Hide one or several sentences in a haystack and ask for them: score by task and length, heat map, JSON.
+
+Example: longext eval needle MODEL --lengths 4096,16384 --haystack essays.txt
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.errors import ConfigError, DataError
+from longext.evals.base import Advance, check_tasks, register, silent
+from longext.evals.limits import Place, check_lengths
+from longext.evals.passkey_prompts import PromptTokens
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    cells_of,
+    depth_map,
+    depths_of,
+    pooled,
+    pooled_cells,
+    score_of,
+    task_map,
+)
+from longext.evals.ruler.haystacks import (
+    NAME_TYPES,
+    NEEDLE_TASKS,
+    NEEDLES,
+    NOISE,
+    TEXT,
+    HaystackPrompt,
+    NeedleSetup,
+    Sentences,
+    haystack_prompt,
+    needle_sentences,
+    noise_sentences,
+    text_sentences,
+)
+from longext.evals.views import NEVER, ONE, SEVERAL, Section
+from longext.models.batching import batch_size, batched_by
+from longext.models.chat import chat_frame, user_text
+from longext.registry import Registry
+from longext.settings import LENGTH, MANY, option
+from longext.untrusted import read_text
+
+if TYPE_CHECKING:
+    from longext.models.answers import Prediction
+    from longext.models.protocol import LanguageModel
+
+_BOOK = "book"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f]")
+
+SCORINGS: Registry[str] = Registry("scoring")
+SCORINGS.register(
+    "match",
+    "greedy answer of up to max_new_tokens; score: the share of the expected values that stand in it, case ignored "
+    "(RULER string_match_all); part: at least one stands in it (string_match_part)",
+)
+SCORINGS.register(
+    "exact",
+    "one forward pass over prompt and expected answer; score: the share of the expected values all of whose tokens are "
+    "the first choice, given the prompt and the values before; whole: greedy decoding gives exactly the answer",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleQuestion(Question):
+    """One question, with the tokens of its answer for exact scoring."""
+
+    prompt: HaystackPrompt
+
+
+@register("needle")
+@dataclass(frozen=True, kw_only=True)
+class Needle(RetrievalEval):
+    """RULER's needle tasks (arXiv 2404.06654) by length, at exact token lengths."""
+
+    kind: ClassVar[str] = "needle"
+    sections: ClassVar[tuple[Section, ...]] = (
+        Section(
+            name="needle",
+            title="Needles (RULER)",
+            kind="needle",
+            measured=depths_of,
+            views=(
+                by_task("Needles found by prompt length", "by_task.score", picture=SEVERAL),
+                pooled("Needles found by prompt length, all tasks together"),
+                task_map("Needles found by prompt length", "by_task.score"),
+                depth_map(
+                    "Needles found by length and depth",
+                    of="results.score",
+                    panel="task",
+                    table=NEVER,
+                    picture=ONE,
+                ),
+            ),
+        ),
+    )
+
+    tasks: tuple[str, ...] = option(
+        ("single", "multikey", "multivalue", "multiquery"),
+        "single, multikey, multivalue, multiquery, or RULER's own niah_single_1 ... niah_multiquery, comma-separated.",
+    )
+    lengths: tuple[int, ...] = option(
+        (512, 1024, 2048, 4096), "Tokens of prompt and answer budget together, comma-separated.", le=LENGTH
+    )
+    depths: tuple[float, ...] = option(
+        (), "Depths of the needle asked for, 0 to 1, comma-separated (default: random).", ge=0, le=1
+    )
+    num_trials: int = option(10, "Prompts per length and depth.", ge=1, le=MANY)
+    num_needles: int = option(4, "Needles of multikey, multivalue and multiquery.", ge=1, le=MANY)
+    haystack: str = option(_BOOK, "noise, needles (more of their kind), book (the bundled story) or a text file.")
+    key_type: str = option("words", "Keys are", names=lambda: NAME_TYPES)
+    value_type: str = option("numbers", "Values are", names=lambda: NAME_TYPES)
+    scoring: str = option(
+        "match", "match is RULER's (generate, find the values), exact one forward pass:", names=lambda: SCORINGS
+    )
+    max_new_tokens: int = option(128, "Answer budget of match.", ge=1)
+    answer_prefix: bool = option(
+        True,
+        "End prompts with the beginning of the answer, as RULER (never inside a thought).",
+        "--answer-prefix",
+        "--no-answer-prefix",
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown task, scoring or type, or lengths and depths that are too close."""
+        check_tasks(self.tasks, NEEDLE_TASKS)
+        for kind in (self.key_type, self.value_type):
+            NAME_TYPES[kind]
+        SCORINGS[self.scoring]
+        check_lengths(self.lengths, minimum=64)
+        if len({round(1000 * depth) for depth in self.depths}) < len(self.depths):
+            raise ConfigError(f"--depths must differ by at least 0.001, got {list(self.depths)}.")
+        super().check()
+
+    def places(self, data: Any) -> list[Place]:
+        """Return the tasks and lengths that are asked for."""
+        return [(task, str(length)) for task in self.tasks for length in sorted(self.lengths)]
+
+    def answers_path(self, output: Path) -> Path | None:
+        """Return where answers are kept, None for exact scoring, which generates none."""
+        return super().answers_path(output) if self.scoring == "match" else None
+
+    def questions(self, model: LanguageModel, data: Any) -> list[NeedleQuestion]:
+        """Return every prompt; the same seeds give the same prompts for every model of one tokenizer.
+
+        Raises:
+            ConfigError, DataError: a length is too short for a task, there is no such haystack, or no chat template.
+        """
+        tokens = self._tokens(model)
+        haystacks: dict[tuple[str, str], Sentences] = {}
+        questions = []
+        for task in self.tasks:
+            setup = self._setup(task, model, tokens, haystacks)
+            for length in sorted(self.lengths):
+                for depth in self.depths or (None,):
+                    place = f"{task}/{length}/{'random' if depth is None else f'{depth:g}'}"
+                    for trial in range(self.num_trials):
+                        prompt = haystack_prompt(
+                            tokens,
+                            setup,
+                            length=length,
+                            seed=self.seed + trial,
+                            depth=depth,
+                            max_new_tokens=self.max_new_tokens if self.scoring == "match" else None,
+                        )
+                        questions.append(
+                            NeedleQuestion(
+                                id=f"{place}/{trial}",
+                                task=task,
+                                length=length,
+                                depth=depth,
+                                input_ids=prompt.input_ids,
+                                expected=prompt.answers,
+                                score=partial(match_share, prompt.answers),
+                                max_new_tokens=self.max_new_tokens,
+                                prompt=prompt,
+                            )
+                        )
+        return questions
+
+    def _tokens(self, model: LanguageModel) -> PromptTokens:
+        """Return the tokenizer of prompts, with what the chat template puts around them."""
+        encode, opens = partial(model.encode, add_bos=False), self.opens_answer(model)
+        if not self.uses_chat(model):
+            return PromptTokens(encode, model.prefix, opens=opens)
+        frame = chat_frame(model)
+        return PromptTokens(encode, () if frame.begins else model.prefix, frame.before, frame.after, opens)
+
+    def opens_answer(self, model: LanguageModel) -> bool:
+        """Return True if a prompt ends with the beginning of the answer: by --answer-prefix, but never in a thought.
+
+        Raises:
+            ConfigError: exact scoring, and the chat template opens a thought in front of the answer.
+        """
+        if not (self.answer_prefix and self.uses_chat(model) and chat_frame(model).thinks):
+            return self.answer_prefix
+        if self.scoring == "exact":
+            raise ConfigError(
+                f"--scoring exact reads the answer right behind the assistant's header, and the chat template of "
+                f"{model.name} opens a thought there: close it (--template-arg enable_thinking=false, if the template "
+                "knows that), or take --scoring match or --no-chat-template."
+            )
+        return False
+
+    def _setup(
+        self, name: str, model: LanguageModel, tokens: PromptTokens, haystacks: dict[tuple[str, str], Sentences]
+    ) -> NeedleSetup:
+        """Return a task with the options filled in; `haystacks` keeps what was tokenised."""
+        task = NEEDLE_TASKS[name]
+        haystack, value_type = task.haystack or self.haystack, task.value_type or self.value_type
+        if haystack == TEXT:  # RULER's own task wants some text, whatever haystack the others have
+            haystack = _BOOK if self.haystack in (NOISE, NEEDLES) else self.haystack
+        if (haystack, value_type) not in haystacks:
+            haystacks[haystack, value_type] = _sentences(haystack, value_type, model, tokens)
+        return NeedleSetup(
+            name=name,
+            keys=task.keys or self.num_needles,
+            values=task.values or self.num_needles,
+            queries=task.queries or self.num_needles,
+            key_type=task.key_type or self.key_type,
+            value_type=value_type,
+            sentences=haystacks[haystack, value_type],
+        )
+
+    def ask(
+        self,
+        model: LanguageModel,
+        questions: Sequence[NeedleQuestion],
+        path: Path | None = None,
+        advance: Advance = silent,
+    ) -> tuple[list[QuestionScore], dict[str, Prediction]]:
+        """Return how each question was answered, and the generated answers by id (none for exact scoring)."""
+        if self.scoring == "match":
+            return super().ask(model, questions, path, advance)
+        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
+        return score_exactly(model, questions, size, advance), {}
+
+    def protocol(self, model: LanguageModel) -> dict[str, Any]:
+        """Return what the record says of the protocol."""
+        return {
+            "id": "needle/ruler",
+            "definition": "RULER's needle prompts; prompt and budget of new tokens (exact: the answer) have exactly "
+            "the length; keys and values never repeat",
+            "reference": "RULER, arXiv 2404.06654",
+            "scoring": self.scoring,
+            "scoring_definition": SCORINGS[self.scoring],
+            "tasks": {name: asdict(NEEDLE_TASKS[name]) for name in self.tasks},
+            "haystack": self.haystack,
+            "num_needles": self.num_needles,
+            "key_type": self.key_type,
+            "value_type": self.value_type,
+            "max_new_tokens": self.max_new_tokens if self.scoring == "match" else None,
+            "answer_prefix": self.opens_answer(model),
+            "seed": self.seed,
+        }
+
+    def pools(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
+        """Return the scores of all depths, and of all tasks together."""
+        return {"by_task": cells_of(scores, by_depth=False), "by_length": pooled_cells(scores)}
+
+    def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
+        """Return a note if prompts do not end as RULER's."""
+        if self.answer_prefix == self.opens_answer(model):
+            return []
+        return ["The chat template opens a thought: prompts do not end with the beginning of the answer."]
+
+
+def _sentences(haystack: str, value_type: str, model: LanguageModel, tokens: PromptTokens) -> Sentences:
+    if haystack == NOISE:
+        return noise_sentences(tokens.encode)
+    if haystack == NEEDLES:
+        return needle_sentences(tokens.encode, value_type)
+    path = SAMPLE_DOCUMENT if haystack == _BOOK else Path(haystack).expanduser()
+    if not path.exists():
+        raise ConfigError(f"--haystack must be noise, needles, book (the bundled story) or a text file: '{haystack}'.")
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"--haystack {path} is empty.")
+    return text_sentences(tokens.encode, user_text(model, text))
+
+
+def match_share(expected: Sequence[str], answer: str) -> float:
+    """Return the share of `expected` that is in `answer`, case ignored (RULER's string_match_all of one prompt)."""
+    text = _UNPRINTABLE.sub("\n", answer.strip()).lower()
+    return sum(value.lower() in text for value in expected) / len(expected)
+
+
+def score_exactly(
+    model: LanguageModel, questions: Sequence[NeedleQuestion], size: int, advance: Advance = silent
+) -> list[QuestionScore]:
+    """Return the share of values whose every token is the model's first choice, `size` prompts at once."""
+    import torch
+
+    scores = []
+    for batch in batched_by(questions, size, lambda each: (len(each.input_ids), len(each.prompt.answer_ids))):
+        ids = torch.tensor([[*each.input_ids, *each.prompt.answer_ids] for each in batch])
+        is_top1 = model.score(ids, len(batch[0].input_ids)).is_top1.cpu()
+        for question, row in zip(batch, is_top1, strict=True):
+            ends = question.prompt.ends
+            values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
+            scores.append(score_of(question, sum(values) / len(values)))
+        advance(len(batch))
+    return scores

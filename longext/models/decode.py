@@ -1,0 +1,175 @@
+"""Decoding: one loop for models that are read by segments, one call of transformers' for those that are read whole.
+
+Shape legend: B rows, n tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longext.checkpoint.checks import not_numbers
+from longext.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longext.models.hf import HFLanguageModel
+
+
+# --- choosing a token -------------------------------------------------------------------------------------------------
+
+
+def best_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Return the first of the best tokens, int64 [B], given logits [B, V]."""
+    return logits.argmax(-1)
+
+
+class Sampler:
+    """Greedy at temperature 0; else nucleus sampling (arXiv 1904.09751), seeded.
+
+    Args:
+        temperature: logits are divided by it.
+        top_p: only the most probable tokens that together reach this probability are drawn from.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        check_sampling(temperature, top_p)
+        self.temperature, self.top_p = temperature, top_p
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next tokens, int64 [B], given logits [B, V]."""
+        if not self.temperature:
+            return best_tokens(logits)
+        probabilities = torch.softmax(logits.detach().cpu().double() / self.temperature, -1)
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        inside = ordered.cumsum(-1) - ordered < self.top_p  # the token that reaches top_p is still inside
+        drawn = torch.multinomial(ordered * inside, 1, generator=self._generator)
+        return tokens.gather(-1, drawn)[:, 0].to(logits.device)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ConfigError unless 0 <= temperature and 0 < top_p <= 1."""
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature must be >= 0 (0 takes the best token), got {temperature:g}.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p must be above 0 and at most 1, got {top_p:g}.")
+
+
+# --- one token after the other ----------------------------------------------------------------------------------------
+
+
+def continue_rows(
+    next_logits: Callable[[], torch.Tensor],
+    take: Callable[[torch.Tensor], object],
+    count: int,
+    ends: Collection[int] = (),
+    choose: Callable[[torch.Tensor], torch.Tensor] = best_tokens,
+    num_rows: int = 1,
+) -> list[list[int]]:
+    """Return the continuations of B rows: `count` tokens, fewer up to and with one of `ends`.
+
+    Rows go through the model together until the last has ended.
+
+    Args:
+        next_logits: -> logits [B, V] of what follows all that was taken.
+        take: given the next tokens, int64 [B, 1].
+        choose: logits [B, V] -> int64 [B].
+        num_rows: B.
+    """
+    made: list[torch.Tensor] = []
+    ended: torch.Tensor | None = None
+    stop = torch.tensor(sorted(ends), dtype=torch.int64)
+    while len(made) < count and not (ended is not None and bool(ended.all())):
+        tokens = choose(next_logits())
+        made.append(tokens)
+        take(tokens[:, None])
+        ends_now = torch.isin(tokens, stop.to(tokens.device))
+        ended = ends_now if ended is None else ended | ends_now
+    rows = torch.stack(made, 1).tolist() if made else [[] for _ in range(num_rows)]
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+# --- transformers' generation -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: HFLanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Collection[int],
+    **settings: Any,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, with a KV cache; greedy unless `settings` say otherwise.
+
+    What follows a row's end is only there to fill. Shorter prompts are padded on the left. Length-dependent RoPE
+    (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a change of length would keep their
+    old rotation, and the result would equal no single forward pass.
+
+    Args:
+        ends: tokens that end a row.
+        settings: further arguments of transformers' `generate`.
+
+    Raises:
+        LongextError: logits that are not numbers.
+    """
+    longest = max(map(len, prompts))
+    pad = model.pad_token() or 0  # masked: which token fills is without effect
+    rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    with model.frozen_rope(longest + max_new_tokens), _plain_generation(model.model, ends):
+        output = model.model.generate(
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            logits_processor=[watch := _NanWatch()],
+            **{"do_sample": False, **settings},
+        )
+    watch.check()
+    made: list[list[int]] = output[:, longest:].tolist()
+    return made
+
+
+class _NanWatch:
+    """A logits processor that changes nothing and remembers logits that are not numbers (generation would go on)."""
+
+    def __init__(self) -> None:
+        self._found: torch.Tensor | None = None
+        self._length = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Look at logits [B, V]; nothing waits for the device."""
+        has_nan = scores.isnan().any()
+        self._found = has_nan if self._found is None else self._found | has_nan
+        self._length = input_ids.shape[1]
+        return scores
+
+    def check(self) -> None:
+        """Raise LongextError if there were such logits."""
+        if self._found is not None and bool(self._found):
+            raise not_numbers(f"after {self._length:,} tokens")
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+    """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
+
+    What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it
+    would not be the first choice at every token any more, as `score` judges it and models read by segments decode.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
+        yield
+    finally:
+        model.generation_config = settings
