@@ -170,7 +170,7 @@ class RetrievalEval(QuestionEval):
 
     def window_notes(self, model: LanguageModel, scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
-        longest, window = max(each.num_tokens for each in scores), context_length(model, self)
+        longest, window = max(each.num_tokens for each in scores), model.context_length
         if self.memory or longest <= window:
             return []
         over = sum(each.num_tokens > window for each in scores)
