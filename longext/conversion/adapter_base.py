@@ -19,34 +19,14 @@ from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_mo
 from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
-from longext.conversion.extend import (
-    ExtensionPlan,
-    place_file,
-    provenance,
-    side_files,
-    trained_rope,
-    write_json,
-    written_rope,
-)
+from longext.conversion.extend import ExtensionPlan, provenance, trained_rope, written_rope
+from longext.conversion.files import place_file, side_files, write_json
 from longext.errors import CheckpointError
 from longext.manifest import read_manifest, write_manifest
 from longext.rope.reading import spec_from_json
 
 BASE_DIRECTORY = "base"
 _RUN_MARKER = "complete.json"  # training/checkpoints.py: a checkpoint of a longext run
-
-# What an adapter directory may hold of a tokenizer; its other files describe the training.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -180,11 +160,6 @@ def _check_same_base(home: Path, base: Path) -> None:
 def _text(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
-
-
-def tokenizer_files(adapter: Path) -> list[Path]:
-    """Return the files of an adapter directory that belong to a tokenizer (or to generation)."""
-    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

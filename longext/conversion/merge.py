@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.links import belongs_to, left_out_note
 from longext.checkpoint.source import read_json
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import (
@@ -35,10 +34,19 @@ from longext.conversion.adapter import (
     read_adapter,
     read_adapter_config,
 )
-from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
+from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope
 from longext.conversion.card import license_of, model_card
 from longext.conversion.config import ExtendConfig, MergeConfig
-from longext.conversion.extend import ExtensionPlan, extended_config, left_out, place_file, raise_lengths, write_json
+from longext.conversion.extend import ExtensionPlan, extended_config
+from longext.conversion.files import (
+    belongs_to,
+    left_out,
+    left_out_note,
+    place_file,
+    raise_lengths,
+    tokenizer_files,
+    write_json,
+)
 from longext.conversion.proof import Proof, prove_merge
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import write_manifest, write_text
