@@ -15,7 +15,7 @@ from typing import Any
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, is_bundled
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model
+from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model, text_of
 from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
@@ -148,18 +148,13 @@ def _check_rope_is_known(adapter: Path, record: dict[str, Any]) -> None:
 
 def _check_same_base(home: Path, base: Path) -> None:
     """Raise CheckpointError if the config.json of an adapter describes a model of other sizes than the base."""
-    ours, theirs = (_text(read_config(path)) for path in (home, base))
+    ours, theirs = (text_of(read_config(path)) for path in (home, base))
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if key in ours and key in theirs and ours[key] != theirs[key]:
             raise CheckpointError(
                 f"{home / 'config.json'} says {key} {ours[key]}, the base {base} says {theirs[key]}: "
                 "an adapter for another base. Give its own with `longext merge --base`."
             )
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

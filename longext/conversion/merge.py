@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.source import read_json
+from longext.checkpoint.source import read_json, text_of
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import (
     INDEX_NAME,
@@ -223,10 +223,8 @@ def _written_dtype(source: StoredTensor, dtype: str) -> str:
 def merged_config(merge: Merge) -> dict[str, Any]:
     """Return the base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
     config = extended_config(merge.extension)
-    text = config.get("text_config")
-    sections = [config, text] if isinstance(text, dict) else [config]
     if merge.config.dtype != "auto":
-        for section in sections:
+        for section in (config, text_of(config)):
             key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
             if section is config or key in section:
                 section[key] = merge.config.dtype
