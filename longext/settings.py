@@ -124,6 +124,14 @@ def build_config(
     return kind(**values)
 
 
+def check_names(config: Any) -> None:
+    """Raise ConfigError for a setting of `config` that is none of the names its option lists."""
+    for field in dataclasses.fields(config):
+        names, value = option_of(field).names, getattr(config, field.name)
+        if names is not None and value is not None and value not in names():
+            raise ConfigError(f"Unknown {field.name} '{value}'. {did_you_mean(value, names())}")
+
+
 def find_recipe(name: str) -> Path:
     """Return the recipe file called `name`: a path, or a name inside the shipped recipes (`extend/books-5m-4k-yarn`).
 

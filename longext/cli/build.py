@@ -19,7 +19,10 @@ from typer.core import TyperCommand
 from longext.errors import ConfigError
 from longext.settings import Option, build_config, find_recipe, option_of
 
-PANELS = ("Options", "Method", "Data", "Chat", "Running", "Output")  # others come before "Output"
+PANELS = (  # others come before "Output"
+    *("Options", "Data", "Method", "Training", "Memory and speed", "Checkpoints", "Processes", "Chat", "Running"),
+    "Output",
+)
 WIDEST = 110  # characters of a line of help, on a terminal that has them
 _RECIPE_HEADER = re.compile(r"# longext ([a-z]+(?:[ -][a-z]+)*) -c ")
 
@@ -108,7 +111,7 @@ def _read_config(ctx: typer.Context, command: Command, given: Mapping[str, Any])
         for name, source in sources.items()
         if name in names and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
     }
-    config = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
+    config: Any = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
     if not command.takes_recipes_of:
         return config
     # the output that a recipe names is that of the command it is for

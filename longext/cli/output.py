@@ -41,14 +41,15 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
 
 def deliver(output: Path, command: str, measured: Measured, *, as_json: bool) -> None:
     """Write the results of an evaluation, then print tables, notes and their directory; see `show`."""
-    from longext.report.console import say
+    from longext.report.console import say, working
     from longext.report.render import render
     from longext.report.results import write_results
 
     rendered = render(str(output), measured.record, measured.task)
-    written = write_results(
-        output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
-    )
+    with working(f"writing {output}"):
+        written = write_results(
+            output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
+        )
     show(measured.record, written.tables, as_json=as_json, notes=measured.notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
@@ -71,10 +72,11 @@ def deliver_files(
     Args:
         tables, figures, extra: as for `write_result_files`.
     """
-    from longext.report.console import say
+    from longext.report.console import say, working
     from longext.report.results import write_results
 
-    written = write_results(output, command, config, record, tables, figures, extra)
+    with working(f"writing {output}"):
+        written = write_results(output, command, config, record, tables, figures, extra)
     for line in lead:
         say(line, aside=as_json)
     show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)

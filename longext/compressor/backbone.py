@@ -24,6 +24,14 @@ _CACHE_NAMES = ("past_key_values", "layer_past")
 _TOLERANCE = 1e-3
 
 
+def window_of(config: Any) -> int:
+    """Return the positions a model of this text config was made for, at most its sliding window."""
+    sizes = [int(config.max_position_embeddings)]
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        sizes.append(int(config.sliding_window))
+    return min(sizes)
+
+
 class _Captured(Exception):  # noqa: N818
     """Ends a forward pass once the last layer's attention input is known: nothing after it is needed."""
 
@@ -72,11 +80,8 @@ class Backbone:
 
     @property
     def window(self) -> int:
-        """Positions the model was made for: its context length, and no more than a sliding window."""
-        sizes = [int(self.config.max_position_embeddings)]
-        if getattr(self.config, "sliding_window", None) and getattr(self.config, "use_sliding_window", True):
-            sizes.append(int(self.config.sliding_window))
-        return min(sizes)
+        """Positions the model was made for (`window_of`)."""
+        return window_of(self.config)
 
     def hold_rotation(self) -> None:
         """Fix a RoPE that follows the length of the text (dynamic NTK, LongRoPE) at that of the whole window.

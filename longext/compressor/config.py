@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.compressor.architectures import COMPRESSORS
+from longext.data.config import RowsConfig
 from longext.options import ChatConfig, DataConfig, RuntimeConfig
-from longext.settings import LENGTH, option, setting
+from longext.settings import LENGTH, option, override
 from longext.training.config import TrainingConfig
 
 
@@ -13,28 +15,43 @@ from longext.training.config import TrainingConfig
 class CompressConfig(TrainingConfig, DataConfig):
     """`longext compress-train`: train a compressor on a frozen model (UIO-LLMs and its family)."""
 
-    data: str = option("", "Required: text file, folder, .jsonl, .parquet, Hub dataset id, or sample.", panel="Data")
-    split: str = option("train", "Split of a Hub dataset.", panel="Data")
-    accumulation: int = option(1, "Passes per step.", ge=1)
-    learning_rate: float = option(0.0001, "Peak learning rate.")
-    schedule: str = setting("cosine")
-    weight_decay: float = setting(0.1, ge=0)
-    prompt: str = option("auto", "qa: auto (chat template, else plain), chat, plain, llama2.")
-    arch: str = option("uio", "uio, anchor, icae, gist, autocompressor, rmt, beacon or prefix.")
-    memory_kind: str | None = option(None, "icae: soft (vectors) or kv.")
-    segment: int = option(1024, "Tokens of a segment.", ge=1, panel="Method")
-    ratio: tuple[int, ...] = option((8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.")
-    sink: int | None = option(None, "First raw tokens that stay readable (default 1; gist 0).", ge=0)
-    overlap: int = option(0, "Last raw tokens that stay readable.", ge=0)
+    data: str = override(RowsConfig, "data")
+    split: str = override(RowsConfig, "split")
+    prompt: str = override(RowsConfig, "prompt", help="qa: auto (chat template, else plain), chat, plain, llama2.")
+    control_tokens: str = override(RowsConfig, "control_tokens")
     document_length: int | None = option(
-        None, "Tokens of a training document (default: 12 segments, or what fits).", ge=2, le=LENGTH
+        None, "Tokens of a training document (default: 12 segments, or what fits).", ge=2, le=LENGTH, panel="Data"
     )
-    objectives: str = option("lm", "lm, ae, qa, distill with weights, as in lm:1,ae:0.2.")
-    gradient: str = option("exact", "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full.")
-    grad_check: int | None = option(None, "Compare with the exact gradient every N steps.", ge=1)
-    lora_r: int = option(128, "LoRA rank.", ge=1, le=2**16)
-    lora_alpha: int = option(512, "LoRA alpha.", ge=1)
-    init: str | None = option(None, "Start from the weights of this compressor.")
+    eval_lengths: tuple[int, ...] = override(
+        TrainingConfig, "eval_lengths", help="Tokens of context to measure at (default: 1, 4 and 12 segments).", ge=0
+    )
+    arch: str = option("uio", "Architecture", names=lambda: COMPRESSORS, panel="Method")
+    segment: int = option(1024, "Tokens of a segment.", ge=1, panel="Method")
+    ratio: tuple[int, ...] = option(
+        (8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.", panel="Method"
+    )
+    memory_kind: str | None = option(None, "icae: soft (vectors) or kv.", panel="Method")
+    sink: int | None = option(None, "First raw tokens that stay readable (default 1; gist 0).", ge=0, panel="Method")
+    overlap: int = option(0, "Last raw tokens that stay readable.", ge=0, panel="Method")
+    init: str | None = option(None, "Start from the weights of this compressor.", panel="Method")
+    objectives: str = option("lm", "lm, ae, qa, distill with weights, as in lm:1,ae:0.2.", panel="Training")
+    gradient: str = option(
+        "exact", "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full.", panel="Training"
+    )
+    grad_check: int | None = option(None, "Compare with the exact gradient every N steps.", ge=1, panel="Training")
+    lora_r: int = option(128, "LoRA rank.", ge=1, le=2**16, panel="Training")
+    lora_alpha: int = option(512, "LoRA alpha.", ge=1, panel="Training")
+    batch_size: int = override(TrainingConfig, "batch_size", help="Documents per process and pass.")
+    accumulation: int = override(TrainingConfig, "accumulation", 1, help="Passes per step.")
+    learning_rate: float = override(TrainingConfig, "learning_rate", 1e-4)
+    schedule: str = override(TrainingConfig, "schedule", "cosine")
+    weight_decay: float = override(TrainingConfig, "weight_decay", 0.1)
+    sequence_parallel: int = override(
+        TrainingConfig, "sequence_parallel", help="Processes that share each document's segments."
+    )
+    # known to every training, refused here
+    context_parallel: int = override(TrainingConfig, "context_parallel", is_flag=False)
+    trust_remote_code: bool = override(TrainingConfig, "trust_remote_code", is_flag=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.config import CompressConfig
 from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.spec import CompressorSpec, check_spec
+from longext.data.config import RowsConfig
 from longext.errors import ConfigError
-from longext.evals.memory.next_segment import check_context_lengths
-from longext.training.config import FinetuneConfig
+from longext.settings import check_names
 from longext.training.processes import is_sharded
-from longext.training.settings import check_optimiser, check_processes, check_reporting, fingerprint, world_size
+from longext.training.settings import (
+    DECIDING,
+    check_data,
+    check_optimiser,
+    check_processes,
+    check_reporting,
+)
 
 _DEFAULT_SEGMENTS = 12
-# Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
-_DECIDING = (
-    "prompt",
-    "arch",
-    "segment",
-    "ratio",
-    "overlap",
-    "objectives",
-    "gradient",
-    "lora_r",
-    "lora_alpha",
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "dtype",
-    "sequence_parallel",
-)
+DECIDING_COMPRESS = ("arch", "segment", "ratio", "overlap", "objectives", "gradient", *DECIDING)
 
 
 def check_compress_config(config: CompressConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no model."""
-    if not config.data:
-        raise ConfigError(
-            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
-        )
+    check_data(config)
+    check_names(config)
     cls = COMPRESSORS[config.arch]
     parse_objectives(config.objectives)
     policy = parse_policy(config.gradient, cls.recurrent)
     check_optimiser(config)
-    if config.schedule not in ("constant", "linear", "cosine"):
-        raise ConfigError(f"`schedule` must be one of constant, linear, cosine, got '{config.schedule}'.")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype for training must be auto, float32 or bfloat16, got '{config.dtype}'.")
     if config.context_parallel > 1:
@@ -65,7 +45,7 @@ def check_compress_config(config: CompressConfig) -> None:
     if config.trust_remote_code:
         raise ConfigError("`trust_remote_code` is not for compressors: memories need an architecture of transformers.")
     if config.eval_data is not None:
-        check_context_lengths(config.eval_lengths or (config.segment,), config.segment)
+        _check_eval_lengths(config.eval_lengths, config.segment)
     if is_sharded():
         raise ConfigError(
             "compress-train keeps the frozen model whole in every process, and this accelerate configuration shards "
@@ -74,9 +54,14 @@ def check_compress_config(config: CompressConfig) -> None:
     check_reporting(config.report_to)
 
 
-def global_batch(config: CompressConfig) -> int:
-    """Return the documents of one optimiser step, all processes together."""
-    return config.batch_size * config.accumulation * world_size(config) // config.sequence_parallel
+def _check_eval_lengths(lengths: tuple[int, ...], segment: int) -> None:
+    if segment < 2:
+        raise ConfigError(f"--eval-data needs a --segment of at least 2, got {segment}: its first token is not scored.")
+    if len(set(lengths)) < len(lengths) or any(length < 0 or length % segment for length in lengths):
+        raise ConfigError(
+            f"--eval-lengths must be different multiples of the segment {segment} (0 for none), for example "
+            f"0,{segment},{4 * segment}; got {', '.join(map(str, lengths))}."
+        )
 
 
 def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
@@ -114,7 +99,7 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     if not schedule.capacity:
         raise ConfigError(
             f"--ratio {ratio} makes {spec.segment // ratio} slots of each --segment {spec.segment}, and the model's "
-            f"{window} positions hold no memory beside a segment: use larger ratios, a shorter --segment, or extend "
+            f"{window} positions hold no memory next to a segment: use larger ratios, a shorter --segment, or extend "
             "the model first (longext extend)."
         )
     most = schedule.max_segments
@@ -137,32 +122,18 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     return config.document_length
 
 
-def token_source(config: CompressConfig) -> FinetuneConfig:
+def token_source(config: CompressConfig) -> RowsConfig:
     """Return the data part of a config as the token cache takes it: answers alone are scored with the objective qa."""
     task = "sft" if "qa" in parse_objectives(config.objectives) else "pretrain"
-    names = ("model", "data", "text_field", "split", "max_documents", "max_tokens", "prompt", "seed")
-    return FinetuneConfig(task=task, **{name: getattr(config, name) for name in names})
-
-
-def compress_fingerprint(
-    config: CompressConfig,
-    spec: CompressorSpec,
-    model_config: dict[str, Any],
-    base_weights: str,
-    report: dict[str, Any],
-    processes: int,
-) -> dict[str, Any]:
-    """Return everything that decides the numbers of a run, as plain JSON values."""
-    settings = {name: getattr(config, name) for name in _DECIDING}
-    settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": report["row_length"], "init": config.init}
-    return fingerprint(config, settings, model_config, base_weights, report["tokens_sha256"], processes)
+    names = ("data", "text_field", "split", "max_documents", "max_tokens", "prompt", "control_tokens", "seed")
+    return RowsConfig(task=task, **{name: getattr(config, name) for name in names})
 
 
 def same_shape(one: CompressorSpec, other: CompressorSpec) -> bool:
-    """True where the weights of one fit the other: sink and overlap may differ, and ratios where they nest."""
+    """True if the weights of one fit the other: sink and overlap may differ, and ratios if they nest."""
 
     def shape(spec: CompressorSpec) -> CompressorSpec:
-        # where slots have vectors of their own, there are as many as the smallest ratio makes
+        # if slots have vectors of their own, there are as many as the smallest ratio makes
         ratios = () if COMPRESSORS[spec.arch].nested else (min(spec.ratios),)
         return dataclasses.replace(spec, ratios=ratios, sink=0, overlap=0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longext.attention.sequence import make_sequence_group
-from longext.checkpoint.checks import check_ids, check_token_cache, embedding_rows
+from longext.checkpoint.checks import check_token_cache, embedding_rows
+from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.source import read_config
+from longext.compressor.architectures import COMPRESSORS
+from longext.compressor.backbone import window_of
 from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
     BaseModel,
@@ -26,74 +27,148 @@ from longext.compressor.checkpoint import (
 from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import Batch, Objectives, compare_gradients
 from longext.compressor.policies import parse_objectives, parse_policy
+from longext.compressor.schedule import Schedule
 from longext.compressor.settings import (
+    DECIDING_COMPRESS,
     check_compress_config,
-    compress_fingerprint,
     document_length,
-    global_batch,
     same_shape,
     spec_of,
     token_source,
 )
 from longext.compressor.spec import CompressorSpec
-from longext.data.packing import DocumentRows, collate_rows
+from longext.data.packing import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
-from longext.evals.memory.midway import Evaluation, load_evaluation
-from longext.training.callbacks import METRICS_NAME, Evaluate, Metrics, Report, peak_memory, read_metrics
-from longext.training.engine import Engine, Rows, StopOnSignal
+from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
-from longext.training.longlora import CHECKPOINTS, find_start, quiet_trainer, raise_if_stopped
-from longext.training.processes import is_main_process, main_process_first, num_processes, wait_for_all
-from longext.training.settings import trainer_arguments, world_size
-
-_PARTS = ("documents", "ae", "cosine", "relative_error", "norm_ratio")
+from longext.training.processes import is_main_process, main_process_first
+from longext.training.run import Run, RunPlan
+from longext.training.settings import fingerprint, world_size
 
 
-@dataclass
-class CompressRun:
-    """One training run in this process.
+@dataclass(frozen=True, kw_only=True)
+class CompressPlan(RunPlan):
+    """A compressor's training that was checked; its rows are documents.
 
     Attributes:
-        config: the resolved config.
-        base: the frozen model it belongs to.
-        compressor: what is trained.
-        rows: the training documents.
-        device: of this process.
-        evaluation: what is measured while it trains, or None.
-        notes: what the user should know of a run that is resumed.
+        base: the frozen model.
+        spec: the compressor.
+        window: positions of the model.
     """
 
     config: CompressConfig
     base: BaseModel
-    compressor: Compressor
-    rows: DocumentRows
-    device: torch.device
-    evaluation: Evaluation | None
-    notes: tuple[str, ...] = ()
+    spec: CompressorSpec
+    window: int
 
-    @property
-    def num_trainable(self) -> int:
-        """Numbers that are trained."""
-        return sum(p.numel() for p in self.compressor.parameters() if p.requires_grad)
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer of the frozen model."""
+        return load_tokenizer(self.source)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the numbers of the run."""
-        model_config = read_config(self.base.directory)
-        processes = world_size(self.config)
-        return compress_fingerprint(
-            self.config, self.compressor.spec, model_config, self.base.weights, self.rows.report, processes
+    def open_rows(self, tokenizer: Any, on_tokens: Callable[[int], None] | None = None) -> DocumentRows:
+        """Return the documents of the whole run; the main process tokenises, the others then find its cache."""
+        config = self.config
+        kind = COMPRESSORS[self.spec.arch]
+        shortest = Schedule.of(kind, self.spec, self.spec.ratios).shortest
+        with main_process_first():
+            cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
+        # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
+        skip = 1 if kind.trains_reader else shortest - 1
+        return DocumentRows(cache, self.row_length, config.seed, self.num_rows, minimum=shortest, skip=skip)
+
+    def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Return what decides the numbers of the run on data of this report."""
+        config, spec = self.config, self.spec
+        settings = {name: getattr(config, name) for name in DECIDING_COMPRESS}
+        settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": data["row_length"], "init": config.init}
+        processes = world_size(config)
+        return fingerprint(
+            config, settings, read_config(self.source), self.base.weights, data["tokens_sha256"], processes
+        )
+
+    def load(self, directory: Path, on_tokens: Callable[[int], None] | None = None) -> CompressRun:
+        """Load the frozen model, the compressor on it and the documents."""
+        from transformers import set_seed
+
+        config, device = self.config, training_device(self.config)
+        backbone, tokenizer = load_backbone(
+            self.base,
+            device=str(device),
+            dtype=_training_dtype(config, self.base, device),
+            attention=config.attention,
+            loss_chunk=config.loss_chunk,
+        )
+        set_seed(config.seed)
+        compressor = build_compressor(backbone, self.spec)
+        if config.init:
+            _start_from(compressor, Path(config.init).expanduser(), self.base)
+        compressor.repeat.requires_grad_("ae" in parse_objectives(config.objectives))
+        if config.checkpointing:
+            backbone.enable_checkpointing(compressor.adapters, config.offload, enable_checkpointing)
+        rows = self.open_rows(tokenizer, on_tokens)
+        check_token_cache(rows.cache, embedding_rows(backbone.model), tokenizer, str(config.data))
+        return CompressRun(
+            plan=self, directory=directory, model=compressor, tokenizer=tokenizer, rows=rows, device=device
         )
 
 
-@dataclass(frozen=True)
-class CompressResult:
-    """What a finished run leaves behind: where, what (`compress_record`), and the lines of metrics.jsonl."""
+def plan_compressor(config: CompressConfig) -> CompressPlan:
+    """Check a compressor's training, from config files alone.
 
-    directory: Path
-    record: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    Raises:
+        ConfigError: values out of range, or a compressor that does not fit the model's positions.
+        CheckpointError: the model cannot be read.
+    """
+    check_compress_config(config)
+    base = find_base(config.model, config.revision)
+    window = window_of(load_config(base.directory).get_text_config())
+    spec = spec_of(config, window)
+    length = document_length(config, spec, window)
+    return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec, window=window)
+
+
+@dataclass(kw_only=True)
+class CompressRun(Run):
+    """A loaded compressor's training; `model` is the compressor."""
+
+    plan: CompressPlan
+    model: Compressor
+
+    logged = ("documents", "ae", "cosine", "relative_error", "norm_ratio")
+
+    def make_engine(self, **settings: Any) -> CompressorEngine:
+        """Return the engine, which sweeps over the segments of each document."""
+        config = self.plan.config
+        policy = parse_policy(config.gradient, self.model.recurrent)
+        objectives = Objectives(parse_objectives(config.objectives), policy, config.seed)
+        return CompressorEngine(model=self.model, objectives=objectives, grad_check=config.grad_check, **settings)
+
+    def save(self, engine: Engine) -> None:
+        """Write the two files of the compressor."""
+        if is_main_process():
+            save_compressor(self.directory, self.model, self.plan.base)
+
+    def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Return the "compress" part of run.json."""
+        plan, backbone = self.plan, self.model.backbone
+        return {
+            "spec": plan.spec.to_json(),
+            "summary": self.model.summary,
+            "reference": self.model.reference,
+            "base_model": plan.base.name,
+            "window": plan.window,
+            "num_total": sum(p.numel() for p in backbone.model.parameters()),
+            "num_trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "objectives": parse_objectives(plan.config.objectives),
+            "gradient": plan.config.gradient,
+            "document_length": plan.row_length,
+            "documents_per_step": plan.rows_per_step,
+            "num_tokens": plan.num_tokens,
+            "data": self.rows.report,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            **self.cost(seconds),
+        }
 
 
 class CompressorEngine(Engine):
@@ -173,40 +248,6 @@ def sum_gradients(module: torch.nn.Module) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def prepare_compressor(config: CompressConfig, on_tokens: Callable[[int], None] | None = None) -> CompressRun:
-    """Load everything a run needs: the frozen model, the compressor on it, the documents.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: something given cannot be used.
-    """
-    from transformers import set_seed
-
-    base = find_base(config.model, config.revision)
-    device = training_device(config)
-    backbone, tokenizer = load_backbone(
-        base,
-        device=str(device),
-        dtype=_training_dtype(config, base, device),
-        attention=config.attention,
-        loss_chunk=config.loss_chunk,
-    )
-    spec = spec_of(config, backbone.window)
-    length = document_length(config, spec, backbone.window)
-    set_seed(config.seed)
-    compressor = build_compressor(backbone, spec)
-    if config.init:
-        _start_from(compressor, Path(config.init).expanduser(), base)
-    compressor.repeat.requires_grad_("ae" in parse_objectives(config.objectives))
-    if config.checkpointing:
-        backbone.enable_checkpointing(compressor.adapters, config.offload, enable_checkpointing)
-    rows = open_documents(config, compressor, tokenizer, length, on_tokens)
-    check_token_cache(rows.cache, embedding_rows(backbone.model), tokenizer, str(config.data))
-    evaluation = load_evaluation(config, spec, rows.length, tokenizer)
-    for text in evaluation.texts if evaluation else ():
-        check_ids(text, embedding_rows(backbone.model), tokenizer, str(config.eval_data))
-    return CompressRun(config, base, compressor, rows, device, evaluation)
-
-
 def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.device) -> str:
     """Return the dtype of the frozen model: float16, whose gradients would need loss scaling, becomes bfloat16."""
     raw = read_config(base.directory)
@@ -224,134 +265,3 @@ def _start_from(compressor: Compressor, directory: Path, base: BaseModel) -> Non
     if not same_shape(found, compressor.spec):
         raise ConfigError(f"--init {directory} is of another shape: {found}; this run asks for {compressor.spec}.")
     load_state(compressor, directory)
-
-
-def open_documents(
-    config: CompressConfig,
-    compressor: Compressor,
-    tokenizer: Any,
-    length: int,
-    on_tokens: Callable[[int], None] | None = None,
-) -> DocumentRows:
-    """Return the training documents of the whole run; the main process tokenises, the others then find its cache."""
-    shortest = compressor.schedule(min(compressor.spec.ratios)).shortest
-    with main_process_first():
-        cache = cached_tokens(token_source(config), tokenizer, length=length, on_progress=on_tokens)
-    # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
-    return DocumentRows(
-        cache,
-        length,
-        config.seed,
-        config.num_steps * global_batch(config),
-        minimum=shortest,
-        skip=1 if compressor.trains_reader else shortest - 1,
-    )
-
-
-def train_compressor(
-    config: CompressConfig,
-    directory: Path,
-    on_progress: Report | None = None,
-    on_start: Callable[[CompressRun], None] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
-    prolonged: Path | None = None,
-) -> CompressResult:
-    """Train, and write the compressor into `directory`.
-
-    Args:
-        directory: the run's working directory; holds checkpoints and metrics from the first step.
-        on_progress: told about tokens done and the last loss.
-        on_start: told about the run before its first step.
-        on_tokens: told how many tokens are tokenised so far, where the data is not in the cache.
-        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: something given cannot be used.
-        TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
-    """
-    check_compress_config(config)
-    run = prepare_compressor(config, on_tokens)
-    beginning = find_start(config, directory / CHECKPOINTS, run.fingerprint, prolonged)
-    run.notes = beginning.notes
-    metrics = Metrics(
-        directory / METRICS_NAME if is_main_process() else None, global_batch(config) * run.rows.length, on_progress
-    )
-    metrics.extra = _PARTS
-    signals = StopOnSignal()
-    objectives = Objectives(
-        parse_objectives(config.objectives), parse_policy(config.gradient, run.compressor.recurrent), config.seed
-    )
-    engine = CompressorEngine(
-        model=run.compressor,
-        args=trainer_arguments(
-            config, directory / CHECKPOINTS, run.device, False, beginning.fingerprint["warmup_used"]
-        ),
-        data_collator=collate_rows,
-        rows=Rows(run.rows, config.batch_size, config.sequence_parallel),
-        sequence=make_sequence_group(config.sequence_parallel),
-        objectives=objectives,
-        grad_check=config.grad_check,
-        fingerprint=beginning.fingerprint,
-        keep_checkpoints=config.keep_checkpoints,
-        callbacks=[metrics, signals, *_evaluation(run, metrics)],
-    )
-    metrics.log = engine.log
-    quiet_trainer(engine)
-    if on_start:
-        on_start(run)
-    directory.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with signals:
-        engine.train_from(beginning.checkpoint)
-    raise_if_stopped(signals, engine, directory)
-    return _finish(run, directory, time.perf_counter() - started)
-
-
-def _evaluation(run: CompressRun, metrics: Metrics) -> list[Evaluate]:
-    """Return the callback that measures the next segment with memory and its controls, where data was given for it."""
-    found = run.evaluation
-    if found is None:
-        return []
-
-    def evaluate(step: int) -> None:
-        with main_process_first():  # the others measure nothing
-            if is_main_process():
-                perplexity, controls = found.measure(run.compressor)
-                metrics.evaluation(step, perplexity, controls=controls)
-
-    return [Evaluate(evaluate, run.config.eval_every)]
-
-
-def _finish(run: CompressRun, directory: Path, seconds: float) -> CompressResult:
-    if is_main_process():
-        save_compressor(directory, run.compressor, run.base)
-    record = compress_record(run, seconds)
-    wait_for_all()
-    lines = read_metrics(directory / METRICS_NAME) if is_main_process() else []
-    return CompressResult(directory, record, lines)
-
-
-def compress_record(run: CompressRun, seconds: float) -> dict[str, Any]:
-    """Return the "compress" part of run.json: what was trained, on what, how."""
-    config, backbone = run.config, run.compressor.backbone
-    total = sum(p.numel() for p in backbone.model.parameters())
-    return {
-        "spec": run.compressor.spec.to_json(),
-        "summary": run.compressor.summary,
-        "reference": run.compressor.reference,
-        "base_model": run.base.name,
-        "window": backbone.window,
-        "num_total": total,
-        "num_trainable": run.num_trainable,
-        "objectives": parse_objectives(config.objectives),
-        "gradient": config.gradient,
-        "document_length": run.rows.length,
-        "documents_per_step": global_batch(config),
-        "num_tokens": config.num_steps * global_batch(config) * run.rows.length,
-        "data": run.rows.report,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "num_processes": num_processes(),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(run.device),
-    }

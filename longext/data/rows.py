@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.data.cache import TokenCache, TokenizedText, build_token_cache, open_token_cache, read_meta
+from longext.data.config import RowsConfig
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
 from longext.data.packing import PackedExamples, PackedRows, TokenRows, check_positions
 from longext.data.sft import ExampleEncoder
@@ -18,7 +19,6 @@ from longext.errors import ConfigError, DataError
 from longext.models.tokens import LONG, control_tokens, count_controls, encode_text
 from longext.models.turns import prefix_of
 from longext.registry import did_you_mean
-from longext.training.config import FinetuneConfig
 from longext.untrusted import note
 
 TASKS = ("pretrain", "sft")
@@ -27,7 +27,7 @@ _VERSION = 2  # raise it whenever the same data gives other tokens, so that old 
 
 
 def open_rows(
-    config: FinetuneConfig,
+    config: RowsConfig,
     tokenizer: Any,
     *,
     length: int,
@@ -54,7 +54,7 @@ def open_rows(
 
 
 def cached_tokens(
-    config: FinetuneConfig,
+    config: RowsConfig,
     tokenizer: Any,
     *,
     length: int,
@@ -94,7 +94,7 @@ def cached_tokens(
 
 
 def _built(
-    config: FinetuneConfig,
+    config: RowsConfig,
     tokenizer: Any,
     encoder: ExampleEncoder | None,
     key: Mapping[str, Any],
@@ -194,7 +194,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 class _DocumentSource:
     """The documents of a config as (name, text), counted and hashed while they pass."""
 
-    def __init__(self, config: FinetuneConfig, controls: frozenset[int]) -> None:
+    def __init__(self, config: RowsConfig, controls: frozenset[int]) -> None:
         self._config = config
         self._controls = controls
         self._num_controls = 0
@@ -222,7 +222,7 @@ class _DocumentSource:
         self._num_controls += count_controls(ids, self._controls)
 
 
-def _cache_key(config: FinetuneConfig, tokenizer: Any, encoder: ExampleEncoder | None) -> dict[str, Any]:
+def _cache_key(config: RowsConfig, tokenizer: Any, encoder: ExampleEncoder | None) -> dict[str, Any]:
     """Return all that the tokens depend on."""
     settings: dict[str, Any] = {"max_documents": config.max_documents, "max_tokens": config.max_tokens}
     settings |= {"control_tokens": TEXT} if config.control_tokens == TEXT else {}

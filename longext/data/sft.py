@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longext.data.cache import TokenizedText
+from longext.data.config import RowsConfig
 from longext.data.conversations import Conversation, read_conversation
 from longext.data.documents import Row
 from longext.data.prompts import ControlTokens, RenderedExample, Span, make_prompt, resolve_prompt, whole_offsets
 from longext.errors import ConfigError, DataError
-from longext.training.config import FinetuneConfig
 
 _KEEP = 32  # tokens of a shortened text that stay at either end: where the task and the question are
 _BATCH = 32  # examples tokenised at a time
@@ -77,7 +77,7 @@ class ExampleEncoder:
         ConfigError: unknown prompt, or a tokenizer without offsets.
     """
 
-    def __init__(self, tokenizer: Any, length: int, config: FinetuneConfig) -> None:
+    def __init__(self, tokenizer: Any, length: int, config: RowsConfig) -> None:
         if not tokenizer.is_fast:
             raise ConfigError("Task sft needs a fast tokenizer (a tokenizer.json); this one gives no offsets.")
         self.tokenizer = tokenizer

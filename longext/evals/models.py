@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
 
 
-def open_model(config: Any) -> Any:
+def open_model(config: Any) -> LanguageModel:
     """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name.
 
     It is asked as the config says (a `ChatConfig`).
@@ -21,7 +24,7 @@ def open_model(config: Any) -> Any:
     return model
 
 
-def _load(config: Any) -> Any:
+def _load(config: Any) -> LanguageModel:
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)
     if getattr(config, "memory", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,23 +35,32 @@ def run_eval(
     task: Eval,
     model: LanguageModel | None = None,
     *,
+    data: Any = None,
     progress: Progress = no_progress,
+    loading: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     answers: Path | None = None,
 ) -> Measured:
     """Return what `task` measures of its model.
 
     Args:
         model: already open, instead of the one that `task` names.
+        data: already read, instead of what `task` names.
         progress: opens a progress display.
+        loading: opens what shows that a model is being loaded.
         answers: where answers are kept while the run lasts.
 
     Raises:
         ConfigError, DataError, CheckpointError: something given cannot be used.
     """
     task.check()
-    data = task.load_data()
+    data = task.load_data() if data is None else data
     limits = task.limits(data)
-    opened = model if model is not None else task.open_model()
-    outcome = task.measure(opened, data, Work(progress=progress, answers=answers))
+    if model is None:
+        from longext.models.threads import set_threads
+
+        set_threads(task.threads)
+        with loading(f"loading {task.model}"):
+            model = task.open_model()
+    outcome = task.measure(model, data, Work(progress=progress, answers=answers))
     outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

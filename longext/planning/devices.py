@@ -22,7 +22,7 @@ class Device:
         name: vendor's name and memory, for example A100-80GB.
         memory: bytes the driver reports as total (less than the name says: vendors count some for ECC and firmware).
         tflops: dense peak of the matrix units at 16 bits with 32-bit accumulation, 1e12 FLOP/s, from the data sheet.
-        has_bfloat16: False where only float16 runs on the matrix units.
+        has_bfloat16: False if only float16 runs on the matrix units.
     """
 
     name: str
@@ -34,37 +34,37 @@ class Device:
 DEVICES: Registry[Device] = Registry("GPU")
 
 
-def _device(name: str, gib: float, tflops: float, has_bfloat16: bool = True) -> None:
-    device = Device(name=name, memory=round(gib * GIB), tflops=tflops, has_bfloat16=has_bfloat16)
-    DEVICES.register(name, device)
-
-
-_device("V100-16GB", 15.7, 125.0, has_bfloat16=False)
-_device("V100-32GB", 31.7, 125.0, has_bfloat16=False)
-_device("T4-16GB", 14.6, 65.0, has_bfloat16=False)
-_device("A10-24GB", 22.0, 125.0)
-_device("A30-24GB", 23.5, 165.0)
-_device("A40-48GB", 44.4, 149.7)
-_device("A6000-48GB", 47.4, 154.8)
-_device("A100-40GB", 39.4, 312.0)
-_device("A100-80GB", 79.2, 312.0)
-_device("L4-24GB", 22.0, 121.0)
-_device("L40S-48GB", 44.4, 362.0)
-_device("RTX-3090-24GB", 23.6, 71.0)
-_device("RTX-4090-24GB", 23.5, 165.2)
-_device("RTX-5090-32GB", 31.4, 209.5)
-_device("H100-80GB", 79.2, 989.0)
-_device("H100-PCIe-80GB", 79.2, 756.0)
-_device("H200-141GB", 139.8, 989.0)
-_device("B200-180GB", 178.0, 2250.0)
-_device("MI250X-128GB", 127.0, 383.0)
-_device("MI300X-192GB", 191.0, 1307.0)
+_SIXTEEN_BIT = {  # GiB, peak in TFLOP/s
+    "V100-16GB": (15.7, 125.0),
+    "V100-32GB": (31.7, 125.0),
+    "T4-16GB": (14.6, 65.0),
+    "A10-24GB": (22.0, 125.0),
+    "A30-24GB": (23.5, 165.0),
+    "A40-48GB": (44.4, 149.7),
+    "A6000-48GB": (47.4, 154.8),
+    "A100-40GB": (39.4, 312.0),
+    "A100-80GB": (79.2, 312.0),
+    "L4-24GB": (22.0, 121.0),
+    "L40S-48GB": (44.4, 362.0),
+    "RTX-3090-24GB": (23.6, 71.0),
+    "RTX-4090-24GB": (23.5, 165.2),
+    "RTX-5090-32GB": (31.4, 209.5),
+    "H100-80GB": (79.2, 989.0),
+    "H100-PCIe-80GB": (79.2, 756.0),
+    "H200-141GB": (139.8, 989.0),
+    "B200-180GB": (178.0, 2250.0),
+    "MI250X-128GB": (127.0, 383.0),
+    "MI300X-192GB": (191.0, 1307.0),
+}
+for _name, (_gib, _tflops) in _SIXTEEN_BIT.items():
+    _has_bfloat16 = not _name.startswith(("V100", "T4"))
+    DEVICES.register(_name, Device(name=_name, memory=round(_gib * GIB), tflops=_tflops, has_bfloat16=_has_bfloat16))
 
 
 def parse_gpus(text: str) -> tuple[int, Device]:
     """Return (number, device) of `8xA100-80GB`.
 
-    No number means one, case does not matter, and the memory may be left out where it is not in doubt (`H200`).
+    No number means one, case does not matter, and the memory may be left out if it is not in doubt (`H200`).
 
     Raises:
         ConfigError: not of that form, none of them, or a device that is not in the table (names the nearest).

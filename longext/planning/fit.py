@@ -6,16 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError
 from longext.manifest import result_record
-from longext.planning.config import PlanConfig
+from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
 from longext.planning.memory import MemoryPlan, kv_cache_bytes, plan_memory
-from longext.planning.setup import DTYPES, TrainingSetup, setup_of
+from longext.planning.setup import TrainingSetup, setup_of
 from longext.planning.shape import ModelShape, read_shape
 
 STEP = 256  # lengths are searched in multiples of this many tokens
@@ -30,7 +31,7 @@ class Rung:
         flag: what this rung adds.
         needed: bytes a GPU must have at the asked length.
         fits: the device has them.
-        longest: the longest length that fits, 0 where none does.
+        longest: the longest length that fits, 0 if none does.
         seconds: of one micro-batch at the asked length.
     """
 
@@ -47,16 +48,18 @@ class TrainingPlan:
     """What a training run will cost.
 
     Attributes:
+        source: directory of the model.
         setup: the run, sharding decided.
         dense, sparse: forward FLOPs of one sequence, every query counted with every key of its group; `sparse` is the
             run's own attention, equal to `dense` for full attention.
         flops: of one micro-batch as the hardware computes it (causal pairs, recomputation, backward).
         seconds: of one micro-batch (all GPUs at work) at the assumed utilisation.
-        longest: the longest length that fits with these flags, 0 where none does.
+        longest: the longest length that fits with these flags, 0 if none does.
         by_length: memory at lengths from short to beyond the longest, sharding decided for each.
     """
 
     config: PlanConfig
+    source: Path
     shape: ModelShape
     setup: TrainingSetup
     device: Device
@@ -71,7 +74,7 @@ class TrainingPlan:
 
     @property
     def fits(self) -> bool:
-        """True where the peak and the CUDA context are within the device's memory."""
+        """True if the peak and the CUDA context are within the device's memory."""
         return self.memory.needed <= self.device.memory
 
     @property
@@ -89,7 +92,7 @@ class TrainingPlan:
         return num_tokens / self.tokens_per_second / 3600
 
     def notes(self) -> list[str]:
-        """Return what a reader must know beside the numbers, one line each."""
+        """Return what a reader must know besides the numbers, one line each."""
         return [*_model_notes(self.shape), *_run_notes(self)]
 
 
@@ -100,15 +103,20 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         ConfigError: an unknown GPU, method, attention, sharding or dtype, or numbers that cannot be.
         CheckpointError: no such model, or one whose cost is not known.
     """
-    check_plan_config(config)
+    _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
-    asked = setup_of(config, num_gpus)
-    shape = read_shape(resolve_model(config.model, config.revision, weights=False))
-    _check_heads(shape, asked)
-    setup = decide_sharding(shape, asked, device)
-    longest = longest_length(shape, asked, device)
+    wanted = setup_of(config, num_gpus)
+    source = resolve_model(config.model, config.revision, weights=False)
+    shape = read_shape(source)
+    if shape.num_heads % wanted.sequence_parallel:
+        raise ConfigError(
+            f"`sequence_parallel` {wanted.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
+        )
+    setup = decide_sharding(shape, wanted, device)
+    longest = longest_length(shape, wanted, device)
     return TrainingPlan(
         config=config,
+        source=source,
         shape=shape,
         setup=setup,
         device=device,
@@ -118,26 +126,17 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         flops=training_flops(shape, setup, causal=True),
         seconds=seconds_of(shape, setup, device, config.utilisation),
         longest=longest,
-        ladder=tuple(_ladder(config, shape, asked, device)),
-        by_length=tuple(_by_length(shape, asked, device, longest)),
+        ladder=tuple(_ladder(config, shape, wanted, device)),
+        by_length=tuple(_by_length(shape, wanted, device, longest)),
     )
 
 
-def check_plan_config(config: PlanConfig) -> None:
-    """Raise ConfigError where `config` cannot be planned; needs no model."""
+def _check_numbers(config: PlanConfig) -> None:
     for name in ("length", "batch_size", "lora_r", "loss_chunk", "sequence_parallel"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
     if not 0 < config.utilisation <= 1:
         raise ConfigError(f"`utilisation` is a fraction of the peak, in (0, 1], got {config.utilisation:g}.")
-    setup_of(config, parse_gpus(config.gpus)[0])
-
-
-def _check_heads(shape: ModelShape, setup: TrainingSetup) -> None:
-    if shape.num_heads % setup.sequence_parallel:
-        raise ConfigError(
-            f"`sequence_parallel` {setup.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
-        )
 
 
 def decide_sharding(shape: ModelShape, setup: TrainingSetup, device: Device) -> TrainingSetup:
@@ -162,7 +161,7 @@ def seconds_of(shape: ModelShape, setup: TrainingSetup, device: Device, utilisat
 
 
 def longest_length(shape: ModelShape, setup: TrainingSetup, device: Device) -> int:
-    """Return the longest length (a multiple of 256 tokens) that fits with the flags of `setup`, 0 where none does."""
+    """Return the longest length (a multiple of 256 tokens) that fits with the flags of `setup`, 0 if none does."""
 
     def fits(length: int) -> bool:
         candidate = decide_sharding(shape, dataclasses.replace(setup, length=length), device)
@@ -175,11 +174,11 @@ def longest_length(shape: ModelShape, setup: TrainingSetup, device: Device) -> i
     return low * STEP
 
 
-def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device: Device) -> Iterator[Rung]:
+def _ladder(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup, device: Device) -> Iterator[Rung]:
     """Yield the rungs from everything off to everything on; each keeps the flags below it."""
-    plain = "ddp" if asked.num_gpus > 1 else "none"
+    plain = "ddp" if wanted.num_gpus > 1 else "none"
     setup = dataclasses.replace(
-        asked,
+        wanted,
         method="full",
         attention="full",
         checkpointing=False,
@@ -188,7 +187,7 @@ def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device:
         sharding=plain,
         sequence_parallel=1,
     )
-    for flag, change in (("full fine-tuning, full attention, no savings", {}), *_savings(config, shape, asked)):
+    for flag, change in (("full fine-tuning, full attention, no savings", {}), *_savings(config, shape, wanted)):
         setup = dataclasses.replace(setup, **change)
         needed = plan_memory(shape, setup).needed
         yield Rung(
@@ -201,34 +200,34 @@ def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device:
         )
 
 
-def _savings(config: PlanConfig, shape: ModelShape, asked: TrainingSetup) -> list[tuple[str, dict[str, Any]]]:
-    """Return (flag, change) of each rung above the first; LoRA first, or last where full training was asked for."""
-    method = "longlora" if asked.is_full else asked.method
-    attention = "s2" if asked.is_full else asked.attention
+def _savings(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup) -> list[tuple[str, dict[str, Any]]]:
+    """Return (flag, change) of each rung above the first; LoRA first, or last if full training was asked for."""
+    method = "longlora" if wanted.is_full else wanted.method
+    attention = "s2" if wanted.is_full else wanted.attention
     name = {"longlora": "--tuning lora+embed+norm --attention s2", "lora": "--tuning lora"}[method]
     lora: tuple[str, dict[str, Any]] = (name, {"method": method, "attention": attention})
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("+ gradient checkpointing", {"checkpointing": True}),
         (f"+ loss in chunks of {config.loss_chunk:,} tokens", {"loss_chunk": config.loss_chunk}),
     ]
-    if asked.num_gpus > 1:
+    if wanted.num_gpus > 1:
         rungs += [("+ DeepSpeed ZeRO-2", {"sharding": "zero2"}), ("+ FSDP2", {"sharding": "fsdp"})]
-        ranks = math.gcd(asked.num_gpus, shape.num_heads)
+        ranks = math.gcd(wanted.num_gpus, shape.num_heads)
         if ranks > 1:
             rungs.append((f"+ --sequence-parallel {ranks}", {"sequence_parallel": ranks}))
     rungs.append(("+ --offload", {"offload": True}))
-    return [*rungs, lora] if asked.is_full else [lora, *rungs]
+    return [*rungs, lora] if wanted.is_full else [lora, *rungs]
 
 
 def _by_length(
-    shape: ModelShape, asked: TrainingSetup, device: Device, longest: int
+    shape: ModelShape, wanted: TrainingSetup, device: Device, longest: int
 ) -> Iterator[tuple[TrainingSetup, MemoryPlan]]:
     """Yield (setup, memory): three halvings of the asked length, it, and doublings until it no longer fits."""
-    length = max(STEP, asked.length >> 3)
+    length = max(STEP, wanted.length >> 3)
     while True:
-        setup = decide_sharding(shape, dataclasses.replace(asked, length=length), device)
+        setup = decide_sharding(shape, dataclasses.replace(wanted, length=length), device)
         yield setup, plan_memory(shape, setup)
-        if length >= asked.length and (length > longest or length >= 8 * asked.length):
+        if length >= wanted.length and (length > longest or length >= 8 * wanted.length):
             return
         length *= 2
 
@@ -262,32 +261,43 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"does not fit as asked; the first rung of the ladder that does: {way.flag} (with all rungs above it)"
 
 
+_SIZES = (
+    "model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "vocab_size", "tied", "num_parameters", "counted",
+)  # fmt: skip
+
+
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     """Return the plan as JSON values: bytes, FLOPs, seconds."""
-    shape = {
-        name: getattr(plan.shape, name)
-        for name in ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    }
-    sizes = ("intermediate_size", "vocab_size", "tied", "num_parameters", "counted")
-    shape |= {name: getattr(plan.shape, name) for name in sizes}
     num_tokens = plan.config.num_tokens
+    flops = {
+        "forward_dense": plan.dense,
+        "forward": plan.sparse,
+        "step_forward": plan.flops.forward,
+        "step_recompute": plan.flops.recompute,
+        "step_backward": plan.flops.backward,
+        "step": plan.flops.total,
+    }
     return result_record(
         "plan",
         model=plan.config.model,
-        shape=shape,
+        shape={name: getattr(plan.shape, name) for name in _SIZES},
         setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
         device=dataclasses.asdict(plan.device),
         trainable_parameters=plan.setup.trainable(plan.shape),
         memory=_memory_record(plan.memory),
         fits=plan.fits,
         longest_length=plan.longest,
-        flops=_flops_record(plan),
+        flops={
+            name: {**dataclasses.asdict(part), "total": part.total, "attention_share": part.attention_share}
+            for name, part in flops.items()
+        },
         utilisation=plan.config.utilisation,
         seconds_per_batch=plan.seconds,
         tokens_per_second=plan.tokens_per_second,
         hours=plan.hours(num_tokens) if num_tokens else None,
         kv_cache_bytes=kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        ladder=[_rung_record(rung) for rung in plan.ladder],
+        ladder=[dataclasses.asdict(rung) for rung in plan.ladder],
         by_length=[
             {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
             for setup, memory in plan.by_length
@@ -297,20 +307,4 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:
-    totals = {"peak": memory.peak, "needed": memory.needed, "host": memory.host, "phase": memory.phase}
-    return {**totals, "parts": memory.parts}
-
-
-def _flops_record(plan: TrainingPlan) -> dict[str, Any]:
-    parts = {"forward_dense": plan.dense, "forward": plan.sparse}
-    causal = {"step_forward": plan.flops.forward, "step_recompute": plan.flops.recompute}
-    parts |= {**causal, "step_backward": plan.flops.backward, "step": plan.flops.total}
-    return {
-        name: {**dataclasses.asdict(flops), "total": flops.total, "attention_share": flops.attention_share}
-        for name, flops in parts.items()
-    }
-
-
-def _rung_record(rung: Rung) -> dict[str, Any]:
-    names = ("flag", "needed", "fits", "longest", "seconds")
-    return {**{name: getattr(rung, name) for name in names}, "setup": dataclasses.asdict(rung.setup)}
+    return {name: getattr(memory, name) for name in ("peak", "needed", "host", "phase", "parts")}

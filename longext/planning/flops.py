@@ -46,7 +46,7 @@ class Flops:
     @property
     def total(self) -> float:
         """The sum of all parts."""
-        return float(sum(dataclasses.astuple(self)))
+        return float(sum(vars(self).values()))
 
     @property
     def attention_share(self) -> float:
@@ -54,13 +54,11 @@ class Flops:
         return self.attention / self.total
 
     def __add__(self, other: Flops) -> Flops:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        names = [field.name for field in dataclasses.fields(self)]
-        return Flops(**dict(zip(names, (a + b for a, b in pairs), strict=True)))
+        return Flops(**{part: value + getattr(other, part) for part, value in vars(self).items()})
 
     def times(self, factor: float) -> Flops:
         """Return every part multiplied by `factor`."""
-        return Flops(**{key: value * factor for key, value in dataclasses.asdict(self).items()})
+        return Flops(**{part: value * factor for part, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ def training_flops(
     """Return the FLOPs of one micro-batch (forward, recomputation, backward), all GPUs together, for one `batch_size`.
 
     A product X W costs the same forward, for the gradient of X and for the gradient of W; the last is not computed for
-    frozen W. Checkpointing computes each layer once more, but for its last matrix where nothing behind it needs that
+    frozen W. Checkpointing computes each layer once more, but for its last matrix if nothing behind it needs that
     (torch stops early). A loss in chunks computes its gradients at once, so its logits are not computed again.
 
     Args:

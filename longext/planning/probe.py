@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,21 @@ from typing import Any
 import torch
 
 from longext.checkpoint.load import build_model, load_config
-from longext.checkpoint.tying import is_tied
 from longext.errors import ConfigError
 from longext.planning.flops import training_flops
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape
 from longext.planning.tracker import MemoryTracker
-from longext.training.tuning import embedding_module, norm_modules
+from longext.training.config import FinetuneConfig
+from longext.training.loading import enable_checkpointing
+from longext.training.tuning import make_trainable
 
 DEPTHS = (2, 4)
 _GUESS = {"cpu": 5e10, "cuda": 2e14}  # FLOP/s, to choose a length that takes seconds; only the measurement is used
 _SECONDS = 8.0  # at most, by that guess, for one step of the deeper model
 _SHORTEST = 128
+_TUNINGS = {"longlora": "lora+embed+norm", "lora": "lora", "full": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Probe:
 
     Attributes:
         runs: the measured depths, shallow first.
-        length: the length measured (the asked one, or shorter where that would take long).
+        length: the length measured (the asked one, or shorter if that would take long).
         is_whole: the model is no deeper than the deepest run, so nothing was extrapolated over layers.
         seconds, peak: of a batch at `length` and the model's depth: linear in layers.
         flops_per_second: causal FLOPs of the layers over their time.
@@ -126,41 +127,37 @@ def _free_memory(device: torch.device) -> float:
 def _measure(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> ProbeRun:
     """Run two steps at `depth` layers: the first warms up and is tracked, the second is timed."""
     gc.collect()  # the model of the depth before
-    model = _build(directory, shape, setup, depth, device)
+    model = _build(directory, setup, depth, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, shape.vocab_size, (1, setup.length), device=device)
+    is_cuda = device.type == "cuda"
 
-    def step() -> None:
+    def step() -> float:
+        """Run a step; return its seconds."""
+        started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=setup.compute_bytes < 4):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    peak = _peak_of(step, model, setup, shape, depth, device)
-    _wait(device)
-    started = time.perf_counter()
-    step()
-    _wait(device)
-    seconds = time.perf_counter() - started
-    if device.type == "cuda":
-        peak = float(torch.cuda.max_memory_allocated(device))
-    return ProbeRun(num_layers=depth, seconds=seconds, peak=peak)
-
-
-def _peak_of(step: Any, model: Any, setup: TrainingSetup, shape: ModelShape, depth: int, device: torch.device) -> float:
-    """Return the peak of a step in bytes, moments included; on a CPU by tracking storages (exact states added)."""
-    if device.type == "cuda":
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return 0.0  # read after the second step, when the optimiser's states exist
+        # the peak of the second step, when the optimiser's states exist
+        return ProbeRun(num_layers=depth, seconds=step(), peak=float(torch.cuda.max_memory_allocated(device)))
     with MemoryTracker(model.parameters()) as tracker:
         step()
     plan = plan_memory(dataclasses.replace(shape, num_layers=depth), setup)
-    return float(tracker.peak + plan.weights + plan.optimizer)
+    # a CPU keeps no count: operators are tracked, and the exact states added
+    peak = float(tracker.peak + plan.weights + plan.optimizer)
+    return ProbeRun(num_layers=depth, seconds=step(), peak=peak)
 
 
-def _build(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> Any:
+def _build(directory: Path, setup: TrainingSetup, depth: int, device: torch.device) -> Any:
     """Return the model with `depth` layers and random weights, trained as `setup.method` says."""
     config = load_config(directory).get_text_config()
     config.num_hidden_layers = depth
@@ -169,41 +166,10 @@ def _build(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int,
     dtype = torch.float32 if setup.is_full or setup.compute_bytes == 4 else torch.bfloat16
     with torch.device(device):
         model = build_model(config, dtype=dtype).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # renamed between transformers 5.17 and 5.23; peft has the old
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model if setup.is_full else _adapted(model, setup)
-
-
-def _adapted(model: Any, setup: TrainingSetup) -> Any:
-    """Return `model` with adapters on its attention matrices, embeddings and norms trained too for LongLoRA."""
-    from peft import LoraConfig, get_peft_model
-
-    model.enable_input_require_grads()
-    saved = [embedding_module(model), *norm_modules(model)] if setup.trains_embeddings else None
-    lora = LoraConfig(
-        r=setup.lora_r,
-        target_modules=_attention_matrices(model),
-        modules_to_save=saved,
-        ensure_weight_tying=bool(saved) and is_tied(model),
-    )
-    adapted = get_peft_model(model, lora)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted
-
-
-def _attention_matrices(model: Any) -> list[str]:
-    attention = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "att" in name
-    ]
-    return sorted({name.rsplit(".", 1)[-1] if "attn" in name else ".".join(name.split(".")[-2:]) for name in attention})
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        config = FinetuneConfig(model=str(directory), tuning=_TUNINGS[setup.method], lora_r=setup.lora_r)
+        trained, _ = make_trainable(model, config, str(directory))
+    enable_checkpointing(model, offload=False)
+    return trained
 
 
 def _calibrated(
@@ -211,23 +177,22 @@ def _calibrated(
 ) -> Probe:
     """Extrapolate over layers and scale the closed forms of the asked run."""
     shallow, deep = runs[0], runs[-1]
-    beyond = shape.num_layers - deep.num_layers
-    layers = max(1, deep.num_layers - shallow.num_layers)
+    beyond, layers = shape.num_layers - deep.num_layers, max(1, deep.num_layers - shallow.num_layers)
     each = (deep.seconds - shallow.seconds) / layers if len(runs) > 1 else deep.seconds / deep.num_layers
     each_peak = (deep.peak - shallow.peak) / layers if len(runs) > 1 else 0.0
-    shapes = [dataclasses.replace(shape, num_layers=run.num_layers) for run in runs]
-    flops = [training_flops(own, measured, causal=True).total.total for own in shapes]
-    plans = [plan_memory(own, measured) for own in shapes]
-    ratio = deep.peak / plans[-1].peak
-    whole = training_flops(shape, measured, causal=True).total.total
-    seconds = deep.seconds + beyond * each
-    rate = whole / seconds if seconds > 0 else flops[-1] / deep.seconds
-    states = (plans[-1].states - plans[0].states) / layers
-    asked = training_flops(shape, setup, causal=True).total.total / setup.sequence_parallel
+    shapes = [dataclasses.replace(shape, num_layers=run.num_layers) for run in (shallow, deep)]
+    plans = [plan_memory(run_shape, measured) for run_shape in shapes]
+    states = (plans[1].states - plans[0].states) / layers
+    seconds, ratio = deep.seconds + beyond * each, deep.peak / plans[1].peak
+
+    def flops(of: ModelShape, run: TrainingSetup) -> float:
+        return training_flops(of, run, causal=True).total.total
+
+    rate = flops(shape, measured) / seconds if seconds > 0 else flops(shapes[1], measured) / deep.seconds
+    here = dataclasses.replace(setup, compute_bytes=measured.compute_bytes)
+    threads = f"CPU, {torch.get_num_threads()} thread(s)"
     return Probe(
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s)",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
         dtype="float32" if measured.compute_bytes == 4 else "bfloat16",
         runs=runs,
         length=measured.length,
@@ -239,6 +204,6 @@ def _calibrated(
         memory_ratio=ratio,
         bytes_per_layer_token=max(0.0, each_peak - states) / measured.length,
         asked_length=setup.length,
-        asked_seconds=asked / rate,
-        asked_peak=plan_memory(shape, dataclasses.replace(setup, compute_bytes=measured.compute_bytes)).peak * ratio,
+        asked_seconds=flops(shape, setup) / setup.sequence_parallel / rate,
+        asked_peak=plan_memory(shape, here).peak * ratio,
     )

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from longext.errors import ConfigError
-from longext.planning.config import PlanConfig
+from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.shape import ModelShape
-from longext.registry import did_you_mean
-
-METHODS = ("longlora", "lora", "full")
-ATTENTIONS = ("s2", "full")
-SHARDINGS = ("auto", "none", "ddp", "zero2", "fsdp")
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from longext.settings import check_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """A training run, as far as it costs memory and time.
+    """A training run, as far as it costs memory and time; what `PlanConfig` has too means the same here.
 
     Attributes:
-        length: tokens of a sequence.
-        batch_size: sequences in one micro-batch.
         method: longlora (LoRA, embeddings and norms), lora or full.
         attention: s2 (half of the heads in groups, half in groups shifted by half a group) or full.
-        group_size: tokens of a group; None for `group_ratio` of the length.
-        lora_r: rank of the adapters on q, k, v and o.
-        checkpointing: each decoder layer keeps its input only and is computed again in the backward pass.
         loss_chunk: tokens whose logits exist at once; None for all of them.
-        offload: the kept inputs wait in host memory.
         sharding: none or ddp (replicas), zero2 (gradients and optimiser divided), fsdp (weights too).
         num_gpus: GPUs in all.
-        sequence_parallel: GPUs that share each sequence.
         compute_bytes: bytes of an activation and of a frozen weight (2 under bf16 autocast, 4 for plain float32).
         hidden_bytes: bytes of an element of the hidden states between layers; None for what autocast makes them.
     """
@@ -61,12 +50,12 @@ class TrainingSetup:
 
     @property
     def is_full(self) -> bool:
-        """True where every parameter is trained."""
+        """True if every parameter is trained."""
         return self.method == "full"
 
     @property
     def trains_embeddings(self) -> bool:
-        """True where embeddings and norms are trained."""
+        """True if embeddings and norms are trained."""
         return self.method != "lora"
 
     @property
@@ -86,7 +75,7 @@ class TrainingSetup:
 
     @property
     def chunks_loss(self) -> bool:
-        """True where the loss is computed in more than one piece."""
+        """True if the loss is computed in more than one piece."""
         return self.chunk_tokens < self.local_tokens
 
     def trainable(self, shape: ModelShape) -> int:
@@ -103,7 +92,9 @@ def setup_of(config: PlanConfig, num_gpus: int) -> TrainingSetup:
     Raises:
         ConfigError: an unknown method, attention, sharding or dtype; a group or a division that cannot be.
     """
-    _check_names(config)
+    check_names(config)
+    if config.offload and not config.checkpointing:
+        raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")
     attention = config.attention or ("s2" if config.method == "longlora" else "full")
     if not 0 < config.group_ratio <= 1:
         raise ConfigError(f"`group_ratio` must be in (0, 1], got {config.group_ratio:g}.")
@@ -115,29 +106,6 @@ def setup_of(config: PlanConfig, num_gpus: int) -> TrainingSetup:
         )
     if config.sharding not in ("auto", "none") and num_gpus == 1:
         raise ConfigError(f"`sharding` {config.sharding} needs several GPUs; --gpus names one. Use none or auto.")
-    return TrainingSetup(
-        length=config.length,
-        batch_size=config.batch_size,
-        method=config.method,
-        attention=attention,
-        group_size=config.group_size,
-        group_ratio=config.group_ratio,
-        lora_r=config.lora_r,
-        checkpointing=config.checkpointing,
-        loss_chunk=config.loss_chunk,
-        offload=config.offload,
-        sharding=config.sharding,
-        num_gpus=num_gpus,
-        sequence_parallel=config.sequence_parallel,
-        compute_bytes=DTYPES[config.dtype],
-    )
-
-
-def _check_names(config: PlanConfig) -> None:
-    attentions = (config.attention or "s2", ATTENTIONS, "attention")
-    named = ((config.method, METHODS, "method"), attentions, (config.sharding, SHARDINGS, "sharding"))
-    for value, known, what in (*named, (config.dtype, DTYPES, "dtype")):
-        if value not in known:
-            raise ConfigError(f"Unknown {what} '{value}'. {did_you_mean(value, known)}")
-    if config.offload and not config.checkpointing:
-        raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")
+    shared = {field.name for field in dataclasses.fields(TrainingSetup)} & set(vars(config))
+    same = {name: getattr(config, name) for name in shared - {"attention"}}
+    return TrainingSetup(**same, attention=attention, num_gpus=num_gpus, compute_bytes=DTYPES[config.dtype])

@@ -37,7 +37,7 @@ class ModelShape:
         tied: the output matrix is the embedding.
         has_sliding_layers: some layers see a window only (they are counted as dense, which is an upper bound).
         caps_scores: attention scores pass a soft cap, which SDPA has not.
-        counted: parameters in the safetensors headers, or None where no weights are there.
+        counted: parameters in the safetensors headers, or None if there are no weights.
     """
 
     model_type: str
@@ -112,14 +112,12 @@ class ModelShape:
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """Return the shape of the model in `directory`; config.json is enough, weights are counted where they are.
+    """Return the shape of the model in `directory`; config.json is enough, weights are counted if they are there.
 
     Raises:
         CheckpointError: no config.json, a mixture of experts, an unknown model type or a missing size.
     """
-    config = read_config(directory)
-    shape = shape_of(config, directory)
-    return _with_count(shape, directory)
+    return _with_count(shape_of(read_config(directory), directory), directory)
 
 
 def shape_of(config: Mapping[str, Any], directory: Path) -> ModelShape:
@@ -138,7 +136,8 @@ def shape_of(config: Mapping[str, Any], directory: Path) -> ModelShape:
     head_dim_by_default = family.omits_head_dim and not text.get("head_dim")
     kv_by_default = family.layout.groups_heads and not text.get("num_key_value_heads")
     if head_dim_by_default or kv_by_default or any(not text.get(key) for key in required):
-        text = _with_defaults(directory, section)
+        loaded = load_config(directory)
+        text = (getattr(loaded, section) if section else loaded).to_dict()
     return _shape(text, model_type, family, family.layout, directory)
 
 
@@ -149,12 +148,6 @@ def _refuse_experts(text: Mapping[str, Any], model_type: str, directory: Path) -
             f"{directory} ({model_type}) is a mixture of experts (`{keys[0]}`: {text[keys[0]]}); "
             "`longext plan` knows dense decoders only. Plan a dense model of its active size for FLOPs."
         )
-
-
-def _with_defaults(directory: Path, section: str | None) -> dict[str, Any]:
-    config = load_config(directory)
-    values: dict[str, Any] = (getattr(config, section) if section else config).to_dict()
-    return values
 
 
 def _shape(text: Mapping[str, Any], model_type: str, family: Family, layout: Layout, directory: Path) -> ModelShape:
@@ -215,7 +208,7 @@ def _holds_another_head(tensors: Mapping[str, StoredTensor], directory: Path) ->
 
 
 def _with_count(shape: ModelShape, directory: Path) -> ModelShape:
-    """Add the exact count from the safetensors headers, where the directory has weights."""
+    """Add the exact count from the safetensors headers, if the directory has weights."""
     if not any(directory.glob("*.safetensors*")):
         return shape
     counted, tensors = 0, tensors_of(read_shards(directory))

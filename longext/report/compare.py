@@ -1,93 +1,40 @@
-"""Every method on the same documents, seeds and protocols, in one run: what each gains and what it costs."""
+"""`longext compare`: every method through the same evaluations, then a report on their results."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
-from longext.data.documents import data_hash, load_documents
 from longext.errors import ConfigError
-from longext.evals.passkey import (
-    PASSKEY_PROTOCOLS,
-    PasskeyCell,
-    accuracy_by_length,
-    check_passkey_config,
-    check_prompts,
-    evaluate_passkey,
-    num_prompts,
-    prompts_hash,
-)
-from longext.evals.perplexity import (
-    PERPLEXITY_PROTOCOLS,
-    PerplexityAtLength,
-    Progress,
-    TokenizedDocument,
-    check_perplexity_config,
-    evaluate_perplexity,
-    num_forward_tokens,
-    stride_of,
-    tokenize_documents,
-)
+from longext.evals.base import Eval, Progress
+from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
-from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import described, method_request
-from longext.report.config import CompareConfig
+from longext.report.outcome import Comparison, Result
+from longext.report.page import report_files
+from longext.report.results import Written, write_result_files
+from longext.staging import staged_directory
 
+if TYPE_CHECKING:
+    from longext.models.hf import HFLanguageModel
+    from longext.report.config import CompareConfig
 
-@dataclass(frozen=True, kw_only=True)
-class MethodResult:
-    """What one method did.
-
-    Attributes:
-        name: as the user spelled it, for example "yarn" or "dynamic:alpha=8".
-        rope_parameters: what `extend` would write.
-        formula: its formula, and the parameters that were used.
-        perplexity: by length, sliding windows.
-        positions: NLL by position, one pass at the largest length.
-        passkey: by length and depth; empty where it was switched off.
-        seconds: wall time.
-    """
-
-    name: str
-    rope_parameters: dict[str, Any]
-    formula: str
-    perplexity: list[PerplexityAtLength]
-    positions: list[PerplexityAtLength]
-    passkey: list[PasskeyCell]
-    seconds: float
-
-    def perplexity_at(self, length: int) -> PerplexityAtLength:
-        """Return the perplexity at one window length."""
-        return next(row for row in self.perplexity if row.length == length)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The result of `compare_methods`: one entry per method, and the record that explains them."""
-
-    trained_length: int
-    short_length: int
-    methods: list[MethodResult]
-    record: dict[str, Any]
-
-    def short_price(self, method: MethodResult) -> float | None:
-        """Relative change of perplexity at `short_length` against the unchanged model, or None without `none`."""
-        base = next((m for m in self.methods if m.name == "none"), None)
-        if base is None:
-            return None
-        return method.perplexity_at(self.short_length).ppl / base.perplexity_at(self.short_length).ppl - 1
+_OF_TASKS = frozenset({"lengths", "protocol", "method", "factor", "output", "force"})
+_PERPLEXITY = ("id", "stride", "definition", "weighting", "bos")
+_PASSKEY = ("id", "definition", "scoring", "filler", "num_needles", "num_digits", "prompts_sha256")
 
 
 def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
-    """Return the extension plan of every method asked for, by the name the user gave it; None for the model as it is.
+    """Return the extension plan of every method, by the name the user gave it; None for the model as it is.
 
     Raises:
         ConfigError: unknown, repeated or impossible method.
@@ -101,9 +48,9 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
 
 
 def compare_methods(
-    config: CompareConfig, progress: Callable[[str, int, str], Any], announce: Callable[[str], None] | None = None
+    config: CompareConfig, progress: Progress, announce: Callable[[str], None] | None = None
 ) -> Comparison:
-    """Evaluate every method of `config.methods` on one loaded model.
+    """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
     Args:
         progress: (what, total, unit) -> context manager that yields advance(n).
@@ -112,163 +59,133 @@ def compare_methods(
     Raises:
         ConfigError, CheckpointError, DataError: bad input; nothing has been run then.
     """
+    from longext.evals.passkey import check_prompts
+    from longext.models.hf import load_language_model
+
     plans = plan_methods(config)
     directory = resolve_model(config.model, config.revision)
     base = read_model_rope(directory, config.trust_remote_code)
-    course = _Course.of(config, base.spec.original_max_position_embeddings)
-    documents = load_documents(course.perplexity)
+    trained = base.spec.original_max_position_embeddings
+    tasks = _tasks(config, trained)
+    for task in tasks.values():
+        task.check()
+    documents = tasks["perplexity"].load_data()
     model = load_language_model(config)
-    tokenized, num_short = tokenize_documents(model, documents, course.perplexity)
-    if course.passkey is not None:
-        check_prompts(model, course.passkey)
+    if config.passkey:
+        check_prompts(model, tasks["passkey"])
     plain = read_config(directory)
-    results = []
+    results: list[Result] = []
+    methods = []
     for index, (name, plan) in enumerate(plans.items(), 1):
-        rope, spec = (base.parameters, base.spec) if plan is None else (plan.parameters, plan.spec)
-        with progress(f"{name} ({index}/{len(plans)})", course.num_tokens(tokenized), "tokens") as advance:
-            model.set_rope(plain if plan is None else extended_config(plan))
-            numbers = course.run(model, tokenized, advance)
-        results.append(MethodResult(name=name, rope_parameters=rope, formula=described(spec), **numbers))
-        if announce:
-            announce(_one_line(results[-1]))
-    model.set_rope(plain)
-    data = {
-        "source": config.data,
-        "sha256": data_hash(documents),
-        "num_documents": len(tokenized),
-        "num_too_short": num_short,
-        "num_tokens": sum(len(document.input_ids) for document in tokenized),
-        "split": config.split,
-        "max_tokens": config.max_tokens,
-    }
-    record = _record(config, model, results, data, course)
-    return Comparison(trained_length=course.trained, short_length=course.short, methods=results, record=record)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Course:
-    """What every method runs through: the same evaluations, prompts and seeds.
-
-    Attributes:
-        trained: the model's pre-training length.
-        short: the longest evaluated length within it, where the short-context price is read.
-    """
-
-    perplexity: Perplexity
-    positions: Perplexity
-    passkey: Passkey | None
-    trained: int
-    short: int
-
-    @staticmethod
-    def of(config: CompareConfig, trained: int) -> _Course:
-        """Check `config` and split it by evaluation; a length within the trained window is added where none is."""
-        lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
-        shared = _shared(config, Perplexity)
-        perplexity = Perplexity(**shared, lengths=lengths, protocol="sliding")
-        check_perplexity_config(perplexity)
-        passkey = Passkey(**_shared(config, Passkey), lengths=config.lengths) if config.passkey else None
-        if passkey is not None:
-            check_passkey_config(passkey)
-        return _Course(
-            perplexity=perplexity,
-            positions=dataclasses.replace(perplexity, protocol="positional", stride=stride_of(perplexity)),
-            passkey=passkey,
-            trained=trained,
-            short=max(length for length in lengths if length <= trained),
-        )
-
-    def num_tokens(self, documents: Sequence[TokenizedDocument]) -> int:
-        """Tokens that one method sends through the model, for its progress bar."""
-        work = num_forward_tokens(documents, self.perplexity) + num_forward_tokens(documents, self.positions)
-        return work + (num_prompts(self.passkey) * self._mean_prompt() if self.passkey else 0)
-
-    def _mean_prompt(self) -> int:
-        return sum(self.passkey.lengths) // len(self.passkey.lengths) if self.passkey else 0
-
-    def run(self, model: HFLanguageModel, documents: Sequence[TokenizedDocument], advance: Progress) -> dict[str, Any]:
-        """Evaluate the RoPE that `model` has now; return the numeric fields of a `MethodResult`."""
         started = time.perf_counter()
-        numbers: dict[str, Any] = {
-            "perplexity": evaluate_perplexity(model, documents, self.perplexity, advance),
-            "positions": evaluate_perplexity(model, documents, self.positions, advance),
-            "passkey": [],
+        model.set_rope(plain if plan is None else extended_config(plan))
+        measured = {
+            key: run_eval(
+                _with_method(task, name, config, key),
+                model,
+                data=documents if key != "passkey" else None,
+                progress=_titled(progress, f"{name} ({index}/{len(plans)})"),
+            )
+            for key, task in tasks.items()
         }
-        if self.passkey is not None:
-            size = self._mean_prompt()
-            numbers["passkey"] = evaluate_passkey(model, self.passkey, lambda prompts: advance(prompts * size))
-        return {**numbers, "seconds": time.perf_counter() - started}
+        rope, spec = (base.parameters, base.spec) if plan is None else (plan.parameters, plan.spec)
+        seconds = time.perf_counter() - started
+        methods.append(_method_record(name, rope, described(spec), measured, seconds))
+        results += [Result(own) for own in measured.values()]
+        if announce:
+            announce(_one_line(methods[-1]))
+    model.set_rope(plain)
+    return Comparison(results=results, record=_record(config, model, results[: len(tasks)], trained, methods))
+
+
+def _titled(progress: Progress, title: str) -> Progress:
+    """Return a progress display that says which method is measured."""
+    return lambda what, total, unit: progress(f"{title} {what}", total, unit)
+
+
+def _tasks(config: CompareConfig, trained: int) -> dict[str, Any]:
+    """Return the evaluations that every method runs through; a length within the trained window is among them."""
+    lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
+    perplexity = Perplexity(**_shared(config, Perplexity), lengths=lengths, protocol="sliding")
+    positions = dataclasses.replace(perplexity, protocol="positional", stride=perplexity.step)
+    tasks: dict[str, Any] = {"perplexity": perplexity, "positions": positions}
+    if config.passkey:
+        tasks["passkey"] = Passkey(**_shared(config, Passkey), lengths=config.lengths)
+    return tasks
 
 
 def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
     """The fields that `config` and `kind` have in common, but for those that differ by evaluation."""
-    names = {field.name for field in dataclasses.fields(kind)} - {"lengths", "protocol", "method", "factor"}
+    names = {field.name for field in dataclasses.fields(kind)} - _OF_TASKS
     return {key: value for key, value in vars(config).items() if key in names}
 
 
-def _one_line(result: MethodResult) -> str:
-    shown = "  ".join(f"{row.length:,}: {row.ppl:.1f}" for row in result.perplexity)
-    recalled = ""
-    if result.passkey:
-        pooled = accuracy_by_length(result.passkey)
-        recalled = "   passkey " + "  ".join(f"{cell.accuracy:.0%}" for cell in pooled.values())
-    return f"{result.name:<16} ppl {shown}{recalled}   {result.seconds:.0f} s"
+def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:
+    """Return an evaluation of one method, with the directory of its result if the comparison has one."""
+    changes: dict[str, Any] = {"method": name, "factor": None if name == "none" else config.factor}
+    folder = re.sub(r"[^\w.-]+", "-", name)
+    return dataclasses.replace(task, **changes, output=f"{config.output}/{folder}/{key}" if config.output else None)
+
+
+def _method_record(
+    name: str, rope: Any, formula: str, measured: Mapping[str, Measured], seconds: float
+) -> dict[str, Any]:
+    """Return what the record of a comparison has of one method."""
+    rows = {key: own.record["results"] for key, own in measured.items()}
+    passkey = [{key: value for key, value in row.items() if key != "accuracy"} for row in rows.get("passkey", ())]
+    by_length = measured["passkey"].record["by_length"] if passkey else []
+    numbers = {"perplexity": rows["perplexity"], "positions": rows["positions"], "passkey": passkey}
+    return {
+        "name": name,
+        "rope_parameters": rope,
+        "formula": formula,
+        **numbers,
+        "seconds": seconds,
+        "passkey_by_length": by_length,
+    }
 
 
 def _record(
-    config: CompareConfig,
-    model: HFLanguageModel,
-    results: Sequence[MethodResult],
-    data: dict[str, Any],
-    course: _Course,
+    config: CompareConfig, model: HFLanguageModel, first: Sequence[Result], trained: int, methods: Sequence[Any]
 ) -> dict[str, Any]:
+    """Return the record of a comparison; protocols and data are those of its first method's results."""
+    perplexity, positions, *passkey = (result.record for result in first)
     protocols = {
-        "perplexity": _perplexity_facts(course.perplexity),
-        "positions": _perplexity_facts(course.positions),
-        "passkey": _passkey_facts(model, course.passkey) if course.passkey else None,
+        "perplexity": {key: perplexity["protocol"][key] for key in _PERPLEXITY},
+        "positions": {key: positions["protocol"][key] for key in _PERPLEXITY},
+        "passkey": {key: passkey[0]["protocol"][key] for key in _PASSKEY} if passkey else None,
         "seed": config.seed,
     }
+    short = max(row["length"] for row in perplexity["results"] if row["length"] <= trained)
     return result_record(
         "compare",
         model.describe(),
         protocols,
-        data,
-        trained_length=course.trained,
-        short_length=course.short,
+        perplexity["data"],
+        trained_length=trained,
+        short_length=short,
         factor=config.factor,
-        methods=[
-            {
-                **dataclasses.asdict(result),
-                "passkey_by_length": [
-                    {**dataclasses.asdict(cell), "accuracy": cell.accuracy}
-                    for cell in accuracy_by_length(result.passkey).values()
-                ],
-            }
-            for result in results
-        ],
+        methods=list(methods),
     )
 
 
-def _perplexity_facts(config: Perplexity) -> dict[str, Any]:
-    protocol = PERPLEXITY_PROTOCOLS[config.protocol]
-    facts = {"id": f"ppl/{config.protocol}", "stride": stride_of(config), "definition": protocol.summary}
-    return {**facts, "weighting": protocol.weighting, "bos": protocol.adds_bos}
+def _one_line(method: Mapping[str, Any]) -> str:
+    shown = "  ".join(f"{row['length']:,}: {row['ppl']:.1f}" for row in method["perplexity"])
+    recalled = "  ".join(f"{row['accuracy']:.0%}" for row in method["passkey_by_length"])
+    passkey = f"   passkey {recalled}" if recalled else ""
+    return f"{method['name']:<16} ppl {shown}{passkey}   {method['seconds']:.0f} s"
 
 
-def _passkey_facts(model: HFLanguageModel, config: Passkey) -> dict[str, Any]:
-    protocol = PASSKEY_PROTOCOLS[config.protocol]
-    facts = {"id": f"passkey/{config.protocol}", "definition": protocol.summary, "scoring": protocol.scoring}
-    facts |= {name: getattr(config, name) for name in ("filler", "num_needles", "num_digits")}
-    return {**facts, "prompts_sha256": prompts_hash(model, config)}
-
-
-def csv_rows(comparison: Comparison) -> Iterator[list[Any]]:
-    """Yield the header and one row per number: method, metric, length, depth, value, low, high, count."""
-    yield ["method", "metric", "length", "depth", "value", "low", "high", "count"]
-    for method in comparison.methods:
-        for row in method.perplexity:
-            yield [method.name, "ppl", row.length, "", row.ppl, row.ppl_low, row.ppl_high, row.num_tokens]
-        for row in method.positions:
-            yield [method.name, "position_nll", row.length, "", row.nll, "", "", row.num_tokens]
-        for cell in method.passkey:
-            yield [method.name, "passkey", cell.length, cell.depth, cell.accuracy, cell.low, cell.high, cell.num_trials]
+def write_comparison(output: Path, config: CompareConfig, comparison: Comparison) -> Written:
+    """Write a comparison: its record, the report on its results, and each result in METHOD/EVALUATION."""
+    rendered = comparison.rendered
+    files = report_files(rendered)
+    with staged_directory(output, config.force, keep=True) as staging:
+        for result in comparison.results:
+            folder = staging / Path(result.task.output or "").relative_to(output)
+            folder.mkdir(parents=True)
+            single = result.rendered
+            write_result_files(folder, f"eval {result.task.name}", result.task, result.record, single.tables, dict)
+        return write_result_files(
+            staging, "compare", config, comparison.record, rendered.tables, rendered.figures, files
+        )

@@ -1,15 +1,17 @@
-"""The terminal: tables, progress with rate and ETA, plain lines where there is no terminal."""
+"""The terminal: tables, progress with rate and ETA, plain lines if there is no terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.text import Text
 
 from longext.report.tables import Table
 
@@ -20,7 +22,7 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
 def stdout() -> Console:
-    """Return a console on standard output; wide enough for our tables where there is no terminal."""
+    """Return a console on standard output; wide enough for our tables if there is no terminal."""
     is_terminal = sys.stdout.isatty()
     columns = os.environ.get("COLUMNS", "")
     width = None if is_terminal else int(columns) if columns.isdecimal() and int(columns) else 140
@@ -40,95 +42,121 @@ def print_table(table: Table) -> None:
 
 
 def say(text: str, *, aside: bool = False) -> None:
-    """Print one line to standard output (`aside`: to standard error, where JSON has the other)."""
+    """Print one line to standard output (`aside`: to standard error, if JSON has the other)."""
     (stderr() if aside else stdout()).print(text)
 
 
 class Advance(Protocol):
-    """Tell a progress display that `amount` more is done; `note` is shown beside it."""
+    """Tell a progress display that `amount` more is done; `note` is shown behind it."""
 
     def __call__(self, amount: int, note: str = "") -> None: ...
 
 
-def tokenising(what: str) -> Callable[[int], None]:
-    """Return tell(tokens so far): a line on standard error now and then, since nobody knows how many there will be."""
+@contextlib.contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Show that something goes on whose length is not known; yields tell(text), which says what it is at.
+
+    A spinner on a terminal; elsewhere a line now and then.
+    """
+    console = stderr()
+    if console.is_terminal:
+        with console.status(Text(what)) as status:
+            yield lambda text: status.update(Text(text))
+        return
     last = time.perf_counter()
 
-    def tell(tokens: int) -> None:
+    def tell(text: str) -> None:
         nonlocal last
         now = time.perf_counter()
         if now - last >= _PLAIN_SECONDS / 3:
             last = now
-            stderr().print(f"tokenising {what}: {tokens:,} tokens so far")
+            print(text, file=sys.stderr, flush=True)
 
-    return tell
+    silent = threading.Timer(_PLAIN_SECONDS, print, (f"{what} ...",), {"file": sys.stderr, "flush": True})
+    silent.daemon = True
+    silent.start()
+    try:
+        yield tell
+    finally:
+        silent.cancel()
+
+
+class _Clock:
+    """How fast work goes, from its first step on: what comes before it (loading, a resumed part) counts for nothing."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self.unit = total, unit
+        self.done, self._uncounted = 0, 0
+        self._started: float | None = None
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` more; the first of them starts the clock."""
+        self.done += amount
+        if self._started is None and amount:
+            self._started, self._uncounted = time.perf_counter(), self.done
+
+    def pace(self) -> str:
+        """Return rate and remaining time, an empty text while they are not known."""
+        seconds = 0.0 if self._started is None else time.perf_counter() - self._started
+        return pace(self.done - self._uncounted, self.total - self._uncounted, self.unit, seconds)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     """Yield advance(n, note): a rich bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
-    console = stderr()
+    console, clock = stderr(), _Clock(total, unit)
     if not console.is_terminal:
-        yield _plain_progress(what, total, unit)
+        yield _plain_progress(what, clock)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    started = time.perf_counter()
+    fields = ("{task.percentage:>3.0f}%", "{task.fields[pace]}", "{task.fields[note]}")
+    share, pace_text, note_text = (TextColumn(field, markup=False) for field in fields)
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), share, TimeElapsedColumn(), pace_text, note_text)
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="", note="")
+        task = bar.add_task(what, total=total, pace="", note="")
 
         def advance(amount: int, note: str = "") -> None:
-            done = bar.tasks[0].completed + amount
-            rate = f"{done / (time.perf_counter() - started):,.0f} {unit}/s"
-            bar.update(task, advance=amount, rate=rate, note=note)
+            clock.advance(amount)
+            bar.update(task, advance=amount, pace=clock.pace(), note=note)
 
         yield advance
 
 
 def pace(done: int, total: int, unit: str, seconds: float) -> str:
     """Return how fast something goes and how long it still takes; nothing is guessed before anything is done."""
-    if not done or seconds <= 0:
-        return f"{duration(seconds)} so far"
+    if done <= 0 or seconds <= 0:
+        return ""
     rate = done / seconds
-    told = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    return f"{told} {unit}/s, {duration((total - done) * seconds / done)} left"
+    spelled = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return f"{spelled} {unit}/s, {duration((total - done) * seconds / done)} left"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 42 s, 3 min 5 s, 2 h 40 min, 5 d 3 h."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    """Return a time as people read it: 350 ms, 42 s, 0:03:05 (hours, minutes, seconds), 5 d 3:00:00."""
+    seconds = max(0.0, seconds)
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms" if seconds else "0 s"
+    if seconds < 59.5:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    days, rest = divmod(round(seconds), 86_400)
+    clock = f"{rest // 3600}:{rest % 3600 // 60:02}:{rest % 60:02}"
+    return f"{days} d {clock}" if days else clock
 
 
-def _plain_progress(what: str, total: int, unit: str) -> Advance:
-    started = last = time.perf_counter()
-    done = 0
+def _plain_progress(what: str, clock: _Clock) -> Advance:
+    last = time.perf_counter()
 
     def advance(amount: int, note: str = "") -> None:
-        nonlocal last, done
-        done += amount
+        nonlocal last
+        clock.advance(amount)
         now = time.perf_counter()
         if now - last < _PLAIN_SECONDS:
             return
         last = now
-        tail = f"; {note}" if note else ""
-        share = f"{done:,}/{total:,} {unit} ({done / max(total, 1):.0%})"
-        print(f"{what}: {share}, {pace(done, total, unit, now - started)}{tail}", file=sys.stderr, flush=True)
+        share = f"{clock.done:,}/{clock.total:,} {clock.unit} ({clock.done / max(clock.total, 1):.0%})"
+        tail = "; ".join(text for text in (clock.pace(), note) if text)
+        print(f"{what}: {share}{', ' if tail else ''}{tail}", file=sys.stderr, flush=True)
 
     return advance

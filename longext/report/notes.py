@@ -24,10 +24,10 @@ _NOUNS = {"perplexity": "perplexity", "nats": "loss", "change": "change of perpl
 
 
 def report_title(report: Report) -> str:
-    """Return the title of a report."""
-    number, noun = len(report.results), "result"
-    if number == 1 and report.results[0].record["kind"] == "compare":
-        number, noun = len(report.results[0].record["methods"]), "method"
+    """Return the title of a report: how many methods of one model are compared, else how many results."""
+    labels = {frozenset(group.labels) for group in report.groups}
+    methods = next(iter(labels)) if len(labels) == 1 else frozenset()
+    number, noun = (len(methods), "method") if report.model and len(methods) > 1 else (len(report.results), "result")
     count = f"{number} {noun}{'s' if number > 1 else ''}"
     return f"{report.model}: {count}" if report.model else f"{count} side by side"
 
@@ -75,11 +75,9 @@ def _of_panels(group: Group, shown: Shown, report: Report) -> Iterator[str]:
         cells = [cell for cell in shown.cells if cell.panel == panel]
         columns = [[cell for cell in cells if cell.column == column] for column in _headline(shown)]
         several = [column for column in columns if len(column) > 1]
-        if isinstance(shown.view, Lines):
-            several = [several] if several else []
-        else:
-            several = [[column] for column in several]
-        yield from (f"{name}: {_leaders(group, shown, places)}" for places in several)
+        # columns that are names are told one by one, lengths together
+        places = [several] if isinstance(shown.view, Lines) else [[column] for column in several]
+        yield from (f"{name}: {_leaders(group, shown, place)}" for place in places if place)
     if len(shown.panels) > _FEW:
         yield f"{set_title(group, report)}: {len(shown.panels) - _FEW} more {shown.view.panel_name}s are in the table."
 

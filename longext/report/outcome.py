@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longext.errors import ConfigError
 from longext.evals.runner import Measured
@@ -61,12 +61,13 @@ class _Shown:
         raise NotImplementedError
 
     @cached_property
-    def _rendered(self) -> Rendered:
+    def rendered(self) -> Rendered:
+        """The tables and pictures, made when they are called for."""
         return Rendered(build_report(self._records))
 
     def table(self) -> Tables:
         """Return the tables; they print as text, and as HTML in a notebook."""
-        return Tables(self._rendered.tables())
+        return Tables(self.rendered.tables())
 
     def plot(self) -> Figure:
         """Return the first picture as a matplotlib figure.
@@ -81,7 +82,7 @@ class _Shown:
 
     def figures(self) -> dict[str, Figure]:
         """Return every picture by name."""
-        return self._rendered.figures()
+        return self.rendered.figures()
 
     def to_pandas(self) -> DataFrame:
         """Return every number as a row: label, score, task, length, ..., value, low, high.
@@ -93,7 +94,7 @@ class _Shown:
             import pandas
         except ImportError as error:
             raise ConfigError("to_pandas needs pandas: pip install pandas.") from error
-        header, *rows = csv_rows(self._rendered.report)
+        header, *rows = csv_rows(self.rendered.report)
         return pandas.DataFrame(rows, columns=header)
 
     def report(self, file: str | Path) -> Path:
@@ -101,7 +102,7 @@ class _Shown:
         from longext.report.page import report_page
 
         path = Path(file)
-        path.write_text(report_page(self._rendered), encoding="utf-8")
+        path.write_text(report_page(self.rendered), encoding="utf-8")
         return path
 
     def __repr__(self) -> str:
@@ -143,7 +144,7 @@ class Result(_Shown):
         path = Path(directory)
         task = dataclasses.replace(self.task, output=str(path), force=force)
         command = f"eval {task.name}"
-        rendered = self._rendered
+        rendered = self.rendered
         write_results(path, command, task, self.record, rendered.tables, rendered.figures, self._measured.files)
         return path
 
@@ -154,9 +155,11 @@ class Comparison(_Shown):
 
     Attributes:
         results: one for each method and evaluation.
+        record: the JSON record of `longext compare`, all results in one.
     """
 
     results: Sequence[Result]
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def _records(self) -> list[Record]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from longext.report.console import duration
 from longext.report.tables import Table
 
 if TYPE_CHECKING:
@@ -31,14 +32,6 @@ PART_COLOURS = {
 def gib(size: float) -> str:
     """Return bytes as GiB with one decimal, MiB below 0.1 GiB."""
     return f"{size / _GIB:.1f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the unit that suits it."""
-    for limit, divisor, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / divisor:.3g} {unit}"
-    return f"{seconds / 86_400:.3g} days"
 
 
 def tera(flops: float) -> str:
@@ -188,7 +181,7 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
 
 
 def _mark_capacity(axes: Any, name: str, limit: float, highest: float) -> None:
-    """Draw the device's memory as a line; where all bars are far below it, say it in words and keep them readable."""
+    """Draw the device's memory as a line; if all bars are far below it, say it in words and keep them readable."""
     is_far = highest < 0.25 * limit
     axes.set_ylim(0, 1.25 * highest if is_far else 1.12 * max(limit, highest))
     if not is_far:

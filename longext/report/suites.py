@@ -202,7 +202,7 @@ _RECONSTRUCTION = Section(
     views=(
         _reconstruction(
             "bleu",
-            "BLEU-4 of the decoded text by compression ratio",
+            "BLEU-4 of what came back, by compression ratio",
             "fraction",
             value="BLEU-4",
             details=(
@@ -250,7 +250,7 @@ _EFFICIENCY = Section(
             note="KV: bytes after the prefill, raw rest and sink included; formula: bytes of one more token",
         ),
         _efficiency("decode_tokens_per_second", "Decoding, tokens a second", "rate", lower=False),
-        _efficiency("kv_bytes", "Bytes of keys and values", "bytes"),
+        _efficiency("kv_bytes", "Bytes of keys and values held", "bytes"),
         _efficiency("peak_bytes", "Peak memory above model and input", "bytes"),
     ),
 )

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a metrics file, progress, and perplexity by length with full attention."""
+"""What a run reports while it trains: a metrics file, progress, and perplexity by length with full attention."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from longext.untrusted import fields, json_lines
 
 METRICS_NAME = "metrics.jsonl"
 Report = Callable[[int, str], None]  # (tokens since the last call, a note such as "loss 2.31")
+Measure = Callable[[int], "dict[str, Any] | None"]  # step -> keys of a line; None in a process that measures nothing
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -27,12 +28,15 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     Args:
         path: the metrics file, or None on processes that write nothing.
         tokens_per_step: of the whole run, all processes together.
-        on_progress: told about tokens and the last loss.
+        extra: what else a run logs: kept in its lines.
+
+    Attributes:
+        on_progress: called with tokens and the last loss.
     """
 
-    def __init__(self, path: Path | None, tokens_per_step: int, on_progress: Report | None) -> None:
-        self.path, self.tokens_per_step, self.on_progress = path, tokens_per_step, on_progress
-        self.extra: tuple[str, ...] = ()  # what else a run logs: kept in its lines
+    def __init__(self, path: Path | None, tokens_per_step: int, extra: tuple[str, ...] = ()) -> None:
+        self.path, self.tokens_per_step, self.extra = path, tokens_per_step, extra
+        self.on_progress: Report | None = None
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer's own, for TensorBoard and W&B
         self._last = 0.0  # when the steps that are not logged yet began
         self._step_ended = 0.0
@@ -106,32 +110,36 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
 
 class Evaluate(TrainerCallback):  # type: ignore[misc]
-    """Run `evaluate(step)` before the first step, every `every` steps and after the last."""
+    """Measure before the first step, every `every` steps and after the last, and write what was measured."""
 
-    def __init__(self, evaluate: Callable[[int], None], every: int | None) -> None:
-        self.evaluate, self.every = evaluate, every
+    def __init__(self, measure: Measure, metrics: Metrics, every: int | None) -> None:
+        self.measure, self.metrics, self.every = measure, metrics, every
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the model as it is before training."""
         if state.global_step == 0:
-            self.evaluate(0)
+            self._measure(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Measure at the chosen steps."""
         if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
             logs_this_step = control.should_log
-            self.evaluate(state.global_step)
+            self._measure(state.global_step)
             control.should_log = logs_this_step  # which the log of the measurement took away
         return control
+
+    def _measure(self, step: int) -> None:
+        if (line := self.measure(step)) is not None:
+            self.metrics.evaluation(step, **line)
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of steps after `step` (what an interrupted run wrote after its last checkpoint)."""
     if not path.is_file():
         return
-    kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
+    lines = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     partial.replace(path)
 
 

@@ -4,69 +4,118 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.options import DataConfig, RopeConfig, RuntimeConfig
+from longext.attention.variant import ATTENTION_VARIANTS
+from longext.data.config import RowsConfig
+from longext.options import RopeConfig, RuntimeConfig
+from longext.registry import Registry
 from longext.rope.spec import extension_methods
-from longext.settings import LENGTH, MANY, option, setting
+from longext.settings import LENGTH, MANY, option, override
+
+DRY_RUN = {"dry_run": "Check everything, print the plan, train nothing."}
+_TRAINING, _MEMORY, _CHECKPOINTS, _PROCESSES = "Training", "Memory and speed", "Checkpoints", "Processes"
+_MOST_PROCESSES = 2**16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A choice of trainable parameters: LoRA adapters, embeddings, norms; without LoRA every weight."""
+
+    lora: bool
+    embeddings: bool
+    norms: bool
+
+
+TUNINGS: Registry[Tuning] = Registry("tuning")
+TUNINGS.register("lora+embed+norm", Tuning(True, True, True), "LoRA, embeddings and norms (the paper's LoRA+)")
+TUNINGS.register("lora", Tuning(True, False, False), "LoRA alone")
+TUNINGS.register("lora+embed", Tuning(True, True, False), "LoRA and embeddings")
+TUNINGS.register("lora+norm", Tuning(True, False, True), "LoRA and norms")
+TUNINGS.register("full", Tuning(False, True, True), "every parameter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RuntimeConfig):
     """What every training run shares: steps, optimiser, memory, checkpoints, processes."""
 
-    num_steps: int = option(1000, "Optimiser steps.", ge=1)
-    batch_size: int = option(1, "Rows per process and forward pass.", ge=1, le=MANY)
-    accumulation: int = option(8, "Forward passes per step.", ge=1)
-    learning_rate: float = option(2e-05, "Peak learning rate.")
-    schedule: str = setting("constant")
-    warmup_steps: int = setting(20, ge=0)
-    weight_decay: float = setting(0.0, ge=0)
-    max_grad_norm: float = setting(1.0)
-    checkpointing: bool = setting(True)
-    offload: bool = option(False, "Keep checkpointed activations in CPU memory.")
-    loss_chunk: int = setting(4096, ge=1)
+    device: str = override(RuntimeConfig, "device", help="auto, cpu, cuda or mps.")
+    dtype: str = override(
+        RuntimeConfig, "dtype", help="auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."
+    )
+    seed: int = override(RuntimeConfig, "seed", help="Seed of data order and what is initialised.")
+    output: str | None = override(RuntimeConfig, "output", help="Directory to write.")
+    num_steps: int = option(1000, "Optimiser steps.", ge=1, panel=_TRAINING)
+    batch_size: int = option(1, "Rows per process and forward pass.", ge=1, le=MANY, panel=_TRAINING)
+    accumulation: int = option(8, "Forward passes per step.", ge=1, panel=_TRAINING)
+    learning_rate: float = option(2e-5, "Peak learning rate.", panel=_TRAINING)
+    schedule: str = option(
+        "constant", "After the warm-up", names=lambda: ("constant", "linear", "cosine"), panel=_TRAINING
+    )
+    warmup_steps: int = option(20, "Steps of warm-up, at most half of all.", ge=0, panel=_TRAINING)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", ge=0, panel=_TRAINING)
+    max_grad_norm: float = option(1.0, "Norm at which gradients are clipped.", panel=_TRAINING)
+    checkpointing: bool = option(True, "Compute each layer again in the backward pass.", panel=_MEMORY)
+    offload: bool = option(False, "Keep checkpointed activations in CPU memory.", panel=_MEMORY)
+    loss_chunk: int = option(4096, "Tokens whose logits exist at once.", ge=1, panel=_MEMORY)
     eval_data: str | None = option(None, "Documents to measure perplexity on.", panel="Data")
-    eval_split: str = setting("validation")
-    eval_lengths: tuple[int, ...] = option((), "Lengths to measure (default: trained length to target).")
-    eval_documents: int = setting(8, ge=1)
-    eval_every: int | None = option(None, "Steps between measurements (default: start and end).", ge=1)
-    log_every: int = setting(1, ge=1)
-    save_every: int | None = option(100, "Steps between checkpoints.", ge=1)
-    keep_checkpoints: int = setting(2, ge=1, le=MANY)
-    resume: bool = option(False, "Go on from the last checkpoint of this run.", panel="Output")
-    report_to: str = option("none", "none, tensorboard or wandb.")
-    control_tokens: str = setting("keep")
-    num_processes: int = option(1, "Processes on this machine (one per GPU).", ge=1, le=2**16)
-    sequence_parallel: int = option(1, "Processes that share each row (Ulysses).", ge=1, le=2**16)
-    context_parallel: int = option(1, "accelerate's, instead: CUDA, FSDP2, full attention.", ge=1, le=2**16)
-    collective_timeout: int = setting(1800, ge=1)
-    stop_grace: int = setting(600, ge=0)
+    eval_split: str = option("validation", "Split of --eval-data, if a Hub dataset.", panel="Data")
+    eval_lengths: tuple[int, ...] = option(
+        (), "Lengths to measure (default: trained length to target).", ge=2, le=LENGTH, panel="Data"
+    )
+    eval_documents: int = option(8, "Documents of --eval-data to read.", ge=1, panel="Data")
+    eval_every: int | None = option(None, "Steps between measurements (default: start and end).", ge=1, panel="Data")
+    log_every: int = option(1, "Steps between lines of metrics.jsonl.", ge=1, panel="Output")
+    save_every: int | None = option(100, "Steps between checkpoints.", ge=1, panel=_CHECKPOINTS)
+    keep_checkpoints: int = option(2, "Checkpoints that are kept.", ge=1, le=MANY, panel=_CHECKPOINTS)
+    resume: bool = option(False, "Go on from the last checkpoint of this run.", panel=_CHECKPOINTS)
+    report_to: str = option("none", "none, tensorboard or wandb.", panel="Output")
+    num_processes: int = option(
+        1, "Processes on this machine (one per GPU).", ge=1, le=_MOST_PROCESSES, panel=_PROCESSES
+    )
+    sequence_parallel: int = option(
+        1, "Processes that share each row (Ulysses).", ge=1, le=_MOST_PROCESSES, panel=_PROCESSES
+    )
+    context_parallel: int = option(
+        1, "accelerate's, instead: CUDA, FSDP2, full attention.", ge=1, le=_MOST_PROCESSES, panel=_PROCESSES
+    )
+    collective_timeout: int = option(
+        1800, "Seconds after which a process that does not answer ends the run.", ge=1, panel=_PROCESSES
+    )
+    stop_grace: int = option(600, "Seconds that processes have to save and stop.", ge=0, panel=_PROCESSES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, DataConfig, RopeConfig):
+class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
 
-    data: str = option("", "Required: text file, folder, .jsonl, .parquet, Hub dataset id, or sample.", panel="Data")
-    split: str = option("train", "Split of a Hub dataset.", panel="Data")
-    attention: str | None = option(
-        None, "In training: s2 (default; pose: full), full, short, s2-wrapped.", panel="Running"
-    )
+    target_length: int | None = override(RopeConfig, "target_length")
     method: str = option(
-        "none", "RoPE method (none: train the RoPE the model has).", names=extension_methods, panel="Method"
+        "none",
+        "RoPE method; none trains the RoPE the model has",
+        names=lambda: ("none", *extension_methods()),
+        panel="Method",
     )
-    task: str = option("pretrain", "pretrain (plain text) or sft (instructions, chats).")
-    prompt: str = option("auto", "sft: auto (chat template, else plain), chat, plain, llama2.")
-    window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH)
-    positions: str = option("plain", "plain, or pose (skip-wise, with --window).")
-    separate_documents: bool = option(False, "No attention across packed documents.")
-    tuning: str = option("lora+embed+norm", "lora+embed+norm, lora, lora+embed, lora+norm, full.")
-    norms: str = setting("all")
-    lora_r: int = option(8, "LoRA rank.", ge=1, le=2**16)
-    lora_alpha: int = option(16, "LoRA alpha.", ge=1)
-    lora_dropout: float = setting(0.0)
-    lora_targets: tuple[str, ...] | None = setting(None)
-    quantize: str = option("none", "none, or nf4 (QLoRA; needs bitsandbytes).")
-    save_dtype: str = setting("auto")
-    group_size: int | None = option(None, "S2-Attn group in tokens (default: a quarter row).", ge=2)
-    group_ratio: float = option(0.25, "S2-Attn group as a share of the row.")
-    backend: str = option("auto", "Attention kernel: auto, flash, sdpa, eager.")
+    window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
+    attention: str | None = option(
+        None, "In training (default: s2; pose: full)", names=lambda: ATTENTION_VARIANTS, panel="Method"
+    )
+    group_size: int | None = option(None, "S2-Attn group in tokens (default: a quarter row).", ge=2, panel="Method")
+    group_ratio: float = option(0.25, "S2-Attn group as a share of the row.", panel="Method")
+    tuning: str = option("lora+embed+norm", "What is trained", names=lambda: TUNINGS, panel=_TRAINING)
+    norms: str = option(
+        "all", "Norms that are trained; residual leaves those of queries and keys", names=lambda: ("all", "residual"),
+        panel=_TRAINING,
+    )  # fmt: skip
+    lora_r: int = option(8, "LoRA rank.", ge=1, le=2**16, panel=_TRAINING)
+    lora_alpha: int = option(16, "LoRA alpha.", ge=1, panel=_TRAINING)
+    lora_dropout: float = option(0.0, "LoRA dropout.", ge=0, panel=_TRAINING)
+    lora_targets: tuple[str, ...] | None = option(
+        None, "Linear layers with adapters (default: those of attention).", panel=_TRAINING
+    )
+    quantize: str = option(
+        "none", "Frozen weights; nf4 is QLoRA and needs bitsandbytes", names=lambda: ("none", "nf4"), panel=_MEMORY
+    )
+    backend: str = option("auto", "Attention kernel: auto, flash, sdpa, eager.", panel=_MEMORY)
+    save_dtype: str = option(
+        "auto", "Of a full checkpoint (auto: the base's)", names=lambda: ("auto", "float32", "bfloat16", "float16"),
+        panel="Output",
+    )  # fmt: skip

@@ -25,8 +25,6 @@ from longext.training.checkpoints import drop_after, keep_last, mark_complete, r
 from longext.training.losses import shift
 from longext.training.processes import gather, is_sharded, num_processes, process_rank
 
-Planner = Callable[[dict[str, Any]], AttentionPlan]
-
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Rows in training order, as the processes of a run take them.
@@ -144,7 +142,7 @@ class AttentionEngine(Engine):
         return loss if self.sequence is None else loss * self.sequence.size
 
     def _forward_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Turn a batch of rows into what the model's forward takes; this rank's share of it where rows are shared."""
+        """Turn a batch of rows into what the model's forward takes; this rank's share of it if rows are shared."""
         inputs.pop("row")
         documents = inputs.pop("document_ids")
         if "shift_labels" in inputs:  # accelerate's context parallelism has cut and shifted them already

@@ -13,76 +13,45 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
-from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
-from longext.options import RopeConfig
-from longext.rope.spec import ROPE_METHODS
+from longext.options import DataConfig, RopeConfig
+from longext.settings import check_names
 from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
-from longext.training.loading import Extension, attention_of, training_device
+from longext.training.loading import attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
-from longext.training.tuning import TUNINGS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-_CHOICES = {
-    "task": ("pretrain", "sft"),
-    "positions": ("plain", "pose"),
-    "schedule": tuple(_SCHEDULES),
-    "quantize": ("none", "nf4"),
-    "norms": ("all", "residual"),
-    "save_dtype": ("auto", "float32", "bfloat16", "float16"),
-}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
-_DECIDING = (
-    "method",
-    "task",
-    "prompt",
-    "window",
-    "positions",
-    "separate_documents",
-    "tuning",
-    "norms",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-    "quantize",
-    "attention",
-    "group_size",
-    "group_ratio",
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "dtype",
-    "sequence_parallel",
-    *(field.name for field in dataclasses.fields(RopeConfig)),
-)
+DECIDING = (
+    "prompt", "lora_r", "lora_alpha", "batch_size", "accumulation", "learning_rate", "schedule", "warmup_steps",
+    "weight_decay", "max_grad_norm", "seed", "dtype", "sequence_parallel",
+)  # fmt: skip
+DECIDING_FINETUNE = (
+    "method", "task", "window", "positions", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
+    "quantize", "group_size", "group_ratio", *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
+)  # fmt: skip
 
 
 def check_finetune_config(config: FinetuneConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no weights."""
-    if not config.data:
-        raise ConfigError(
-            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
-        )
-    ROPE_METHODS[config.method]
-    ATTENTION_VARIANTS[attention_of(config)]
-    TUNINGS[config.tuning]
+    check_data(config)
     if config.backend != "auto":
         BACKENDS[config.backend]
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got '{getattr(config, name)}'.")
+    check_names(config)
     _check_numbers(config)
     _check_combinations(config)
     check_processes(config)
     _check_sharing(config)
     check_reporting(config.report_to)
+
+
+def check_data(config: DataConfig) -> None:
+    """Raise ConfigError if no data is named: a default would train on a story without a word."""
+    if not config.data:
+        raise ConfigError(
+            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
+        )
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
@@ -93,8 +62,6 @@ def _check_numbers(config: FinetuneConfig) -> None:
         raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {config.lora_dropout:g}.")
     if config.method == "none" and config.factor is not None:
         raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
-    if config.eval_lengths and min(config.eval_lengths) < 2:
-        raise ConfigError(f"--eval-lengths must be whole numbers >= 2, got {min(config.eval_lengths)}.")
 
 
 def check_optimiser(config: TrainingConfig) -> None:
@@ -161,6 +128,12 @@ def check_processes(config: TrainingConfig) -> None:
         )
 
 
+def rows_per_step(config: TrainingConfig) -> int:
+    """Return the rows of one optimiser step, all processes together."""
+    shared = config.sequence_parallel * config.context_parallel
+    return config.batch_size * config.accumulation * world_size(config) // shared
+
+
 def world_size(config: TrainingConfig) -> int:
     """Return the processes of the run: those that were launched, or those that will be."""
     return num_processes() if is_launched() else config.num_processes
@@ -213,7 +186,7 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
 
 
 def check_reporting(report_to: str) -> None:
-    """Raise MissingExtraError where the package that `--report-to` names is not installed."""
+    """Raise MissingExtraError if the package that `--report-to` names is not installed."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
@@ -276,15 +249,6 @@ def _parallelism(config: TrainingConfig) -> dict[str, Any]:
     return {"parallelism_config": ParallelismConfig(cp_size=config.context_parallel)}
 
 
-def fingerprint_of(
-    config: FinetuneConfig, extension: Extension, data: dict[str, Any], processes: int
-) -> dict[str, Any]:
-    """Return everything that decides the numbers of a fine-tuning run, as plain JSON values."""
-    settings = {**{name: getattr(config, name) for name in _DECIDING}, "attention": attention_of(config)}
-    weights = extension.record["base_weights"]
-    return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], processes)
-
-
 def fingerprint(
     config: TrainingConfig,
     settings: dict[str, Any],
@@ -295,8 +259,9 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Return the fingerprint of a run with these settings on this model and data.
 
-    `num_steps` is compared only where the schedule depends on it: a constant one may be prolonged, and keeps the
-    warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for).
+    `num_steps` is compared only if the schedule depends on it: a constant one may be prolonged, and keeps the
+    warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for). `threads` is no reason to refuse
+    either, but sums on a CPU depend on it, so a run that is resumed takes that of its checkpoint.
     """
     text = json.dumps(model_config, sort_keys=True)
     return {
@@ -307,5 +272,6 @@ def fingerprint(
         "num_steps": config.num_steps if config.schedule != "constant" else None,
         "warmup_used": warmup_of(config),
         "last_step": config.num_steps,
+        "threads": torch.get_num_threads(),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
     }

@@ -11,26 +11,7 @@ from torch import nn
 from longext.checkpoint.tying import is_tied
 from longext.errors import ConfigError, MissingExtraError
 from longext.models.head import decoder_of
-from longext.registry import Registry
-from longext.training.config import FinetuneConfig
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A choice of trainable parameters."""
-
-    summary: str
-    lora: bool
-    embeddings: bool
-    norms: bool
-
-
-TUNINGS: Registry[Tuning] = Registry("tuning")
-TUNINGS.register("lora+embed+norm", Tuning("LoRA, embeddings and norms (the paper's LoRA+)", True, True, True))
-TUNINGS.register("lora", Tuning("LoRA alone", True, False, False))
-TUNINGS.register("lora+embed", Tuning("LoRA and embeddings", True, True, False))
-TUNINGS.register("lora+norm", Tuning("LoRA and norms", True, False, True))
-TUNINGS.register("full", Tuning("every parameter", False, True, True))
+from longext.training.config import TUNINGS, FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -46,12 +27,12 @@ class Trainable:
 
 def attention_projections(model: Any) -> list[str]:
     """Return the leaf names of the linear layers inside attention modules (q, k, v, o, or a family's fused ones)."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name, module in model.named_modules():
         parent = name.rsplit(".", 2)[-2] if name.count(".") else ""
         if isinstance(module, nn.Linear) and "attn" in parent or _is_attention_linear(name, module):
-            found[name.rsplit(".", 1)[-1]] = None
-    return sorted(found)
+            names[name.rsplit(".", 1)[-1]] = None
+    return sorted(names)
 
 
 def _is_attention_linear(name: str, module: nn.Module) -> bool:
@@ -80,7 +61,7 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 
 
 def is_inside_attention(name: str) -> bool:
-    """True for the full name of a module that lies in an attention module (one beside it may name attention too)."""
+    """True for the full name of a module that is in an attention module (one next to it may name attention too)."""
     return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
 
 
@@ -183,7 +164,7 @@ def quantisation(name: str) -> Any:
     if name != "nf4":
         raise ConfigError(f"--quantize must be none or nf4, got '{name}'.")
     try:
-        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        import bitsandbytes  # type: ignore[import-not-names,unused-ignore]  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("--quantize nf4 needs bitsandbytes: pip install 'longext[qlora]'") from error
     from transformers import BitsAndBytesConfig

@@ -13,7 +13,7 @@ SMALL = ("--num-trials", 1, "--depths", "0,1")
 
 def test_table_picture_and_record(run, tmp_path):
     out = ok(run("eval", "effective", "books-5m", *SMALL, "--max-length", 192, "-o", "e"))
-    for text in ("passkey at 80% or more", "interval above", "128", "192"):
+    for text in ("(effective/passkey)", "at least 80%", "interval above", "128", "192"):
         assert text in out
     record = result_of(tmp_path / "e")
     assert (record["kind"], record["protocol"]["id"]) == ("effective-length", "effective/passkey")

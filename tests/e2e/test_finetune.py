@@ -402,7 +402,7 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--tuning", "lorra"), ("Unknown tuning 'lorra'", "Did you mean")),
         (("--method", "yarnn"), ("Unknown method 'yarnn'",)),
         (("--set", "backend=sdpaa"), ("Unknown backend", "sdpa")),
-        (("--task", "rlhf"), ("`task` must be one of pretrain, sft",)),
+        (("--task", "rlhf"), ("Unknown task 'rlhf'",)),
         (("--positions", "pose"), ("--window",)),
         (("--data", ""), ("Give --data",)),
         (("--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),

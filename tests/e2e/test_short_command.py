@@ -13,7 +13,7 @@ SMALL = ("--lengths", "64,128", "--max-tokens", 600, "--num-bootstrap", 50)
 
 def test_a_model_against_itself_passes(run, tmp_path):
     out = ok(run("eval", "short", "books-5m", "--against", "books-5m", *SMALL, "-o", "s"))
-    for text in ("books-5m against books-5m", "+0.00%", "pass", "Passed"):
+    for text in ("The base is books-5m", "+0.00%", "pass", "Passed"):
         assert text in out
     record = result_of(tmp_path / "s")
     assert (record["kind"], record["passed"]) == ("short-context", True)

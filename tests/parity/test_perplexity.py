@@ -12,14 +12,8 @@ from families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from longext.data.documents import Document
-from longext.evals.perplexity import (
-    PERPLEXITY_PROTOCOLS,
-    TokenizedDocument,
-    bucket_edges,
-    evaluate_perplexity,
-    tokenize_documents,
-)
-from longext.evals.suites.ppl import Perplexity
+from longext.evals.perplexity import TokenizedDocument, bucket_edges, evaluate_perplexity, tokenize_documents
+from longext.evals.suites.ppl import PERPLEXITY_PROTOCOLS, Perplexity
 from longext.models.hf import HFLanguageModel
 
 RTOL = 1e-5

@@ -15,7 +15,7 @@ def test_the_rate_counts_steps_and_leaves_measurements_out(tmp_path, monkeypatch
     """A measurement runs after a step and before its line is written."""
     clock = [100.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
-    metrics = Metrics(tmp_path / "metrics.jsonl", 1000, None)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 1000)
     args, control = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(should_log=False)
     metrics.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=3), control)
 

@@ -11,12 +11,12 @@ from longext.training.checkpoints import (
     check_fingerprint,
     complete_checkpoints,
     drop_after,
+    find_start,
     last_whole_checkpoint,
     mark_complete,
     read_marker,
 )
 from longext.training.config import FinetuneConfig
-from longext.training.longlora import find_start
 from longext.training.processes import agree
 from longext.training.settings import fingerprint, trainer_arguments, warmup_of
 

@@ -6,7 +6,6 @@ import pytest
 
 from longext.conversion.config import ExtendConfig
 from longext.errors import ConfigError
-from longext.evals.perplexity import check_perplexity_config, stride_of
 from longext.evals.suites.ppl import Perplexity
 from longext.models.hf import load_language_model
 from longext.models.methods import check_method, described, method_request
@@ -50,7 +49,7 @@ def test_a_formula_says_the_parameters_that_were_used():
 @pytest.mark.parametrize(("lengths", "stride"), [((512, 1024), 256), ((257,), 256), ((256, 512), 128), ((64,), 32)])
 def test_the_default_stride_fits_the_shortest_window(lengths, stride):
     config = Perplexity(model="m", lengths=lengths)
-    check_perplexity_config(config)
-    assert stride_of(config) == stride
+    config.check()
+    assert config.step == stride
     with pytest.raises(ConfigError, match="--stride must be below the shortest window"):
-        check_perplexity_config(Perplexity(model="m", lengths=lengths, stride=min(lengths)))
+        Perplexity(model="m", lengths=lengths, stride=min(lengths)).check()

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from longext.report.console import pace, print_table
+from longext.report.console import print_table
 from longext.report.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
 from longext.report.results import dump_json, output_directory
 from longext.report.tables import Table, number, percent
@@ -81,19 +81,6 @@ def test_a_table_wider_than_the_terminal_is_continued_and_no_number_is_cut(width
     assert max(map(len, text.splitlines())) <= max(width, 60)
 
 
-@pytest.mark.parametrize(
-    ("done", "seconds", "text"),
-    [
-        (0, 15, "15 s so far"),
-        (10, 5, "2 tokens/s, 1 min 35 s left"),
-        (100, 7200, "0.014 tokens/s, 2 h 0 min left"),
-        (1, 3600, "0.00028 tokens/s, 8 d 7 h left"),
-    ],
-)
-def test_the_time_left_is_never_guessed_from_nothing(done, seconds, text):
-    assert pace(done, 200, "tokens", seconds) == text
-
-
 def test_json_is_strict():
     assert json.loads(dump_json({"a": math.inf, "b": [math.nan, 1.5], "c": (1,)})) == {
         "a": None,
@@ -139,15 +126,3 @@ def test_pictures_take_any_number_of_variants_and_numbers_that_are_none():
     rows = [{"length": n, "ppl": nan, "ppl_low": nan, "ppl_high": nan, "nll": nan, "start": 0} for n in (64, 128)]
     for draw in (perplexity_by_length, nll_by_position):
         save_png(draw({name: rows for name in names}, trained=64, title="$x$ ^{"), io.BytesIO())
-
-
-def test_a_progress_display_prints_names_as_they_are(monkeypatch):
-    from rich.console import Console
-
-    from longext.report import console
-
-    file = io.StringIO()
-    monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))
-    with console.progress("merge out[/red]:dog:", 2, "rows") as advance:
-        advance(1, "[bold] note [/nothing]")
-    assert "merge out[/red]:dog:" in file.getvalue() and "[/nothing]" in file.getvalue()

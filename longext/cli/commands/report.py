@@ -17,6 +17,7 @@ def run(config: ReportConfig, as_json: bool) -> None:
     """Read the results, compare what is comparable, write and show."""
     from longext.cli.output import deliver_files, open_output
     from longext.report.build import build_report, report_record
+    from longext.report.console import working
     from longext.report.find import find_results
     from longext.report.notes import report_notes, verdict
     from longext.report.page import report_files
@@ -27,7 +28,8 @@ def run(config: ReportConfig, as_json: bool) -> None:
 
     output = output_directory(config.output, "report", None)
     open_output(output, config)
-    report = build_report(*find_results(config.results))
+    with working("reading results"):
+        report = build_report(*find_results(config.results))
     for result in report.results:
         check_apart(output, result_file(result.name))
     rendered = Rendered(report)

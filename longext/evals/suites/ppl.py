@@ -329,7 +329,9 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         """Return the record, of the protocol that was chosen."""
         task = self.resolved()
         if task.protocol == NEXT_SEGMENT:
-            from longext.evals.memory.next_segment import measure_memory as measure
-        else:
-            from longext.evals.perplexity import measure_perplexity as measure
-        return measure(task, model, data, work)
+            from longext.evals.memory.next_segment import measure_memory
+
+            return measure_memory(task, model, data, work)
+        from longext.evals.perplexity import measure_perplexity
+
+        return measure_perplexity(task, model, data, work)

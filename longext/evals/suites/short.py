@@ -20,9 +20,9 @@ from longext.evals.models import open_model
 from longext.evals.suites.ppl import Perplexity
 from longext.evals.views import SCORED, TOKENS, Detail, Lines, Section, either
 from longext.manifest import result_record
-from longext.models.methods import check_method, is_unchanged
+from longext.models.methods import check_method
 from longext.options import DataConfig
-from longext.settings import LENGTH, MANY, option
+from longext.settings import LENGTH, MANY, option, shown_name
 
 if TYPE_CHECKING:
     from longext.data.documents import Document
@@ -116,7 +116,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         check_method(self.method, self.factor)
         if self.lengths:
             check_lengths(self.lengths, minimum=_MINIMUM)
-        if self.against is None and self.memory is None and is_unchanged(self.method):
+        if self.against is None and self.memory is None and self.method in (None, "none"):
             raise ConfigError(
                 "Give the model to compare with: --against BASE (with --memory or --method it may be left out)."
             )
@@ -133,7 +133,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         """Return None: the model is opened once the base is done, since memory may not hold both."""
 
     @property
-    def base(self) -> ShortTexts:
+    def reference(self) -> ShortTexts:
         """Return the settings of the base: the model alone, with no method and no memory."""
         revision = None if self.against else self.revision
         model = self.against or self.model
@@ -152,7 +152,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
 
     def measure(self, model: Any, data: Sequence[Document], work: Work) -> Outcome:
         """Return the record: the base measured, then the model."""
-        base = open_model(self.base)
+        base = open_model(self.reference)
         lengths = self.lengths_within(base.trained_length)
         cuts = cut_windows(base, data, lengths, self)
         num_tokens = sum(cut.length * len(cut.windows) for cut in cuts)
@@ -162,13 +162,13 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         model = model if model is not None else open_model(self)
         if cut_windows(model, data, lengths, self) != cuts:
             raise ConfigError(
-                f"{self.model} and {self.base.model} split this text into different tokens: their perplexities are not "
-                "of the same thing."
+                f"{self.model} and {self.reference.model} split this text into different tokens: their perplexities "
+                "are not of the same thing."
             )
         with work.progress("short texts, the model", num_tokens, "tokens") as advance:
             rows = score_short(model, cuts, self, advance)
         record = short_record(model.describe(), base_facts, data, self, compare_short(rows, base_rows, cuts, self))
-        return Outcome(record=record, notes=_notes(record))
+        return Outcome(record=record, notes=[*_notes(record), f"The base is {shown_name(self.reference.model)}."])
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
         """Return the tolerance at each length."""
@@ -221,10 +221,17 @@ def score_short(
     """Return one model's perplexity at each length; each window counts as a document."""
     from longext.evals.perplexity import evaluate_perplexity
 
-    common = {"model": "", "protocol": "yarn-truncated", "batch_tokens": config.batch_tokens, "num_bootstrap": 0}
-    protocols = [Perplexity(lengths=(cut.length,), **common) for cut in cuts]
-    pairs = zip(cuts, protocols, strict=True)
-    return [row for cut, protocol in pairs for row in evaluate_perplexity(model, cut.windows, protocol, advance)]
+    rows = []
+    for cut in cuts:
+        protocol = Perplexity(
+            model="",
+            protocol="yarn-truncated",
+            lengths=(cut.length,),
+            batch_tokens=config.batch_tokens,
+            num_bootstrap=0,
+        )
+        rows += evaluate_perplexity(model, cut.windows, protocol, advance)
+    return rows
 
 
 def compare_short(
@@ -247,7 +254,7 @@ def _compare(row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindow
     num_documents = len(set(cut.owners))
     by_document = num_documents >= MIN_DOCUMENTS
     units = np.array(cut.owners) if by_document else np.arange(len(differences))
-    sums, counts = np.bincount(units, differences), np.bincount(units).astype(np.float64)
+    sums, counts = (np.bincount(units, values).astype(np.float64) for values in (differences, np.ones(len(units))))
     interval = bootstrap_mean(sums, counts, num_samples=config.num_bootstrap, seed=config.seed)
     change = math.expm1(float(differences.mean()))
     return ShortResult(

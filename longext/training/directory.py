@@ -1,4 +1,4 @@
-"""The working directory of a long command: locked first, made or taken up again, and given its final name."""
+"""The working directory of a training run, `<output>.running`: locked first, then made, or resumed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from longext.errors import ConfigError
 from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest, write_manifest
-from longext.staging import check_output, hold_name, hold_output, is_ours, replace_directory, resolve_output
+from longext.staging import check_output, hold_name, hold_output, is_ours, resolve_output
+from longext.training.callbacks import METRICS_NAME, read_metrics
+from longext.training.checkpoints import CHECKPOINTS, complete_checkpoints
+from longext.training.config import TrainingConfig
+from longext.training.processes import is_main_process
 
 
 def working_directory(output: Path) -> Path:
@@ -19,7 +22,7 @@ def working_directory(output: Path) -> Path:
     return place.with_name(f"{place.name}.running")
 
 
-def check_directories(config: Any, output: Path, source: Path) -> Path:
+def check_directories(config: TrainingConfig, output: Path, source: Path) -> Path:
     """Lock the output of a run, check that it and the working directory may be written, and return the latter.
 
     Nothing is changed. The lock is held until the command ends; of several processes the main one has it.
@@ -27,8 +30,6 @@ def check_directories(config: Any, output: Path, source: Path) -> Path:
     Raises:
         ConfigError: something would be lost, there is nothing to resume, or another process is at work there.
     """
-    from longext.training.processes import is_main_process
-
     work = working_directory(output)
     if not is_main_process():
         return work
@@ -46,7 +47,7 @@ def check_directories(config: Any, output: Path, source: Path) -> Path:
     return work
 
 
-def _check_resume(config: Any, output: Path, work: Path, source: Path) -> None:
+def _check_resume(config: TrainingConfig, output: Path, work: Path, source: Path) -> None:
     finished = finished_run(config, output)
     if finished is not None and not (holds_progress(work) and not read_manifest(work).get("prolongs")):
         step = int(finished.name.rpartition("-")[2])
@@ -66,23 +67,16 @@ def _check_resume(config: Any, output: Path, work: Path, source: Path) -> None:
     check_output(output, config.force, protected=source)
 
 
-def finished_run(config: Any, output: Path) -> Path | None:
-    """Return the last checkpoint of the finished training at `output` that `config` may prolong, None where none is."""
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-
-    if not hasattr(config, "num_steps") or read_manifest(output).get("state") != "finished":
+def finished_run(config: TrainingConfig, output: Path) -> Path | None:
+    """Return the last checkpoint of the finished training at `output` that `config` may prolong, or None."""
+    if not config.resume or read_manifest(output).get("state") != "finished":
         return None
     found = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
     return found[-1] if found else None
 
 
 def holds_progress(work: Path) -> bool:
-    """Return True where a working directory holds more than a run writes before its first step."""
-    from longext.training.callbacks import METRICS_NAME, read_metrics
-    from longext.training.checkpoints import complete_checkpoints
-    from longext.training.longlora import CHECKPOINTS
-
+    """Return True if a working directory holds more than a run writes before its first step."""
     if not work.is_dir():
         return False
     metrics = work / METRICS_NAME
@@ -92,7 +86,7 @@ def holds_progress(work: Path) -> bool:
     return bool(others) or bool(complete_checkpoints(work / CHECKPOINTS))
 
 
-def _is_unstarted(work: Path, config: Any) -> bool:
+def _is_unstarted(work: Path, config: TrainingConfig) -> bool:
     """True for what a kill before the first step leaves of a run of the same command."""
     return set(read_manifest(work).get("config", ())) == set(vars(config)) and not holds_progress(work)
 
@@ -100,8 +94,6 @@ def _is_unstarted(work: Path, config: Any) -> bool:
 @contextlib.contextmanager
 def kept_once_started(work: Path) -> Iterator[None]:
     """Remove the working directory that a run made and failed in before its first step: there is nothing in it."""
-    from longext.training.processes import is_main_process
-
     before = work.stat().st_ino if work.is_dir() else None
     try:
         yield
@@ -111,21 +103,14 @@ def kept_once_started(work: Path) -> Iterator[None]:
         raise
 
 
-def open_run(config: Any, work: Path, output: Path, command: str) -> None:
+def open_run(config: TrainingConfig, work: Path, output: Path, command: str) -> None:
     """Make the working directory, or take up the one that is there; a run that is prolonged brings its metrics."""
-    from longext.training.callbacks import METRICS_NAME
-
     if config.resume and holds_progress(work):
         return
     if work.is_dir():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    prolonged = finished_run(config, output) if config.resume else None
+    prolonged = finished_run(config, output)
     if prolonged is not None and (resolve_output(output) / METRICS_NAME).is_file():
         shutil.copyfile(resolve_output(output) / METRICS_NAME, work / METRICS_NAME)
     write_manifest(work, command, config, state="running", prolongs=prolonged is not None)
-
-
-def close_run(work: Path, output: Path) -> None:
-    """Give a finished run's directory its final name."""
-    replace_directory(work, output)

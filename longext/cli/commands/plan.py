@@ -1,0 +1,46 @@
+"""Work out memory, FLOPs and time of a training run: what fits, the longest length, what each flag buys.
+
+Example: longext plan meta-llama/Llama-2-7b-hf --length 32768 --gpus 8xA100-80GB
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longext.cli.app import COMMANDS
+from longext.cli.build import Command
+from longext.planning.config import PlanConfig
+
+
+def run(config: PlanConfig, *, as_json: bool) -> None:
+    """Plan, measure if asked for, show; write too if a directory was named."""
+    from longext.cli.output import deliver_files, open_output, show
+    from longext.planning.fit import plan_record, plan_training
+    from longext.report.plan_views import memory_by_length, plan_tables, probe_table, record_with_probe
+
+    if config.output:
+        open_output(Path(config.output), config)
+    plan, probe = plan_training(config), None
+    if config.probe:
+        from longext.planning.probe import probe_machine
+
+        probe = probe_machine(plan.source, plan.shape, plan.setup)
+    record = record_with_probe(plan_record(plan), probe)
+    tables = [*plan_tables(plan), *([probe_table(probe)] if probe else [])]
+    notes = [f"note: {note}" for note in plan.notes()]
+    if not config.output:
+        show(record, tables, as_json=as_json, notes=notes)
+        return
+    deliver_files(
+        Path(config.output),
+        "plan",
+        config,
+        record,
+        lambda: tables,
+        lambda: {"memory": memory_by_length(plan)},
+        as_json=as_json,
+        notes=notes,
+    )
+
+
+COMMANDS.register("plan", Command(config=PlanConfig, run=run))
