@@ -164,7 +164,7 @@ def quantisation(name: str) -> Any:
     if name != "nf4":
         raise ConfigError(f"--quantize must be none or nf4, got '{name}'.")
     try:
-        import bitsandbytes  # type: ignore[import-not-names,unused-ignore]  # noqa: F401
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("--quantize nf4 needs bitsandbytes: pip install 'longext[qlora]'") from error
     from transformers import BitsAndBytesConfig

@@ -245,16 +245,7 @@ def test_version_and_module_entry(run):
 def test_every_recipe_loads_and_names_its_command(name):
     from longext.compressor.config import CompressConfig
     from longext.conversion.config import ExtendConfig
-    from longext.evals.config import (
-        EffectiveConfig,
-        HarnessConfig,
-        LongBenchConfig,
-        LongEvalConfig,
-        NeedleConfig,
-        ShortConfig,
-    )
-    from longext.evals.suites.passkey import Passkey
-    from longext.evals.suites.ppl import Perplexity
+    from longext.evals.base import EVALS
     from longext.planning.config import PlanConfig
     from longext.report.config import CompareConfig
     from longext.settings import build_config
@@ -268,14 +259,7 @@ def test_every_recipe_loads_and_names_its_command(name):
         "plan": ("plan", PlanConfig),
         "finetune": ("finetune", FinetuneConfig),
         "compress": ("compress-train", CompressConfig),
-        "eval/passkey": ("passkey", Passkey),
-        "eval/ppl": ("eval ppl", Perplexity),
-        "eval/longbench": ("eval longbench", LongBenchConfig),
-        "eval/longeval": ("eval longeval", LongEvalConfig),
-        "eval/needle": ("eval needle", NeedleConfig),
-        "eval/harness": ("eval harness", HarnessConfig),
-        "eval/short": ("eval short", ShortConfig),
-        "eval/effective": ("eval effective", EffectiveConfig),
+        **{f"eval/{name}": (name if name == "passkey" else f"eval {name}", EVALS[name]) for name in EVALS},
     }
     command, kind = commands[f"eval/{file.partition('-')[0]}" if folder == "eval" else folder]
     build_config(kind, path, [], {})
