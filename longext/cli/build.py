@@ -111,7 +111,7 @@ def _read_config(ctx: typer.Context, command: Command, given: Mapping[str, Any])
         for name, source in sources.items()
         if name in names and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
     }
-    config = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
+    config: Any = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
     if not command.takes_recipes_of:
         return config
     # the output that a recipe names is that of the command it is for

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.source import read_config
-from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import window_of
 from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
@@ -71,7 +70,7 @@ class CompressPlan(RunPlan):
         with main_process_first():
             cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
         # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
-        skip = 1 if COMPRESSORS[self.spec.arch].trains_reader else shortest - 1
+        skip = 1 if kind.trains_reader else shortest - 1
         return DocumentRows(cache, self.row_length, config.seed, self.num_rows, minimum=shortest, skip=skip)
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:

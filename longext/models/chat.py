@@ -107,7 +107,7 @@ def render_chat(model: LanguageModel, messages: list[dict[str, str]], *, answer_
 
 
 def user_text(model: LanguageModel, text: str) -> str:
-    """Return a text as it goes into a prompt: control tokens that it spells are written as text if the model's settings say so."""
+    """Return a text as it goes into a prompt: its control tokens written as text if the model's settings say so."""
     return neutralised(model.tokenizer, text) if model.asking.neutralise else text
 
 

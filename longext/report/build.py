@@ -332,11 +332,11 @@ def csv_rows(report: Report) -> Iterator[list[Any]]:
     ]
     fields = [name for name in _ROW_FIELDS if any(score.field(name) is not None for *_, score in numbers)]
     yield ["suite", "set", "label", "result", "score", *fields, "value", "low", "high", "count", "counted"]
-    for group, part, label, score in numbers:
+    for owner, part, label, score in numbers:
         low, high = score.interval() or (None, None)
         counted = next((name for name in _COUNTS if score.parent.get(name) is not None), "")
         yield [
-            *(group.section.name, group.number, label, part.result.name, score.name),
+            *(owner.section.name, owner.number, label, part.result.name, score.name),
             *(score.field(name) for name in fields),
             *(score.value, low, high, score.parent.get(counted), counted),
         ]

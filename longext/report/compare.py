@@ -13,12 +13,12 @@ from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
 from longext.errors import ConfigError
-from longext.evals.base import Eval
+from longext.evals.base import Eval, Progress
 from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
-from longext.models.methods import described, is_unchanged, method_request
+from longext.models.methods import described, method_request
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
 from longext.report.results import Written, write_result_files
@@ -48,7 +48,7 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
 
 
 def compare_methods(
-    config: CompareConfig, progress: Callable[[str, int, str], Any], announce: Callable[[str], None] | None = None
+    config: CompareConfig, progress: Progress, announce: Callable[[str], None] | None = None
 ) -> Comparison:
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
@@ -84,9 +84,7 @@ def compare_methods(
                 _with_method(task, name, config, key),
                 model,
                 data=documents if key != "passkey" else None,
-                progress=lambda what, total, unit, at=f"{name} ({index}/{len(plans)})": progress(
-                    f"{at} {what}", total, unit
-                ),
+                progress=_titled(progress, f"{name} ({index}/{len(plans)})"),
             )
             for key, task in tasks.items()
         }
@@ -98,6 +96,11 @@ def compare_methods(
             announce(_one_line(methods[-1]))
     model.set_rope(plain)
     return Comparison(results=results, record=_record(config, model, results[: len(tasks)], trained, methods))
+
+
+def _titled(progress: Progress, title: str) -> Progress:
+    """Return a progress display that says which method is measured."""
+    return lambda what, total, unit: progress(f"{title} {what}", total, unit)
 
 
 def _tasks(config: CompareConfig, trained: int) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
 
 def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:
     """Return an evaluation of one method, with the directory of its result if the comparison has one."""
-    changes: dict[str, Any] = {"method": name, "factor": None if is_unchanged(name) else config.factor}
+    changes: dict[str, Any] = {"method": name, "factor": None if name == "none" else config.factor}
     folder = re.sub(r"[^\w.-]+", "-", name)
     return dataclasses.replace(task, **changes, output=f"{config.output}/{folder}/{key}" if config.output else None)
 

@@ -347,7 +347,7 @@ def _put_below(picture: Picture, figure: Figure, handles: Mapping[str, Any], wid
     )
     for label, handle, text in zip(handles, legend.legend_handles, legend.get_texts(), strict=True):
         if label in picture.labels:
-            for artist in (handle, text):
+            for artist in filter(None, (handle, text)):
                 artist.set_gid(picture.series(label))
 
 

@@ -75,11 +75,9 @@ def _of_panels(group: Group, shown: Shown, report: Report) -> Iterator[str]:
         cells = [cell for cell in shown.cells if cell.panel == panel]
         columns = [[cell for cell in cells if cell.column == column] for column in _headline(shown)]
         several = [column for column in columns if len(column) > 1]
-        if isinstance(shown.view, Lines):
-            several = [several] if several else []
-        else:
-            several = [[column] for column in several]
-        yield from (f"{name}: {_leaders(group, shown, places)}" for places in several)
+        # columns that are names are told one by one, lengths together
+        places = [several] if isinstance(shown.view, Lines) else [[column] for column in several]
+        yield from (f"{name}: {_leaders(group, shown, place)}" for place in places if place)
     if len(shown.panels) > _FEW:
         yield f"{set_title(group, report)}: {len(shown.panels) - _FEW} more {shown.view.panel_name}s are in the table."
 

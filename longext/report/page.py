@@ -145,7 +145,8 @@ def _svg(picture: Any, name: str, size: str) -> Any:
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
     alt, width = html.escape(picture.alt), picture.figure.get_figwidth()
-    start = f'<svg class="{size}" {box[0]} style="max-width: {_PIXELS * width:.0f}px" role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
+    style = f'style="max-width: {_PIXELS * width:.0f}px"'
+    start = f'<svg class="{size}" {box[0]} {style} role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
     text = start + text[text.index(">") + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(INK, "var(--ink)").replace(GRID, "var(--line)")

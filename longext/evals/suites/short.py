@@ -20,7 +20,7 @@ from longext.evals.models import open_model
 from longext.evals.suites.ppl import Perplexity
 from longext.evals.views import SCORED, TOKENS, Detail, Lines, Section, either
 from longext.manifest import result_record
-from longext.models.methods import check_method, is_unchanged
+from longext.models.methods import check_method
 from longext.options import DataConfig
 from longext.settings import LENGTH, MANY, option, shown_name
 
@@ -116,7 +116,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         check_method(self.method, self.factor)
         if self.lengths:
             check_lengths(self.lengths, minimum=_MINIMUM)
-        if self.against is None and self.memory is None and is_unchanged(self.method):
+        if self.against is None and self.memory is None and self.method in (None, "none"):
             raise ConfigError(
                 "Give the model to compare with: --against BASE (with --memory or --method it may be left out)."
             )
