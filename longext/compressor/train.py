@@ -70,7 +70,7 @@ class CompressPlan(RunPlan):
         with main_process_first():
             cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
         # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
-        skip = 1 if kind.trains_reader else shortest - 1
+        skip = 1 if COMPRESSORS[self.spec.arch].trains_reader else shortest - 1
         return DocumentRows(cache, self.row_length, config.seed, self.num_rows, minimum=shortest, skip=skip)
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
