@@ -13,6 +13,7 @@ import torch.distributed as dist
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.source import read_config
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import window_of
 from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
