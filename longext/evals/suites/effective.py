@@ -163,7 +163,7 @@ class Effective(ReadingConfig, ChatConfig, Eval):
             picture="effective",
             views=(
                 Bars(
-                    "Longest length above the limit, tokens",
+                    "Longest length above the bar, tokens",
                     of=ANY,
                     unit="count",
                     columns=lambda score: score.keys[-1].removesuffix("_length"),
