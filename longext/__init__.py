@@ -15,6 +15,8 @@ _PUBLIC = {
     "evaluate": "longext.api",
     "compare": "longext.api",
     "extend": "longext.api",
+    "finetune": "longext.api",
+    "compress": "longext.api",
     "merge": "longext.api",
     "generate": "longext.api",
     "plan": "longext.api",

@@ -6,13 +6,14 @@ exceptions of `longext.errors`, and name arguments, not flags.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from longext.errors import LongextError
+from longext.errors import ConfigError, LongextError
 from longext.settings import build_config
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
     from longext.report.outcome import Comparison, Result
+    from longext.report.runs import Trainer
+    from longext.training.run import TrainingResult
 
 _FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]+)")
 _ADVICE = " Give it as an argument or flag, or in the recipe (-c FILE)."
@@ -165,8 +168,6 @@ def extend(model: str | Path, method: str, *, output: str | Path | None = None, 
     Returns:
         The directory, a standard checkpoint.
     """
-    import dataclasses
-
     from longext.conversion.config import ExtendConfig
     from longext.conversion.extend import extend_checkpoint
 
@@ -174,6 +175,80 @@ def extend(model: str | Path, method: str, *, output: str | Path | None = None, 
     config = build_config(ExtendConfig, None, [], {**given, **settings})
     extend_checkpoint(dataclasses.replace(config, output=config.named_output))
     return Path(config.named_output)
+
+
+@_python_errors
+def finetune(
+    model: str | Path, *, data: str | Path, output: str | Path, progress: bool = False, **settings: Any
+) -> TrainingResult:
+    """Extend a checkpoint and train it at the new length, in this process.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        data: text file, folder, .jsonl, .parquet, Hub dataset id, or "sample".
+        output: the directory to write: an adapter, or with `tuning="full"` a checkpoint.
+        progress: show a progress bar on standard error.
+        settings: the options of `longext finetune`: method, target_length, num_steps, ...
+
+    Returns:
+        The `directory`, the `record` of what was trained, and the lines of `metrics`.
+    """
+    from longext.evals.midway import make_perplexity_measure
+    from longext.report.runs import Trainer
+    from longext.report.training import FINETUNE
+    from longext.training.config import FinetuneConfig
+    from longext.training.longlora import plan_finetune
+
+    config = build_config(FinetuneConfig, None, [], _training(model, data, output, settings))
+    return _train(config, Trainer(plan_finetune, make_perplexity_measure, FINETUNE), progress)
+
+
+@_python_errors
+def compress(
+    model: str | Path, *, data: str | Path, output: str | Path, progress: bool = False, **settings: Any
+) -> TrainingResult:
+    """Train a compressor on a frozen model, in this process.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        data: text file, folder, .jsonl, .parquet, Hub dataset id, or "sample".
+        output: the directory to write; `load` and `generate` take it.
+        progress: show a progress bar on standard error.
+        settings: the options of `longext compress-train`: arch, segment, ratio, num_steps, ...
+
+    Returns:
+        The `directory`, the `record` of what was trained, and the lines of `metrics`.
+    """
+    from longext.compressor.config import CompressConfig
+    from longext.compressor.train import plan_compressor
+    from longext.evals.midway import make_memory_measure
+    from longext.report.runs import Trainer
+    from longext.report.training import COMPRESS
+
+    config = build_config(CompressConfig, None, [], _training(model, data, output, settings))
+    return _train(config, Trainer(plan_compressor, make_memory_measure, COMPRESS), progress)
+
+
+def _training(model: str | Path, data: str | Path, output: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"model": str(model), "data": str(data), "output": str(output), **settings}
+
+
+def _train(config: Any, trainer: Trainer, shows_progress: bool) -> TrainingResult:
+    from longext.evals.base import no_progress
+    from longext.report.console import progress
+    from longext.report.runs import plan_run, train_and_write
+    from longext.staging import release_outputs
+
+    if config.num_processes > 1:
+        raise ConfigError("num_processes: several processes are for `longext finetune` and torchrun; give 1.")
+    try:
+        planned = plan_run(config, trainer)
+        show = progress if shows_progress else no_progress
+        trained = train_and_write(planned, lambda plan, work: plan.load(work), show, lambda training: None)
+    finally:
+        release_outputs()
+    assert trained is not None, "one process is the main one"
+    return dataclasses.replace(trained[0], directory=planned.output)
 
 
 @_python_errors

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.compressor.architectures import COMPRESSORS
+from longext.compressor.policies import OBJECTIVES, policy_forms
 from longext.data.config import RowsConfig
 from longext.options import ChatConfig, DataConfig, RuntimeConfig
 from longext.settings import LENGTH, option, override
@@ -24,7 +26,7 @@ class CompressConfig(TrainingConfig, DataConfig):
     eval_lengths: tuple[int, ...] = override(
         TrainingConfig, "eval_lengths", help="Tokens of context to measure at (default: 1, 4 and 12 segments).", ge=0
     )
-    arch: str = option("uio", "uio, anchor, icae, gist, autocompressor, rmt, beacon or prefix.", panel="Method")
+    arch: str = option("uio", "Architecture", names=lambda: COMPRESSORS, panel="Method")
     segment: int = option(1024, "Tokens of a segment.", ge=1, panel="Method")
     ratio: tuple[int, ...] = option(
         (8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.", panel="Method"
@@ -33,10 +35,8 @@ class CompressConfig(TrainingConfig, DataConfig):
     sink: int | None = option(None, "First raw tokens that stay readable (default 1; gist 0).", ge=0, panel="Method")
     overlap: int = option(0, "Last raw tokens that stay readable.", ge=0, panel="Method")
     init: str | None = option(None, "Start from the weights of this compressor.", panel="Method")
-    objectives: str = option("lm", "lm, ae, qa, distill with weights, as in lm:1,ae:0.2.", panel="Training")
-    gradient: str = option(
-        "exact", "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full.", panel="Training"
-    )
+    objectives: str = option("lm", f"{', '.join(OBJECTIVES)} with weights, as in lm:1,ae:0.2.", panel="Training")
+    gradient: str = option("exact", f"{', '.join(policy_forms())}.", panel="Training")
     grad_check: int | None = option(None, "Compare with the exact gradient every N steps.", ge=1, panel="Training")
     lora_r: int = option(128, "LoRA rank.", ge=1, le=2**16, panel="Training")
     lora_alpha: int = option(512, "LoRA alpha.", ge=1, panel="Training")

@@ -55,7 +55,7 @@ longext generate DIR --context book.txt --prompt "..."
 longext eval ppl --memory DIR --data TEXT
 ```
 
-From Python: `longext.compressor.checkpoint.load_compressor` and `longext.compressor.session.Session`."""
+From Python: `longext.compressor.checkpoint.load_compressor` and `longext.compressor.reading.session.Session`."""
 
 
 @dataclass(frozen=True, kw_only=True)

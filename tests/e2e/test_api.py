@@ -77,6 +77,23 @@ def test_a_plan_and_a_continuation():
     assert len(text.tokens) == 4
 
 
+def test_training_and_what_becomes_of_it(tmp_path):
+    shared = {"data": "sample", "device": "cpu", "num_steps": 1, "accumulation": 1}
+    small = {"target_length": 640, "method": "linear", "group_size": 64, "lora_r": 2}
+    trained = longext.finetune("books-5m", output=tmp_path / "adapter", **shared, **small)
+    assert trained.directory == tmp_path / "adapter"
+    assert trained.record["target_length"] == 640
+    assert trained.metrics
+    longext.merge(trained.directory, output=tmp_path / "merged")
+    assert longext.load(tmp_path / "merged", device="cpu").context_length == 640
+    packed = longext.compress("books-5m", output=tmp_path / "memory", segment=64, ratio=[8], lora_r=2, **shared)
+    model = longext.load(packed.directory, device="cpu")
+    result = longext.evaluate(model, "ppl", lengths=[0, 64], max_tokens=400, num_bootstrap=0, num_places=2)
+    assert result.record["kind"] == "memory-perplexity"
+    with pytest.raises(ConfigError, match="num_processes"):
+        longext.finetune("books-5m", output=tmp_path / "more", num_processes=2, **shared)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

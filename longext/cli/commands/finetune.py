@@ -17,10 +17,12 @@ def run(config: FinetuneConfig, *, as_json: bool, dry_run: bool) -> None:
     """Check, launch processes if several are asked for, train, write."""
     from longext.cli.training import run_training
     from longext.evals.midway import make_perplexity_measure
+    from longext.report.runs import Trainer
     from longext.report.training import FINETUNE
     from longext.training.longlora import plan_finetune
 
-    run_training(config, plan_finetune, make_perplexity_measure, FINETUNE, dry_run=dry_run, as_json=as_json)
+    trainer = Trainer(plan_finetune, make_perplexity_measure, FINETUNE)
+    run_training(config, trainer, dry_run=dry_run, as_json=as_json)
 
 
 COMMANDS.register("finetune", Command(config=FinetuneConfig, run=run, switches=DRY_RUN))
