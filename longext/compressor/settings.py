@@ -27,7 +27,30 @@ DECIDING_COMPRESS = ("arch", "segment", "ratio", "overlap", "objectives", "gradi
 def check_compress_config(config: CompressConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no model."""
     check_data(config)
+<<<<<<< HEAD
     check_names(config)
+||||||| merged common ancestors
+<<<<<<<<< Temporary merge branch 1
+    check_names(config)
+||||||||| merged common ancestors
+    check_names(config)
+||||||||||| 768fba4
+    import longext.compressor.architectures  # noqa: F401
+
+    if not config.data:
+        raise ConfigError(
+            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
+        )
+===========
+    if not config.data:
+        raise ConfigError(
+            "Give --data: a text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story)."
+        )
+>>>>>>>>>>> Temporary merge branch 2
+=========
+>>>>>>>>> Temporary merge branch 2
+=======
+>>>>>>> wt-train
     cls = COMPRESSORS[config.arch]
     parse_objectives(config.objectives)
     policy = parse_policy(config.gradient, cls.recurrent)

@@ -27,7 +27,6 @@ from longext.compressor.checkpoint import (
 from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import Batch, Objectives, compare_gradients
 from longext.compressor.policies import parse_objectives, parse_policy
-from longext.compressor.schedule import Schedule
 from longext.compressor.settings import (
     DECIDING_COMPRESS,
     check_compress_config,
@@ -68,13 +67,27 @@ class CompressPlan(RunPlan):
 
     def open_rows(self, tokenizer: Any, on_tokens: Callable[[int], None] | None = None) -> DocumentRows:
         """Return the documents of the whole run; the main process tokenises, the others then find its cache."""
+<<<<<<< HEAD
         config = self.config
         kind = COMPRESSORS[self.spec.arch]
         shortest = Schedule.of(kind, self.spec, self.spec.ratios).shortest
+||||||| merged common ancestors
+<<<<<<<<< Temporary merge branch 1
+        config = self.config
+        kind = COMPRESSORS[self.spec.arch]
+        shortest = Schedule.of(kind, self.spec, self.spec.ratios).shortest
+||||||||| merged common ancestors
+        config, shortest = self.config, self.spec.shortest
+=========
+        config, shortest = self.config, self.spec.schedule(self.window).shortest
+>>>>>>>>> Temporary merge branch 2
+=======
+        config, shortest = self.config, self.spec.schedule(self.window).shortest
+>>>>>>> wt-train
         with main_process_first():
             cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
         # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
-        skip = 1 if kind.trains_reader else shortest - 1
+        skip = 1 if COMPRESSORS[self.spec.arch].trains_reader else shortest - 1
         return DocumentRows(cache, self.row_length, config.seed, self.num_rows, minimum=shortest, skip=skip)
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
