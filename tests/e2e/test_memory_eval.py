@@ -118,7 +118,7 @@ def test_other_protocols_score_through_the_memory(run, tmp_path, uio, protocol):
     record, out = result_of(run, tmp_path / "p", "--memory", uio, *flags)
     assert record["protocol"]["id"] == f"ppl/{protocol}"
     assert record["model"]["memory"]["compressor"]["arch"] == "uio"
-    assert f"({protocol})" in out
+    assert f"ppl/{protocol}" in out
 
 
 def test_a_window_that_holds_all_gives_the_plain_perplexity(run, tmp_path):
