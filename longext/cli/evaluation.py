@@ -45,6 +45,8 @@ def _kept_answers(path: Path | None, output: Path, task: Eval) -> Iterator[None]
 
     if path is not None and (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{path}, where the answers are kept, is no file or directory. Choose another -o.")
+    if path is not None and getattr(task, "resume", False) and not holds_answers(path):
+        raise ConfigError(f"Nothing to resume: there are no answers in {path}. Leave --resume out to start the run.")
     try:
         yield
     except LongextError:  # its message says what to do

@@ -42,7 +42,7 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
 def deliver(output: Path, command: str, measured: Measured, *, as_json: bool) -> None:
     """Write the results of an evaluation, then print tables, notes and their directory; see `show`."""
     from longext.report.console import say, working
-    from longext.report.render import render
+    from longext.report.outcome import render
     from longext.report.results import write_results
 
     rendered = render(str(output), measured.record, measured.task)

@@ -26,7 +26,7 @@ class CompressConfig(TrainingConfig, DataConfig):
     eval_lengths: tuple[int, ...] = override(
         TrainingConfig, "eval_lengths", help="Tokens of context to measure at (default: 1, 4 and 12 segments).", ge=0
     )
-    arch: str = option("uio", names=lambda: COMPRESSORS, panel="Method")
+    arch: str = option("uio", "Architecture", names=lambda: COMPRESSORS, panel="Method")
     segment: int = option(1024, "Tokens of a segment.", ge=1, panel="Method")
     ratio: tuple[int, ...] = option(
         (8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.", panel="Method"

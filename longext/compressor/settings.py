@@ -99,7 +99,7 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     if not schedule.capacity:
         raise ConfigError(
             f"--ratio {ratio} makes {spec.segment // ratio} slots of each --segment {spec.segment}, and the model's "
-            f"{window} positions hold no memory beside a segment: use larger ratios, a shorter --segment, or extend "
+            f"{window} positions hold no memory next to a segment: use larger ratios, a shorter --segment, or extend "
             "the model first (longext extend)."
         )
     most = schedule.max_segments
@@ -130,10 +130,10 @@ def token_source(config: CompressConfig) -> RowsConfig:
 
 
 def same_shape(one: CompressorSpec, other: CompressorSpec) -> bool:
-    """True where the weights of one fit the other: sink and overlap may differ, and ratios where they nest."""
+    """True if the weights of one fit the other: sink and overlap may differ, and ratios if they nest."""
 
     def shape(spec: CompressorSpec) -> CompressorSpec:
-        # where slots have vectors of their own, there are as many as the smallest ratio makes
+        # if slots have vectors of their own, there are as many as the smallest ratio makes
         ratios = () if COMPRESSORS[spec.arch].nested else (min(spec.ratios),)
         return dataclasses.replace(spec, ratios=ratios, sink=0, overlap=0)
 

@@ -54,11 +54,13 @@ class CompressPlan(RunPlan):
     Attributes:
         base: the frozen model.
         spec: the compressor.
+        window: positions of the model.
     """
 
     config: CompressConfig
     base: BaseModel
     spec: CompressorSpec
+    window: int
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the frozen model."""
@@ -123,7 +125,7 @@ def plan_compressor(config: CompressConfig) -> CompressPlan:
     window = window_of(load_config(base.directory).get_text_config())
     spec = spec_of(config, window)
     length = document_length(config, spec, window)
-    return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec)
+    return CompressPlan(config=config, source=base.directory, row_length=length, base=base, spec=spec, window=window)
 
 
 @dataclass(kw_only=True)
@@ -155,7 +157,7 @@ class CompressRun(Run):
             "summary": self.model.summary,
             "reference": self.model.reference,
             "base_model": plan.base.name,
-            "window": backbone.window,
+            "window": plan.window,
             "num_total": sum(p.numel() for p in backbone.model.parameters()),
             "num_trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "objectives": parse_objectives(plan.config.objectives),

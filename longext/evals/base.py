@@ -87,7 +87,7 @@ class Eval(RuntimeConfig):
         name: of the command; set by `register`.
         kind: of the record.
         sections: what a report shows of its records, the first for a record that no other claims.
-        limit_option: what is not reached ends the command with exit code 1.
+        limit_option: what is not reached ends the command with exit code 1; "" if it has no limits.
         limits_are_most: the limits are upper ones.
         memory_defaults: of settings that the user left open, if a `memory` is read.
     """
@@ -159,7 +159,8 @@ class Eval(RuntimeConfig):
 
     def require(self, record: Mapping[str, Any]) -> None:
         """Raise LongextError, which ends the command with exit code 1, if a limit was missed."""
-        require_limits(record, self.limit_option)
+        if self.limit_option:
+            require_limits(record, self.limit_option)
 
 
 @dataclass(frozen=True, kw_only=True)

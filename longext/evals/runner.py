@@ -62,5 +62,6 @@ def run_eval(
         with loading(f"loading {task.model}"):
             model = task.open_model()
     outcome = task.measure(model, data, Work(progress=progress, answers=answers))
-    outcome.record["bars"] = task.verdicts(limits, outcome)
+    if task.limit_option:
+        outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

@@ -22,7 +22,7 @@ class Device:
         name: vendor's name and memory, for example A100-80GB.
         memory: bytes the driver reports as total (less than the name says: vendors count some for ECC and firmware).
         tflops: dense peak of the matrix units at 16 bits with 32-bit accumulation, 1e12 FLOP/s, from the data sheet.
-        has_bfloat16: False where only float16 runs on the matrix units.
+        has_bfloat16: False if only float16 runs on the matrix units.
     """
 
     name: str
@@ -64,7 +64,7 @@ for _name, (_gib, _tflops) in _SIXTEEN_BIT.items():
 def parse_gpus(text: str) -> tuple[int, Device]:
     """Return (number, device) of `8xA100-80GB`.
 
-    No number means one, case does not matter, and the memory may be left out where it is not in doubt (`H200`).
+    No number means one, case does not matter, and the memory may be left out if it is not in doubt (`H200`).
 
     Raises:
         ConfigError: not of that form, none of them, or a device that is not in the table (names the nearest).

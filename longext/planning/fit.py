@@ -31,7 +31,7 @@ class Rung:
         flag: what this rung adds.
         needed: bytes a GPU must have at the asked length.
         fits: the device has them.
-        longest: the longest length that fits, 0 where none does.
+        longest: the longest length that fits, 0 if none does.
         seconds: of one micro-batch at the asked length.
     """
 
@@ -54,7 +54,7 @@ class TrainingPlan:
             run's own attention, equal to `dense` for full attention.
         flops: of one micro-batch as the hardware computes it (causal pairs, recomputation, backward).
         seconds: of one micro-batch (all GPUs at work) at the assumed utilisation.
-        longest: the longest length that fits with these flags, 0 where none does.
+        longest: the longest length that fits with these flags, 0 if none does.
         by_length: memory at lengths from short to beyond the longest, sharding decided for each.
     """
 
@@ -74,7 +74,7 @@ class TrainingPlan:
 
     @property
     def fits(self) -> bool:
-        """True where the peak and the CUDA context are within the device's memory."""
+        """True if the peak and the CUDA context are within the device's memory."""
         return self.memory.needed <= self.device.memory
 
     @property
@@ -92,7 +92,7 @@ class TrainingPlan:
         return num_tokens / self.tokens_per_second / 3600
 
     def notes(self) -> list[str]:
-        """Return what a reader must know beside the numbers, one line each."""
+        """Return what a reader must know besides the numbers, one line each."""
         return [*_model_notes(self.shape), *_run_notes(self)]
 
 
@@ -105,15 +105,15 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     """
     _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
-    asked = setup_of(config, num_gpus)
+    wanted = setup_of(config, num_gpus)
     source = resolve_model(config.model, config.revision, weights=False)
     shape = read_shape(source)
-    if shape.num_heads % asked.sequence_parallel:
+    if shape.num_heads % wanted.sequence_parallel:
         raise ConfigError(
-            f"`sequence_parallel` {asked.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
+            f"`sequence_parallel` {wanted.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
         )
-    setup = decide_sharding(shape, asked, device)
-    longest = longest_length(shape, asked, device)
+    setup = decide_sharding(shape, wanted, device)
+    longest = longest_length(shape, wanted, device)
     return TrainingPlan(
         config=config,
         source=source,
@@ -126,8 +126,8 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         flops=training_flops(shape, setup, causal=True),
         seconds=seconds_of(shape, setup, device, config.utilisation),
         longest=longest,
-        ladder=tuple(_ladder(config, shape, asked, device)),
-        by_length=tuple(_by_length(shape, asked, device, longest)),
+        ladder=tuple(_ladder(config, shape, wanted, device)),
+        by_length=tuple(_by_length(shape, wanted, device, longest)),
     )
 
 
@@ -161,7 +161,7 @@ def seconds_of(shape: ModelShape, setup: TrainingSetup, device: Device, utilisat
 
 
 def longest_length(shape: ModelShape, setup: TrainingSetup, device: Device) -> int:
-    """Return the longest length (a multiple of 256 tokens) that fits with the flags of `setup`, 0 where none does."""
+    """Return the longest length (a multiple of 256 tokens) that fits with the flags of `setup`, 0 if none does."""
 
     def fits(length: int) -> bool:
         candidate = decide_sharding(shape, dataclasses.replace(setup, length=length), device)
@@ -174,11 +174,11 @@ def longest_length(shape: ModelShape, setup: TrainingSetup, device: Device) -> i
     return low * STEP
 
 
-def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device: Device) -> Iterator[Rung]:
+def _ladder(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup, device: Device) -> Iterator[Rung]:
     """Yield the rungs from everything off to everything on; each keeps the flags below it."""
-    plain = "ddp" if asked.num_gpus > 1 else "none"
+    plain = "ddp" if wanted.num_gpus > 1 else "none"
     setup = dataclasses.replace(
-        asked,
+        wanted,
         method="full",
         attention="full",
         checkpointing=False,
@@ -187,7 +187,7 @@ def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device:
         sharding=plain,
         sequence_parallel=1,
     )
-    for flag, change in (("full fine-tuning, full attention, no savings", {}), *_savings(config, shape, asked)):
+    for flag, change in (("full fine-tuning, full attention, no savings", {}), *_savings(config, shape, wanted)):
         setup = dataclasses.replace(setup, **change)
         needed = plan_memory(shape, setup).needed
         yield Rung(
@@ -200,34 +200,34 @@ def _ladder(config: PlanConfig, shape: ModelShape, asked: TrainingSetup, device:
         )
 
 
-def _savings(config: PlanConfig, shape: ModelShape, asked: TrainingSetup) -> list[tuple[str, dict[str, Any]]]:
-    """Return (flag, change) of each rung above the first; LoRA first, or last where full training was asked for."""
-    method = "longlora" if asked.is_full else asked.method
-    attention = "s2" if asked.is_full else asked.attention
+def _savings(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup) -> list[tuple[str, dict[str, Any]]]:
+    """Return (flag, change) of each rung above the first; LoRA first, or last if full training was asked for."""
+    method = "longlora" if wanted.is_full else wanted.method
+    attention = "s2" if wanted.is_full else wanted.attention
     name = {"longlora": "--tuning lora+embed+norm --attention s2", "lora": "--tuning lora"}[method]
     lora: tuple[str, dict[str, Any]] = (name, {"method": method, "attention": attention})
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("+ gradient checkpointing", {"checkpointing": True}),
         (f"+ loss in chunks of {config.loss_chunk:,} tokens", {"loss_chunk": config.loss_chunk}),
     ]
-    if asked.num_gpus > 1:
+    if wanted.num_gpus > 1:
         rungs += [("+ DeepSpeed ZeRO-2", {"sharding": "zero2"}), ("+ FSDP2", {"sharding": "fsdp"})]
-        ranks = math.gcd(asked.num_gpus, shape.num_heads)
+        ranks = math.gcd(wanted.num_gpus, shape.num_heads)
         if ranks > 1:
             rungs.append((f"+ --sequence-parallel {ranks}", {"sequence_parallel": ranks}))
     rungs.append(("+ --offload", {"offload": True}))
-    return [*rungs, lora] if asked.is_full else [lora, *rungs]
+    return [*rungs, lora] if wanted.is_full else [lora, *rungs]
 
 
 def _by_length(
-    shape: ModelShape, asked: TrainingSetup, device: Device, longest: int
+    shape: ModelShape, wanted: TrainingSetup, device: Device, longest: int
 ) -> Iterator[tuple[TrainingSetup, MemoryPlan]]:
     """Yield (setup, memory): three halvings of the asked length, it, and doublings until it no longer fits."""
-    length = max(STEP, asked.length >> 3)
+    length = max(STEP, wanted.length >> 3)
     while True:
-        setup = decide_sharding(shape, dataclasses.replace(asked, length=length), device)
+        setup = decide_sharding(shape, dataclasses.replace(wanted, length=length), device)
         yield setup, plan_memory(shape, setup)
-        if length >= asked.length and (length > longest or length >= 8 * asked.length):
+        if length >= wanted.length and (length > longest or length >= 8 * wanted.length):
             return
         length *= 2
 

@@ -122,7 +122,7 @@ def training_flops(
     """Return the FLOPs of one micro-batch (forward, recomputation, backward), all GPUs together, for one `batch_size`.
 
     A product X W costs the same forward, for the gradient of X and for the gradient of W; the last is not computed for
-    frozen W. Checkpointing computes each layer once more, but for its last matrix where nothing behind it needs that
+    frozen W. Checkpointing computes each layer once more, but for its last matrix if nothing behind it needs that
     (torch stops early). A loss in chunks computes its gradients at once, so its logits are not computed again.
 
     Args:

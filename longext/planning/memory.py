@@ -20,7 +20,7 @@ from longext.planning.shape import ModelShape
 FULL = 4  # bytes of a float32: trained weights, gradients, moments, norms, softmax
 CONTEXT = GIB  # CUDA context, library workspaces and fragmentation: what nvidia-smi shows beyond torch's peak
 _LOSS_COPIES = 3  # log-softmax, its gradient and the logits' gradient, float32, at the loss's peak
-_FORWARD_COPIES = 2  # float32 logits and log-softmax, beside the logits as computed
+_FORWARD_COPIES = 2  # float32 logits and log-softmax, besides the logits as computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def plan_memory(shape: ModelShape, setup: TrainingSetup) -> MemoryPlan:
 
 
 def weight_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    """Return the bytes of all weights: the base as computed with, and what is trained at 32 bits beside it.
+    """Return the bytes of all weights: the base as computed with, and what is trained at 32 bits besides.
 
     PEFT keeps the frozen original of a trained embedding or norm, so both count. Full training has one copy.
     """
@@ -119,7 +119,7 @@ def stream_bytes(setup: TrainingSetup) -> int:
     """Return the bytes of an element of the hidden states between layers.
 
     Residual sums keep the width of the embedding's output, which the engine hands on at the width of the matrix
-    products, also where the trained embedding is float32.
+    products, also if the trained embedding is float32.
     """
     return setup.compute_bytes if setup.hidden_bytes is None else setup.hidden_bytes
 
@@ -135,7 +135,7 @@ def layer_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     """Return the bytes per token that autograd keeps for one layer without checkpointing.
 
     Full training keeps the input of every matrix; frozen matrices keep none, adapters keep theirs. Norms work at 32
-    bits. A gated MLP keeps gate, activation and up (and their product where the down matrix is trained).
+    bits. A gated MLP keeps gate, activation and up (and their product if the down matrix is trained).
     """
     return _attention_bytes(shape, setup) + _norm_bytes(shape, setup) + _mlp_bytes(shape, setup)
 
@@ -193,7 +193,7 @@ def _kept(shape: ModelShape, setup: TrainingSetup) -> tuple[float, float]:
 
 
 def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Bytes beyond the kept ones at the end of the forward pass, in the loss and in one layer's backward.
+    """Bytes beyond the saved ones at the end of the forward pass, in the loss and in one layer's backward.
 
     A loss in chunks computes its gradients in the forward pass: no logits outlive their chunk, but the head's input
     and its gradient stay.
@@ -213,7 +213,7 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 
 
 def _last_norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    """Bytes that the norm before the head keeps, and the head's input where the head is trained."""
+    """Bytes that the norm before the head keeps, and the head's input if the head is trained."""
     trained_head = setup.is_full or (shape.tied and setup.trains_embeddings)
     normed = stream_bytes(setup) if setup.trains_embeddings and not shape.layout.norm_has_bias else 0
     return setup.local_tokens * shape.hidden_size * (FULL + normed + (setup.compute_bytes if trained_head else 0))

@@ -50,7 +50,7 @@ class Probe:
 
     Attributes:
         runs: the measured depths, shallow first.
-        length: the length measured (the asked one, or shorter where that would take long).
+        length: the length measured (the asked one, or shorter if that would take long).
         is_whole: the model is no deeper than the deepest run, so nothing was extrapolated over layers.
         seconds, peak: of a batch at `length` and the model's depth: linear in layers.
         flops_per_second: causal FLOPs of the layers over their time.

@@ -50,12 +50,12 @@ class TrainingSetup:
 
     @property
     def is_full(self) -> bool:
-        """True where every parameter is trained."""
+        """True if every parameter is trained."""
         return self.method == "full"
 
     @property
     def trains_embeddings(self) -> bool:
-        """True where embeddings and norms are trained."""
+        """True if embeddings and norms are trained."""
         return self.method != "lora"
 
     @property
@@ -75,7 +75,7 @@ class TrainingSetup:
 
     @property
     def chunks_loss(self) -> bool:
-        """True where the loss is computed in more than one piece."""
+        """True if the loss is computed in more than one piece."""
         return self.chunk_tokens < self.local_tokens
 
     def trainable(self, shape: ModelShape) -> int:

@@ -37,7 +37,7 @@ class ModelShape:
         tied: the output matrix is the embedding.
         has_sliding_layers: some layers see a window only (they are counted as dense, which is an upper bound).
         caps_scores: attention scores pass a soft cap, which SDPA has not.
-        counted: parameters in the safetensors headers, or None where no weights are there.
+        counted: parameters in the safetensors headers, or None if there are no weights.
     """
 
     model_type: str
@@ -112,7 +112,7 @@ class ModelShape:
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """Return the shape of the model in `directory`; config.json is enough, weights are counted where they are.
+    """Return the shape of the model in `directory`; config.json is enough, weights are counted if they are there.
 
     Raises:
         CheckpointError: no config.json, a mixture of experts, an unknown model type or a missing size.
@@ -208,7 +208,7 @@ def _holds_another_head(tensors: Mapping[str, StoredTensor], directory: Path) ->
 
 
 def _with_count(shape: ModelShape, directory: Path) -> ModelShape:
-    """Add the exact count from the safetensors headers, where the directory has weights."""
+    """Add the exact count from the safetensors headers, if the directory has weights."""
     if not any(directory.glob("*.safetensors*")):
         return shape
     counted, tensors = 0, tensors_of(read_shards(directory))

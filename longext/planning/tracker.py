@@ -1,4 +1,4 @@
-"""Live bytes of tensors on any device, also where the allocator keeps no count (a CPU)."""
+"""Live bytes of tensors on any device, also if the allocator keeps no count (a CPU)."""
 
 from __future__ import annotations
 

@@ -324,19 +324,19 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
 def csv_rows(report: Report) -> Iterator[list[Any]]:
     """Yield the header and one row for every number of every result, those included that no table shows."""
     numbers = [
-        (group, part, label, score)
-        for group in report.groups
-        for part, label in zip(group.parts, group.labels, strict=True)
+        (members, part, label, score)
+        for members in report.groups
+        for part, label in zip(members.parts, members.labels, strict=True)
         for score in numbers_of(part.record)
         if not score.is_count
     ]
     fields = [name for name in _ROW_FIELDS if any(score.field(name) is not None for *_, score in numbers)]
     yield ["suite", "set", "label", "result", "score", *fields, "value", "low", "high", "count", "counted"]
-    for owner, part, label, score in numbers:
+    for members, part, label, score in numbers:
         low, high = score.interval() or (None, None)
         counted = next((name for name in _COUNTS if score.parent.get(name) is not None), "")
         yield [
-            *(owner.section.name, owner.number, label, part.result.name, score.name),
+            *(members.section.name, members.number, label, part.result.name, score.name),
             *(score.field(name) for name in fields),
             *(score.value, low, high, score.parent.get(counted), counted),
         ]

@@ -1,4 +1,4 @@
-"""The terminal: tables, progress with rate and ETA, plain lines where there is no terminal."""
+"""The terminal: tables, progress with rate and ETA, plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
 def stdout() -> Console:
-    """Return a console on standard output; wide enough for our tables where there is no terminal."""
+    """Return a console on standard output; wide enough for our tables if there is no terminal."""
     is_terminal = sys.stdout.isatty()
     columns = os.environ.get("COLUMNS", "")
     width = None if is_terminal else int(columns) if columns.isdecimal() and int(columns) else 140
@@ -42,12 +42,12 @@ def print_table(table: Table) -> None:
 
 
 def say(text: str, *, aside: bool = False) -> None:
-    """Print one line to standard output (`aside`: to standard error, where JSON has the other)."""
+    """Print one line to standard output (`aside`: to standard error, if JSON has the other)."""
     (stderr() if aside else stdout()).print(text)
 
 
 class Advance(Protocol):
-    """Tell a progress display that `amount` more is done; `note` is shown beside it."""
+    """Tell a progress display that `amount` more is done; `note` is shown behind it."""
 
     def __call__(self, amount: int, note: str = "") -> None: ...
 

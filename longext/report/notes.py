@@ -14,6 +14,7 @@ from longext.report.layout import cell_text, set_title, unit_text
 from longext.report.tables import Table
 
 _AVERAGE = "average"
+_AS_ABOVE = "as above"  # the results of a comparison have one command
 _FEW = 3  # labels that a note spells out
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONG = 40
@@ -75,9 +76,10 @@ def _of_panels(group: Group, shown: Shown, report: Report) -> Iterator[str]:
         cells = [cell for cell in shown.cells if cell.panel == panel]
         columns = [[cell for cell in cells if cell.column == column] for column in _headline(shown)]
         several = [column for column in columns if len(column) > 1]
-        # columns that are names are told one by one, lengths together
-        places = [several] if isinstance(shown.view, Lines) else [[column] for column in several]
-        yield from (f"{name}: {_leaders(group, shown, place)}" for place in places if place)
+        if several and isinstance(shown.view, Lines):
+            yield f"{name}: {_leaders(group, shown, several)}"
+        elif several:
+            yield from (f"{name}: {_leaders(group, shown, [column])}" for column in several)
     if len(shown.panels) > _FEW:
         yield f"{set_title(group, report)}: {len(shown.panels) - _FEW} more {shown.view.panel_name}s are in the table."
 
@@ -262,6 +264,7 @@ def value_text(value: Any, length: int = _LONG) -> str:
 
 def results_table(report: Report) -> Table:
     """One row per result: its directory, its kind, its limits if any has some, the command that made it."""
+    commands = [str(result.record.get("command") or "-") for result in report.results]
     limits = [_limits_text(result.record.get("bars") or []) for result in report.results]
     has_limits = any(limits)
     rows = [
@@ -269,9 +272,9 @@ def results_table(report: Report) -> Table:
             result.name,
             str(result.record["kind"]),
             *([text or "-"] if has_limits else []),
-            str(result.record.get("command") or "-"),
+            _AS_ABOVE if i and command == commands[i - 1] and command != "-" else command,
         ]
-        for result, text in zip(report.results, limits, strict=True)
+        for i, (result, text, command) in enumerate(zip(report.results, limits, commands, strict=True))
     ]
     columns = ["result", "kind", *(["limits"] if has_limits else []), "command"]
     return Table("What was read", columns, rows, left=frozenset(range(len(columns))))

@@ -13,16 +13,45 @@ from typing import TYPE_CHECKING, Any
 
 from longext.errors import ConfigError
 from longext.evals.runner import Measured
-from longext.report.build import build_report, csv_rows
+from longext.report.build import Report, build_report, csv_rows
 from longext.report.find import Result as Record
-from longext.report.render import Rendered
+from longext.report.layout import report_tables
 from longext.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from longext.report.draw import Picture
+
 _WIDTH = 100  # characters of a table as text
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What is shown of results; made when it is called for."""
+
+    report: Report
+
+    def tables(self) -> list[Table]:
+        """Return the tables of all sections."""
+        return report_tables(self.report)
+
+    @cached_property
+    def pictures(self) -> dict[str, Picture]:
+        """The pictures by file name."""
+        from longext.report.draw import report_pictures
+
+        return report_pictures(self.report)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the figures by file name."""
+        return {name: picture.figure for name, picture in self.pictures.items()}
+
+
+def render(name: str, record: dict[str, Any], config: Any) -> Rendered:
+    """Return what is shown of one result; `name` is its directory, `config` the dataclass of its settings."""
+    return Rendered(build_report([Record(name=name, record=record, config=dataclasses.asdict(config))]))
 
 
 class Tables(list[Table]):

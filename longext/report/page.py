@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import longext
 from longext.report.build import Group, Report, Shown, csv_rows
@@ -20,8 +20,11 @@ from longext.report.notes import (
     set_notes,
     verdict,
 )
-from longext.report.render import Rendered
 from longext.report.tables import Table, csv_text
+
+if TYPE_CHECKING:
+    from longext.report.draw import Picture
+    from longext.report.outcome import Rendered
 
 _LEAD = (
     "Results under one protocol and on the same data share a table; others are in sets of their own. Notes under a "
@@ -124,11 +127,10 @@ def _parameters(rope: Mapping[str, Any]) -> str:
     return json.dumps(short, ensure_ascii=False)
 
 
-def _svg(picture: Any, name: str, size: str) -> Any:
+def _svg(picture: Picture, name: str, size: str) -> Any:
     """Return a picture as an SVG element whose colours follow the page and whose points have texts.
 
     Args:
-        picture: a `draw.Picture`.
         name: keeps the ids of its clips apart from those of other pictures.
         size: "wide" or "narrow", the class that the page shows on screens of that width.
     """
@@ -145,8 +147,8 @@ def _svg(picture: Any, name: str, size: str) -> Any:
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
     alt, width = html.escape(picture.alt), picture.figure.get_figwidth()
-    style = f'style="max-width: {_PIXELS * width:.0f}px"'
-    start = f'<svg class="{size}" {box[0]} {style} role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
+    look = f'class="{size}" {box[0]} style="max-width: {_PIXELS * width:.0f}px"'
+    start = f'<svg {look} role="img" tabindex="0" aria-label="{alt}" xmlns:xlink="{_XLINK}">'
     text = start + text[text.index(">") + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
@@ -157,7 +159,7 @@ _PIXELS = 110  # an inch of a picture on a page at most
 _XLINK = "http://www.w3.org/1999/xlink"
 
 
-def _group_tag(picture: Any, name: str) -> str:
+def _group_tag(picture: Picture, name: str) -> str:
     """Return the start tag of an SVG group: a point with its text, a line of a label, or one without an id."""
     kind, _, number = name.partition("-")
     if kind == "tip" and number.isdigit():
@@ -171,7 +173,7 @@ def _group_tag(picture: Any, name: str) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def to_markdown(report: Report, pictures: Mapping[str, Any]) -> str:
+def to_markdown(report: Report, pictures: Mapping[str, Picture]) -> str:
     """Return the report as Markdown; `pictures` by file name, as `draw.report_pictures`."""
     lines = [f"# {report_title(report)}", "", *(f"- {text}" for text in verdict(report)), ""]
     for group in report.groups:

@@ -181,7 +181,7 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
 
 
 def _mark_capacity(axes: Any, name: str, limit: float, highest: float) -> None:
-    """Draw the device's memory as a line; where all bars are far below it, say it in words and keep them readable."""
+    """Draw the device's memory as a line; if all bars are far below it, say it in words and keep them readable."""
     is_far = highest < 0.25 * limit
     axes.set_ylim(0, 1.25 * highest if is_far else 1.12 * max(limit, highest))
     if not is_far:

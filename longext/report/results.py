@@ -104,14 +104,17 @@ def write_result_files(
 
     Args:
         figures: name -> figure, saved as <name>.png.
-        extra: further text files by name; those to be made by a call count as pictures.
+        extra: further text files by name, also "folder/name"; those to be made by a call count as pictures.
         facts: further keys of run.json.
     """
     texts = {name: text for name, text in (extra or {}).items() if isinstance(text, str)}
     for name, text in {"result.json": dump_json(record) + "\n", **texts}.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         write_text(directory / name, text)
     write_manifest(directory, command, config, **facts)
-    written = Written(["result.json", *texts])
+    folders = [name.rpartition("/")[0] for name in texts]
+    listed = dict.fromkeys(f"{folder}/" if folder else name for folder, name in zip(folders, texts, strict=True))
+    written = Written(["result.json", *listed])
     written.tables = list(written.attempt("tables", tables) or ())
 
     def save(name: str, make: Callable[[], object]) -> None:

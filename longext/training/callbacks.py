@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a metrics file, progress, and perplexity by length with full attention."""
+"""What a run reports while it trains: a metrics file, progress, and perplexity by length with full attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         extra: what else a run logs: kept in its lines.
 
     Attributes:
-        on_progress: told about tokens and the last loss.
+        on_progress: called with tokens and the last loss.
     """
 
     def __init__(self, path: Path | None, tokens_per_step: int, extra: tuple[str, ...] = ()) -> None:
@@ -137,9 +137,9 @@ def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of steps after `step` (what an interrupted run wrote after its last checkpoint)."""
     if not path.is_file():
         return
-    kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
+    lines = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     partial.replace(path)
 
 

@@ -30,8 +30,8 @@ _NOT_COMPARED = (*KEPT, "threads")
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest step first."""
-    found = [path for path in directory.glob(f"{_PREFIX}*") if (path / MARKER).is_file() and _step(path) >= 0]
-    return sorted(found, key=_step)
+    complete = [path for path in directory.glob(f"{_PREFIX}*") if (path / MARKER).is_file() and _step(path) >= 0]
+    return sorted(complete, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -118,7 +118,7 @@ def keep_last(directory: Path, count: int) -> None:
 
 
 def drop_after(directory: Path, last: Path | None) -> None:
-    """Delete checkpoints whose writing was interrupted, and those after `last`, where the run goes on from it."""
+    """Delete checkpoints whose writing was interrupted, and those after `last`, if the run goes on from it."""
     for path in directory.glob(f"{_PREFIX}*"):
         is_later = last is not None and _step(path) > _step(last)
         if is_later or not (path / MARKER).is_file():
@@ -129,7 +129,7 @@ def check_fingerprint(checkpoint: Path, fingerprint: dict[str, Any]) -> dict[str
     """Return the fingerprint with what `checkpoint`'s run keeps (`KEPT`).
 
     Raises:
-        ConfigError: `checkpoint` belongs to another run (the first difference is named), or lies beyond the last step.
+        ConfigError: `checkpoint` belongs to another run (the first difference is named), or is beyond the last step.
     """
     then = read_marker(checkpoint)["fingerprint"]
     now = json.loads(json.dumps(fingerprint, default=str))
@@ -173,19 +173,19 @@ def find_start(
 
     Args:
         directory: checkpoints of the run.
-        prolonged: last checkpoint of a finished run, to go on from where `directory` has none.
+        prolonged: last checkpoint of a finished run, to go on from if `directory` has none.
 
     Raises:
         ConfigError: the last whole checkpoint belongs to another run, none is whole, or the processes disagree.
     """
-    found, damage = _find_checkpoint(config, directory, prolonged, contents=True)
+    last, damage = _find_checkpoint(config, directory, prolonged, contents=True)
     compared = {key: value for key, value in fingerprint.items() if key not in _NOT_COMPARED}
-    agree({"the checkpoint to resume": found.name if found else "none", **compared, "num_steps": config.num_steps})
-    if found is None:
+    agree({"the checkpoint to resume": last.name if last else "none", **compared, "num_steps": config.num_steps})
+    if last is None:
         return Beginning(None, fingerprint)
-    fingerprint = check_fingerprint(found, fingerprint)
-    passed_over = [f"Passed over {text}. The run goes on from {found.name}." for text in damage]
-    return Beginning(found, fingerprint, (*passed_over, *_changes(found, fingerprint)))
+    fingerprint = check_fingerprint(last, fingerprint)
+    passed_over = [f"Passed over {text}. The run goes on from {last.name}." for text in damage]
+    return Beginning(last, fingerprint, (*passed_over, *_changes(last, fingerprint)))
 
 
 def _find_checkpoint(
@@ -193,19 +193,19 @@ def _find_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     if not config.resume:
         return None, []
-    found, damage = last_whole_checkpoint(directory, contents=contents)
-    if found is None and prolonged is not None:
+    last, damage = last_whole_checkpoint(directory, contents=contents)
+    if last is None and prolonged is not None:
         return last_whole_checkpoint(prolonged.parent, contents=contents)
-    return found, damage
+    return last, damage
 
 
 def check_resume(
     config: TrainingConfig, directory: Path, fingerprint: dict[str, Any], prolonged: Path | None = None
 ) -> None:
-    """Raise ConfigError where the last checkpoint is another run's: what `find_start` finds, before processes start."""
-    found, _ = _find_checkpoint(config, directory, prolonged, contents=False)
-    if found is not None:
-        check_fingerprint(found, fingerprint)
+    """Raise ConfigError if the last checkpoint is another run's: what `find_start` finds, before processes start."""
+    last, _ = _find_checkpoint(config, directory, prolonged, contents=False)
+    if last is not None:
+        check_fingerprint(last, fingerprint)
 
 
 def _changes(checkpoint: Path, fingerprint: dict[str, Any]) -> list[str]:

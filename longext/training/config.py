@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.data.config import RowsConfig
 from longext.options import RopeConfig, RuntimeConfig
 from longext.registry import Registry
@@ -95,7 +96,7 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     )
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
     attention: str | None = option(
-        None, "In training: s2 (default; pose: full), full, short, s2-wrapped.", panel="Method"
+        None, "In training (default: s2; pose: full)", names=lambda: ATTENTION_VARIANTS, panel="Method"
     )
     group_size: int | None = option(None, "S2-Attn group in tokens (default: a quarter row).", ge=2, panel="Method")
     group_ratio: float = option(0.25, "S2-Attn group as a share of the row.", panel="Method")

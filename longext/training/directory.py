@@ -68,7 +68,7 @@ def _check_resume(config: TrainingConfig, output: Path, work: Path, source: Path
 
 
 def finished_run(config: TrainingConfig, output: Path) -> Path | None:
-    """Return the last checkpoint of the finished training at `output` that `config` may prolong, None where none is."""
+    """Return the last checkpoint of the finished training at `output` that `config` may prolong, or None."""
     if not config.resume or read_manifest(output).get("state") != "finished":
         return None
     found = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
@@ -76,7 +76,7 @@ def finished_run(config: TrainingConfig, output: Path) -> Path | None:
 
 
 def holds_progress(work: Path) -> bool:
-    """Return True where a working directory holds more than a run writes before its first step."""
+    """Return True if a working directory holds more than a run writes before its first step."""
     if not work.is_dir():
         return False
     metrics = work / METRICS_NAME

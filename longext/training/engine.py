@@ -142,7 +142,7 @@ class AttentionEngine(Engine):
         return loss if self.sequence is None else loss * self.sequence.size
 
     def _forward_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Turn a batch of rows into what the model's forward takes; this rank's share of it where rows are shared."""
+        """Turn a batch of rows into what the model's forward takes; this rank's share of it if rows are shared."""
         inputs.pop("row")
         documents = inputs.pop("document_ids")
         if "shift_labels" in inputs:  # accelerate's context parallelism has cut and shifted them already

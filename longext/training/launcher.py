@@ -60,12 +60,12 @@ def is_main_process() -> bool:
 
 
 def is_sharded() -> bool:
-    """True where accelerate's configuration divides the weights (FSDP, DeepSpeed) instead of copying them."""
+    """True if accelerate's configuration divides the weights (FSDP, DeepSpeed) instead of copying them."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def is_shrunk_launch() -> bool:
-    """True where `accelerate launch` was asked for several processes and started one: what it does on a CPU.
+    """True if `accelerate launch` was asked for several processes and started one: what it does on a CPU.
 
     It then names a place to meet (MASTER_ADDR) and gives no rank. FSDP is dropped as well.
     """
@@ -73,7 +73,7 @@ def is_shrunk_launch() -> bool:
 
 
 def missing_variables() -> list[str]:
-    """Return what lacks of the variables of a launch where RANK and WORLD_SIZE say that there are several processes."""
+    """Return what lacks of the variables of a launch if RANK and WORLD_SIZE say that there are several processes."""
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     return [name for name in _VARIABLES if several and name not in os.environ]
 
@@ -88,7 +88,7 @@ def follow_launcher() -> None:
 
 
 def may_report(message: str, code: int, everywhere: bool = False) -> bool:
-    """True where this process prints its failure: the first to fail of those that were launched together.
+    """True if this process prints its failure: the first to fail of those that were launched together.
 
     Workers of `launch` leave the printing to it. Under torchrun the first on each machine speaks.
 
@@ -218,9 +218,9 @@ def _start(job: _Job, processes: int, arguments: Sequence[str], module: str) -> 
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _wait(job: _Job) -> None:
@@ -274,9 +274,9 @@ def _report(job: _Job, debug: bool) -> int:
 def _outcome(job: _Job) -> tuple[int, str]:
     """Return (exit code, one line) of a job that has ended; the line is empty for one that ended well."""
     try:
-        told = json.loads((job.folder / _FAILURE).read_text(encoding="utf-8"))
+        failure = json.loads((job.folder / _FAILURE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        told = {}
+        failure = {}
     size, resume = len(job.workers), "Go on from the last checkpoint, if there is one, with --resume."
     if job.asked is not None and not job.ended:
         code, name = 128 + job.asked, signal.Signals(job.asked).name
@@ -284,14 +284,14 @@ def _outcome(job: _Job) -> tuple[int, str]:
             return code, f"the processes of this run did not end after {name} and were killed. {resume}"
         if size and not any(worker.returncode for worker in job.workers):
             return 0, ""  # it came when the work was done
-        return code, told.get("message", f"interrupted by {name}; nothing unfinished was left under an output name.")
+        return code, failure.get("message", f"interrupted by {name}; nothing unfinished was left under an output name.")
     killed = {rank: -code for rank, code in job.ended.items() if code < 0}
     if killed:
         rank, number = next(iter(killed.items()))
         why = " (killed for want of memory?)" if number == signal.SIGKILL else ""
         return 1, f"process {rank} of {size} was ended by {signal.Signals(number).name}{why}. {resume}"
-    if told:
-        return int(told["code"]), str(told["message"])
+    if failure:
+        return int(failure["code"]), str(failure["message"])
     for rank, code in job.ended.items():
         return code, f"process {rank} of {size} ended with exit code {code}{_last_words(job, rank)}"
     return 0, ""

@@ -140,7 +140,7 @@ def implementation_of(config: FinetuneConfig) -> str:
 
 
 def attention_of(config: FinetuneConfig) -> str:
-    """Return the attention variant to train with: S2-Attn where nothing is said, full for the short rows of PoSE."""
+    """Return the attention variant to train with: S2-Attn if nothing is said, full for the short rows of PoSE."""
     return config.attention or ("full" if config.positions == "pose" else "s2")
 
 
@@ -166,7 +166,7 @@ def training_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
 
 
 def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
-    """True where matrix products run in bfloat16."""
+    """True if matrix products run in bfloat16."""
     return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
 
 

@@ -147,7 +147,7 @@ def _check_sequence_parallel(config: FinetuneConfig, extension: Extension, lengt
 
 
 def _check_rope(config: FinetuneConfig, extension: Extension) -> None:
-    """Refuse to train a length-dependent RoPE where the sequence that it sees is not the one it will see in use."""
+    """Refuse to train a length-dependent RoPE if the sequence that it sees is not the one it will see in use."""
     if extension.rope_type not in LENGTH_DEPENDENT:
         return
     for flag, is_on in (

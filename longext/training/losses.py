@@ -34,14 +34,14 @@ def chunked_cross_entropy(
 
     Args:
         hidden: [T, D], what the head reads.
-        labels: int64 [T]; tokens with -100 count nothing, and where there are many the head does not run over them.
+        labels: int64 [T]; tokens with -100 count nothing, and if there are many the head does not run over them.
         head: [t, D] -> logits [t, V].
         parameters: the head's parameters that are trained (their gradients are summed over chunks).
         chunk: tokens per head call.
     """
-    kept = labels != IGNORED
-    if int(kept.sum()) < _WORTH_SELECTING * len(labels):  # else a copy of all hidden states would buy nothing
-        hidden, labels = hidden[kept], labels[kept]
+    labelled = labels != IGNORED
+    if int(labelled.sum()) < _WORTH_SELECTING * len(labels):  # else a copy of all hidden states would buy nothing
+        hidden, labels = hidden[labelled], labels[labelled]
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return _recomputed(hidden, labels, head, chunk)  # DeepSpeed ZeRO-3 gathers weights per module call only
     loss: torch.Tensor = _ChunkedLoss.apply(hidden, labels, head, chunk, *parameters)
@@ -95,11 +95,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        """Scale the kept gradients by the one that arrives."""
+        """Scale the labelled gradients by the one that arrives."""
         hidden_gradient, sums, is_trained = ctx.gradients
         scale = outputs[0]
-        found = [next(sums) if trained else None for trained in is_trained]
-        scaled = [None if g is None else g.mul_(scale) for g in (hidden_gradient, *found)]
+        ours = [next(sums) if trained else None for trained in is_trained]
+        scaled = [None if g is None else g.mul_(scale) for g in (hidden_gradient, *ours)]
         return (scaled[0], None, None, None, *scaled[1:])
 
 

@@ -86,9 +86,9 @@ def gather(value: Any) -> list[Any]:
     """Return what every process gives, in the order of ranks; it must pickle."""
     if not dist.is_initialized():
         return [value]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    return told
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, value)
+    return answers
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -97,12 +97,12 @@ def agree(facts: Mapping[str, Any]) -> None:
     Raises:
         DisagreementError: in every process, naming the first fact that is not the same in all.
     """
-    told = gather((socket.gethostname(), dict(facts)))
-    for rank, (host, theirs) in enumerate(told):
-        for key, value in told[0][1].items():
+    answers = gather((socket.gethostname(), dict(facts)))
+    for rank, (host, theirs) in enumerate(answers):
+        for key, value in answers[0][1].items():
             if theirs.get(key) != value:
                 raise DisagreementError(
-                    f"The processes of this run disagree: {key} is {value} in process 0 on {told[0][0]} and "
+                    f"The processes of this run disagree: {key} is {value} in process 0 on {answers[0][0]} and "
                     f"{theirs.get(key)} in process {rank} on {host}. Every machine needs the same command, model and "
                     "data, and to --resume the same -o directory with its checkpoints (a shared disk, or a copy)."
                 )

@@ -76,7 +76,7 @@ class RunPlan(ABC):
 
         Args:
             directory: the run's working directory.
-            on_tokens: told how many tokens are tokenised so far, if the data is not in the cache.
+            on_tokens: called with the tokens so far, if the data is not in the cache.
 
         Raises:
             ConfigError, CheckpointError, DataError: something given cannot be used.
@@ -194,7 +194,7 @@ class Training:
         """Train, and write what was trained into the run's directory.
 
         Args:
-            on_progress: told about tokens done and the last loss.
+            on_progress: called with tokens done and the last loss.
 
         Raises:
             TrainingError: the loss became NaN, or a signal stopped the run (a checkpoint is there).
@@ -236,7 +236,7 @@ def train(
     Args:
         directory: the run's working directory; holds checkpoints and metrics from the first step.
         make_measure: makes of the loaded run what measures it while it trains, one of `evals.midway`.
-        on_progress: told about tokens done and the last loss.
+        on_progress: called with tokens done and the last loss.
 
     Raises:
         ConfigError, CheckpointError, DataError: something given cannot be used.

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
-from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
-from longext.rope.spec import ROPE_METHODS
 from longext.settings import check_names
 from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
@@ -38,8 +36,6 @@ DECIDING_FINETUNE = (
 def check_finetune_config(config: FinetuneConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no weights."""
     check_data(config)
-    ROPE_METHODS[config.method]
-    ATTENTION_VARIANTS[attention_of(config)]
     if config.backend != "auto":
         BACKENDS[config.backend]
     check_names(config)
@@ -190,7 +186,7 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
 
 
 def check_reporting(report_to: str) -> None:
-    """Raise MissingExtraError where the package that `--report-to` names is not installed."""
+    """Raise MissingExtraError if the package that `--report-to` names is not installed."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
@@ -263,7 +259,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Return the fingerprint of a run with these settings on this model and data.
 
-    `num_steps` is compared only where the schedule depends on it: a constant one may be prolonged, and keeps the
+    `num_steps` is compared only if the schedule depends on it: a constant one may be prolonged, and keeps the
     warm-up that it began with (`warmup_used`; `warmup_steps` is what was asked for). `threads` is no reason to refuse
     either, but sums on a CPU depend on it, so a run that is resumed takes that of its checkpoint.
     """

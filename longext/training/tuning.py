@@ -27,12 +27,12 @@ class Trainable:
 
 def attention_projections(model: Any) -> list[str]:
     """Return the leaf names of the linear layers inside attention modules (q, k, v, o, or a family's fused ones)."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name, module in model.named_modules():
         parent = name.rsplit(".", 2)[-2] if name.count(".") else ""
         if isinstance(module, nn.Linear) and "attn" in parent or _is_attention_linear(name, module):
-            found[name.rsplit(".", 1)[-1]] = None
-    return sorted(found)
+            names[name.rsplit(".", 1)[-1]] = None
+    return sorted(names)
 
 
 def _is_attention_linear(name: str, module: nn.Module) -> bool:
@@ -61,7 +61,7 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 
 
 def is_inside_attention(name: str) -> bool:
-    """True for the full name of a module that lies in an attention module (one beside it may name attention too)."""
+    """True for the full name of a module that is in an attention module (one next to it may name attention too)."""
     return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
 
 

@@ -151,17 +151,33 @@ def test_compare_writes_report_csv_and_pictures(run, tmp_path):
     assert record["methods"][2]["rope_parameters"]["factor"] == 4.0
     assert record["methods"][3]["rope_parameters"]["rope_type"] == "longrope"
     page = (tmp_path / "c/report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 2 * 4
     assert "http://www.w3.org" in page
-    assert "<script" not in page
-    assert "src=" not in page
+    assert "src=" not in page and "@import" not in page
+    assert "<h2>Verdict</h2>" in page and "price at 192" in page
     rows = list(csv.DictReader((tmp_path / "c/results.csv").open()))
-    assert {row["metric"] for row in rows} == {"ppl", "position_nll", "passkey"}
+    assert {row["suite"] for row in rows} == {"perplexity", "positions", "passkey"}
     by_hand = next(m for m in record["methods"] if m["name"] == "linear")["perplexity"][0]["ppl"]
-    assert float(next(r for r in rows if r["method"] == "linear")["value"]) == by_hand
-    for name in ("perplexity.png", "positions.png", "passkey.png"):
+    linear = next(r for r in rows if r["label"] == "linear 4x" and r["score"] == "results[length=96].ppl")
+    assert float(linear["value"]) == by_hand
+    for name in ("perplexity.png", "positions.png", "passkey.png", "passkey-depths.png"):
         assert (tmp_path / "c" / name).is_file()
     assert "report.html" in out
+
+
+def test_compare_leaves_a_result_of_every_method_and_evaluation(run, tmp_path):
+    args = ("--methods", "none,dynamic:alpha=4", "--factor", 4, "--stride", 32, *SMALL, "--depths", 0.5)
+    ok(run("compare", "books-5m", *args, "--num-trials", 1, "-o", "c"))
+    record = result_of(tmp_path / "c")
+    for folder, method in (("none", record["methods"][0]), ("dynamic-alpha-4", record["methods"][1])):
+        for name in ("perplexity", "positions"):
+            assert result_of(tmp_path / "c" / folder / name)["results"] == method[name]
+        assert result_of(tmp_path / "c" / folder / "passkey")["by_length"] == method["passkey_by_length"]
+    ok(run("eval", "ppl", "-c", "c/dynamic-alpha-4/perplexity/recipe.yaml", "-o", "again"))
+    assert "Comparable" in ok(run("eval", "diff", "c/dynamic-alpha-4/perplexity", "again"))
+    ok(run("report", "c/none", "c/dynamic-alpha-4", "-o", "r"))
+    ok(run("report", ".", "-o", "all"))
+    assert [own["result"] for own in result_of(tmp_path / "all")["results"]] == ["again", "c"]
 
 
 def test_compare_equals_the_single_commands(run, tmp_path):
@@ -245,16 +261,7 @@ def test_version_and_module_entry(run):
 def test_every_recipe_loads_and_names_its_command(name):
     from longext.compressor.config import CompressConfig
     from longext.conversion.config import ExtendConfig
-    from longext.evals.config import (
-        EffectiveConfig,
-        HarnessConfig,
-        LongBenchConfig,
-        LongEvalConfig,
-        NeedleConfig,
-        ShortConfig,
-    )
-    from longext.evals.suites.passkey import Passkey
-    from longext.evals.suites.ppl import Perplexity
+    from longext.evals.base import EVALS
     from longext.planning.config import PlanConfig
     from longext.report.config import CompareConfig
     from longext.settings import build_config
@@ -268,14 +275,7 @@ def test_every_recipe_loads_and_names_its_command(name):
         "plan": ("plan", PlanConfig),
         "finetune": ("finetune", FinetuneConfig),
         "compress": ("compress-train", CompressConfig),
-        "eval/passkey": ("passkey", Passkey),
-        "eval/ppl": ("eval ppl", Perplexity),
-        "eval/longbench": ("eval longbench", LongBenchConfig),
-        "eval/longeval": ("eval longeval", LongEvalConfig),
-        "eval/needle": ("eval needle", NeedleConfig),
-        "eval/harness": ("eval harness", HarnessConfig),
-        "eval/short": ("eval short", ShortConfig),
-        "eval/effective": ("eval effective", EffectiveConfig),
+        **{f"eval/{name}": (name if name == "passkey" else f"eval {name}", EVALS[name]) for name in EVALS},
     }
     command, kind = commands[f"eval/{file.partition('-')[0]}" if folder == "eval" else folder]
     build_config(kind, path, [], {})

@@ -30,7 +30,7 @@ def test_what_is_no_result_ends_in_one_line(run, tmp_path):
     fails(run("eval", "diff", "a", "empty"), 2, "holds no result.json")
     fails(run("eval", "diff", "a", "a/table.md"), 2, "table.md is not valid JSON")
     fails(run("eval", "diff", "a/run.json", "a"), 2, "no result of longext")
-    fails(run("eval", "diff", "a"), 2, "Missing argument")
+    fails(run("eval", "diff", "a"), 2, "Missing: b")
 
 
 @pytest.mark.parametrize("change", [{"kind": "perplexity"}, {"schema": "other/1"}])

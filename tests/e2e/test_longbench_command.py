@@ -58,7 +58,7 @@ ARGS = ("eval", "longbench", "books-5m", "--device", "cpu", "--max-length", 120)
 def test_tables_answers_and_picture(run, tmp_path, data):
     result = run(*ARGS, "--data", data, "-o", "out")
     assert result.exit_code == 0, result.output
-    for text in ("hotpotqa", "Averages as the authors report them", "has no file for narrativeqa", "not comparable"):
+    for text in ("hotpotqa", "LongBench by task", "has no file for narrativeqa", "not comparable"):
         assert text in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -126,7 +126,7 @@ def wait_for_answers(work, process, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()
-        files = list(work.glob("generated/*.jsonl"))
+        files = list(work.glob("*.jsonl"))
         if any(file.read_bytes().count(b"\n") > 1 for file in files):
             return
         time.sleep(0.01)
@@ -143,22 +143,22 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
     process = subprocess.Popen(
         command(*args, "-o", "cut"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_for_answers(tmp_path / "cut.running", process)
+    wait_for_answers(tmp_path / "cut.predictions", process)
     process.kill()
     process.communicate()
     assert not (tmp_path / "cut").exists()
-    first = tmp_path / "cut.running/generated/hotpotqa.jsonl"
+    first = tmp_path / "cut.predictions/hotpotqa.jsonl"
     before = first.read_bytes()
     with first.open("ab") as file:
         file.write(b'{"id": "hotpotqa:99", "te')  # a write that was cut off
     fails(run(*args, "-o", "cut", "--max-length", 100), 2, "other prompts or of another model")
-    result = run(*args, "-o", "cut")
+    result = run(*args, "-o", "cut", "--resume")
     assert result.exit_code == 0, result.output
     assert before.count(b"\n") > 1
     assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
     records = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("cut", "whole")]
     assert records[0]["results"] == records[1]["results"]
-    assert not list(tmp_path.glob("*.running"))
+    assert not list(tmp_path.glob("*.predictions"))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ def fails(result, code, *texts):
         (("--data", "data", "--tasks", "musique", "--e"), ("LongBench-E has no task 'musique'",)),
         (("--data", "data", "--max-length", 1), ("`max_length` must be >= 2",)),
         (("--data", "data", "--limit", 0), ("`limit` must be >= 1",)),
-        (("--data", "data", "--resume", "-o", "new"), ("Nothing to resume",)),
+        (("--data", "data", "--resume", "-o", "new"), ("Nothing to resume", "new.predictions")),
+        (("--data", "data", "--backend", "lm-eval"), ("longext eval harness MODEL --tasks longbench_",)),
         (("--data", "data", "--fail-under", "lcc"), ("TASK=SCORE",)),
         (("--data", "data", "--memory", "windoww"), ("Did you mean 'window'",)),
     ],

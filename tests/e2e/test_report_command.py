@@ -77,7 +77,7 @@ def test_a_report_on_a_folder_of_results(results, tmp_path):
         assert text in out
     folder = tmp_path / "report"
     pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {"perplexity.png", "passkey.png", "needle.png"}
+    assert pictures == {"perplexity.png", "passkey.png", "passkey-depths.png", "needle.png"}
     assert {path.name for path in folder.iterdir()} == FILES | pictures
     record = result_of(folder)
     assert (record["kind"], len(record["results"]), record["left_out"]) == ("report", 6, [])
@@ -95,7 +95,8 @@ def test_a_report_on_a_folder_of_results(results, tmp_path):
                 row["high"],
             )
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 2 * len(pictures)  # for wide screens and for narrow ones
+    assert out.index("Perplexity: at 256 tokens") < out.index("Perplexity by context length")
     assert f"{own[256]['ppl']:.2f}" in page
     assert f"{own[256]['ppl']:.2f}" in (folder / "report.md").read_text()
 

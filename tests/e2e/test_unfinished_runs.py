@@ -31,7 +31,7 @@ SUITES = {
     "mixed": ("harness", "books-5m", "--include-path", "tasks", "--tasks", "answers,rolling"),
 }
 DISK = "disk"
-WHERE = {"longbench": "out.running/generated", "choices": "out.predictions", "mixed": "out.predictions"}
+WHERE = {"longbench": "out.predictions", "choices": "out.predictions", "mixed": "out.predictions"}
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_no_suite_uses_stale_answers(run, tmp_path, data, asked, name, change):
 
 
 def test_another_command_leaves_an_unfinished_training_alone(run, tmp_path, data):
-    """A working directory of the same name that is not LongBench's is never taken up."""
+    """A working directory of the same name is never touched."""
     from longext.manifest import write_manifest
     from longext.training.config import FinetuneConfig
 

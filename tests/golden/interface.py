@@ -51,6 +51,6 @@ def parse(line: str) -> Any:
     from longext.cli.app import without_dash
 
     command, words = typer.main.get_command(app), without_dash(words_of(line))
-    while hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
+    while isinstance(command, typer.core.TyperGroup):
+        command, words = command.get_command(None, words[0]), words[1:]
     return command.make_context(command.name, words)

@@ -104,7 +104,7 @@ def _normalise_item(key: str, value: Any, measured: bool) -> tuple[str, Any]:
 
 
 # Records of commands that are no evaluations had no such keys; one function writes the head of all of them now.
-NEW_KEYS = ("command", "versions", "protocol", "data")
+NEW_KEYS = ("command", "versions", "model", "protocol", "data")
 
 
 def differences(stored: Any, found: Any, place: str = "") -> Iterator[str]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from compressors import SEGMENT, VARIANTS, make_compressor, make_document, random_ids, tiny_llama
 
-from longext.evals.config import EfficiencyConfig
 from longext.evals.memory.efficiency import bytes_per_position, encode, evaluate_efficiency, ways_of, window_notes
+from longext.evals.suites.efficiency import Efficiency
 
 
 def ways_by_name(compressor, ratios=(4,), window=24):
@@ -57,7 +57,7 @@ def test_full_and_window_are_the_model_itself():
 
 def test_points_hold_the_closed_forms():
     compressor = make_compressor("uio", tiny_llama(torch.float32), ratios=(2, 8), overlap=0)
-    config = EfficiencyConfig(model="", lengths=(64, 33), num_new_tokens=2, num_repeats=1)
+    config = Efficiency(model="", lengths=(64, 33), num_new_tokens=2, num_repeats=1)
     ways = ways_of(compressor.backbone, compressor, (2, 8), window=24)
     known = [*compressor.backbone.model.parameters(), *compressor.parameters()]
     runs = []
@@ -78,7 +78,7 @@ def test_points_hold_the_closed_forms():
 
 def test_peak_memory_of_full_attention_grows_and_that_of_the_window_does_not():
     compressor = make_compressor("uio", tiny_llama(torch.float32), ratios=(8,))
-    config = EfficiencyConfig(model="", lengths=(64, 256), num_new_tokens=1, num_repeats=1)
+    config = Efficiency(model="", lengths=(64, 256), num_new_tokens=1, num_repeats=1)
     ways = ways_of(compressor.backbone, compressor, (8,), window=24)
     known = [*compressor.backbone.model.parameters(), *compressor.parameters()]
     peak = {(p.way, p.length): p.peak_bytes for p in evaluate_efficiency(compressor.backbone, ways, config, known)}

@@ -9,15 +9,18 @@ import sys
 import pytest
 
 from longext.errors import ConfigError, DataError, LongextError
-from longext.evals.config import LongBenchConfig
-from longext.evals.longbench import suite as bench
+from longext.evals.longbench import run as bench
+from longext.evals.longbench import scores as scoring
 from longext.evals.longbench import tasks
 from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench
 from longext.evals.longbench.run import prompt_limit
 from longext.evals.longbench.tasks import TASKS, fill_prompt, read_prompt
+from longext.evals.suites import longbench as suite
+from longext.evals.suites.longbench import LongBench
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 
+NO_ROWS = {"buckets": None, "num_rows": 1, "num_missing": 0, "num_empty": 0}
 TEMPLATE = "{{ bos_token }}<u>{% for m in messages %}{{ m['content'] }}{% endfor %}</u>"
 
 
@@ -147,7 +150,7 @@ def test_default_lengths_are_the_authors(context, limit):
 
 
 def test_the_default_length_follows_the_extension(books):
-    config = LongBenchConfig(model="books-5m")
+    config = LongBench(model="books-5m")
     assert prompt_limit(books, config) == 256
     extended = load_language_model(RuntimeConfig(model="books-5m", device="cpu"), "dynamic", 8.0)
     assert prompt_limit(extended, config) == 3500
@@ -160,13 +163,13 @@ def test_the_default_length_follows_the_extension(books):
 
 def test_only_the_first_line_of_a_few_shot_answer_counts():
     rows = [row(answers=("yes",))]
-    assert bench.score_rows("triviaqa", ["\n\nyes\nno"], rows, "difflib") == [1.0]
-    assert bench.score_rows("hotpotqa", ["\n\nyes\nno"], rows, "difflib") == [pytest.approx(2 / 3)]
+    assert scoring.score_rows("triviaqa", ["\n\nyes\nno"], rows, "difflib") == [1.0]
+    assert scoring.score_rows("hotpotqa", ["\n\nyes\nno"], rows, "difflib") == [pytest.approx(2 / 3)]
 
 
 def test_the_best_reference_counts_and_a_missing_answer_is_zero():
     rows = [row(answers=("no", "yes")), row(answers=("x",)), row(answers=("x",))]
-    score = bench.score_task("hotpotqa", ["yes", None, ""], rows, ratio="difflib", longbench_e=False)
+    score = scoring.score_task("hotpotqa", ["yes", None, ""], rows, ratio="difflib", longbench_e=False)
     assert (score.score, score.num_rows, score.num_missing, score.num_empty) == (33.33, 3, 1, 1)
 
 
@@ -174,17 +177,25 @@ def test_buckets_of_longbench_e():
     lengths = (0, 3999, 4000, 7999, 8000, None)
     rows = [row(length=length, answers=("yes",)) for length in lengths]
     answers = ["yes", "no", "yes", "yes", "no", "yes"]
-    score = bench.score_task("hotpotqa", answers, rows, ratio="difflib", longbench_e=True)
+    score = scoring.score_task("hotpotqa", answers, rows, ratio="difflib", longbench_e=True)
     assert score.buckets == {"0-4k": 50.0, "4-8k": 100.0, "8k+": 0.0}
     assert score.score is None and score.num_unplaced == 1
-    short = bench.score_task("hotpotqa", answers[:2], rows[:2], ratio="difflib", longbench_e=True)
+    short = scoring.score_task("hotpotqa", answers[:2], rows[:2], ratio="difflib", longbench_e=True)
     assert short.buckets == {"0-4k": 50.0, "4-8k": None, "8k+": None}
+
+
+def averages(scores, **settings):
+    """The means of tasks without spread, as records hold them."""
+    made = [
+        scoring.TaskScore(task=name, score=score, low=score, high=score, **NO_ROWS) for name, score in scores.items()
+    ]
+    return scoring.average_entries(made, **settings)["averages"]
 
 
 def test_averages_are_means_of_categories():
     scores = {name: 10.0 for name in TASKS}
     scores |= {"narrativeqa": 40.0, "lcc": 20.0, "multifieldqa_zh": 100.0}
-    means = bench.averages(scores)
+    means = averages(scores, longbench_e=False)
     assert means["english"] == {
         "single": 20.0,
         "multi": 10.0,
@@ -197,15 +208,15 @@ def test_averages_are_means_of_categories():
     assert means["chinese"]["single"] == 100.0 and means["chinese"]["code"] == 15.0
     assert means["chinese"]["average"] == 25.83
     del scores["musique"]
-    assert bench.averages(scores)["english"]["multi"] is None
-    assert bench.averages(scores)["english"]["average"] is None
+    assert averages(scores, longbench_e=False)["english"]["multi"] is None
+    assert averages(scores, longbench_e=False)["english"]["average"] is None
 
 
 def test_longbench_e_averages_its_own_tasks():
     names = [name for name in TASKS if TASKS[name].is_in_e]
     assert len(names) == 13
-    means = bench.averages(dict.fromkeys(names, 10.0), longbench_e=True)
-    assert means == {"english": {**dict.fromkeys(means["english"], 10.0)}}
+    means = scoring.averages(dict.fromkeys(names, (10.0, 10.0, 10.0)), longbench_e=True)
+    assert means == {"english": {**dict.fromkeys(means["english"], (10.0, 10.0, 10.0))}}
 
 
 def test_the_table_of_tasks():
@@ -224,6 +235,8 @@ def test_the_table_of_tasks():
         ({"tasks": ("hotpotqa", "hotpotqa")}, "twice"),
         ({"tasks": ("musique",), "longbench_e": True}, "LongBench-E has no task 'musique'"),
         ({"code_similarity": "difflip"}, "Did you mean 'difflib'"),
+        ({"backend": "lm-eval"}, "longext eval harness MODEL --tasks longbench_hotpotqa"),
+        ({"backend": "offical"}, "Unknown --backend 'offical'. Did you mean 'official'"),
         ({"factor": 2.0}, "needs a --method"),
         ({"fail_under": ("hotpotqa",)}, "takes TASK=SCORE"),
         ({"fail_under": ("hotpotqa=x",)}, "takes TASK=SCORE"),
@@ -235,17 +248,17 @@ def test_the_table_of_tasks():
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ConfigError, match=message):
-        bench.check_longbench_config(LongBenchConfig(model="m", **changes))
+        LongBench(model="m", **changes).check()
 
 
 def test_tasks_that_need_jieba_are_refused_or_left_out(monkeypatch):
-    monkeypatch.setattr(bench, "has_jieba", lambda: False)
+    monkeypatch.setattr(suite, "has_jieba", lambda: False)
     with pytest.raises(ConfigError, match="dureader is scored on the words that jieba finds"):
-        bench.check_longbench_config(LongBenchConfig(model="m", tasks=("hotpotqa", "dureader")))
-    names = bench.wanted_tasks(LongBenchConfig(model="m"))
+        LongBench(model="m", tasks=("hotpotqa", "dureader")).check()
+    names = LongBench(model="m").wanted
     assert len(names) == 18 and not {"multifieldqa_zh", "dureader", "vcsum"} & set(names)
-    monkeypatch.setattr(bench, "has_jieba", lambda: True)
-    assert len(bench.wanted_tasks(LongBenchConfig(model="m"))) == 21
+    monkeypatch.setattr(suite, "has_jieba", lambda: True)
+    assert len(LongBench(model="m").wanted) == 21
 
 
 GOOD = {"input": "q", "context": "c", "answers": ["a"], "length": 3, "all_classes": None, "_id": "x"}

@@ -9,10 +9,11 @@ import report_records as made
 from report_records import write
 
 from longext.errors import DataError
-from longext.report.build import csv_rows, make_report
+from longext.report.build import build_report, csv_rows
 from longext.report.difference import compare_results
-from longext.report.report_views import report_tables
-from longext.report.suites import KINDS, SUITES
+from longext.report.find import find_results, kinds
+from longext.report.layout import report_tables
+from longext.report.suites import sections
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 
@@ -22,7 +23,7 @@ def report(tmp_path, **records):
     for name, own in records.items():
         record, config = own if isinstance(own, tuple) else (own, None)
         write(tmp_path / name, record, config)
-    return make_report([str(tmp_path)])
+    return build_report(*find_results([str(tmp_path)]))
 
 
 def shown(found, suite, view=""):
@@ -31,7 +32,7 @@ def shown(found, suite, view=""):
         cell
         for group in found.groups
         for own in group.shown
-        if (group.suite.name, own.view.name) == (suite, view)
+        if (group.section.name, own.view.name) == (suite, view)
         for cell in own.cells
     ]
     values = {(cell.label, cell.panel, cell.column): (cell.score.value, cell.score.interval()) for cell in cells}
@@ -103,7 +104,7 @@ def shown(found, suite, view=""):
             made.efficiency(),
             "efficiency",
             "prefill-seconds",
-            {("m: full", "", 512): (0.5, None), ("m: uio 8x", "", 512): (0.25, None)},
+            {("full", "", 512): (0.5, None), ("uio 8x", "", 512): (0.25, None)},
         ),
         (
             made.longbench_lm_eval(trec=50.0),
@@ -156,12 +157,27 @@ def test_every_kind_that_a_report_takes_is_tested_here():
     records = (made.perplexity, made.memory_perplexity, made.short, made.effective, made.passkey, made.longeval)
     records += (made.babilong, made.reconstruction, made.efficiency, made.harness, made.compare, made.training)
     known = {own()["kind"] for own in records} | {"needle", "longbench", "compress-train"}
-    assert known == set(KINDS)
+    assert known == set(kinds())
     assert {"positions", "longbench-e", "longbench-lm-eval", "training"} | known - {
         "compare",
         "finetune",
         "compress-train",
-    } == set(SUITES)
+    } == {section.name for section in sections()}
+
+
+def test_the_unchanged_model_is_none_among_methods_and_else_called_by_its_name(tmp_path):
+    memory = changed(made.perplexity(), "model", "memory", {"spec": "out/uio@8"})
+    memory["model"]["id"] = "m + out/uio@8"
+    assert labels(tmp_path / "1", a=made.perplexity(), b=memory) == ["m", "uio@8"]
+    yarn = changed(made.perplexity(), "model", "rope_parameters", {"rope_type": "yarn", "factor": 4.0})
+    assert labels(tmp_path / "2", a=made.perplexity(), b=yarn) == ["none", "yarn 4x"]
+
+
+def test_the_price_is_the_change_at_the_longest_length_within_the_trained_one(tmp_path):
+    group = report(tmp_path, a=made.compare()).groups[0]
+    assert (group.price.length, group.trained_length) == (512, 512)
+    assert group.price.changes == {"none": 0, "yarn 8x ramp=paper": pytest.approx(42 / 41 - 1)}
+    assert report(tmp_path / "alone", a=made.perplexity()).groups[0].price is None
 
 
 # --- the best ---------------------------------------------------------------------------------------------------------
@@ -276,7 +292,7 @@ def test_places_and_prose_matter_not(tmp_path, part, key, value):
 def test_a_passkey_of_one_key_that_does_not_say_so_is_not_beside_one_of_four(tmp_path):
     former, four, one = made.compare(), made.passkey(), made.passkey()
     four["protocol"]["num_needles"], one["protocol"]["num_needles"] = 4, 1
-    sets = [own for own in report(tmp_path, a=former, b=four, c=one).groups if own.suite.name == "passkey"]
+    sets = [own for own in report(tmp_path, a=former, b=four, c=one).groups if own.section.name == "passkey"]
     assert [(own.number, len(own.parts), own.agreed["protocol.num_needles"]) for own in sets] == [(1, 3, 1), (2, 1, 4)]
     assert [own.field for own in sets[1].conflicts] == ["protocol.num_needles"]
 
@@ -448,7 +464,9 @@ def test_folders_are_searched_and_each_result_counts_once(tmp_path):
     write(tmp_path / "x/.hidden/c", made.perplexity())
     write(tmp_path / "x/run.running/d", made.perplexity())
     write(tmp_path / "x/report", {**made.passkey(), "kind": "report"})
-    found = make_report([str(tmp_path / "x"), str(tmp_path / "x/a"), str(tmp_path / "x/deep/b/result.json")])
+    found = build_report(
+        *find_results([str(tmp_path / "x"), str(tmp_path / "x/a"), str(tmp_path / "x/deep/b/result.json")])
+    )
     assert [own.name for own in found.results] == [str(tmp_path / "x/a"), str(tmp_path / "x/deep/b")]
     assert found.left_out == []
 
@@ -459,18 +477,18 @@ def test_folders_are_searched_and_each_result_counts_once(tmp_path):
         ({**made.passkey(), "kind": "plan"}, "kind 'plan'"),
         ({**made.passkey(), "schema": "other/1"}, "no result of longext: its `schema`"),
         ({key: value for key, value in made.passkey().items() if key != "protocol"}, "no `protocol`"),
-        ({**made.passkey(), "by_length": []}, "no numbers"),
+        ({**made.passkey(), "by_length": [], "results": []}, "no numbers"),
         ({**made.perplexity(), "results": [{"ppl": 3.0}]}, "no complete result"),
     ],
 )
 def test_what_cannot_be_shown_is_an_error_where_named_and_told_where_found(tmp_path, record, reason):
     write(tmp_path / "x/bad", record)
     with pytest.raises(DataError, match=reason):
-        make_report([str(tmp_path / "x/bad")])
+        build_report(*find_results([str(tmp_path / "x/bad")]))
     with pytest.raises(DataError, match=reason):
-        make_report([str(tmp_path / "x")])
+        build_report(*find_results([str(tmp_path / "x")]))
     write(tmp_path / "x/good", made.passkey())
-    found = make_report([str(tmp_path / "x")])
+    found = build_report(*find_results([str(tmp_path / "x")]))
     assert len(found.results) == 1
     assert reason in found.left_out[0]
     assert "bad" in found.left_out[0]
@@ -482,18 +500,18 @@ def test_broken_files_end_in_a_line_that_names_file_and_line(tmp_path):
     file = tmp_path / "x/bad/result.json"
     file.write_text('{\n "schema": "longext.result/1",\n "kind": \n}')
     with pytest.raises(DataError, match=r"bad/result.json is not valid JSON.*line 4"):
-        make_report([str(tmp_path / "x")])
+        build_report(*find_results([str(tmp_path / "x")]))
 
 
 def test_nothing_found_is_an_error(tmp_path):
     with pytest.raises(DataError, match="No result in"):
-        make_report([str(tmp_path)])
+        build_report(*find_results([str(tmp_path)]))
     with pytest.raises(DataError, match="No result at"):
-        make_report([str(tmp_path / "nowhere")])
+        build_report(*find_results([str(tmp_path / "nowhere")]))
 
 
 def test_every_result_in_the_documentation_can_be_shown():
-    found = make_report([str(DOCUMENTED)])
+    found = build_report(*find_results([str(DOCUMENTED)]))
     assert len(found.results) == len(list(DOCUMENTED.rglob("result.json")))
 
 

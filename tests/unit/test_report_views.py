@@ -8,9 +8,12 @@ import pytest
 import report_records as made
 from test_report import changed, report
 
-from longext.report.report_figures import report_figures
-from longext.report.report_page import report_page
-from longext.report.report_views import report_notes, report_tables, shown_tables, to_markdown
+from longext.errors import DataError
+from longext.report.draw import report_pictures
+from longext.report.layout import report_tables, shown_table
+from longext.report.notes import report_notes, verdict
+from longext.report.outcome import Rendered
+from longext.report.page import report_page, to_markdown
 
 EVERY = {
     "perplexity": made.perplexity(),
@@ -31,6 +34,11 @@ EVERY = {
     "compress": made.training("compress-train"),
     "compare": made.compare(),
 }
+
+
+def pictures_of(found):
+    """Figures by file name."""
+    return {name: picture.figure for name, picture in report_pictures(found).items()}
 
 
 def tables_of(tmp_path, **records):
@@ -123,10 +131,10 @@ def test_a_note_names_the_result_rather_than_all_its_methods(tmp_path):
     assert notes == [f"Perplexity: protocol.weighting: not recorded by {tmp_path / 'a'}."]
 
 
-def test_bars_stand_beside_the_results(tmp_path):
+def test_limits_stand_with_the_results(tmp_path):
     bars = [{"name": "512", "passed": False}, {"name": "1024", "passed": True}]
     text = to_markdown(report(tmp_path, a={**made.passkey(), "bars": bars}, b=made.passkey()), {})
-    assert "| result | kind | bars | command |" in text
+    assert "| result | kind | limits | command |" in text
     assert "| missed: 512 |" in text
 
 
@@ -161,69 +169,201 @@ class Page(HTMLParser):
 
 def test_the_page_holds_every_table_and_note_and_needs_nothing_else(tmp_path):
     found = report(tmp_path, **EVERY, other=changed(made.perplexity(), "protocol", "stride", 64))
-    figures = report_figures(found)
-    page = Page(report_page(found, figures))
-    assert page.tags.isdisjoint({"script", "img", "link", "iframe"})
-    assert all(link.startswith("#") for link in page.links)
+    text = report_page(Rendered(found))
+    page = Page(text)
+    assert page.tags.isdisjoint({"img", "link", "iframe"})
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert "url(http" not in text and "import" not in text.split("<script>")[1]
     for group in found.groups:
-        for table in (table for shown in group.shown for table in shown_tables(group, shown)):
-            for text in (table.title, *table.columns, *(cell for row in table.rows for cell in row)):
+        for table in filter(None, (shown_table(group, shown, 170) for shown in group.shown)):
+            for text in (
+                table.title,
+                *table.columns,
+                *(cell for row in range(len(table.rows)) for cell in table.texts(row)),
+            ):
                 assert not text or text in page.texts
     assert any("protocol.stride 256 (here 64)" in text for text in page.texts)
     assert [text for text in page.texts if text == "Perplexity (set 2)"]
 
 
+def test_the_page_opens_with_the_verdict_and_explains_every_point(tmp_path):
+    found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(60.0))
+    text = report_page(Rendered(found))
+    assert text.index(verdict(found)[0]) < text.index("<table")
+    for size in ("wide", "narrow"):
+        svg = text.split(f'<svg class="{size}"')[1].split("</svg>")[0]
+        assert svg.count('class="tip"') == 4
+        assert 'data-tip="m (a), 512: 40.00 (38.00-43.00)" data-series="0"' in svg
+        assert 'aria-label="Perplexity by context length: line chart of m (a), m (b)' in svg
+        assert "#222222" not in svg  # the ink follows the page's colours, in dark mode too
+
+
 def test_text_of_results_is_escaped(tmp_path):
-    odd = changed(made.perplexity(), "model", "id", "<b>m</b>")
-    text = report_page(report(tmp_path, a=odd), {})
+    odd = changed(made.perplexity(), "model", "id", '<b>"m"')
+    found = report(tmp_path, a=odd, b=made.perplexity(50.0))
+    text = report_page(Rendered(found))
     assert "<b>" not in text
     assert "&lt;b&gt;" in text
+    assert "<b>" not in to_markdown(found, report_pictures(found))
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_names_the_leader_at_the_longest_length_and_its_price(tmp_path):
+    record = made.compare()
+    for row in record["methods"][0]["perplexity"]:
+        row |= {"ppl": row["ppl"] + 60, "ppl_low": row["ppl"] + 58, "ppl_high": row["ppl"] + 63}
+    told = verdict(report(tmp_path, a=record))
+    assert told == [
+        "Perplexity: at 1,024 tokens yarn 8x ramp=paper has the lowest perplexity, 21.00 (19.00-24.00); the unchanged "
+        "model has 80.50 (78.50-83.50). The price at 512 tokens, against the unchanged model: -58.4% perplexity.",
+        "Loss by position: at 1-256 tokens all have 3.250.",
+        "Passkey: at 512 tokens all have 50% (0%-100%).",
+    ]
+
+
+def test_the_verdict_calls_intervals_that_meet_a_tie(tmp_path):
+    found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(44.0), c=made.perplexity(80.0))
+    (text,) = verdict(found)
+    assert text.startswith(
+        "Perplexity: at 1,024 tokens m (a) and m (b) share the lead (their intervals meet), the first"
+    )
+    (text,) = verdict(report(tmp_path / "k", a=made.passkey(0.0), b=made.passkey(1.0)))
+    assert text == "Passkey: at 512 tokens no result is told apart from the best (0% to 100%): their intervals meet."
+
+
+def test_the_verdict_of_one_result_is_its_first_and_last_number(tmp_path):
+    assert verdict(report(tmp_path, a=made.perplexity())) == [
+        "Perplexity: m has 40.00 (38.00-43.00) at 512 tokens, 20.00 (18.00-23.00) at 1,024 tokens."
+    ]
+
+
+# --- one result -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_one_result_has_its_details_and_names_it_in_the_title(tmp_path):
+    record = made.perplexity()
+    for row in record["results"]:
+        row |= {"accuracy": 0.25, "resampled": "windows"}
+    (table,) = tables_of(tmp_path, a=record)
+    assert table.title == "Perplexity by context length: m (ppl/sliding)"
+    assert table.columns == ("length", "ppl", "95% interval", "NLL", "top-1", "tokens scored")
+    assert table.rows[0] == ["512", "40.00", "38.00-43.00", "3.5000", "25.0%", "99"]
+    assert table.caption == "interval: bootstrap over windows"
+
+
+def test_one_passkey_has_a_table_by_length_and_one_by_depth(tmp_path):
+    lengths, depths = tables_of(tmp_path, a=made.passkey())
+    assert lengths.rows == [["512", "50%", "0%-100%", "512", "10"]]
+    assert (depths.columns, depths.rows) == (["depth", "512"], [["50%", "50%"]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    {
+        "perplexity": ["ppl"],
+        "positions": ["ppl"],
+        "memory": ["ppl", "ppl-controls"],
+        "passkey": ["passkey"],
+        "needle": ["needle"],
+        "babilong": ["babilong"],
+        "longeval": ["longeval"],
+        "longbench": ["longbench"],
+        "longbench-e": ["longbench"],
+        "effective": ["effective"],
+    }.items(),
+)
+def test_the_pictures_of_one_result_have_the_names_of_its_command(tmp_path, kind, names):
+    assert list(pictures_of(report(tmp_path, a=EVERY[kind]))) == names
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_kind_alone_has_a_table_and_is_drawn(tmp_path, kind):
+    found = report(tmp_path, a=EVERY[kind])
+    assert report_tables(found)
+    for figure in pictures_of(found).values():
+        figure.canvas.draw()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_kind_has_a_picture_whose_names_are_its_files(tmp_path, kind):
     found = report(tmp_path, a=EVERY[kind], b=EVERY[kind])
-    pictures = {name: figure for figures in report_figures(found).values() for name, figure in figures.items()}
+    pictures = pictures_of(found)
     assert pictures
-    suites = {group.suite.name for group in found.groups}
+    suites = {group.section.name for group in found.groups}
     for name, figure in pictures.items():
         assert any(name.startswith(suite) for suite in suites)
         labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        assert len(labels) >= 2, name
+        labels += [axes.get_title(loc="left") for axes in figure.axes]  # of maps
+        assert len(set(labels) - {""}) >= 2, name
         figure.canvas.draw()
+
+
+def lines_of(figure):
+    """The lines of results, without the points that explain them and those of the legend."""
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    return [line for line in lines if str(line.get_gid()).startswith("series")]
 
 
 def test_a_line_has_the_numbers_of_its_result(tmp_path):
     found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(44.0))
-    (figure,) = report_figures(found)["perplexity", 1].values()
-    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    figure = pictures_of(found)["perplexity"]
+    lines = lines_of(figure)
     assert [list(line.get_ydata()) for line in lines] == [[40, 20], [44, 22]]
     assert [list(line.get_xdata()) for line in lines] == [[512, 1024]] * 2
 
 
 def test_lines_that_lie_on_each_other_are_both_seen(tmp_path):
     found = report(tmp_path, a=made.perplexity(40.0), b=made.perplexity(40.0), c=made.perplexity(50.0))
-    (figure,) = report_figures(found)["perplexity", 1].values()
-    styles = [line.get_linestyle() for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    figure = pictures_of(found)["perplexity"]
+    styles = [line.get_linestyle() for line in lines_of(figure)]
     assert styles == ["-", "--", "-"]
 
 
 def test_bars_have_the_numbers_of_their_result(tmp_path):
     found = report(tmp_path, a=made.longbench(trec=63.5, lcc=20.0), b=made.longbench(trec=50.0))
-    figure = report_figures(found)["longbench", 1]["longbench-tasks"]
+    figure = pictures_of(found)["longbench-tasks"]
     widths = [patch.get_width() for patch in figure.axes[0].patches if patch.get_width()]
     assert sorted(widths) == [20.0, 50.0, 63.5]
 
 
 def test_metrics_of_different_scales_are_drawn_apart(tmp_path):
     found = report(tmp_path, a=made.harness(), b=made.harness())
-    (figure,) = report_figures(found)["harness", 1].values()
+    figure = pictures_of(found)["harness"]
     assert [axes.get_xlabel() for axes in figure.axes] == ["acc", "word_perplexity"]
+
+
+def test_many_results_are_rows_of_dots_with_a_panel_for_each_length(tmp_path):
+    records = {f"r{i}": made.perplexity(40.0 + 9 * i) for i in range(16)}
+    figure = pictures_of(report(tmp_path, **records))["perplexity"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["512 tokens", "1,024 tokens"]
+    assert len(figure.axes[0].get_yticklabels()) == 16
+    figure.canvas.draw()
+
+
+def test_the_trained_length_is_one_dashed_line_in_every_picture(tmp_path):
+    found = report(tmp_path, a=made.compare())
+    for name in ("perplexity", "passkey"):
+        marked = [line for line in pictures_of(found)[name].axes[0].get_lines() if list(line.get_xdata()) == [512, 512]]
+        assert [line.get_linestyle() for line in marked] == ["--"]
+
+
+def test_numbers_that_are_none_and_any_name_are_drawn(tmp_path):
+    record = made.perplexity()
+    for row in record["results"]:
+        row["ppl"] = float("nan")
+    assert pictures_of(report(tmp_path, a={**made.perplexity(), "model": {**made.MODEL, "id": "$x$ ^{"}}))
+    with pytest.raises(DataError, match="no numbers"):
+        report(tmp_path / "none", a=record)
 
 
 def test_markdown_links_the_pictures_and_lists_the_results(tmp_path):
     found = report(tmp_path, a=made.passkey())
-    text = to_markdown(found, {("passkey", 1): ["passkey.png"]})
-    assert text.startswith("# m: 1 result\n\n## Passkey\n\nA key.\n")
-    assert "![Passkey](passkey.png)" in text
+    text = to_markdown(found, report_pictures(found))
+    assert text.startswith("# m: 1 result\n\n- Passkey: m has 50% (0%-100%) at 512 tokens.\n\n## Passkey\n\nA key.\n")
+    assert "](passkey.png)" in text
     assert f"| {tmp_path / 'a'} | passkey | longext passkey |" in text

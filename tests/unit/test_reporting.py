@@ -9,7 +9,7 @@ import math
 import pytest
 
 from longext.report.console import print_table
-from longext.report.plots import colours_for, passkey_heat_maps, perplexity_by_length, to_svg
+from longext.report.plots import log_ticks, new_figure
 from longext.report.results import dump_json, output_directory
 from longext.report.tables import Table, number, percent
 from longext.staging import staged_directory
@@ -40,30 +40,15 @@ def test_without_colour_the_best_gets_a_star():
     assert "2*" in console.export_text()
 
 
-def rows(*values, width=0.02):
-    pairs = zip((512, 1024, 2048), values, strict=True)
-    return [{"length": n, "ppl": p, "ppl_low": p * (1 - width), "ppl_high": p * (1 + width)} for n, p in pairs]
-
-
 @pytest.mark.parametrize("values", [(40, 41, 40.5), (40, 300, 200), (2.41, 2.39, 2.38), (3, 4000, 1e5)])
 def test_the_perplexity_axis_always_has_ticks_and_is_never_a_magnifying_glass(values):
-    axes = perplexity_by_length({"m": rows(*values)}, trained=512, title="t").axes[0]
+    axes = new_figure(4, 3).subplots()
+    axes.plot([512, 1024, 2048], values)
+    log_ticks(axes)
     low, high = axes.get_ylim()
     shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
     assert len(shown) >= 3
     assert high / low >= 2 * (1 - 1e-9)
-
-
-def test_variants_of_a_method_have_colours_of_their_own():
-    colours = colours_for(["none", "yarn", "yarn:ramp=paper", "dynamic:alpha=8"])
-    assert len(set(colours.values())) == 4
-
-
-def test_svg_ids_of_two_pictures_on_a_page_differ():
-    cells = [{"length": 512, "depth": 0.5, "num_correct": 1, "num_trials": 2}]
-    pictures = [to_svg(passkey_heat_maps({"m": cells}, title="t"), name) for name in ("one", "two")]
-    assert all(picture.startswith("<svg") for picture in pictures)
-    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("width", [80, 60, 40])
@@ -116,13 +101,13 @@ def test_text_in_a_table_is_neither_html_nor_a_formula():
     assert csv_text([cells]) == "'=1+1,'+1,'-1,'@x,'\t=1,fine,-1,-2.5\n"
 
 
-@pytest.mark.filterwarnings("error")
-def test_pictures_take_any_number_of_variants_and_numbers_that_are_none():
-    from longext.report.plots import colours_for, nll_by_position, perplexity_by_length, save_png
+def test_a_progress_display_prints_names_as_they_are(monkeypatch):
+    from rich.console import Console
 
-    names = [f"yarn:beta_fast={n}" for n in range(60)]
-    assert set(colours_for(names)) == set(names)
-    nan = float("nan")
-    rows = [{"length": n, "ppl": nan, "ppl_low": nan, "ppl_high": nan, "nll": nan, "start": 0} for n in (64, 128)]
-    for draw in (perplexity_by_length, nll_by_position):
-        save_png(draw({name: rows for name in names}, trained=64, title="$x$ ^{"), io.BytesIO())
+    from longext.report import console
+
+    file = io.StringIO()
+    monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))
+    with console.progress("merge out[/red]:dog:", 2, "rows") as advance:
+        advance(1, "[bold] note [/nothing]")
+    assert "merge out[/red]:dog:" in file.getvalue() and "[/nothing]" in file.getvalue()

@@ -68,24 +68,26 @@ def test_every_length_covers_the_same_text_and_starts_with_bos(bos):
 
 def test_a_constant_loss_is_found_exactly_with_an_interval_of_no_width():
     for row in compared(Known(extra=math.log(1.05)), texts(9)):
-        assert row.change == pytest.approx(0.05, abs=1e-5)
-        assert row.change_low == pytest.approx(0.05, abs=1e-5)
-        assert row.change_high == pytest.approx(0.05, abs=1e-5)
-        assert row.ppl == pytest.approx(1.05 * row.base_ppl, rel=1e-5)
-        assert (row.passed, row.resampled) == (False, "documents")
+        assert row["change"] == pytest.approx(0.05, abs=1e-5)
+        assert row["change_low"] == pytest.approx(0.05, abs=1e-5)
+        assert row["change_high"] == pytest.approx(0.05, abs=1e-5)
+        assert row["ppl"] == pytest.approx(1.05 * row["base_ppl"], rel=1e-5)
+        assert (row["passed"], row["resampled"]) == (False, "documents")
 
 
 def test_the_same_model_changes_nothing_and_passes_at_no_tolerance():
     rows = compared(Known(), texts(2), tolerance=0.0)
-    assert all(row.change == 0 and row.passed and row.resampled == "windows" for row in rows)
+    assert all(row["change"] == 0 and row["passed"] and row["resampled"] == "windows" for row in rows)
     assert verdict_text(rows, 0.0).startswith("Passed")
 
 
 def test_the_point_estimate_decides_and_the_interval_says_how_surely():
     rows = compared(Known(extra=math.log(1.019), noise=0.05), texts(12))
-    assert all(row.change_low < row.change < row.change_high for row in rows)
-    assert [row.passed for row in rows] == [row.change <= 0.02 for row in rows]
-    assert undecided(rows, 0.02) == [row.length for row in rows if row.change_low <= 0.02 < row.change_high] != []
+    assert all(row["change_low"] < row["change"] < row["change_high"] for row in rows)
+    assert [row["passed"] for row in rows] == [row["change"] <= 0.02 for row in rows]
+    assert (
+        undecided(rows, 0.02) == [row["length"] for row in rows if row["change_low"] <= 0.02 < row["change_high"]] != []
+    )
 
 
 def test_a_single_window_has_no_interval():
@@ -93,7 +95,7 @@ def test_a_single_window_has_no_interval():
     cuts = cut_windows(Known(), texts(1), (16,), config)
     rows = score_short(Known(), cuts, config)
     (row,) = compare_short(rows, rows, cuts, config)
-    assert (row.change_low, row.change_high, row.resampled) == (None, None, None)
+    assert (row["change_low"], row["change_high"], row["resampled"]) == (None, None, None)
 
 
 def test_lengths_stay_within_the_trained_length():

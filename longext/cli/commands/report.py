@@ -20,8 +20,8 @@ def run(config: ReportConfig, as_json: bool) -> None:
     from longext.report.console import working
     from longext.report.find import find_results
     from longext.report.notes import report_notes, verdict
+    from longext.report.outcome import Rendered
     from longext.report.page import report_files
-    from longext.report.render import Rendered
     from longext.report.results import output_directory
     from longext.report.scores import result_file
     from longext.staging import check_apart

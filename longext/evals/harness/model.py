@@ -22,8 +22,16 @@ from longext.models.chat import render_chat, user_text, with_prefix
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens
 
-_MAX_NEW_TOKENS = 256  # lm-eval's, where a task names none
-_HEEDED = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample", "temperature"}
+_MAX_NEW_TOKENS = 256  # lm-eval's, if a task names none
+_KNOWN_SETTINGS = {
+    "until",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+    "do_sample",
+    "temperature",
+}
 Owner = tuple[str, int]  # task, document
 Progress = Callable[[int], None]
 
@@ -37,16 +45,15 @@ class Scorer:
         window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
         batch_tokens: tokens of a forward pass.
         on_progress: called with the number of documents just finished.
-        folder: where answers are kept, for a run that is cut off: one file for each kind of request.
+        folder: where answers are kept while the run lasts: one file for each kind of request.
         needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
+        is_chat: texts come rendered by the chat template.
         truncated: documents that lost tokens.
         ignored: generation settings of tasks that have no effect here.
-        prompt_tokens: document -> tokens of its prompt as read, where answers are generated.
         without_system: the chat template refused system messages, and they were left out.
-        is_chat: texts come rendered by the chat template.
         predictions: the answers generated.
         prompt_hashes: of every input.
-        spelled: a text of a task spells control tokens.
+        spells_control: a text of a task spells control tokens.
     """
 
     model: LanguageModel
@@ -57,12 +64,11 @@ class Scorer:
     needs_system: bool = False
     is_chat: bool = False
     truncated: set[Owner] = field(default_factory=set)
-    ignored: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: dict[Owner, int] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
     without_system: bool = False
     predictions: list[Prediction] = field(default_factory=list)
     prompt_hashes: set[str] = field(default_factory=set)
-    spelled: bool = False
+    spells_control: bool = False
     _done: set[Owner] = field(default_factory=set)
     _calls: Counter[str] = field(default_factory=Counter)
 
@@ -76,21 +82,21 @@ class Scorer:
         return token
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Return token ids; the tokenizer's prefix in front, but no second one where the text begins with it."""
+        """Return token ids; the tokenizer's prefix in front, but no second one if the text begins with it."""
         ids = self.model.encode(text if self.is_chat else self._written(text), add_bos=False)
         if add_special_tokens is None:
             return with_prefix(self.model, ids)
         return [*self.model.prefix, *ids] if add_special_tokens else ids
 
     def _written(self, text: str) -> str:
-        """Return a text of a task as it is put; see `user_text`."""
+        """Return a text of a task as it goes into a prompt; see `user_text`."""
         text = user_text(self.model, text)
-        self.spelled = self.spelled or any(own in text for own in control_tokens(self.model.tokenizer))
+        self.spells_control |= any(token in text for token in control_tokens(self.model.tokenizer))
         return text
 
     def render(self, messages: list[dict[str, str]], answer_begun: bool) -> str:
         """Return messages in the chat template; see `render_chat`."""
-        messages = [{**own, "content": self._written(own["content"])} for own in messages]
+        messages = [{**message, "content": self._written(message["content"])} for message in messages]
         others = [message for message in messages if message["role"] != "system"]
         try:
             return render_chat(self.model, messages, answer_begun=answer_begun)
@@ -103,9 +109,9 @@ class Scorer:
     def log_likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[Owner], kind: str = "loglikelihood"
     ) -> list[tuple[float, bool]]:
-        """Return, for every (context, continuation) in tokens, log p(continuation | context) and if greedy gives it.
+        """Return, for every (context, continuation) in tokens, its log p and whether greedy decoding gives it.
 
-        Batches depend on all pairs, not on those still open: a run taken up again computes what a whole one does.
+        Batches depend on all pairs, not on those still open: a run that goes on computes what a whole one does.
         """
         texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
         lengths = [len(continuation) for _, continuation in pairs]
@@ -164,7 +170,6 @@ class Scorer:
             ids.append(json.dumps([text, settings], sort_keys=True, default=str))
             if ids[-1] not in requests:
                 requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
-            self.prompt_tokens[owner] = len(requests[ids[-1]].input_ids)
         path = self._file("generate_until")
         made = generate_predictions(
             self.model, list(requests.values()), path, self.on_progress, self.batch_tokens, is_chat=None
@@ -183,8 +188,7 @@ class Scorer:
     @property
     def _room(self) -> int | None:
         """Tokens before a predicted one. A RoPE that follows the length sees that one too, and stays in the window."""
-        follows = self.model.follows_length
-        return None if self.window is None else self.window - follows
+        return None if self.window is None else self.window - self.model.follows_length
 
     def _window(self, context: list[int], continuation: list[int], owner: Owner) -> list[int]:
         tokens, room = context + continuation, self._room
@@ -203,23 +207,23 @@ class Scorer:
     def _request(self, id: str, text: str, settings: dict[str, Any], owner: Owner) -> Request:
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
-        if asked["do_sample"]:
-            self.ignored["sampling"] += 1
-        self.ignored.update(key for key in settings if key not in _HEEDED)
-        stop = handle_stop_sequences(list(asked["until"]), self.model.tokenizer.eos_token)
+        chosen: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
+        if chosen["do_sample"]:
+            self.ignored.add("sampling")
+        self.ignored.update(key for key in settings if key not in _KNOWN_SETTINGS)
+        stop = handle_stop_sequences(list(chosen["until"]), self.model.tokenizer.eos_token)
         tokens = self.encode(text) or [self.prefix]
         if self.window is not None:
-            room = self.window - asked["max_gen_toks"]
+            room = self.window - chosen["max_gen_toks"]
             if room < 1:
                 raise ConfigError(
-                    f"{owner[0]} asks for answers of {asked['max_gen_toks']} tokens, which leaves no room for a prompt "
-                    f"in {self.window} (--max-length)."
+                    f"{owner[0]} asks for answers of {chosen['max_gen_toks']} tokens, which leaves no room for a "
+                    f"prompt in {self.window} (--max-length)."
                 )
             if len(tokens) > room:
                 self.truncated.add(owner)
                 tokens = tokens[-room:]
-        return Request(id, tuple(tokens), asked["max_gen_toks"], stop=tuple(s for s in stop if s))
+        return Request(id, tuple(tokens), chosen["max_gen_toks"], stop=tuple(s for s in stop if s))
 
     def _finished(self, owners: Sequence[Owner]) -> None:
         new = set(owners) - self._done

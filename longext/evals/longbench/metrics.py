@@ -1,12 +1,13 @@
 """The metrics of LongBench, each 0 to 1 for one prediction and one reference, as the authors' scores are defined.
 
-Bai et al., LongBench, arXiv 2308.14508. Where a library defines a number, so does it here: ROUGE-L as the `rouge`
+Bai et al., LongBench, arXiv 2308.14508. If a library defines a number, it does here too: ROUGE-L as the `rouge`
 package computes it, `fuzzywuzzy`'s ratio for code, `jieba` for words of Chinese text.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import re
 import string
@@ -15,9 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from longext.errors import ConfigError, MissingExtraError
-from longext.evals.text_metrics import longest_common_subsequence
-from longext.registry import did_you_mean
+from longext.errors import MissingExtraError
+from longext.evals.text_metrics import lcs_rows, longest_common_subsequence
 
 Metric = Callable[[str, str, Sequence[str]], float]  # (prediction, reference, all classes of the task)
 
@@ -36,7 +36,7 @@ _COMMENT_MARKS = ("`", "#", "//")
 
 
 def f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    """Return the F1 of two bags of words: 2 |common| / (|prediction| + |reference|); 0 where nothing is common."""
+    """Return the F1 of two bags of words: 2 |common| / (|prediction| + |reference|); 0 if nothing is common."""
     common = sum((Counter(prediction) & Counter(reference)).values())
     if common == 0:
         return 0.0
@@ -80,9 +80,7 @@ def chinese_words(text: str) -> list[str]:
 
 
 def has_jieba() -> bool:
-    """Return True where jieba is installed."""
-    import importlib.util
-
+    """Return True if jieba is installed."""
     return importlib.util.find_spec("jieba") is not None
 
 
@@ -94,20 +92,20 @@ def rouge_l(prediction: str, reference: str, _: Sequence[str] = ()) -> float:
 
     Sentences end at full stops. The words of a longest common subsequence are taken for every pair of a reference
     and a predicted sentence; the score is the F1 of how many different words these are, against the numbers of
-    different words of both texts. 0 where either text has no sentence.
+    different words of both texts. 0 if either text has no sentence.
 
-    The package fails, and LongBench then scores 0, where a pair of sentences has about 1,000 words in all (its
+    The package fails, and LongBench then scores 0, if a pair of sentences has about 1,000 words in all (its
     recursion ends there); here such a pair is scored like any other.
     """
-    own, theirs = _sentences(prediction), _sentences(reference)
-    if not own or not theirs:
+    predicted, expected = _sentences(prediction), _sentences(reference)
+    if not predicted or not expected:
         return 0.0
     common: set[str] = set()
-    for reference_words in theirs:
-        for predicted_words in own:
+    for reference_words in expected:
+        for predicted_words in predicted:
             common |= _common_words(reference_words, predicted_words)
-    recall = len(common) / len({word for words in theirs for word in words})
-    precision = len(common) / len({word for words in own for word in words})
+    recall = len(common) / len({word for words in expected for word in words})
+    precision = len(common) / len({word for words in predicted for word in words})
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 
@@ -122,20 +120,8 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _common_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Return the words of one longest common subsequence: where two are as long, that of the shorter `second`.
-
-    Row i of the table is one integer (Hyyro, 2004): of its lowest j bits, as many are 0 as the longest common
-    subsequence of first[:i] and second[:j] is long.
-    """
-    places: dict[str, int] = {}
-    for j, word in enumerate(second):
-        places[word] = places.get(word, 0) | 1 << j
-    every = (1 << len(second)) - 1
-    rows = [every]
-    for word in first:
-        row = rows[-1]
-        shared = row & places.get(word, 0)
-        rows.append(((row + shared) | (row - shared)) & every)
+    """Return the words of one longest common subsequence: if two are as long, that of the shorter `second`."""
+    rows = lcs_rows(first, second)
 
     def length(i: int, j: int) -> int:
         return j - (rows[i] & ((1 << j) - 1)).bit_count()
@@ -156,7 +142,7 @@ def _common_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
 
 
 def classification(prediction: str, reference: str, all_classes: Sequence[str] = ()) -> float:
-    """Return 1 / (classes that the prediction names), 0 where the right one is not among them.
+    """Return 1 / (classes that the prediction names), 0 if the right one is not among them.
 
     A named class that is a part of the right one's name does not count against it. The authors' code removes those
     while it walks over the list, and so skips the neighbour of each: kept, because published scores have it.
@@ -185,11 +171,11 @@ def retrieval(prediction: str, reference: str, _: Sequence[str] = (), *, word: s
 def code_similarity(prediction: str, reference: str, _: Sequence[str] = (), *, ratio: str = "difflib") -> float:
     """Return how alike the first line of code is to the reference, in whole hundredths.
 
-    The first line, after leading line feeds, without a comment or fence mark; empty where there is none.
+    The first line, after leading line feeds, without a comment or fence mark; empty if there is none.
 
     Args:
-        ratio: "difflib", what `fuzzywuzzy` uses by itself, or "levenshtein", what it uses where python-Levenshtein
-            is installed: twice the longest common subsequence of characters over both lengths.
+        ratio: "difflib", what `fuzzywuzzy` uses by itself, or "levenshtein", what it uses if python-Levenshtein is
+            installed: twice the longest common subsequence of characters over both lengths.
     """
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in _COMMENT_MARKS)), "")
@@ -221,12 +207,6 @@ NEED_JIEBA = ("qa_f1_zh", "rouge_l_zh")
 
 
 def metric_called(name: str, ratio: str) -> Metric:
-    """Return a metric, the code metric with its `ratio`.
-
-    Raises:
-        ConfigError: no such ratio.
-    """
-    if ratio not in CODE_RATIOS:
-        raise ConfigError(f"Unknown --code-similarity '{ratio}'. {did_you_mean(ratio, CODE_RATIOS)}")
+    """Return a metric, the code metric with its `ratio`."""
     chosen: Any = METRICS[name]
     return partial(chosen, ratio=ratio) if name == "code_similarity" else chosen

@@ -26,6 +26,7 @@ CATEGORIES = {
     "code": "code completion",
     "synthetic": "synthetic",
 }
+LANGUAGES = {"english": "en", "chinese": "zh"}  # of the averages
 BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": None}  # LongBench-E: `length` below this
 
 
@@ -36,8 +37,8 @@ class Task:
     Attributes:
         category: a key of `CATEGORIES`.
         language: en, zh, or code (counted in the averages of both languages).
-        metric: a key of `longbench_metrics.METRICS`.
-        max_new_tokens: where an answer ends.
+        metric: a key of `METRICS`.
+        max_new_tokens: of an answer.
         num_rows: rows in the full task.
         prompt_hash: first digits of the SHA-256 of the prompt, as a guard against other wordings.
         is_in_e: it has a LongBench-E version.

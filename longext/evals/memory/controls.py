@@ -42,7 +42,7 @@ class Texts:
     Attributes:
         contexts: int64 [R, C], the text before each place, as much as the most context needs.
         segments: int64 [R, l], the segment after it.
-        groups: which places share a document; where there is one document, each place is a group of its own.
+        groups: which places share a document; in a single document each place is a group of its own.
         partners: for each place one of another group.
     """
 
@@ -66,13 +66,27 @@ class Controls(ABC):
         self.contexts, self.segments = texts.contexts.to(backbone.device), texts.segments.to(backbone.device)
         self.groups, self.partners = texts.groups, texts.partners
 
+    def score(self, method: str, length: int) -> TokenScores:
+        """Score the last l - 1 tokens of every segment, [R, n], by `method` given `length` tokens of context."""
+        if method == SAME_KV:
+            return self._raw(length, self.num_readable(length))
+        if method == ALL_THAT_FITS:
+            return self._raw(length, self.backbone.window - self.segments.shape[1])
+        if method == NO_MEMORY or not length:
+            return self._alone()
+        return self._remembered(method, length)
+
     @abstractmethod
     def num_readable(self, length: int) -> int:
         """Return how many positions before the segment the memory method keeps readable of `length` tokens."""
 
     @abstractmethod
-    def score(self, method: str, length: int) -> TokenScores:
-        """Score the last l - 1 tokens of every segment, [R, n], by `method` given `length` tokens of context."""
+    def _alone(self) -> TokenScores:
+        """Score the segments by themselves."""
+
+    @abstractmethod
+    def _remembered(self, method: str, length: int) -> TokenScores:
+        """Score with the memory of `length` tokens, or of other texts as `method` says."""
 
     def _raw(self, length: int, size: int) -> TokenScores:
         """Score with the last `size` raw tokens in front, by the frozen model, positions from 0."""
@@ -86,9 +100,6 @@ class Controls(ABC):
 
     def _context(self, rows: slice | list[int], length: int) -> torch.Tensor:
         return self.contexts[rows, self.contexts.shape[1] - length :]
-
-    def _room(self) -> int:
-        return self.backbone.window - self.segments.shape[1]
 
     def _batches(self, size: int) -> Iterator[slice]:
         """Yield places to run together when each has `size` positions in front of its segment."""
@@ -113,18 +124,13 @@ class ReaderControls(Controls):
         """Return the tokens that stay readable."""
         return min(length, self.size)
 
-    def score(self, method: str, length: int) -> TokenScores:
-        """Score by `method` given `length` tokens of context."""
-        if method == NO_MEMORY or not length:
-            return self._raw(length, 0)
-        if method == SAME_KV:
-            return self._raw(length, self.num_readable(length))
-        if method == ALL_THAT_FITS:
-            return self._raw(length, self._room())
+    def _alone(self) -> TokenScores:
+        return self._raw(0, 0)
+
+    def _remembered(self, method: str, length: int) -> TokenScores:
         parts = []
         for rows in self._batches(self.num_readable(length)):
-            own = range(len(self.segments))[rows]
-            chosen = [self.partners[row] for row in own] if method == WRONG else list(own)
+            chosen = self.partners[rows] if method == WRONG else rows
             ids = torch.cat([self._context(chosen, length), self.segments[rows]], 1)
             parts.append(self.reader.score(ids, length + 1))
         return _stack(parts)
@@ -142,20 +148,16 @@ class CompressorControls(Controls):
         self.compressor, self.ratio, self.schedule = compressor, ratio, compressor.schedule(ratio)
         self._longest: Memory | None = None
         self._current: tuple[int, Memory] = (0, ())
-        self._may_turn = compressor.is_soft or _turns(compressor.backbone)
+        self._is_shared = not compressor.recurrent and (compressor.is_soft or _turns(compressor.backbone))
 
     def num_readable(self, length: int) -> int:
         """Return the positions of sink, memories and overlap."""
         return self.schedule.num_readable(length // self.schedule.segment)
 
-    def score(self, method: str, length: int) -> TokenScores:
-        """Score by `method` given `length` tokens of context."""
-        if method == SAME_KV:
-            return self._raw(length, self.num_readable(length))
-        if method == ALL_THAT_FITS:
-            return self._raw(length, self._room())
-        if method == NO_MEMORY or not length:
-            return self._read(0, lambda _: ())
+    def _alone(self) -> TokenScores:
+        return self._read(0, lambda _: ())
+
+    def _remembered(self, method: str, length: int) -> TokenScores:
         memory = self._memory(length)
         if method == MEMORY:
             return self._read(length, lambda rows: _pick(memory, rows))
@@ -174,7 +176,7 @@ class CompressorControls(Controls):
 
     def _constant(self, memory: Memory, group: int) -> Memory:
         """Return the mean over the places of all other groups, [1, ...]: the best constant without training."""
-        others = [row for row, own in enumerate(self.groups) if own != group]
+        others = [row for row, other in enumerate(self.groups) if other != group]
         wide = [torch.promote_types(t.dtype, torch.float32) for t in memory]
         return tuple(
             t[others].mean(0, keepdim=True, dtype=kind).to(t.dtype) for t, kind in zip(memory, wide, strict=True)
@@ -185,10 +187,6 @@ class CompressorControls(Controls):
         if self._current[0] != length:
             self._current = length, self._shortened(length) if self._is_shared else self._written(length)
         return self._current[1]
-
-    @property
-    def _is_shared(self) -> bool:
-        return not self.compressor.recurrent and self._may_turn
 
     def _shortened(self, length: int) -> Memory:
         """Return the newest memories of the longest context, as if the text began `length` tokens ago."""

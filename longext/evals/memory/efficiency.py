@@ -9,33 +9,36 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
-from longext.compressor.checkpoint import check_base_options
+from longext.compressor.checkpoint import is_compressor
 from longext.compressor.gradients import Sweep
 from longext.compressor.memory import MemoryStore
 from longext.compressor.reading.decoder import CachedDecoder, memory_decoder
 from longext.compressor.schedule import Schedule
 from longext.compressor.segments import split_segments
-from longext.compressor.spec import CompressorSpec
 from longext.errors import ConfigError
-from longext.evals.config import EfficiencyConfig
-from longext.evals.limits import check_lengths
+from longext.evals.base import Outcome, Work
+from longext.evals.memory.reconstruction import describe_compressor, open_compressor, read_spec
 from longext.manifest import result_record
+from longext.models.hf import load_language_model
 from longext.planning.tracker import MemoryTracker
 
-DEFINITION = (
+if TYPE_CHECKING:
+    from longext.evals.suites.efficiency import Efficiency
+
+_DEFINITION = (
     "random tokens, batch 1. Prefill: until the logits of the next token are there and decoding can go on; full: one "
     "forward pass with a KV cache, head at the last position only; window: the same on the last tokens alone; "
     "compressor: all whole segments but the last encoded (in batches where memories are independent), then the raw "
     "rest read behind the memories. Decoding: greedy, cache written in place, the re-compression of a full segment "
     "not included. Interleaved runs, the best of each"
 )
-MEMORY = {
+_MEMORY = {
     "cuda": "most bytes allocated above model and input (torch.cuda.max_memory_allocated), prefill and decoding",
     "cpu": "most bytes of live tensors above model and input, counted operator by operator in an untimed run (a "
     "process's peak resident memory never falls, so it cannot tell one point from the next)",
@@ -93,19 +96,40 @@ class EfficiencyPoint:
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
-def check_efficiency_config(config: EfficiencyConfig, spec: CompressorSpec | None) -> None:
-    """Raise ConfigError for lengths, a window or a ratio that cannot be measured."""
-    check_lengths(config.lengths, minimum=2)
-    if spec is None:
+class Subject(NamedTuple):
+    """A frozen model, the compressor trained on it or None, and what a record says of them."""
+
+    backbone: Backbone
+    compressor: Compressor | None
+    description: dict[str, Any]
+
+
+def ratios_of(config: Efficiency) -> tuple[int, ...]:
+    """Return the ratios to measure: those of --ratio or of training; none of a plain model.
+
+    Raises:
+        ConfigError: a ratio that cannot be, options of a compressor for a plain model, or too short lengths.
+    """
+    if not is_compressor(config.model):
         if config.ratio or config.base:
             raise ConfigError("--ratio and --base are for the directory of a trained compressor.")
-        return
-    check_base_options(config)
+        return ()
+    spec, ratios = read_spec(config)
     if min(config.lengths) <= spec.segment:
         raise ConfigError(
             f"--lengths must be above the segment's {spec.segment} tokens, of which nothing is compressed; got "
             f"{min(config.lengths)}."
         )
+    return ratios
+
+
+def open_subject(config: Efficiency) -> Subject:
+    """Return the model or compressor that `config.model` names."""
+    if not is_compressor(config.model):
+        model = load_language_model(config)
+        return Subject(Backbone(model.model), None, model.describe())
+    loaded = open_compressor(config)
+    return Subject(loaded.compressor.backbone, loaded.compressor, describe_compressor(loaded))
 
 
 def ways_of(backbone: Backbone, compressor: Compressor | None, ratios: Sequence[int], window: int) -> list[Way]:
@@ -176,38 +200,58 @@ def encode(sweep: Sweep) -> MemoryStore:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+def measure_efficiency(config: Efficiency, subject: Subject, ratios: Sequence[int], work: Work) -> Outcome:
+    """Return the record of `eval efficiency`."""
+    backbone, compressor, description = subject
+    window = config.window or backbone.window
+    ways = ways_of(backbone, compressor, ratios, window)
+    known = [*backbone.model.parameters(), *(compressor.parameters() if compressor is not None else ())]
+    # of each point one run that counts memory and warms up, then the timed ones
+    total = len(config.lengths) * len(ways) * (config.num_repeats + 1)
+    with work.progress("efficiency", total, "runs") as advance:
+        points = evaluate_efficiency(backbone, ways, config, known, advance)
+    notes = window_notes(backbone, ways, config.lengths)
+    protocol = {
+        "id": "efficiency/prefill-decode",
+        "definition": _DEFINITION,
+        "memory": _MEMORY["cuda" if backbone.device.type == "cuda" else "cpu"],
+        "num_repeats": config.num_repeats,
+        "num_new_tokens": config.num_new_tokens,
+        "window": window,
+        "bytes_per_position": bytes_per_position(backbone),
+        "seed": config.seed,
+        "notes": notes,
+    }
+    results = [asdict(point) for point in points]
+    return Outcome(record=result_record("efficiency", description, protocol, None, results=results), notes=notes)
+
+
 def evaluate_efficiency(
     backbone: Backbone,
     ways: Sequence[Way],
-    config: EfficiencyConfig,
+    config: Efficiency,
     known: Sequence[torch.Tensor] = (),
-    on_progress: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] = lambda amount: None,
 ) -> list[EfficiencyPoint]:
     """Return one point per length and way, shortest first.
 
     Args:
         known: tensors of model and compressor, whose memory is not counted.
-        on_progress: called with the number of runs just made.
+        advance: called with the number of runs just made.
     """
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary = backbone.embedding.weight.shape[0]
     points = []
     for length in sorted(config.lengths):
         tokens = torch.randint(0, vocabulary, (1, length), generator=generator).to(backbone.device)
-        measured = {id(way): _Best(way, tokens, config.num_new_tokens, known) for way in ways}
+        measured = [_Best(way, tokens, config.num_new_tokens, known) for way in ways]
+        # the ways take turns, so that a slow moment of the machine hits all of them
         for run in range(config.num_repeats + 1):
-            for way in ways:
-                measured[id(way)].run(count_memory=run == 0)
-                if on_progress:
-                    on_progress(1)
-        token = bytes_per_position(backbone)
-        points += [measured[id(way)].point(token) for way in ways]
+            for best in measured:
+                best.run(count_memory=run == 0)
+                advance(1)
+        points += [best.point(bytes_per_position(backbone)) for best in measured]
     return points
-
-
-def num_runs(config: EfficiencyConfig, num_ways: int) -> int:
-    """Return how many runs an evaluation makes: one that counts memory and warms up, then the timed ones."""
-    return len(config.lengths) * num_ways * (config.num_repeats + 1)
 
 
 class _Best:
@@ -272,11 +316,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
 def window_notes(backbone: Backbone, ways: Sequence[Way], lengths: Sequence[int]) -> list[str]:
-    """Return a line where a way goes beyond the positions that the model was made for."""
+    """Return a line if a way goes beyond the positions that the model was made for."""
     beyond = []
     for way in ways:
         far = [f"{length:,}" for length in sorted(lengths) if way.slots(length) > backbone.window]
@@ -284,30 +325,3 @@ def window_notes(backbone: Backbone, ways: Sequence[Way], lengths: Sequence[int]
         beyond += [f"{name} at {', '.join(far)}"] if far else []
     where = f"Beyond the model's {backbone.window:,} positions, and timed all the same (RoPE has no limit)"
     return [f"{where}: {'; '.join(beyond)}."] if beyond else []
-
-
-def efficiency_record(
-    model: dict[str, Any],
-    backbone: Backbone,
-    config: EfficiencyConfig,
-    points: Sequence[EfficiencyPoint],
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """Return the JSON record of an efficiency evaluation."""
-    return result_record(
-        "efficiency",
-        model,
-        {
-            "id": "efficiency/prefill-decode",
-            "definition": DEFINITION,
-            "memory": MEMORY["cuda" if backbone.device.type == "cuda" else "cpu"],
-            "num_repeats": config.num_repeats,
-            "num_new_tokens": config.num_new_tokens,
-            "window": config.window or backbone.window,
-            "bytes_per_position": bytes_per_position(backbone),
-            "seed": config.seed,
-            "notes": list(notes),
-        },
-        None,
-        results=[asdict(point) for point in points],
-    )

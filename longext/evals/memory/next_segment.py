@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,10 +74,10 @@ class MemoryPerplexity:
         num_readable: positions before the segment that `memory` keeps readable of them (sink, slots, overlap).
         ppl: exp of the mean NLL.
         nll: mean negative log-likelihood, nats per token.
-        ppl_low, ppl_high: 95 % bootstrap interval of `ppl`; None where there is nothing to resample.
+        ppl_low, ppl_high: 95 % bootstrap interval of `ppl`; None if there is nothing to resample.
         resampled: what was resampled for the intervals: "documents" or "places".
         nll_first_quarter, nll_last_quarter: of the first and the last l // 4 scored tokens of a segment.
-        difference: nll of `memory` minus this nll; None for `memory` itself and where it was not measured.
+        difference: nll of `memory` minus this nll; None for `memory` itself and if that was not measured.
         difference_low, difference_high: its paired 95 % bootstrap interval.
         accuracy: share of scored tokens that were the first choice.
         num_tokens, num_places: how much was scored.
@@ -105,8 +105,7 @@ class MemoryPerplexity:
     per_document: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Scored:
+class _Scored(NamedTuple):
     """One method at one length: NLL float64 [R, n], share of first choices, wall time."""
 
     nll: _Float
@@ -148,15 +147,15 @@ def gather_texts(documents: Sequence[Sequence[int]], places: Sequence[Place], lo
     rows: dict[int, list[int]] = {}
     for row, place in enumerate(places):
         rows.setdefault(place.document, []).append(row)
-    owners = list(rows)
-    if len(owners) == 1:
+    order = list(rows)
+    if len(order) == 1:
         groups = list(range(len(places)))
         partners = [(row + max(1, len(places) // 2)) % len(places) for row in groups]
     else:
         groups = [place.document for place in places]
-        following = {own: rows[owners[(i + 1) % len(owners)]] for i, own in enumerate(owners)}
-        number = {row: i for own in owners for i, row in enumerate(rows[own])}
-        partners = [following[own][number[row] % len(following[own])] for row, own in enumerate(groups)]
+        following = {document: rows[order[(i + 1) % len(order)]] for i, document in enumerate(order)}
+        number = {row: i for document in order for i, row in enumerate(rows[document])}
+        partners = [following[d][number[row] % len(following[d])] for row, d in enumerate(groups)]
     return Texts(
         torch.tensor(contexts, dtype=torch.int64).reshape(len(places), longest),
         torch.tensor(segments, dtype=torch.int64),
@@ -237,7 +236,7 @@ def _summarise(
     num_bootstrap: int,
     seed: int,
 ) -> MemoryPerplexity:
-    """Average NLLs [R, n]; intervals from whole documents where there are enough of them, else from places."""
+    """Average NLLs [R, n]; intervals from whole documents if there are enough of them, else from places."""
     nll = scored[method].nll
     owners = np.array([place.document for place in places])
     documents = list(dict.fromkeys(owners.tolist()))
@@ -266,8 +265,8 @@ def _summarise(
         num_places=len(places),
         seconds=scored[method].seconds,
         per_document=[
-            {"document": own, "nll": float(nll[owners == own].mean()), "num_tokens": int(nll[owners == own].size)}
-            for own in documents
+            {"document": d, "nll": float(nll[owners == d].mean()), "num_tokens": int(nll[owners == d].size)}
+            for d in documents
         ],
     )
 
@@ -296,13 +295,12 @@ def check_context_lengths(lengths: Sequence[int], segment: int) -> None:
         )
 
 
-def check_memory_config(config: Perplexity) -> str:
-    """Return the memory that a next-segment evaluation is of; raise ConfigError for values out of range."""
+def check_memory_config(config: Perplexity) -> None:
+    """Raise ConfigError for a next-segment evaluation without a memory, or values out of range."""
     if config.memory is None:
         raise ConfigError(f"--protocol {config.protocol} compares ways of remembering: give --memory.")
     check_method(config.method, config.factor)
     check_context_lengths(config.lengths, config.segment)
-    return config.memory
 
 
 def default_lengths(segment: int) -> tuple[int, ...]:
@@ -310,7 +308,7 @@ def default_lengths(segment: int) -> tuple[int, ...]:
     return tuple(sorted({-(-length // segment) * segment for length in DEFAULT_LENGTHS}))
 
 
-def tokenize_for_memory(
+def _tokenize(
     model: LanguageModel, documents: Sequence[Document], config: Perplexity
 ) -> tuple[list[TokenizedDocument], int]:
     """Return (the documents with room for the largest context and a segment, without BOS; how many had none).
@@ -333,67 +331,52 @@ def tokenize_for_memory(
     return kept, len(tokenized) - len(kept)
 
 
-def num_scored_tokens(reader: Reader, documents: Sequence[TokenizedDocument], config: Perplexity) -> int:
-    """Return how many tokens an evaluation by all methods scores (for progress bars)."""
-    sizes = [len(document.input_ids) for document in documents]
-    places = choose_places(sizes, max(config.lengths), config.segment, config.num_places, config.seed)
-    methods = (ReaderControls if reader.compressor is None else CompressorControls).methods
-    return len(places) * (config.segment - 1) * len(config.lengths) * len(methods)
-
-
-def memory_record(
-    reader: Reader,
-    documents: Sequence[Document],
-    tokenized: Sequence[TokenizedDocument],
-    num_short: int,
-    config: Perplexity,
-    results: Sequence[MemoryPerplexity],
-) -> dict[str, Any]:
-    """Return the JSON record of a next-segment evaluation."""
-    return result_record(
-        "memory-perplexity",
-        reader.describe(),
-        {
-            "id": f"ppl/{config.protocol}",
-            "definition": _SUMMARY,
-            "reference": _REFERENCE,
-            "segment": config.segment,
-            "num_places": config.num_places,
-            "weighting": "token",
-            "bos": False,
-            "seed": config.seed,
-        },
-        {
-            "source": config.data,
-            "split": config.split,
-            "sha256": data_hash(documents),
-            "documents": [document.id for document in tokenized],
-            "num_documents": len(tokenized),
-            "num_too_short": num_short,
-            "num_tokens": sum(len(document.input_ids) for document in tokenized),
-            "max_tokens": config.max_tokens,
-        },
-        results=[asdict(result) for result in results],
-    )
-
-
 def measure_memory(task: Perplexity, reader: Reader, documents: Sequence[Document], work: Work) -> Outcome:
     """Return the record of `eval ppl --memory`: the memory and its controls on the same segments."""
-    tokenized, num_short = tokenize_for_memory(reader, documents, task)
-    with work.progress(f"ppl {task.protocol}", num_scored_tokens(reader, tokenized, task), "tokens") as advance:
+    tokenized, num_short = _tokenize(reader, documents, task)
+    texts = [document.input_ids for document in tokenized]
+    places = choose_places([len(text) for text in texts], max(task.lengths), task.segment, task.num_places, task.seed)
+    methods = (ReaderControls if reader.compressor is None else CompressorControls).methods
+    total = len(places) * (task.segment - 1) * len(task.lengths) * len(methods)
+    with work.progress(f"ppl {task.protocol}", total, "tokens") as advance:
         results = evaluate_memory(
             reader,
-            [document.input_ids for document in tokenized],
+            texts,
             task.lengths,
             task.num_places,
             task.seed,
             num_bootstrap=task.num_bootstrap,
             on_progress=advance,
         )
+    record = result_record(
+        "memory-perplexity",
+        reader.describe(),
+        {
+            "id": f"ppl/{task.protocol}",
+            "definition": _SUMMARY,
+            "reference": _REFERENCE,
+            "segment": task.segment,
+            "num_places": task.num_places,
+            "weighting": "token",
+            "bos": False,
+            "seed": task.seed,
+        },
+        {
+            "source": task.data,
+            "split": task.split,
+            "sha256": data_hash(documents),
+            "documents": [document.id for document in tokenized],
+            "num_documents": len(tokenized),
+            "num_too_short": num_short,
+            "num_tokens": sum(map(len, texts)),
+            "max_tokens": task.max_tokens,
+        },
+        results=[asdict(result) for result in results],
+    )
     by_length = {str(row.length): row.ppl for row in results if row.method == MEMORY}
     left_out = f"{num_short} document(s) shorter than the largest context and a segment were left out."
     return Outcome(
-        record=memory_record(reader, documents, tokenized, num_short, task, results),
+        record=record,
         score_at=lambda _, length: by_length[str(length)],
         notes=[left_out] if num_short else [],
     )

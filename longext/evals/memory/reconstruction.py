@@ -7,44 +7,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from longext.compressor.base import Compressor
-from longext.compressor.checkpoint import LoadedCompressor, check_base_options
+from longext.compressor.checkpoint import LoadedCompressor, check_base_options, load_compressor, read_description
 from longext.compressor.gradients import Sweep
 from longext.compressor.memory import Memory
 from longext.compressor.reading.decoder import greedy, memory_decoder
 from longext.compressor.segments import Segment, reconstruction_segments
 from longext.compressor.spec import CompressorSpec, check_ratios
-from longext.data.documents import Document, data_hash
-from longext.errors import ConfigError, DataError
-from longext.evals.config import ReconstructionConfig
+from longext.data.documents import Document, data_hash, load_documents
+from longext.errors import DataError
+from longext.evals.base import Advance, Outcome, Work
 from longext.evals.statistics import bootstrap_mean
-from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, corpus_bleu, rouge_l, words
+from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, rouge_l
 from longext.manifest import result_record
 from longext.models.batching import batched_by
 from longext.registry import Registry
+
+if TYPE_CHECKING:
+    from longext.evals.suites.efficiency import Efficiency
+    from longext.evals.suites.reconstruction import Reconstruction
 
 _BATCH_TOKENS = {"cpu": 2_048}  # segments decode together: on a CPU few rows already fill it
 _BATCH_TOKENS_ACCELERATOR = 32_768
 _LOGITS_AT_ONCE = 1_024
 _NUM_EXAMPLES = 3
-_WORD_STARTS = (
-    "\u0120",
-    "\u010a",
-    "\u2581",
-    " ",
-    "\n",
-)  # space and line break of byte-level BPE, space of SentencePiece
+# space and line break of byte-level BPE, space of SentencePiece
+_WORD_STARTS = ("\u0120", "\u010a", "\u2581", " ", "\n")
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Estimate = dict[str, float | None]  # mean over segments (`bleu`: of the corpus), 95 % interval low, high, median
 
-DEFINITION = (
+_DEFINITION = (
     "disjoint segments of l tokens drawn from the documents; the memory of each, then the repeat token and greedy "
     "decoding up to l tokens or EOS; the sink tokens, which stay readable, are given and not scored; BLEU-4 (no "
     "smoothing) and ROUGE-L (F1) over the whitespace words of the decoded text; bits saved = (cross-entropy of the "
@@ -98,62 +99,42 @@ CONTENTS.register(
 )
 
 
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Estimate:
-    """A metric over the segments: mean (for `bleu` that of the corpus), 95 % bootstrap interval and median segment."""
+class Source:
+    """Documents, and the compressor that they are for."""
 
-    mean: float
-    low: float | None
-    high: float | None
-    median: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """What came back of one kind of content at one ratio.
-
-    Attributes:
-        slots: of a segment's memory.
-        num_segments, num_tokens: how many were scored.
-        metrics: `bleu`, `sentence_bleu`, `rouge_l`, `exact_prefix` (share of tokens before the first wrong one),
-            `exact_match`; teacher-forced `accuracy` (share of tokens that are the first choice), `ce_memory`, `ce_none`
-            (no memory), `ce_base` (the model by itself on the text, no repeat token; all in nats) and `bits_saved`.
-        examples: the first segments and what came back, as text.
-        seconds: wall time.
-    """
-
-    content: str
-    ratio: int
-    slots: int
-    num_segments: int
-    num_tokens: int
-    metrics: dict[str, Estimate]
-    examples: list[dict[str, str]]
-    seconds: float
+    documents: Sequence[Document]
+    spec: CompressorSpec
+    ratios: tuple[int, ...]
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
-
-
-def check_reconstruction_config(config: ReconstructionConfig, spec: CompressorSpec, window: int) -> tuple[int, ...]:
-    """Return the ratios to measure (those of the compressor where none is asked for).
+def read_spec(config: Reconstruction | Efficiency) -> tuple[CompressorSpec, tuple[int, ...]]:
+    """Return what a compressor's directory says of it, and the ratios to measure (those of training by default).
 
     Raises:
-        ConfigError: unknown content, or a ratio that the compressor cannot make.
+        CheckpointError: `model` is no trained compressor.
+        ConfigError: a ratio that it cannot make, or options of a plain model.
     """
+    description = read_description(Path(config.model).expanduser())
+    spec = CompressorSpec.from_json(description["spec"])
     check_base_options(config)
-    for name in config.content:
-        CONTENTS[name]
-    if not config.content or len(set(config.content)) < len(config.content):
-        raise ConfigError(f"--content must be different of {', '.join(CONTENTS)}, got {','.join(config.content)}.")
-    return check_ratios(config.ratio or spec.ratios, spec, window)
+    return spec, check_ratios(config.ratio or spec.ratios, spec, description["window"])
 
 
-def ratio_notes(ratios: Sequence[int], spec: CompressorSpec) -> list[str]:
-    """Return a line where a ratio is not one of training."""
-    new = [str(ratio) for ratio in ratios if ratio not in spec.ratios]
-    trained = ", ".join(map(str, spec.ratios))
-    return [f"Ratio {', '.join(new)}: not trained (trained: {trained})."] if new else []
+def read_source(config: Reconstruction) -> Source:
+    """Return the documents, once the compressor is known to fit what is measured."""
+    spec, ratios = read_spec(config)
+    return Source(load_documents(config), spec, ratios)
+
+
+def open_compressor(config: Reconstruction | Efficiency) -> LoadedCompressor:
+    """Return the compressor in the directory `model`, with the model it belongs to."""
+    return load_compressor(
+        config.model, base=config.base, device=config.device, dtype=config.dtype, attention=config.attention
+    )
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
@@ -251,119 +232,120 @@ def _base_nll(compressor: Compressor, tokens: torch.Tensor, start: int) -> Float
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def evaluate_reconstruction(
-    loaded: LoadedCompressor,
-    segments: Tokens,
-    ratios: Sequence[int],
-    config: ReconstructionConfig,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Reconstruction]:
-    """Return one result per content and ratio, for the same segments [n, l].
+def measure_reconstruction(config: Reconstruction, loaded: LoadedCompressor, source: Source, work: Work) -> Outcome:
+    """Return the record of `eval reconstruction`: the same segments for every content and ratio."""
+    spec, plain = source.spec, loaded.plain
+    tokens = [plain.encode(document.text, add_bos=False)[: config.max_tokens] for document in source.documents]
+    segments, available = draw_segments(tokens, spec.segment, config.num_samples, config.seed)
+    total = len(segments) * len(source.ratios) * len(config.content)
+    with work.progress("reconstruction", total, "segments") as advance:
+        results = _evaluate(loaded, segments, source.ratios, config, advance)
+    notes = []
+    if new := [str(ratio) for ratio in source.ratios if ratio not in spec.ratios]:
+        notes.append(f"Ratio {', '.join(new)}: not trained (trained: {', '.join(map(str, spec.ratios))}).")
+    if len(segments) < config.num_samples:
+        notes.append(f"{config.data} has {available} segments of {spec.segment} tokens: all of them were used.")
+    return Outcome(record=_record(loaded, source, available, config, results), notes=notes)
 
-    Args:
-        on_progress: called with the number of segments just reconstructed.
-    """
+
+def _evaluate(
+    loaded: LoadedCompressor, segments: Tokens, ratios: Sequence[int], config: Reconstruction, advance: Advance
+) -> list[dict[str, Any]]:
+    """Return one row of the record per content and ratio, for the same segments [n, l]."""
     compressor, tokenizer = loaded.compressor, loaded.tokenizer
     vocabulary = vocabulary_of(tokenizer, compressor.backbone.embedding.weight.shape[0])
-    results = []
+    # before a text stands BOS, else EOS, else token 0
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    rows = []
     for name in config.content:
         rng = np.random.default_rng(config.seed)
         made = np.stack([CONTENTS[name].make(row, vocabulary, rng) for row in segments])
-        base = np.concatenate([_base_nll(compressor, b, _start(tokenizer)) for b in _batches(made, compressor, config)])
-        for ratio in sorted(ratios):
-            results.append(_evaluate(loaded, name, made, base, ratio, config, on_progress))
-    return results
+        base = np.concatenate([_base_nll(compressor, batch, start) for batch in _batches(made, compressor, config)])
+        rows += [_row(loaded, name, made, base, ratio, config, advance) for ratio in sorted(ratios)]
+    return rows
 
 
-def _start(tokenizer: Any) -> int:
-    """Return what stands before a text: BOS, else EOS, else token 0."""
-    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-
-
-def _batches(segments: Tokens, compressor: Compressor, config: ReconstructionConfig) -> Iterator[torch.Tensor]:
+def _batches(segments: Tokens, compressor: Compressor, config: Reconstruction) -> Iterator[torch.Tensor]:
     device = compressor.backbone.device
     budget = config.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ACCELERATOR)
     for batch in batched_by(list(segments), max(1, budget // segments.shape[1]), len):
         yield torch.from_numpy(np.stack(batch)).to(device)
 
 
-def _evaluate(
+def _row(
     loaded: LoadedCompressor,
     content: str,
     segments: Tokens,
     base: Floats,
     ratio: int,
-    config: ReconstructionConfig,
-    on_progress: Callable[[int], None] | None,
-) -> Reconstruction:
+    config: Reconstruction,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Return what came back of one kind of content at one ratio.
+
+    Its metrics: `bleu`, `sentence_bleu`, `rouge_l`, `exact_prefix` (share of tokens before the first wrong one),
+    `exact_match`; teacher-forced `accuracy` (share of tokens that are the first choice), `ce_memory`, `ce_none` (no
+    memory), `ce_base` (the model by itself on the text, no repeat token; all in nats) and `bits_saved`.
+    """
     started = time.perf_counter()
     compressor, sink = loaded.compressor, loaded.compressor.spec.sink
-    eos = sorted(loaded.plain.ending_tokens)
+    ends = sorted(loaded.plain.ending_tokens)
     scores = []
     for batch in _batches(segments, compressor, config):
-        scores.append(_score(compressor, batch, ratio, eos))
-        if on_progress:
-            on_progress(len(batch))
-    hypotheses = [row for score in scores for row in score.hypotheses]
+        scores.append(_score(compressor, batch, ratio, ends))
+        advance(len(batch))
+    pairs = list(zip((row for score in scores for row in score.hypotheses), segments.tolist(), strict=True))
     decode = loaded.plain.decode
-    texts = [(decode(h[sink:]), decode(r[sink:])) for h, r in _pairs(hypotheses, segments)]
+    texts = [(decode(hypothesis[sink:]), decode(reference[sink:])) for hypothesis, reference in pairs]
     scored = segments.shape[1] - sink
     with_memory, without, correct = (
         np.concatenate([getattr(score, name) for score in scores]) / scored
         for name in ("nll_memory", "nll_none", "correct")
     )
+    prefix = np.array([_same_prefix(*pair, sink) for pair in pairs])
     per_segment = {
-        **_prefixes(hypotheses, segments, sink),
+        "exact_prefix": prefix,
+        "exact_match": (prefix == 1).astype(np.float64),
         "accuracy": correct,
         "ce_memory": with_memory,
         "ce_none": without,
         "ce_base": base / scored,
         "bits_saved": (without - with_memory) / np.log(2),
     }
-    metrics = _text_metrics(texts, config) | {name: _estimate(values, config) for name, values in per_segment.items()}
-    return Reconstruction(
-        content=content,
-        ratio=ratio,
-        slots=compressor.slots(ratio),
-        num_segments=len(segments),
-        num_tokens=len(segments) * scored,
-        metrics=metrics,
-        examples=[{"text": reference, "decoded": hypothesis} for hypothesis, reference in texts[:_NUM_EXAMPLES]],
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _pairs(hypotheses: list[list[int]], segments: Tokens) -> Iterator[tuple[list[int], list[int]]]:
-    return zip(hypotheses, segments.tolist(), strict=True)
-
-
-def _prefixes(hypotheses: list[list[int]], segments: Tokens, sink: int) -> dict[str, Floats]:
-    """Return the shares of tokens before the first difference, and where there is none, float64 [n] each."""
-    shares = []
-    for hypothesis, reference in _pairs(hypotheses, segments):
-        same = [a == b for a, b in zip(hypothesis[sink:], reference[sink:], strict=False)]
-        shares.append((same.index(False) if False in same else len(same)) / (len(reference) - sink))
-    prefix = np.array(shares)
-    return {"exact_prefix": prefix, "exact_match": (prefix == 1).astype(np.float64)}
-
-
-def _text_metrics(texts: Sequence[tuple[str, str]], config: ReconstructionConfig) -> dict[str, Estimate]:
-    pairs = [(words(hypothesis), words(reference)) for hypothesis, reference in texts]
-    counts = np.stack([bleu_counts(*pair) for pair in pairs])
-    interval = bootstrap_corpus_bleu(counts, num_samples=config.num_bootstrap, seed=config.seed)
-    low, high = interval or (None, None)
-    sentence = bleu(counts)
     return {
-        "bleu": Estimate(corpus_bleu(counts), low, high, float(np.median(sentence))),
+        "content": content,
+        "ratio": ratio,
+        "slots": compressor.slots(ratio),
+        "num_segments": len(segments),
+        "num_tokens": len(segments) * scored,
+        "metrics": _text_metrics(texts, config) | {name: _estimate(v, config) for name, v in per_segment.items()},
+        "examples": [{"text": reference, "decoded": hypothesis} for hypothesis, reference in texts[:_NUM_EXAMPLES]],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _same_prefix(hypothesis: Sequence[int], reference: Sequence[int], sink: int) -> float:
+    """Return the share of tokens before the first difference; a hypothesis may have ended early."""
+    same = [a == b for a, b in zip(hypothesis[sink:], reference[sink:], strict=False)]
+    return (same.index(False) if False in same else len(same)) / (len(reference) - sink)
+
+
+def _text_metrics(texts: Sequence[tuple[str, str]], config: Reconstruction) -> dict[str, Estimate]:
+    pairs = [(hypothesis.split(), reference.split()) for hypothesis, reference in texts]
+    counts = np.stack([bleu_counts(*pair) for pair in pairs])
+    low, high = bootstrap_corpus_bleu(counts, num_samples=config.num_bootstrap, seed=config.seed) or (None, None)
+    sentence = np.array([bleu(segment) for segment in counts])
+    return {
+        "bleu": {"mean": bleu(counts.sum(0)), "low": low, "high": high, "median": float(np.median(sentence))},
         "sentence_bleu": _estimate(sentence, config),
         "rouge_l": _estimate(np.array([rouge_l(*pair) for pair in pairs]), config),
     }
 
 
-def _estimate(values: Floats, config: ReconstructionConfig) -> Estimate:
+def _estimate(values: Floats, config: Reconstruction) -> Estimate:
     interval = bootstrap_mean(values, np.ones(len(values)), num_samples=config.num_bootstrap, seed=config.seed)
     low, high = interval or (None, None)
-    return Estimate(float(values.mean()), low, high, float(np.median(values)))
+    return {"mean": float(values.mean()), "low": low, "high": high, "median": float(np.median(values))}
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -379,20 +361,15 @@ def describe_compressor(loaded: LoadedCompressor) -> dict[str, Any]:
     }
 
 
-def reconstruction_record(
-    loaded: LoadedCompressor,
-    documents: Sequence[Document],
-    num_available: int,
-    config: ReconstructionConfig,
-    results: Sequence[Reconstruction],
+def _record(
+    loaded: LoadedCompressor, source: Source, num_available: int, config: Reconstruction, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the JSON record of a reconstruction evaluation."""
     return result_record(
         "reconstruction",
         describe_compressor(loaded),
         {
             "id": "reconstruction/greedy",
-            "definition": DEFINITION,
+            "definition": _DEFINITION,
             "reference": "auto-encoding of ICAE, arXiv 2307.06945, and UIO-LLMs, arXiv 2406.18173",
             "content": {name: CONTENTS[name].summary for name in config.content},
             "num_bootstrap": config.num_bootstrap,
@@ -401,10 +378,10 @@ def reconstruction_record(
         {
             "source": config.data,
             "split": config.split,
-            "sha256": data_hash(documents),
-            "num_documents": len(documents),
+            "sha256": data_hash(source.documents),
+            "num_documents": len(source.documents),
             "num_segments_available": num_available,
             "max_tokens": config.max_tokens,
         },
-        results=[asdict(result) for result in results],
+        results=results,
     )

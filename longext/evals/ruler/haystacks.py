@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise, repeat
 from typing import TYPE_CHECKING
 
 from longext.errors import ConfigError
@@ -96,7 +96,7 @@ class HaystackPrompt:
 
 
 @dataclass(frozen=True)
-class Needle:
+class HiddenSentence:
     """One hidden sentence; `depth` is where it is to stand, 0 to 1."""
 
     key: str
@@ -164,24 +164,14 @@ def continuing(encode: Encode, text: str) -> list[int]:
 def noise_sentences(encode: Encode) -> Sentences:
     """Return RULER's noise: one line about grass and sky, over and over."""
     ids = continuing(encode, f"\n{FILLER}")
-
-    def sentences(names: Names) -> Iterator[list[int]]:
-        while True:
-            yield ids
-
-    return sentences
+    return lambda names: repeat(ids)
 
 
 def text_sentences(encode: Encode, text: str) -> Sentences:
     """Return the sentences of a text from its beginning, and from there again where it ends."""
-    found = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
-    tokens = [continuing(encode, f" {sentence}" if i else f"\n{sentence}") for i, sentence in enumerate(found)]
-
-    def sentences(names: Names) -> Iterator[list[int]]:
-        while True:
-            yield from tokens
-
-    return sentences
+    split = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    tokens = [continuing(encode, f" {sentence}" if i else f"\n{sentence}") for i, sentence in enumerate(split)]
+    return lambda names: cycle(tokens)
 
 
 def needle_sentences(encode: Encode, value_type: str) -> Sentences:
@@ -197,27 +187,11 @@ def needle_sentences(encode: Encode, value_type: str) -> Sentences:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class NeedleSetup:
-    """A task with everything the user decides filled in.
-
-    Attributes:
-        name: enters the seed, so that tasks do not share their keys.
-        sentences: the haystack.
-    """
-
-    name: str
-    keys: int
-    values: int
-    queries: int
-    key_type: str
-    value_type: str
-    sentences: Sentences
-
-
 def haystack_prompt(
     tokens: PromptTokens,
-    setup: NeedleSetup,
+    name: str,
+    task: NeedleTask,
+    sentences: Sentences,
     *,
     length: int,
     seed: int,
@@ -229,7 +203,10 @@ def haystack_prompt(
     The parts are tokenised apart and the last sentence of the haystack is cut by tokens, so the count is exact.
 
     Args:
-        depth: where the first needle asked for stands, 0 to 1; None draws it. All others are drawn.
+        name: of the task; it enters the seed, so that tasks do not share their keys.
+        task: nothing in it is None.
+        sentences: the haystack.
+        depth: where the first needle asked for is, 0 to 1; None draws it. All others are drawn.
         max_new_tokens: what may follow; None for the tokens of the answer.
 
     Raises:
@@ -239,49 +216,50 @@ def haystack_prompt(
 
     # the depth enters the seed so that cells do not share their keys
     place = -1 if depth is None else round(1000 * depth)
-    rng = np.random.default_rng([seed, length, place + 1, zlib.crc32(setup.name.encode())])
-    names = Names(rng, setup.key_type, setup.value_type)
-    needles, asked = _draw_needles(rng, names, setup, depth)
-    answers = [needle.value for key in asked for needle in needles if needle.key == key]
-    head, asking, opening = _frame(setup.value_type, asked, len(answers) == 1)
+    rng = np.random.default_rng([seed, length, place + 1, zlib.crc32(name.encode())])
+    names = Names(rng, str(task.key_type), str(task.value_type))
+    needles, queries = _draw_needles(rng, names, task, depth)
+    answers = [needle.value for key in queries for needle in needles if needle.key == key]
+    head, asking, opening = _frame(str(task.value_type), queries, len(answers) == 1)
     question = f"{asking}{tokens.after}{opening}"
     tail = continuing(tokens.encode, question if tokens.opens else f"{asking}{tokens.after}")
     answer_ids, ends = _answer(tokens, question, answers)
     budget = len(answer_ids) if max_new_tokens is None else max_new_tokens
     hidden = [
-        continuing(tokens.encode, NEEDLE.format(kinds=setup.value_type, key=needle.key, value=needle.value))
+        continuing(tokens.encode, NEEDLE.format(kinds=task.value_type, key=needle.key, value=needle.value))
         for needle in needles
     ]
     start = [*tokens.prefix, *tokens.encode(f"{tokens.before}{head}")]
     room = length - budget - len(start) - len(tail) - sum(map(len, hidden))
     if room < 0:
-        raise ConfigError(f"A prompt of the task {setup.name} needs at least {length - room} tokens, got {length}.")
+        raise ConfigError(f"A prompt of the task {name} needs at least {length - room} tokens, got {length}.")
     if budget < len(answer_ids):
-        raise ConfigError(f"An answer of the task {setup.name} has {len(answer_ids)} tokens, more than {budget}.")
-    body = _hide(setup.sentences(names), room, hidden, [needle.depth for needle in needles])
+        raise ConfigError(f"An answer of the task {name} has {len(answer_ids)} tokens, more than {budget}.")
+    body = _hide(sentences(names), room, hidden, [needle.depth for needle in needles])
     input_ids = (*start, *body, *tail)
     assert len(input_ids) + budget == length
-    first = next(needle for needle in needles if needle.key == asked[0])
+    first = next(needle for needle in needles if needle.key == queries[0])
     return HaystackPrompt(input_ids, answer_ids, tuple(answers), ends, first.depth if depth is None else depth)
 
 
 def _draw_needles(
-    rng: np.random.Generator, names: Names, setup: NeedleSetup, depth: float | None
-) -> tuple[list[Needle], list[str]]:
+    rng: np.random.Generator, names: Names, task: NeedleTask, depth: float | None
+) -> tuple[list[HiddenSentence], list[str]]:
     """Return needles in order of depth, and the keys asked for; the first of these has its first needle at `depth`."""
-    keys = [names.key() for _ in range(setup.keys)]
-    asked = [keys[i] for i in rng.permutation(setup.keys)[: setup.queries]]
-    needles = [Needle(key, names.value(), float(rng.random())) for key in keys for _ in range(setup.values)]
+    assert task.keys and task.values and task.queries
+    keys = [names.key() for _ in range(task.keys)]
+    queries = [keys[i] for i in rng.permutation(task.keys)[: task.queries]]
+    needles = [HiddenSentence(key, names.value(), float(rng.random())) for key in keys for _ in range(task.values)]
     if depth is not None:
-        first = next(i for i, needle in enumerate(needles) if needle.key == asked[0])
-        needles[first] = Needle(needles[first].key, needles[first].value, depth)
-    return sorted(needles, key=lambda needle: needle.depth), asked
+        first = next(i for i, needle in enumerate(needles) if needle.key == queries[0])
+        needles[first] = HiddenSentence(needles[first].key, needles[first].value, depth)
+    return sorted(needles, key=lambda needle: needle.depth), queries
 
 
-def _frame(value_type: str, asked: Sequence[str], is_single: bool) -> tuple[str, str, str]:
+def _frame(value_type: str, queries: Sequence[str], is_single: bool) -> tuple[str, str, str]:
     """Return the task line, the question, and the beginning of its answer."""
     kind, verb = (value_type.removesuffix("s"), "is") if is_single else (value_type, "are")
-    keys = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+    keys = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
     head = HEAD.format(article="A" if is_single else "Some", kind=kind, verb=verb)
     question = QUESTION.format(are_all="is" if is_single else "are all", kind=kind, keys=keys)
     return head, question, ANSWER.format(kind=kind, keys=keys, verb=verb)

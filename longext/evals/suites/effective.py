@@ -8,12 +8,12 @@ Example: longext eval effective books-5m --method yarn --factor 8 --max-length 4
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
 from longext.evals.limits import verdict
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
@@ -124,79 +124,29 @@ class LengthTest:
 
     Attributes:
         summary, reference: for reports.
-        task: (settings, lengths) -> the evaluation that is run.
-        try_prompts: (model, evaluation) raises ConfigError or DataError if a prompt could not be built.
-        run: (model, evaluation, advance) -> (right answers, prompts).
+        kind: the evaluation, with `try_prompts` and `count_right`; options of the same name are those of the search.
+        fixed: its other options.
     """
 
     summary: str
     reference: str
-    task: Callable[[Effective, Sequence[int]], Any]
-    try_prompts: Callable[[LanguageModel, Any], None]
-    run: Callable[[LanguageModel, Any, Advance], tuple[int, int]]
-
-
-def _shared(kind: type[Eval], config: Effective, lengths: Sequence[int], **more: Any) -> Any:
-    names = {field.name for field in fields(kind)} - {"fail_under"}
-    common = {key: value for key, value in vars(config).items() if key in names}
-    return kind(**{**common, "lengths": tuple(dict.fromkeys(lengths)), **more})
-
-
-def _passkey(config: Effective, lengths: Sequence[int]) -> Passkey:
-    asking = {
-        "--chat-template": config.chat_template,
-        "--template-arg": config.template_arg,
-        "--neutralise-control-tokens": config.neutralise_control_tokens,
-    }
-    flag = next((flag for flag, value in asking.items() if value), None)
-    if flag:
-        raise ConfigError(f"{flag} is for --test needle: the passkey prompt is a text that models continue.")
-    task: Passkey = _shared(Passkey, config, lengths)
-    return task
-
-
-def _try_passkey(model: LanguageModel, task: Passkey) -> None:
-    from longext.evals.passkey import check_prompts
-
-    check_prompts(model, task)
-
-
-def _run_passkey(model: LanguageModel, task: Passkey, advance: Advance) -> tuple[int, int]:
-    from longext.evals.passkey import evaluate_passkey
-
-    cells = evaluate_passkey(model, task, advance)
-    return sum(cell.num_correct for cell in cells), sum(cell.num_trials for cell in cells)
-
-
-def _needle(config: Effective, lengths: Sequence[int]) -> Needle:
-    task: Needle = _shared(Needle, config, lengths, tasks=("single",), scoring="exact")
-    return task
-
-
-def _try_needle(model: LanguageModel, task: Needle) -> None:
-    replace(task, lengths=(min(task.lengths),)).questions(model, None)  # longer ones have more room
-
-
-def _run_needle(model: LanguageModel, task: Needle, advance: Advance) -> tuple[int, int]:
-    scores, _ = task.ask(model, task.questions(model, None), advance=advance)
-    return sum(each.score == 1 for each in scores), len(scores)
+    kind: type[Eval]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 LENGTH_TESTS: Registry[LengthTest] = Registry("test")
 _LANDMARK = PASSKEY_PROTOCOLS["landmark"]
-LENGTH_TESTS.register(
-    "passkey", LengthTest(_LANDMARK.summary, _LANDMARK.reference, _passkey, _try_passkey, _run_passkey)
-)
+LENGTH_TESTS.register("passkey", LengthTest(_LANDMARK.summary, _LANDMARK.reference, Passkey))
 LENGTH_TESTS.register(
     "needle",
     LengthTest(
         "RULER's single needle in a book, prompt and answer of exactly L tokens; greedy decoding gives the answer",
         "RULER, arXiv 2404.06654",
-        _needle,
-        _try_needle,
-        _run_needle,
+        Needle,
+        {"tasks": ("single",), "scoring": "exact"},
     ),
 )
+_CHAT_FLAGS = ("chat_template", "template_arg", "neutralise_control_tokens")
 
 
 @register("effective")
@@ -213,7 +163,7 @@ class Effective(ReadingConfig, ChatConfig, Eval):
             picture="effective",
             views=(
                 Bars(
-                    "Longest length above the limit, tokens",
+                    "Longest length above the bar, tokens",
                     of=ANY,
                     unit="count",
                     columns=lambda score: score.keys[-1].removesuffix("_length"),
@@ -251,11 +201,18 @@ class Effective(ReadingConfig, ChatConfig, Eval):
 
     def task_at(self, *lengths: int) -> Any:
         """Return the evaluation that is run at some lengths."""
-        return LENGTH_TESTS[self.test].task(self, lengths)
+        test = LENGTH_TESTS[self.test]
+        names = {each.name for each in fields(test.kind)} - {"fail_under"}
+        shared = {key: value for key, value in vars(self).items() if key in names}
+        return test.kind(**{**shared, "lengths": tuple(dict.fromkeys(lengths)), **test.fixed})
 
     def check(self) -> None:
         """Raise ConfigError for a length or limit out of range."""
-        LENGTH_TESTS[self.test]
+        kind = LENGTH_TESTS[self.test].kind
+        given = next((name for name in _CHAT_FLAGS if getattr(self, name)), None)
+        if given and not issubclass(kind, ChatConfig):
+            flag = f"--{given.replace('_', '-')}"
+            raise ConfigError(f"{flag} is for --test needle: the {self.test} prompt is a text that models continue.")
         if not 0 < self.bar <= 1:
             raise ConfigError(f"--bar must be a share above 0 and up to 1, for example 0.8, got {self.bar:g}.")
         for name in ("min_length", "max_length"):
@@ -275,12 +232,13 @@ class Effective(ReadingConfig, ChatConfig, Eval):
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record of the search."""
-        test, num_prompts = LENGTH_TESTS[self.test], len(self.depths) * self.num_trials
-        test.try_prompts(model, self.task_at(self.min_length, self.max_length))
+        num_prompts = len(self.depths) * self.num_trials
+        self.task_at(self.min_length, self.max_length).try_prompts(model)
 
         def measure(length: int) -> tuple[int, int]:
             with work.progress(f"{self.test} at {length:,}", num_prompts, "prompts") as advance:
-                return test.run(model, self.task_at(length), advance)
+                right: tuple[int, int] = self.task_at(length).count_right(model, advance)
+                return right
 
         tried = search_lengths(measure, minimum=self.min_length, maximum=self.max_length, limit=self.bar)
         record = effective_record(model, self, tried)

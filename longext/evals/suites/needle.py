@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +37,7 @@ from longext.evals.ruler.haystacks import (
     NOISE,
     TEXT,
     HaystackPrompt,
-    NeedleSetup,
+    NeedleTask,
     Sentences,
     haystack_prompt,
     needle_sentences,
@@ -157,17 +157,19 @@ class Needle(RetrievalEval):
             ConfigError, DataError: a length is too short for a task, there is no such haystack, or no chat template.
         """
         tokens = self._tokens(model)
-        haystacks: dict[tuple[str, str], Sentences] = {}
+        haystack = cache(partial(_sentences, model, tokens))  # a long text is tokenised once
         questions = []
-        for task in self.tasks:
-            setup = self._setup(task, model, tokens, haystacks)
+        for name in self.tasks:
+            task = self._filled(name)
             for length in sorted(self.lengths):
                 for depth in self.depths or (None,):
-                    place = f"{task}/{length}/{'random' if depth is None else f'{depth:g}'}"
+                    place = f"{name}/{length}/{'random' if depth is None else f'{depth:g}'}"
                     for trial in range(self.num_trials):
                         prompt = haystack_prompt(
                             tokens,
-                            setup,
+                            name,
+                            task,
+                            haystack(str(task.haystack), str(task.value_type)),
                             length=length,
                             seed=self.seed + trial,
                             depth=depth,
@@ -176,7 +178,7 @@ class Needle(RetrievalEval):
                         questions.append(
                             NeedleQuestion(
                                 id=f"{place}/{trial}",
-                                task=task,
+                                task=name,
                                 length=length,
                                 depth=depth,
                                 input_ids=prompt.input_ids,
@@ -212,24 +214,20 @@ class Needle(RetrievalEval):
             )
         return False
 
-    def _setup(
-        self, name: str, model: LanguageModel, tokens: PromptTokens, haystacks: dict[tuple[str, str], Sentences]
-    ) -> NeedleSetup:
-        """Return a task with the options filled in; `haystacks` keeps what was tokenised."""
+    def _filled(self, name: str) -> NeedleTask:
+        """Return a task with the options in place of what it leaves open."""
         task = NEEDLE_TASKS[name]
-        haystack, value_type = task.haystack or self.haystack, task.value_type or self.value_type
+        haystack = task.haystack or self.haystack
         if haystack == TEXT:  # RULER's own task wants some text, whatever haystack the others have
             haystack = _BOOK if self.haystack in (NOISE, NEEDLES) else self.haystack
-        if (haystack, value_type) not in haystacks:
-            haystacks[haystack, value_type] = _sentences(haystack, value_type, model, tokens)
-        return NeedleSetup(
-            name=name,
+        return replace(
+            task,
             keys=task.keys or self.num_needles,
             values=task.values or self.num_needles,
             queries=task.queries or self.num_needles,
+            haystack=haystack,
             key_type=task.key_type or self.key_type,
-            value_type=value_type,
-            sentences=haystacks[haystack, value_type],
+            value_type=task.value_type or self.value_type,
         )
 
     def ask(
@@ -264,6 +262,15 @@ class Needle(RetrievalEval):
             "seed": self.seed,
         }
 
+    def try_prompts(self, model: LanguageModel) -> None:
+        """Raise ConfigError or DataError if a prompt cannot be built: the shortest has the least room."""
+        replace(self, lengths=(min(self.lengths),)).questions(model, None)
+
+    def count_right(self, model: LanguageModel, advance: Advance) -> tuple[int, int]:
+        """Return (questions with all answers, questions)."""
+        scores, _ = self.ask(model, self.questions(model, None), advance=advance)
+        return sum(each.score == 1 for each in scores), len(scores)
+
     def pools(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
         """Return the scores of all depths, and of all tasks together."""
         return {"by_task": cells_of(scores, by_depth=False), "by_length": pooled_cells(scores)}
@@ -275,7 +282,7 @@ class Needle(RetrievalEval):
         return ["The chat template opens a thought: prompts do not end with the beginning of the answer."]
 
 
-def _sentences(haystack: str, value_type: str, model: LanguageModel, tokens: PromptTokens) -> Sentences:
+def _sentences(model: LanguageModel, tokens: PromptTokens, haystack: str, value_type: str) -> Sentences:
     if haystack == NOISE:
         return noise_sentences(tokens.encode)
     if haystack == NEEDLES:

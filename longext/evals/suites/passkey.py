@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Eval, Outcome, ReadingConfig, Work, fail_under, register
+from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
 from longext.evals.retrieval import MEAN_TOKENS, depth_map, depths_of
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
+
+if TYPE_CHECKING:
+    from longext.models.protocol import LanguageModel
 
 _FORM = "SCORE or LENGTH=SCORE"
 
@@ -146,6 +149,19 @@ class Passkey(ReadingConfig, Eval):
     def limits(self, data: Any) -> list[PlaceLimit]:
         """Return the limits of --fail-under."""
         return place_limits(self.fail_under, [("", str(length)) for length in sorted(self.lengths)], form=_FORM)
+
+    def try_prompts(self, model: LanguageModel) -> None:
+        """Raise ConfigError or DataError if a prompt cannot be built: too short, or too little filler."""
+        from longext.evals.passkey import check_prompts
+
+        check_prompts(model, self)
+
+    def count_right(self, model: LanguageModel, advance: Advance) -> tuple[int, int]:
+        """Return (right answers, prompts)."""
+        from longext.evals.passkey import evaluate_passkey
+
+        cells = evaluate_passkey(model, self, advance)
+        return sum(cell.num_correct for cell in cells), sum(cell.num_trials for cell in cells)
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError, DataError, LongextError
@@ -39,32 +39,6 @@ class ShortWindows:
     length: int
     windows: list[TokenizedDocument]
     owners: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShortResult:
-    """A model against its base at one length.
-
-    Attributes:
-        change: relative change of perplexity, exp(mean difference of NLL) - 1.
-        change_low, change_high: its 95 % paired bootstrap interval; None if there is nothing to resample.
-        resampled: "documents", or "windows" if there are fewer than 8 documents.
-        passed: `change` is not above the tolerance.
-    """
-
-    length: int
-    ppl: float
-    base_ppl: float
-    nll: float
-    base_nll: float
-    change: float
-    change_low: float | None
-    change_high: float | None
-    resampled: str | None
-    passed: bool
-    num_documents: int
-    num_windows: int
-    num_tokens: int
 
 
 @register("short")
@@ -239,12 +213,19 @@ def compare_short(
     base_rows: Sequence[PerplexityAtLength],
     cuts: Sequence[ShortWindows],
     config: ShortTexts,
-) -> list[ShortResult]:
-    """Return the change at each length with its paired interval."""
+) -> list[dict[str, Any]]:
+    """Return the rows of the record, a length each.
+
+    `change` is the relative change of perplexity, exp(mean difference of NLL) - 1; `change_low` and `change_high` its
+    95 % paired bootstrap interval, None if there is nothing to resample; `resampled` says what was: "documents", or
+    "windows" if there are too few documents; `passed` that the change is not above the tolerance.
+    """
     return [_compare(*row, config) for row in zip(rows, base_rows, cuts, strict=True)]
 
 
-def _compare(row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindows, config: ShortTexts) -> ShortResult:
+def _compare(
+    row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindows, config: ShortTexts
+) -> dict[str, Any]:
     import numpy as np
 
     from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
@@ -257,39 +238,36 @@ def _compare(row: PerplexityAtLength, base: PerplexityAtLength, cut: ShortWindow
     sums, counts = (np.bincount(units, values).astype(np.float64) for values in (differences, np.ones(len(units))))
     interval = bootstrap_mean(sums, counts, num_samples=config.num_bootstrap, seed=config.seed)
     change = math.expm1(float(differences.mean()))
-    return ShortResult(
-        length=cut.length,
-        ppl=row.ppl,
-        base_ppl=base.ppl,
-        nll=row.nll,
-        base_nll=base.nll,
-        change=change,
-        change_low=math.expm1(interval[0]) if interval else None,
-        change_high=math.expm1(interval[1]) if interval else None,
-        resampled=("documents" if by_document else "windows") if interval else None,
-        passed=change <= config.tolerance,
-        num_documents=num_documents,
-        num_windows=len(differences),
-        num_tokens=row.num_tokens,
-    )
+    return {
+        "length": cut.length,
+        "ppl": row.ppl,
+        "base_ppl": base.ppl,
+        "nll": row.nll,
+        "base_nll": base.nll,
+        "change": change,
+        "change_low": math.expm1(interval[0]) if interval else None,
+        "change_high": math.expm1(interval[1]) if interval else None,
+        "resampled": ("documents" if by_document else "windows") if interval else None,
+        "passed": change <= config.tolerance,
+        "num_documents": num_documents,
+        "num_windows": len(differences),
+        "num_tokens": row.num_tokens,
+    }
 
 
-def verdict_text(results: Sequence[ShortResult], tolerance: float) -> str:
+def verdict_text(results: Sequence[Mapping[str, Any]], tolerance: float) -> str:
     """Return one sentence: where the change is above the tolerance, or that it is nowhere."""
-    above = [f"{row.change:+.2%} at {row.length:,}" for row in results if not row.passed]
+    above = [f"{row['change']:+.2%} at {row['length']:,}" for row in results if not row["passed"]]
     if above:
         return f"FAILED: perplexity {', '.join(above)} tokens, above the tolerance of {tolerance:.2%}."
-    worst = max(results, key=lambda row: row.change)
-    return f"Passed: perplexity {worst.change:+.2%} at most ({worst.length:,} tokens), tolerance {tolerance:.2%}."
+    worst = max(results, key=lambda row: float(row["change"]))
+    return f"Passed: perplexity {worst['change']:+.2%} at most ({worst['length']:,} tokens), tolerance {tolerance:.2%}."
 
 
-def undecided(results: Sequence[ShortResult], tolerance: float) -> list[int]:
+def undecided(results: Sequence[Mapping[str, Any]], tolerance: float) -> list[int]:
     """Return the lengths whose interval holds the tolerance: other documents could turn the verdict."""
-    return [
-        row.length
-        for row in results
-        if row.change_low is not None and row.change_high is not None and row.change_low <= tolerance < row.change_high
-    ]
+    rows = [row for row in results if row["change_low"] is not None]
+    return [row["length"] for row in rows if row["change_low"] <= tolerance < row["change_high"]]
 
 
 def short_record(
@@ -297,7 +275,7 @@ def short_record(
     base: dict[str, Any],
     documents: Sequence[Document],
     config: ShortTexts,
-    results: Sequence[ShortResult],
+    results: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the JSON record; `model` and `base` are what the two say of themselves."""
     from longext.data.documents import data_hash
@@ -318,15 +296,15 @@ def short_record(
             "source": config.data,
             "split": config.split,
             "sha256": data_hash(documents),
-            "num_documents": results[0].num_documents,
-            "num_too_short": len(documents) - results[0].num_documents,
+            "num_documents": results[0]["num_documents"],
+            "num_too_short": len(documents) - results[0]["num_documents"],
             "max_tokens": config.max_tokens,
         },
         base=base,
-        passed=all(row.passed for row in results),
+        passed=all(row["passed"] for row in results),
         verdict=verdict_text(results, config.tolerance),
         undecided=undecided(results, config.tolerance),
-        results=[asdict(row) for row in results],
+        results=results,
     )
 
 
