@@ -21,14 +21,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longext.checkpoint.source import resolve_model
-from longext.compressor import gradients
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import build_compressor
 from longext.compressor.gradients import Sweep, backprop
@@ -212,9 +210,8 @@ def runner(document: Sweep, policy: str) -> Callable[[], int]:
     parsed = parse_policy(policy)
 
     def run() -> int:
-        number = int(at_once) if at_once else gradients._segments_at_once(document)
-        with mock.patch.object(gradients, "_segments_at_once", lambda _: number):
-            backprop(document, parsed, np.random.default_rng(0))
+        document.at_once = int(at_once) if at_once else None
+        backprop(document, parsed, np.random.default_rng(0))
         return 0
 
     return run

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longext.conversion.config import ExtendConfig
-from longext.conversion.extend import extended_config, plan_extension, provenance, write_json
+from longext.conversion.extend import extended_config, plan_extension, provenance
+from longext.conversion.files import write_json
 from longext.manifest import write_manifest
 
 # projections inside attention, where they are not q, k, v, o

@@ -132,9 +132,7 @@ class Notes:
     layers: dict[str, list[str]] = field(default_factory=dict)
 
 
-_active: list[
-    tuple[Notes, dict[Any, str]]
-] = []  # the forward that is being watched; the interface takes no other argument
+_active: list[tuple[Notes, dict[Any, str]]] = []  # the forward being watched; the interface takes no argument for it
 
 
 def _watch_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **kwargs: Any) -> tuple[Any, None]:

@@ -97,6 +97,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a parsed config.json says of the text model: its `text_config`, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
 def is_adapter(directory: Path) -> bool:
     """Return True for a directory that holds an adapter; the weights of its base may be there as well.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from longext.checkpoint.source import read_json, refuse_adapter
+from longext.checkpoint.source import read_json, refuse_adapter, text_of
 from longext.errors import CheckpointError
 from longext.untrusted import Kind, decode, open_file, parse_json
 
@@ -182,9 +182,7 @@ def _find_shards(directory: Path) -> list[Shard]:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if not name or Path(name).name != name]
         if outside:
-            raise CheckpointError(
-                f"{index_path} names '{outside[0]}': weight files must be in the directory of their index."
-            )
+            raise CheckpointError(f"{index_path} names '{outside[0]}': weight files must be next to their index.")
         shards = [read_shard(directory / name) for name in names]
         missing = sorted(set(weight_map) - set(tensors_of(shards)))
         if missing:
@@ -215,8 +213,7 @@ def _check_floats(directory: Path, shards: list[Shard]) -> None:
     """
     if (directory / "config.json").is_file():
         config = read_json(directory / "config.json", "a Hugging Face model directory")
-        text = config.get("text_config")
-        if config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")):
+        if config.get("quantization_config") or text_of(config).get("quantization_config"):
             return
     for tensor in tensors_of(shards).values():
         if tensor.name.endswith(".weight") and not is_float(tensor.dtype):

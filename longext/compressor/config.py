@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longext.compressor.architectures import COMPRESSORS
+from longext.compressor.policies import OBJECTIVES, policy_forms
 from longext.data.config import RowsConfig
 from longext.options import ChatConfig, DataConfig, RuntimeConfig
 from longext.settings import LENGTH, option, override
@@ -34,10 +35,8 @@ class CompressConfig(TrainingConfig, DataConfig):
     sink: int | None = option(None, "First raw tokens that stay readable (default 1; gist 0).", ge=0, panel="Method")
     overlap: int = option(0, "Last raw tokens that stay readable.", ge=0, panel="Method")
     init: str | None = option(None, "Start from the weights of this compressor.", panel="Method")
-    objectives: str = option("lm", "lm, ae, qa, distill with weights, as in lm:1,ae:0.2.", panel="Training")
-    gradient: str = option(
-        "exact", "exact, window:S, reservoir:S, reservoir-raw:S, subset:N, stop:S or full.", panel="Training"
-    )
+    objectives: str = option("lm", f"{', '.join(OBJECTIVES)} with weights, as in lm:1,ae:0.2.", panel="Training")
+    gradient: str = option("exact", f"{', '.join(policy_forms())}.", panel="Training")
     grad_check: int | None = option(None, "Compare with the exact gradient every N steps.", ge=1, panel="Training")
     lora_r: int = option(128, "LoRA rank.", ge=1, le=2**16, panel="Training")
     lora_alpha: int = option(512, "LoRA alpha.", ge=1, panel="Training")

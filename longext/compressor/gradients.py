@@ -39,6 +39,7 @@ class Sweep:
         segments: in order.
         compressor: who reads and writes.
         scale: every loss is multiplied by it before its gradient is taken.
+        at_once: segments of a pass without a graph before their gradients are taken; None for half as many as layers.
         schedule: what each segment reads.
         visible: memories that each segment reads.
         slots: of each memory; the last segment has none.
@@ -47,6 +48,7 @@ class Sweep:
     segments: Sequence[Segment]
     compressor: Compressor
     scale: float = 1.0
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         last, spec = self.segments[-1], self.compressor.spec
@@ -167,7 +169,7 @@ def _in_any_order(sweep: Sweep, weights: Weights, group: Any) -> torch.Tensor:
     writers, readers = _share(len(sweep.slots), group), _share(len(sweep.segments), group)
     with torch.no_grad():
         # without a graph L segments take about what one takes with it: two tensors of a layer instead of all layers'
-        sweep.write_all(store, writers, max(1, len(sweep.compressor.backbone.layers) // 2))
+        sweep.write_all(store, writers, sweep.at_once or max(1, len(sweep.compressor.backbone.layers) // 2))
     _gather_memories(store, sweep, group)
     grads = MemoryGradients(store)
     total = sweep.zero

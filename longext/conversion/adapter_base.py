@@ -15,38 +15,18 @@ from typing import Any
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, is_bundled
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model
+from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model, text_of
 from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
-from longext.conversion.extend import (
-    ExtensionPlan,
-    place_file,
-    provenance,
-    side_files,
-    trained_rope,
-    write_json,
-    written_rope,
-)
+from longext.conversion.extend import ExtensionPlan, provenance, trained_rope, written_rope
+from longext.conversion.files import place_file, side_files, write_json
 from longext.errors import CheckpointError
 from longext.manifest import read_manifest, write_manifest
 from longext.rope.reading import spec_from_json
 
 BASE_DIRECTORY = "base"
 _RUN_MARKER = "complete.json"  # training/checkpoints.py: a checkpoint of a longext run
-
-# What an adapter directory may hold of a tokenizer; its other files describe the training.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -168,23 +148,13 @@ def _check_rope_is_known(adapter: Path, record: dict[str, Any]) -> None:
 
 def _check_same_base(home: Path, base: Path) -> None:
     """Raise CheckpointError if the config.json of an adapter describes a model of other sizes than the base."""
-    ours, theirs = (_text(read_config(path)) for path in (home, base))
+    ours, theirs = (text_of(read_config(path)) for path in (home, base))
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if key in ours and key in theirs and ours[key] != theirs[key]:
             raise CheckpointError(
                 f"{home / 'config.json'} says {key} {ours[key]}, the base {base} says {theirs[key]}: "
                 "an adapter for another base. Give its own with `longext merge --base`."
             )
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
-
-
-def tokenizer_files(adapter: Path) -> list[Path]:
-    """Return the files of an adapter directory that belong to a tokenizer (or to generation)."""
-    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

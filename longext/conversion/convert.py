@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.links import belongs_to
 from longext.checkpoint.source import resolve_model
 from longext.checkpoint.weights import TORCH_NAMES, StoredTensor, read_shard, read_shards, tensors_of
 from longext.conversion.adapter import (
@@ -27,10 +26,11 @@ from longext.conversion.adapter import (
     read_adapter_config,
     read_ends,
 )
-from longext.conversion.adapter_base import describe_adapter, find_base, plan_rope, tokenizer_files, write_base
+from longext.conversion.adapter_base import describe_adapter, find_base, plan_rope, write_base
 from longext.conversion.card import adapter_card
 from longext.conversion.config import ConvertConfig, ExtendConfig
-from longext.conversion.extend import ExtensionPlan, extended_config, place_file, plan_extension, provenance, write_json
+from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension, provenance
+from longext.conversion.files import belongs_to, place_file, tokenizer_files, write_json
 from longext.errors import CheckpointError, ConfigError
 from longext.options import RopeConfig
 from longext.staging import check_output, staged_directory

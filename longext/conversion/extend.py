@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.families import UNLISTED
-from longext.checkpoint.links import belongs_to, left_out_note, mark_files
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
 from longext.checkpoint.source import read_config, read_json, refuse_adapter, resolve_model
@@ -22,7 +18,14 @@ from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
-from longext.errors import CheckpointError, ConfigError, LongextError
+from longext.conversion.files import (
+    mark_files,
+    place_file,
+    raise_lengths,
+    side_files,
+    write_json,
+)
+from longext.errors import CheckpointError, ConfigError
 from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.formulas import bake_as_longrope, ramp_of
 from longext.rope.reading import spec_from_json
@@ -37,23 +40,7 @@ from longext.rope.spec import (
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
-# Small files that travel with a checkpoint; config.json is rewritten, the weights are linked.
-_SIDE_PATTERNS = (
-    "*.json",
-    "*.jsonl",
-    "*.txt",
-    "*.model",
-    "*.py",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-_NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
-_LEGACY_INDEX = ".bin.index.json"
 _LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
-_FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,62 +421,3 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
         "layout": plan.layout,
         "warnings": list(plan.warnings),
     }
-
-
-def place_file(source: Path, target: Path, force_copy: bool = False) -> None:
-    """Hard-link `source` as `target`; across devices, or with `force_copy`, clone its blocks or copy; no symlink."""
-    source = source.resolve()  # Hub caches hold symlinks to blobs
-    if not force_copy:
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    if not _clone(source, target):
-        shutil.copyfile(source, target)
-
-
-def _clone(source: Path, target: Path) -> bool:
-    """Copy-on-write clone if the filesystem offers it (Linux FICLONE); False if it does not."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-    except OSError:
-        target.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def side_files(source: Path) -> tuple[Path, ...]:
-    """Return the small files that travel with the checkpoint in `source`: tokenizer, generation config, license."""
-    return tuple(file for file in _side_files(source) if belongs_to(file, source))
-
-
-def _side_files(source: Path) -> list[Path]:
-    files = {file for pattern in _SIDE_PATTERNS for file in source.glob(pattern) if file.is_file()}
-    return sorted(file for file in files if file.name not in _NOT_COPIED and not file.name.endswith(_LEGACY_INDEX))
-
-
-def left_out(source: Path) -> list[str]:
-    """Return a line on the small files in `source` that do not travel, as they are links out of it."""
-    return left_out_note(_side_files(source), source)
-
-
-def raise_lengths(directory: Path, length: int) -> None:
-    """Raise the limits in other files than config.json, so that nothing stops at the old length; never lower them."""
-    for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
-        config = read_json(directory / name, "a JSON file") if (directory / name).is_file() else {}
-        if isinstance(config.get(key), (int, float)) and config[key] < length:
-            write_json(directory / name, {**config, key: length})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON into a file of its own, never through a link to another model's."""
-    path.unlink(missing_ok=True)
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(path, text + "\n")
-    except (TypeError, ValueError) as error:
-        raise LongextError(f"Cannot write {path.name}: {error}") from error

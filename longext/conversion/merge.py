@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.checkpoint.links import belongs_to, left_out_note
-from longext.checkpoint.source import read_json
+from longext.checkpoint.source import read_json, text_of
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import (
     INDEX_NAME,
@@ -35,10 +34,19 @@ from longext.conversion.adapter import (
     read_adapter,
     read_adapter_config,
 )
-from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope, tokenizer_files
+from longext.conversion.adapter_base import check_base_weights, find_base, plan_rope
 from longext.conversion.card import license_of, model_card
 from longext.conversion.config import ExtendConfig, MergeConfig
-from longext.conversion.extend import ExtensionPlan, extended_config, left_out, place_file, raise_lengths, write_json
+from longext.conversion.extend import ExtensionPlan, extended_config
+from longext.conversion.files import (
+    belongs_to,
+    left_out,
+    left_out_note,
+    place_file,
+    raise_lengths,
+    tokenizer_files,
+    write_json,
+)
 from longext.conversion.proof import Proof, prove_merge
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import write_manifest, write_text
@@ -215,10 +223,8 @@ def _written_dtype(source: StoredTensor, dtype: str) -> str:
 def merged_config(merge: Merge) -> dict[str, Any]:
     """Return the base's config.json with the RoPE in both layouts, the written type, and whether the ends are tied."""
     config = extended_config(merge.extension)
-    text = config.get("text_config")
-    sections = [config, text] if isinstance(text, dict) else [config]
     if merge.config.dtype != "auto":
-        for section in sections:
+        for section in (config, text_of(config)):
             key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
             if section is config or key in section:
                 section[key] = merge.config.dtype

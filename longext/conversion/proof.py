@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from longext.checkpoint.load import is_out_of_memory, load_causal_lm, load_config, quiet_transformers
-from longext.checkpoint.source import read_config
+from longext.checkpoint.source import read_config, text_of
 from longext.checkpoint.weights import TORCH_NAMES, read_shards, tensors_of
 from longext.errors import CheckpointError, LongextError, VerificationError
 
@@ -146,7 +146,7 @@ def _check_proof(proof: Proof) -> None:
 def probe_tokens(directory: Path, count: int) -> list[int]:
     """Return `count` seeded token ids of a model's vocabulary: any ids serve to compare two models."""
     config = read_config(directory)
-    vocabulary = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 1000
+    vocabulary = text_of(config).get("vocab_size") or config.get("vocab_size") or 1000
     return [int(i) for i in np.random.default_rng(0).integers(0, vocabulary, count)]
 
 

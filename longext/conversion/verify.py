@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.checks import left_over
-from longext.checkpoint.links import find_change
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import Shard, StoredTensor, read_shards, tensors_of
 from longext.checksums import sha256_of
 from longext.conversion.computed import compare, computed_from, formula_problem
+from longext.conversion.files import find_change
 from longext.conversion.proof import mean_kl, probe_tokens
 from longext.errors import CheckpointError, LongextError
 from longext.manifest import read_manifest

@@ -22,9 +22,7 @@ from longext.registry import did_you_mean
 
 Span = tuple[int, int]
 Message = Mapping[str, Any]
-_MARK = (
-    "Longext0mark"  # takes the place of a message while a template is taken apart: letters, which no template touches
-)
+_MARK = "Longext0mark"  # in place of a message while a template is taken apart: letters, which no template touches
 _STOP = "Answers end with '{}', which is trained: the chat template has no end marker of its own."
 _NO_STOP = "Answers have no end marker: neither the chat template nor the tokenizer has one, so none is learned."
 _UNOPENED = "The chat template asks for answers with '{}' but does not write it: answers are trained without it."

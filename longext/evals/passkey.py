@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, Outcome, Work, silent
@@ -22,10 +20,11 @@ from longext.evals.passkey_prompts import (
     longlora_prompt,
     yarn_prompt,
 )
+from longext.evals.retrieval import first_choices
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
-from longext.models.batching import batch_size, batched_by
+from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
 from longext.untrusted import read_text
 
@@ -138,7 +137,9 @@ def _evaluate_cell(
     advance: Advance,
 ) -> PasskeyCell:
     if config.rules.scoring == "exact":
-        num_correct = _count_exact(model, prompts, batch_size(config.batch_tokens, length, model.device), advance)
+        size = batch_size(config.batch_tokens, length, model.device)
+        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in prompts], size, advance)
+        num_correct = sum(bool(row.all()) for row in rows)
     else:
         num_correct = sum(_first_integer(model, prompt, advance) for prompt in prompts)
     low, high = wilson_interval(num_correct, len(prompts))
@@ -153,21 +154,6 @@ def _evaluate_cell(
         low=low,
         high=high,
     )
-
-
-def _count_exact(model: LanguageModel, prompts: Sequence[NeedlePrompt], size: int, advance: Advance) -> int:
-    """Count prompts whose greedy continuation is exactly the answer.
-
-    One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every answer
-    token is the first choice given the prompt and the answer before it. A length-dependent RoPE has the rotation of
-    prompt + answer throughout, as `LanguageModel.greedy` has.
-    """
-    correct = 0
-    for batch in batched_by(prompts, size, lambda p: (len(p.input_ids), len(p.answer_ids))):
-        ids = torch.tensor([[*prompt.input_ids, *prompt.answer_ids] for prompt in batch])
-        correct += int(model.score(ids, len(batch[0].input_ids)).is_top1.all(dim=1).sum())
-        advance(len(batch))
-    return correct
 
 
 def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:

@@ -15,10 +15,13 @@ from longext.evals.limits import ALL, PLACES, Place, PlaceLimit, place_limits
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
+from longext.models.batching import batched_by
 from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
 from longext.models.methods import check_method
 
 if TYPE_CHECKING:
+    import torch
+
     from longext.models.answers import Prediction
     from longext.models.protocol import LanguageModel
 
@@ -66,10 +69,12 @@ class RetrievalEval(QuestionEval):
 
     Attributes:
         unit: what progress counts.
+        pools: further tables of the record: "by_task" (all depths), "by_length" (all tasks).
         limit_form: what --fail-under takes.
     """
 
     unit: ClassVar[str] = "prompts"
+    pools: ClassVar[tuple[str, ...]] = ()
     limit_form: ClassVar[str] = PLACES
 
     fail_under: tuple[str, ...] = fail_under()
@@ -97,10 +102,6 @@ class RetrievalEval(QuestionEval):
     def data_facts(self, data: Any) -> dict[str, Any] | None:
         """Return what the record says of the data."""
         return None
-
-    def pools(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
-        """Return further tables of the record."""
-        return {}
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
         """Return what a reader of the scores has to know, besides what spoilt answers."""
@@ -162,7 +163,7 @@ class RetrievalEval(QuestionEval):
             self.data_facts(data),
             seconds=seconds,
             results=cells_of(scores),
-            **self.pools(scores),
+            **{name: cells_of(scores, by_task=name == "by_task", by_depth=False) for name in self.pools},
             notes=notes,
         )
         files = {"answers.jsonl": _answer_lines(questions, scores, answers)} if answers else {}
@@ -180,6 +181,25 @@ class RetrievalEval(QuestionEval):
 def score_of(question: Question, score: float) -> QuestionScore:
     """Return a question's score at its place."""
     return QuestionScore(question.task, question.length, question.depth, score, len(question.input_ids))
+
+
+def first_choices(
+    model: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, advance: Advance = silent
+) -> list[torch.Tensor]:
+    """Return for each (prompt, answer) which tokens of the answer are the model's first choice, bool [n].
+
+    One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
+    and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
+    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has.
+    """
+    import torch
+
+    rows: list[torch.Tensor] = []
+    for batch in batched_by(prompts, size, lambda pair: (len(pair[0]), len(pair[1]))):
+        ids = torch.tensor([[*prompt, *answer] for prompt, answer in batch])
+        rows += model.score(ids, len(batch[0][0])).is_top1.cpu()
+        advance(len(batch))
+    return rows
 
 
 def mean_at(
@@ -218,11 +238,6 @@ def cells_of(scores: Sequence[QuestionScore], *, by_task: bool = True, by_depth:
         groups.setdefault(key, []).append(each)
     order = sorted(groups, key=lambda key: (tasks.index(key[0]), key[1], -1 if key[2] is None else key[2]))
     return [_cell(task, length, depth, groups[task, length, depth]) for task, length, depth in order]
-
-
-def pooled_cells(scores: Sequence[QuestionScore]) -> list[dict[str, Any]]:
-    """Return one cell per length over all tasks and depths."""
-    return cells_of(scores, by_task=False, by_depth=False)
 
 
 def _cell(task: str, length: int, depth: float | None, scores: Sequence[QuestionScore]) -> dict[str, Any]:

@@ -33,9 +33,14 @@ def method_request(text: str, model: str, revision: str | None = None, factor: f
     return build_config(ExtendConfig, None, settings, typed)
 
 
+def is_unchanged(method: str | None) -> bool:
+    """Return True for no method, and for "none"."""
+    return method in (None, "none")
+
+
 def check_method(method: str | None, factor: float | None) -> None:
     """Raise ConfigError for a factor without a method (it would change nothing), or a method that is none."""
-    if factor is not None and method in (None, "none"):
+    if factor is not None and is_unchanged(method):
         raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
     if method is not None:
         method_request(method, "", factor=factor)

@@ -259,27 +259,16 @@ def test_version_and_module_entry(run):
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_recipe_loads_and_names_its_command(name):
-    from longext.compressor.config import CompressConfig
-    from longext.conversion.config import ExtendConfig
+    from longext.cli.app import COMMANDS
     from longext.evals.base import EVALS
-    from longext.planning.config import PlanConfig
-    from longext.report.config import CompareConfig
     from longext.settings import build_config
-    from longext.training.config import FinetuneConfig
 
     path = shipped_recipes()[name]
     folder, _, file = name.partition("/")
-    commands = {
-        "extend": ("extend", ExtendConfig),
-        "compare": ("compare", CompareConfig),
-        "plan": ("plan", PlanConfig),
-        "finetune": ("finetune", FinetuneConfig),
-        "compress": ("compress-train", CompressConfig),
-        **{f"eval/{name}": (name if name == "passkey" else f"eval {name}", EVALS[name]) for name in EVALS},
-    }
-    command, kind = commands[f"eval/{file.partition('-')[0]}" if folder == "eval" else folder]
-    build_config(kind, path, [], {})
-    assert path.read_text().splitlines()[0] == f"# longext {command} -c {name}"
+    evaluation = file.partition("-")[0]
+    command = {"compress": "compress-train", "eval": "passkey" if evaluation == "passkey" else f"eval {evaluation}"}
+    build_config(EVALS[evaluation] if folder == "eval" else COMMANDS[command.get(folder, folder)].config, path, [], {})
+    assert path.read_text().splitlines()[0] == f"# longext {command.get(folder, folder)} -c {name}"
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(shipped_recipes()) if name.startswith("compress/")])

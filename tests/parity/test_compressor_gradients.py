@@ -25,6 +25,7 @@ from longext.compressor import gradients
 from longext.compressor.policies import POLICIES, parse_policy
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT, UNBIASED, BIASED = {"exact", "full"}, {"reservoir", "subset"}, {"window", "reservoir-raw", "stop"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -209,10 +210,12 @@ def weighted(pairs, weights):
     return sum(float(weights[t, s]) * z for (t, s), z in pairs.items())
 
 
-@pytest.mark.parametrize("policy", ["window:2", "reservoir:2", "reservoir-raw:2", "subset:2", "stop:3"])
-def test_a_policy_is_the_weighted_sum_of_its_terms(terms, policy):
-    """Stream and sweep alike, draw for draw."""
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_policy_is_the_weighted_sum_of_its_terms(terms, name, size):
+    """Stream, sweep and graph alike, draw for draw."""
     compressor, document, pairs, _ = terms
+    policy = f"{name}:{size}" if POLICIES[name].size else name
     for seed in range(3):
         weights = parse_policy(policy).draw(document.visible, np.random.default_rng(seed))
         found = gradient_of(compressor, document, policy, seed)[1]
@@ -286,5 +289,7 @@ def test_no_segment_is_encoded_with_a_graph_for_nothing(terms):
         del compressor.encode
 
 
-def test_every_policy_is_described():
-    assert all(kind.summary for kind in (POLICIES[name] for name in POLICIES))
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_described_and_its_bias_tested(name):
+    assert POLICIES.summary(name)
+    assert (name in EXACT) + (name in UNBIASED) + (name in BIASED) == 1, "test what it is in the mean, and say so here"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longext.errors import ConfigError
-from longext.evals.retrieval import QuestionScore, cells_of, pooled_cells
+from longext.evals.retrieval import QuestionScore, cells_of
 from longext.evals.ruler.haystacks import NEEDLE_TASKS, Names
 from longext.evals.ruler.words import ADJECTIVES, NOUNS, draw_different
 from longext.evals.statistics import share_interval
@@ -170,7 +170,7 @@ def test_cells_pool_prompts_and_give_intervals():
     a, b = cells_of([*scores, QuestionScore("b", 10, 0.0, 0.5, 12)])
     assert [a[key] for key in ("task", "depth", "num_trials", "score", "part", "whole")] == ["a", 0.5, 4, *[0.75] * 3]
     assert [b[key] for key in ("score", "part", "whole")] == [0.5, 1, 0]
-    (both,) = pooled_cells([*scores, QuestionScore("b", 10, 0.0, 0.5, 12)])
+    (both,) = cells_of([*scores, QuestionScore("b", 10, 0.0, 0.5, 12)], by_task=False, by_depth=False)
     assert [both[key] for key in ("task", "num_trials", "score", "num_tokens")] == ["all", 5, 0.7, 8.8]
     assert a["low"] < 0.75 < a["high"]
 

@@ -18,7 +18,8 @@ from longext.conversion.config import ExtendConfig
 def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> None:
     """Plan, show old -> new, write, say what to do next."""
     from longext.cli.output import show
-    from longext.conversion.extend import extend_checkpoint, left_out, plan_extension, provenance
+    from longext.conversion.extend import extend_checkpoint, plan_extension, provenance
+    from longext.conversion.files import left_out
     from longext.manifest import result_record
     from longext.report.commands.model import extension_table
     from longext.staging import hold_output

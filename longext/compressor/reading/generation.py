@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -53,24 +53,6 @@ class Generated:
     tokens_per_second: float
     memory: dict[str, int] | None
     num_thought_tokens: int = 0
-
-
-class Writer(Protocol):
-    """Something that reads what a config names and then continues it."""
-
-    @property
-    def num_unread(self) -> int:
-        """Tokens that `read` will read."""
-
-    def read(self, advance: Callable[[int], object]) -> None:
-        """Read context and prompt; `advance` is told how many tokens more have been read."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What the reader of the text has to know, once all is read."""
-
-    def write(self, on_text: OnText) -> Generated:
-        """Continue; `on_text` is told the text in pieces as it comes."""
 
 
 class TextStream:
@@ -170,13 +152,8 @@ def check_generate_config(config: GenerateConfig) -> None:
     if is_compressor(config.model):
         check_base_options(config)
         return
-    given = {
-        "--memory": config.memory,
-        "--save-memory": config.save_memory,
-        "--ratio": config.ratio,
-        "--base": config.base,
-    }
-    wrong = ", ".join(name for name, value in given.items() if value is not None)
+    names = ("memory", "save_memory", "ratio", "base")
+    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None)
     if wrong:
         raise ConfigError(
             f"{config.model} is a plain model, which takes no {wrong}: give the -o directory of "
@@ -217,54 +194,59 @@ def open_writer(config: GenerateConfig) -> Writer:
     """
     check_generate_config(config)
     context = read_context(config.context)
-    return MemoryWriter(config, context) if is_compressor(config.model) else PlainWriter(config, context)
+    return MemoryWriter(config, context) if is_compressor(config.model) else Writer(config, context)
 
 
-class PlainWriter:
-    """A model that has the whole text in its window.
+class Writer:
+    """A model that has the whole text in its window: it reads what a config names, and then continues it.
+
+    Attributes:
+        num_unread: tokens that `read` will read.
+        notes: what the reader of the text has to know, once all is read.
 
     Raises:
         ConfigError: the text and what is to come do not fit.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(self, config: GenerateConfig, context: str) -> None:
         self._config = config
         self._model = load_language_model(config)
         set_asking(self._model, config)
         self._ids = _prompt_ids(self._model, config, context)
-        window = int(self._model.model.config.get_text_config().max_position_embeddings)
-        if len(self._ids) + config.max_new_tokens > window:
+        self.num_unread = len(self._ids)
+        if self.num_unread + config.max_new_tokens > self._model.context_length:
             raise ConfigError(
-                f"{len(self._ids):,} tokens of text and --max-new-tokens {config.max_new_tokens:,} exceed the "
-                f"{window:,} positions of {config.model}: give less text, extend the model (longext extend), or give "
-                "a compressor trained on it (longext compress-train)."
+                f"{self.num_unread:,} tokens of text and --max-new-tokens {config.max_new_tokens:,} exceed the "
+                f"{self._model.context_length:,} positions of {config.model}: give less text, extend the model "
+                "(longext extend), or give a compressor trained on it (longext compress-train)."
             )
         if not self._ids:
             raise ConfigError("There is nothing to continue: the text given has no tokens.")
 
-    @property
-    def num_unread(self) -> int:
-        """Tokens of the text."""
-        return len(self._ids)
-
-    @property
-    def notes(self) -> list[str]:
-        """Nothing: the whole text is in the window."""
-        return []
-
     def read(self, advance: Callable[[int], object]) -> None:
-        """Do nothing: the text is read when the first token is written."""
+        """Read context and prompt, here when the first token is written; `advance` is told how many tokens more."""
         advance(self.num_unread)
 
     def write(self, on_text: OnText) -> Generated:
-        """Continue, with transformers' own generation and no setting of the checkpoint's but its ending tokens."""
-        config, model = self._config, self._model
-        stream = TextStream(model, on_text, _marks(model, config), self._ids)
+        """Continue, with transformers' own generation and no setting of the checkpoint's but its ending tokens.
+
+        Args:
+            on_text: told the text in pieces as it comes.
+        """
+        config, stream = self._config, self._stream(on_text, self._ids)
         drawn = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         settings: dict[str, Any] = {"streamer": _Streamer(stream), **(drawn if config.temperature else {})}
         torch.manual_seed(config.seed)
-        generate(model, [self._ids], config.max_new_tokens, model.ending_tokens, **settings)
+        generate(self._model, [self._ids], config.max_new_tokens, self._model.ending_tokens, **settings)
         return stream.result(len(self._ids), None)
+
+    def _stream(self, on_text: OnText, prompt: Sequence[int]) -> TextStream:
+        """Return what takes the tokens; thoughts are taken off as asked, or (None) with --chat-template."""
+        strip = self._config.strip_thinking
+        is_stripped = self._config.chat_template if strip is None else strip
+        return TextStream(self._model, on_text, stripped_marks(self._model) if is_stripped else None, prompt)
 
 
 def _prompt_ids(model: HFLanguageModel, config: GenerateConfig, context: str) -> list[int]:
@@ -275,12 +257,6 @@ def _prompt_ids(model: HFLanguageModel, config: GenerateConfig, context: str) ->
         return chat_tokens(model, user_text(model, f"{context}{prompt}"))
     written = user_text(model, context), user_text(model, prompt)
     return [*model.encode(written[0]), *model.encode(written[1], add_bos=False)]
-
-
-def _marks(model: HFLanguageModel, config: GenerateConfig) -> tuple[str, str] | None:
-    """Return the marks of thoughts that are taken off: as asked, or (None) with --chat-template."""
-    wanted = config.chat_template if config.strip_thinking is None else config.strip_thinking
-    return stripped_marks(model) if wanted else None
 
 
 class _Streamer:
@@ -300,7 +276,7 @@ class _Streamer:
         self._stream.end()
 
 
-class MemoryWriter:
+class MemoryWriter(Writer):
     """A compressor that reads a text of any length and keeps what its memory holds, or goes on from such a memory.
 
     Raises:
@@ -319,9 +295,10 @@ class MemoryWriter:
             self._session = Session.of(loaded, ratio=config.ratio)
         if config.ratio not in (None, self._session.ratio):
             raise ConfigError(f"{config.memory} was written at --ratio {self._session.ratio}, not {config.ratio}.")
-        self._model: HFLanguageModel = loaded.plain
+        self._model = loaded.plain
         set_asking(self._model, config)
         self._context, self._prompt = self._tokens(context)
+        self.num_unread = len(self._context) + len(self._prompt)
 
     def _tokens(self, context: str) -> tuple[list[int], list[int]]:
         """Return context and prompt in tokens; with --chat-template they are one message, whose turn stays open."""
@@ -335,42 +312,31 @@ class MemoryWriter:
         asked = f"{user_text(model, config.prompt or '')}{after}"
         return model.encode(read, add_bos=not (config.memory or begins)), model.encode(asked, add_bos=False)
 
-    @property
-    def notes(self) -> list[str]:
-        """Say plainly what of the text is gone."""
-        gone, whole = self._session.num_forgotten, self._session.num_tokens
-        if not gone:
-            return []
-        return [
-            f"The memory is full: of {whole:,} tokens read the first {gone:,} ({gone / whole:.0%}) are forgotten, and "
-            f"only the last {whole - gone:,} can be used. A higher --ratio or a longer window keeps more."
-        ]
-
-    @property
-    def num_unread(self) -> int:
-        """Tokens of context and prompt."""
-        return len(self._context) + len(self._prompt)
-
     def read(self, advance: Callable[[int], object]) -> None:
         """Compress the context, save its memory if asked to, and read the prompt."""
-        config, done = self._config, 0
+        config, session, unread = self._config, self._session, self.num_unread
 
         def tell(amount: int) -> None:
-            nonlocal done
-            done += amount
+            nonlocal unread
+            unread -= amount
             advance(amount)
 
-        self._session.absorb(self._context, tell)
+        session.absorb(self._context, tell)
         if config.save_memory is not None:
-            self._session.save(Path(config.save_memory).expanduser())
-        self._session.absorb(self._prompt, tell)
-        advance(self.num_unread - done)
+            session.save(Path(config.save_memory).expanduser())
+        session.absorb(self._prompt, tell)
+        advance(unread)
+        if gone := session.num_forgotten:
+            whole = session.num_tokens
+            self.notes = [
+                f"The memory is full: of {whole:,} tokens read the first {gone:,} ({gone / whole:.0%}) are forgotten, "
+                f"and only the last {whole - gone:,} can be used. A higher --ratio or a longer window keeps more."
+            ]
 
     def write(self, on_text: OnText) -> Generated:
-        """Continue, compressing what is written as well."""
+        """Continue, compressing what is written as well; `on_text` is told the text in pieces as it comes."""
         config, session = self._config, self._session
-        marks = _marks(self._model, config)
-        stream, num_read = TextStream(self._model, on_text, marks, self._prompt), session.num_tokens
+        stream, num_read = self._stream(on_text, self._prompt), session.num_tokens
         session.generate(
             config.max_new_tokens,
             temperature=config.temperature,
@@ -379,14 +345,5 @@ class MemoryWriter:
             on_token=stream.add,
         )
         stream.end()
-        return stream.result(num_read, self._describe())
-
-    def _describe(self) -> dict[str, int]:
-        session = self._session
-        counts: dict[str, Any] = {
-            "num_slots": session.num_slots,
-            "num_bytes": session.num_bytes,
-            "num_forgotten": session.num_forgotten,
-            "ratio": session.ratio,
-        }
-        return counts
+        names = ("num_slots", "num_bytes", "num_forgotten", "ratio")
+        return stream.result(num_read, {name: getattr(session, name) for name in names})

@@ -33,11 +33,17 @@ from longext.models.hf import (
     score_hidden,
 )
 from longext.models.protocol import TokenScores
-from longext.models.turns import Asking
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128
+
+
+def _of_model(name: str) -> Any:
+    """Return the property `name` of a reader's model."""
+    return property(
+        lambda reader: getattr(reader.plain, name), lambda reader, value: setattr(reader.plain, name, value)
+    )
 
 
 class Reader:
@@ -69,61 +75,12 @@ class Reader:
         self.size, self.facts, self.compressor, self.ratio = size, facts or {}, compressor, ratio
         self.name = f"{plain.name} + {spec}"
 
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.plain.device
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self.plain.tokenizer
-
-    @property
-    def asking(self) -> Asking:
-        """How questions are put to it: as to its model."""
-        return self.plain.asking
-
-    @asking.setter
-    def asking(self, asking: Asking) -> None:
-        self.plain.asking = asking
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The tokens put before a text: mostly a BOS or nothing."""
-        return self.plain.prefix
-
-    @property
-    def ending_tokens(self) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return self.plain.ending_tokens
-
-    @property
-    def trained_length(self) -> int:
-        """The pre-training length of the model."""
-        return self.plain.trained_length
-
-    @property
-    def context_length(self) -> int:
-        """How many positions the model has; texts may be longer."""
-        return self.plain.context_length
-
-    @property
-    def follows_length(self) -> bool:
-        """False: a rotation depends on the segment at most, never on how long the text is."""
-        return False
-
-    def weights_checksum(self) -> str:
-        """Return a hash of the model's parameters; those of a compressor are in `describe`."""
-        return self.plain.weights_checksum()
-
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return token ids as the model's tokenizer makes them."""
-        return self.plain.encode(text, add_bos=add_bos)
-
-    def decode(self, input_ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        return self.plain.decode(input_ids)
+    # what its model is and does by itself
+    device, tokenizer, prefix = _of_model("device"), _of_model("tokenizer"), _of_model("prefix")
+    ending_tokens, trained_length = _of_model("ending_tokens"), _of_model("trained_length")
+    context_length, weights_checksum = _of_model("context_length"), _of_model("weights_checksum")
+    encode, decode, asking = _of_model("encode"), _of_model("decode"), _of_model("asking")
+    follows_length = False  # a rotation depends on the segment at most, never on how long the text is
 
     def describe(self) -> dict[str, Any]:
         """Return the model part of a result record, with the memory."""
@@ -177,91 +134,70 @@ class Reader:
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """One way of remembering that needs no training.
+    """One way of remembering that needs no training; its summary is in the registry.
 
     Attributes:
-        summary, reference: for reports.
-        form: how it is spelled.
-        open: (the frozen model, text after the colon, segment) -> (maker of trails, tokens that stay readable).
+        reference: for reports.
+        form: how it is spelled, with as many numbers of tokens as `num_sizes`.
+        trail: (the frozen model, first tokens, last tokens) -> a trail that keeps so many.
         moves: it turns keys, so a RoPE that follows the length of the text cannot be used.
     """
 
-    summary: str
     reference: str
     form: str
-    open: Callable[[Backbone, str, int], tuple[Callable[[], Trail], int]]
+    num_sizes: int
+    trail: Callable[[Backbone, int, int], Trail]
     moves: bool = False
+
+    def open(self, backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
+        """Return (maker of trails, tokens that stay readable) of a memory spelled NAME:argument.
+
+        Raises:
+            ConfigError: other numbers than it takes, no room for them, or a model whose keys cannot be turned.
+        """
+        name, form = self.form.partition(":")[0].rstrip("["), self.form.replace("[", "").replace("]", "")
+        sizes = argument.split("+") if argument else []
+        if sizes and not self.num_sizes:
+            raise ConfigError(f"--memory {name} takes no size, got '{name}:{argument}'.")
+        if not sizes and form != self.form:
+            sizes = [str(max(0, backbone.window - segment))]  # all that fits
+        if len(sizes) != self.num_sizes or not all(size.isdecimal() for size in sizes):
+            raise ConfigError(f"--memory {form} takes whole numbers of tokens there, got '{argument}'.")
+        num_first, num_last = [0, 0, *map(int, sizes)][-2:]
+        size, window = num_first + num_last, backbone.window
+        if size + segment > window:
+            spelled = f"{name}:{'+'.join(sizes)}" if sizes else name
+            raise ConfigError(
+                f"--memory {spelled} keeps {size} tokens beside a segment of {segment}, and the model has {window} "
+                f"positions: keep at most {max(0, window - segment)}, or shorten --segment."
+            )
+        if self.moves:
+            backbone.check_rotation()
+        return partial(self.trail, backbone, num_first, num_last), size
+
+
+def _window(backbone: Backbone, _: int, size: int) -> Trail:
+    return WindowTrail(backbone, size)
 
 
 MEMORIES: Registry[MemoryKind] = Registry("memory")
-
-
-def _none(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
-    if argument:
-        raise ConfigError(f"--memory none takes no size, got 'none:{argument}'.")
-    _check_room("none", 0, segment, backbone.window)
-    return partial(WindowTrail, backbone, 0), 0
-
-
-def _window(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
-    size = _count("window:N", argument) if argument else max(0, backbone.window - segment)
-    _check_room(f"window:{size}", size, segment, backbone.window)
-    return partial(WindowTrail, backbone, size), size
-
-
-def _streaming(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
-    sinks, _, recent = argument.partition("+")
-    num_sinks, size = _count("streaming:4+N", sinks), _count("streaming:4+N", recent)
-    _check_room(f"streaming:{argument}", num_sinks + size, segment, backbone.window)
-    backbone.check_rotation()
-    return partial(CacheTrail, backbone, num_sinks, size), num_sinks + size
-
-
-def _transformer_xl(backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
-    size = _count("transformer-xl:N", argument)
-    _check_room(f"transformer-xl:{size}", size, segment, backbone.window)
-    backbone.check_rotation()
-    return partial(CacheTrail, backbone, 0, size), size
-
-
-def _count(form: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"--memory {form} takes whole numbers of tokens there, got '{text}'.")
-    return int(text)
-
-
-def _check_room(spec: str, size: int, segment: int, window: int) -> None:
-    if size + segment > window:
-        raise ConfigError(
-            f"--memory {spec} keeps {size} tokens beside a segment of {segment}, and the model has {window} positions: "
-            f"keep at most {max(0, window - segment)}, or shorten --segment."
-        )
-
-
-MEMORIES.register("none", MemoryKind("the segment alone", "control", "none", _none))
+MEMORIES.register("none", MemoryKind("control", "none", 0, _window), "the segment alone")
 MEMORIES.register(
     "window",
-    MemoryKind("the last N raw tokens, read again with every segment", "sliding window", "window[:N]", _window),
+    MemoryKind("sliding window", "window[:N]", 1, _window),
+    "the last N raw tokens, read again with every segment",
 )
 MEMORIES.register(
     "streaming",
-    MemoryKind(
-        "keys and values of the first tokens and of the last N; evicted after every segment, positions in the cache",
-        "StreamingLLM, arXiv 2309.17453",
-        "streaming:4+N",
-        _streaming,
-        moves=True,
-    ),
+    MemoryKind("StreamingLLM, arXiv 2309.17453", "streaming:4+N", 2, CacheTrail, moves=True),
+    "keys and values of the first tokens and of the last N; evicted after every segment, positions in the cache",
 )
 MEMORIES.register(
     "transformer-xl",
     MemoryKind(
-        "keys and values of the last N tokens as earlier segments computed them, at positions 0 .. N - 1",
-        "Transformer-XL, arXiv 1901.02860, as a cache of a frozen model",
-        "transformer-xl:N",
-        _transformer_xl,
-        moves=True,
+        "Transformer-XL, arXiv 1901.02860, as a cache of a frozen model", "transformer-xl:N", 1, CacheTrail, moves=True
     ),
+    "keys and values of the last N tokens as earlier segments computed them, at positions 0 .. N - 1",
 )
 
 
@@ -309,7 +245,7 @@ def load_reader(
             "with the length of the text: use window, or another RoPE method."
         )
     open_trail, size = kind.open(Backbone(plain.model), argument, length)
-    facts = {"kind": name, "definition": kind.summary, "reference": kind.reference, "size": size}
+    facts = {"kind": name, "definition": MEMORIES.summary(name), "reference": kind.reference, "size": size}
     return Reader(plain, spec, length, open_trail, size=size, facts=facts)
 
 

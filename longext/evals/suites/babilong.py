@@ -22,7 +22,6 @@ from longext.evals.retrieval import (
     RetrievalEval,
     by_task,
     pooled,
-    pooled_cells,
     task_map,
     text_hash,
 )
@@ -168,6 +167,7 @@ class BABILong(RetrievalEval):
 
     kind: ClassVar[str] = "babilong"
     unit: ClassVar[str] = "rows"
+    pools: ClassVar[tuple[str, ...]] = ("by_length",)
     sections: ClassVar[tuple[Section, ...]] = (
         Section(
             name="babilong",
@@ -242,10 +242,6 @@ class BABILong(RetrievalEval):
         """Return what the record says of the rows."""
         texts = (f"{row.text}{row.question}{row.target}" for row in data)
         return {"data": self.data, "num_rows": len(data), "sha256": text_hash(texts)}
-
-    def pools(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
-        """Return the scores of all tasks together."""
-        return {"by_length": pooled_cells(scores)}
 
     def notes(self, model: LanguageModel, data: Sequence[BABILongRow], scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note on rows that repeat, and on prompts that are too long."""

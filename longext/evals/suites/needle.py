@@ -22,11 +22,10 @@ from longext.evals.retrieval import (
     QuestionScore,
     RetrievalEval,
     by_task,
-    cells_of,
     depth_map,
     depths_of,
+    first_choices,
     pooled,
-    pooled_cells,
     score_of,
     task_map,
 )
@@ -45,7 +44,7 @@ from longext.evals.ruler.haystacks import (
     text_sentences,
 )
 from longext.evals.views import NEVER, ONE, SEVERAL, Section
-from longext.models.batching import batch_size, batched_by
+from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
@@ -84,6 +83,7 @@ class Needle(RetrievalEval):
     """RULER's needle tasks (arXiv 2404.06654) by length, at exact token lengths."""
 
     kind: ClassVar[str] = "needle"
+    pools: ClassVar[tuple[str, ...]] = ("by_task", "by_length")
     sections: ClassVar[tuple[Section, ...]] = (
         Section(
             name="needle",
@@ -241,7 +241,13 @@ class Needle(RetrievalEval):
         if self.scoring == "match":
             return super().ask(model, questions, path, advance)
         size = batch_size(self.batch_tokens, max(self.lengths), model.device)
-        return score_exactly(model, questions, size, advance), {}
+        prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
+        scores = []
+        for question, row in zip(questions, first_choices(model, prompts, size, advance), strict=True):
+            ends = question.prompt.ends
+            values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
+            scores.append(score_of(question, sum(values) / len(values)))
+        return scores, {}
 
     def protocol(self, model: LanguageModel) -> dict[str, Any]:
         """Return what the record says of the protocol."""
@@ -271,10 +277,6 @@ class Needle(RetrievalEval):
         scores, _ = self.ask(model, self.questions(model, None), advance=advance)
         return sum(each.score == 1 for each in scores), len(scores)
 
-    def pools(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
-        """Return the scores of all depths, and of all tasks together."""
-        return {"by_task": cells_of(scores, by_depth=False), "by_length": pooled_cells(scores)}
-
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note if prompts do not end as RULER's."""
         if self.answer_prefix == self.opens_answer(model):
@@ -300,21 +302,3 @@ def match_share(expected: Sequence[str], answer: str) -> float:
     """Return the share of `expected` that is in `answer`, case ignored (RULER's string_match_all of one prompt)."""
     text = _UNPRINTABLE.sub("\n", answer.strip()).lower()
     return sum(value.lower() in text for value in expected) / len(expected)
-
-
-def score_exactly(
-    model: LanguageModel, questions: Sequence[NeedleQuestion], size: int, advance: Advance = silent
-) -> list[QuestionScore]:
-    """Return the share of values whose every token is the model's first choice, `size` prompts at once."""
-    import torch
-
-    scores = []
-    for batch in batched_by(questions, size, lambda each: (len(each.input_ids), len(each.prompt.answer_ids))):
-        ids = torch.tensor([[*each.input_ids, *each.prompt.answer_ids] for each in batch])
-        is_top1 = model.score(ids, len(batch[0].input_ids)).is_top1.cpu()
-        for question, row in zip(batch, is_top1, strict=True):
-            ends = question.prompt.ends
-            values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
-            scores.append(score_of(question, sum(values) / len(values)))
-        advance(len(batch))
-    return scores
