@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
+    from longext.report.commands.runs import Trainer
     from longext.report.outcome import Comparison, Result
-    from longext.report.runs import Trainer
     from longext.training.run import TrainingResult
 
 _FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]+)")
@@ -194,8 +194,8 @@ def finetune(
         The `directory`, the `record` of what was trained, and the lines of `metrics`.
     """
     from longext.evals.midway import make_perplexity_measure
-    from longext.report.runs import Trainer
-    from longext.report.training import FINETUNE
+    from longext.report.commands.runs import Trainer
+    from longext.report.commands.training import FINETUNE
     from longext.training.config import FinetuneConfig
     from longext.training.longlora import plan_finetune
 
@@ -222,8 +222,8 @@ def compress(
     from longext.compressor.config import CompressConfig
     from longext.compressor.train import plan_compressor
     from longext.evals.midway import make_memory_measure
-    from longext.report.runs import Trainer
-    from longext.report.training import COMPRESS
+    from longext.report.commands.runs import Trainer
+    from longext.report.commands.training import COMPRESS
 
     config = build_config(CompressConfig, None, [], _training(model, data, output, settings))
     return _train(config, Trainer(plan_compressor, make_memory_measure, COMPRESS), progress)
@@ -235,8 +235,8 @@ def _training(model: str | Path, data: str | Path, output: str | Path, settings:
 
 def _train(config: Any, trainer: Trainer, shows_progress: bool) -> TrainingResult:
     from longext.evals.base import no_progress
+    from longext.report.commands.runs import plan_run, train_and_write
     from longext.report.console import progress
-    from longext.report.runs import plan_run, train_and_write
     from longext.staging import release_outputs
 
     if config.num_processes > 1:

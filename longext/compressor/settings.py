@@ -27,8 +27,8 @@ DECIDING_COMPRESS = ("arch", "segment", "ratio", "overlap", "objectives", "gradi
 def check_compress_config(config: CompressConfig) -> None:
     """Raise ConfigError for values out of range or combinations that cannot run; reads no model."""
     check_data(config)
-    check_names(config)
     cls = COMPRESSORS[config.arch]
+    check_names(config)
     parse_objectives(config.objectives)
     policy = parse_policy(config.gradient, cls.recurrent)
     check_optimiser(config)

@@ -108,7 +108,7 @@ class Eval(RuntimeConfig):
             return {}
         from longext.compressor.reading.readers import memory_defaults
 
-        return {"model": "", **cls.memory_defaults, **memory_defaults(str(values["memory"]))}
+        return {**cls.memory_defaults, **memory_defaults(str(values["memory"]))}
 
     @property
     def title(self) -> str:

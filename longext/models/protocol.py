@@ -41,7 +41,9 @@ class LanguageModel(Protocol):
         ...
 
     @asking.setter
-    def asking(self, asking: Asking) -> None: ...
+    def asking(self, asking: Asking) -> None:
+        """Let questions be put to it so."""
+        ...
 
     @property
     def device(self) -> torch.device:

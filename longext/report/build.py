@@ -21,9 +21,8 @@ from longext.report.comparable import (
     is_by_task,
     must_agree,
 )
-from longext.report.find import Part, Result, label_parts, model_names, parts_of
+from longext.report.find import Part, Result, label_parts, model_names, parts_of, sections
 from longext.report.scores import numbers_of
-from longext.report.suites import sections
 
 _COUNTS = ("num_trials", "num_rows", "num_documents", "num_segments", "num_tokens")
 _ROW_FIELDS = ("task", "method", "way", "content", "metric", "filter", "ratio", "start", "length", "depth")

@@ -53,7 +53,7 @@ def compare_methods(
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
     Args:
-        progress: opens a progress display for each evaluation.
+        progress: (what, total, unit) -> context manager that yields advance(n).
         announce: called with one line when a method is done.
 
     Raises:
@@ -79,13 +79,12 @@ def compare_methods(
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
         model.set_rope(plain if plan is None else extended_config(plan))
-        of_method = _progress_of(f"{name} ({index}/{len(plans)})", progress)
         measured = {
             key: run_eval(
                 _with_method(task, name, config, key),
                 model,
                 data=documents if key != "passkey" else None,
-                progress=of_method,
+                progress=_titled(progress, f"{name} ({index}/{len(plans)})"),
             )
             for key, task in tasks.items()
         }
@@ -119,10 +118,6 @@ def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
     """The fields that `config` and `kind` have in common, but for those that differ by evaluation."""
     names = {field.name for field in dataclasses.fields(kind)} - _OF_TASKS
     return {key: value for key, value in vars(config).items() if key in names}
-
-
-def _progress_of(name: str, progress: Progress) -> Progress:
-    return lambda what, total, unit: progress(f"{name} {what}", total, unit)
 
 
 def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:

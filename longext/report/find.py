@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from longext.errors import DataError
-from longext.evals.views import Score, Section, read
+from longext.evals.base import EVALS
+from longext.evals.views import NEVER, Bars, Lines, Score, Section, read
 from longext.manifest import read_manifest
-from longext.report.scores import read_record, result_file, schema_trouble
-from longext.report.suites import scores_by_view, section_of, sections
+from longext.report.scores import numbers_of, read_record, result_file, schema_trouble
 
 _RESULT = "result.json"
 _REPORT, _COMPARE, _TRAINING = "report", "compare", "training"
@@ -307,3 +307,63 @@ def _ending(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> tuple[s
     sizes = range(1, len(path) + 1)
     size = next((n for n in sizes if all(other[-n:] != path[-n:] for other in others)), len(path))
     return path[-size:]
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _key_as_length(score: Score) -> int:
+    return int(score.keys[-1])
+
+
+_RUNS = Section(
+    name="training",
+    title="Training runs",
+    kind=_TRAINING,
+    must_agree=frozenset({"protocol.id"}),
+    unknown="Runs do not record a protocol of what they measure while training: `eval ppl` compares their models.",
+    views=(
+        Bars(
+            "Loss of the last step (nats)",
+            of="final_loss",
+            unit="nats",
+            lower_is_better=None,
+            columns=lambda score: "loss",
+            picture=NEVER,
+        ),
+        Lines(
+            "Perplexity at the last step that was evaluated, by length",
+            of="perplexity.*",
+            name="perplexity",
+            unit="perplexity",
+            lower_is_better=None,
+            columns=_key_as_length,
+            axis="length (tokens)",
+        ),
+    ),
+)
+
+
+def sections() -> tuple[Section, ...]:
+    """Return every section, in the order of a report."""
+    evaluations = [section for kind in EVALS.values() for section in kind.sections]
+    return (*evaluations, _RUNS)
+
+
+def section_of(record: Mapping[str, Any]) -> Section:
+    """Return the section of a record: that of its kind and protocol, else that of its kind.
+
+    Raises:
+        KeyError: no section shows this kind.
+    """
+    kind, protocol = str(record["kind"]), str((record["protocol"] or {}).get("id"))
+    fitting = [section for section in sections() if section.kind == kind and section.protocol in ("", protocol)]
+    if not fitting:
+        raise KeyError(kind)
+    return max(fitting, key=lambda section: bool(section.protocol))
+
+
+def scores_by_view(section: Section, record: Mapping[str, Any]) -> dict[str, list[Score]]:
+    """Return the scores of each view, by the view's name."""
+    scores = [score for score in numbers_of(record) if not score.is_count]
+    return {view.name: [score for score in scores if view.shows(score)] for view in section.views}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from test_bad_input import another_process, fails, no_leftovers
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
+from longext.errors import ConfigError
 from longext.training.callbacks import read_metrics
 from longext.training.checkpoints import complete_checkpoints
 
@@ -142,6 +144,31 @@ def test_from_python(tmp_path):
     assert [line["step"] for line in result.metrics] == [1, 2]
     assert result.extension["trained"]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_measurements_from_python_are_handed_in(tmp_path):
+    """Training knows no evaluation: data to measure on without something that measures is refused, not passed over."""
+    import longext
+
+    config = longext.FinetuneConfig(model="books-5m", data="sample", eval_data="sample", target_length=64, device="cpu")
+    with pytest.raises(ConfigError, match="hand in `measure`"):
+        longext.finetune_checkpoint(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function"),
+    [
+        (("finetune", *QUICK), "longext.training.longlora", "plan_training_rope"),
+        (("compress-train", "--data", "sample", "--segment", 64), "longext.compressor.train", "find_base"),
+    ],
+)
+def test_a_run_is_planned_once(run, monkeypatch, command, module, function):
+    calls = []
+    planner = getattr(importlib.import_module(module), function)
+    monkeypatch.setattr(f"{module}.{function}", lambda *args: calls.append(args) or planner(*args))
+    result = run(command[0], "books-5m", *command[1:], "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert len(calls) == 1
 
 
 def test_clipping_clips(run, tmp_path):

@@ -249,19 +249,18 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(run, tmp_path, monk
 # --- results before pictures ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", ["perplexity_by_length", "perplexity_table", "save_png"])
+@pytest.mark.parametrize("broken", ["draw._lines", "layout.shown_tables", "plots.save_png"])
 def test_a_picture_that_fails_is_a_line(run, tmp_path, monkeypatch, broken):
     def explode(*_args, **_keys):
         raise ValueError("no such\nfont")
 
-    module = "views" if broken == "perplexity_table" else "plots"
-    monkeypatch.setattr(f"longext.report.{module}.{broken}", explode)
+    monkeypatch.setattr(f"longext.report.{broken}", explode)
     result = run(*PPL)
     ok(result)
     assert len(result.stderr.splitlines()) == 1
     assert "not made: " in result.stderr and "(ValueError: no such font)" in result.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["results"]
-    pictures = ["ppl.png"] if broken == "perplexity_table" else []
+    pictures = ["ppl.png"] if broken == "layout.shown_tables" else []
     assert (tmp_path / "out/run.json").is_file() and ("ppl.png" in names("out")) == bool(pictures)
 
 
@@ -272,7 +271,7 @@ def test_results_are_there_before_the_first_picture(run, tmp_path, monkeypatch):
         seen.extend(path.name for path in tmp_path.glob(".out.partial-*/*"))
         raise RuntimeError
 
-    monkeypatch.setattr("longext.report.plots.perplexity_by_length", look)
+    monkeypatch.setattr("longext.report.draw._lines", look)
     ok(run(*PPL))
     assert {"result.json", "run.json", "recipe.yaml"} <= set(seen)
 

@@ -1,50 +1,40 @@
-"""An architecture is a class and a name: one of 30 lines trains, reads, is saved and evaluated as those of longext."""
+"""An architecture is one file: the one that CONTRIBUTING.md shows trains, reads and continues as those of longext."""
 
 from __future__ import annotations
+
+import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from compressors import compressor_reader, document_nll, gradient_of, make_compressor, make_document, random_ids
+from contributing import added_file
 
+from longext.compressor import architectures
 from longext.compressor.architectures import COMPRESSORS
-from longext.compressor.independent import IndependentCompressor
+from longext.compressor.config import CompressConfig
 from longext.compressor.objectives import Batch, Objectives
 from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.reading.session import Session
 from longext.errors import ConfigError
-
-
-class MeanPool(IndependentCompressor):
-    """A slot is the mean of what attention sees of `ratio` tokens, in every layer."""
-
-    reference = "a test"
-    encoder, transfer, nested = "encoder", "transfer", False
-
-    def __init__(self, backbone, spec):
-        super().__init__(backbone, spec)
-        self.adapters.add("encoder", "qv", len(backbone.attentions) - 1)
-        self.adapters.add("transfer", "kv")
-
-    def encode(self, tokens, ratio, first_slots):
-        with self.adapters.use(self.encoder):
-            captured = self.backbone.attention_inputs(self.embed(tokens), slice(None))
-        captured.hidden = [hidden.unflatten(1, (-1, ratio)).mean(2) for hidden in captured.hidden]
-        slots = first_slots[:, None] + torch.arange(tokens.shape[1] // ratio)
-        with self.adapters.use(self.transfer):
-            return self.backbone.project(captured, slots)
+from longext.settings import option_of
 
 
 @pytest.fixture
-def mean_pool():
-    COMPRESSORS.register("meanpool", MeanPool, "the mean of every few tokens")
+def mean_pool(tmp_path, monkeypatch):
+    (tmp_path / "meanpool.py").write_text(added_file("longext/compressor/architectures/meanpool.py"))
+    monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
     yield make_compressor("meanpool")
     COMPRESSORS.unregister("meanpool")
+    sys.modules.pop("longext.compressor.architectures.meanpool")
 
 
 def test_it_is_listed_and_described(mean_pool):
-    assert list(COMPRESSORS)[-1] == "meanpool"
-    assert mean_pool.summary == "the mean of every few tokens"
+    assert mean_pool.summary == "the mean of every `ratio` tokens, as attention sees them"
+    assert "meanpool" in option_of(next(f for f in fields(CompressConfig) if f.name == "arch")).text
+    with pytest.raises(ConfigError, match="Did you mean 'meanpool'"):
+        COMPRESSORS["meanpol"]
 
 
 def test_its_exact_gradient_is_autograd_through_one_graph(mean_pool):

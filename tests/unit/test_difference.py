@@ -8,7 +8,7 @@ import json
 import pytest
 
 from longext.errors import DataError
-from longext.report.difference import compare_results
+from longext.report.commands.difference import compare_results
 from longext.report.scores import read_result, scores_of
 
 

@@ -10,10 +10,9 @@ from report_records import write
 
 from longext.errors import DataError
 from longext.report.build import build_report, csv_rows
-from longext.report.difference import compare_results
-from longext.report.find import find_results, kinds
+from longext.report.commands.difference import compare_results
+from longext.report.find import find_results, kinds, sections
 from longext.report.layout import report_tables
-from longext.report.suites import sections
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
@@ -99,15 +98,3 @@ def test_text_in_a_table_is_neither_html_nor_a_formula():
     assert len(text.splitlines()) == 7
     cells = ["=1+1", "+1", "-1", "@x", "\t=1", "fine", -1, -2.5]
     assert csv_text([cells]) == "'=1+1,'+1,'-1,'@x,'\t=1,fine,-1,-2.5\n"
-
-
-def test_a_progress_display_prints_names_as_they_are(monkeypatch):
-    from rich.console import Console
-
-    from longext.report import console
-
-    file = io.StringIO()
-    monkeypatch.setattr(console, "stderr", lambda: Console(file=file, force_terminal=True, width=150, **console._PLAIN))
-    with console.progress("merge out[/red]:dog:", 2, "rows") as advance:
-        advance(1, "[bold] note [/nothing]")
-    assert "merge out[/red]:dog:" in file.getvalue() and "[/nothing]" in file.getvalue()

@@ -13,7 +13,7 @@ from contributing import added_file
 
 from longext.evals.base import EVALS, make_eval
 from longext.evals.runner import run_eval
-from longext.report.suites import section_of, sections
+from longext.report.find import section_of, sections
 
 TOY = added_file("longext/evals/suites/toy.py")
 

@@ -20,8 +20,8 @@ def run(config: CompressConfig, *, as_json: bool, dry_run: bool) -> None:
     from longext.cli.training import run_training
     from longext.compressor.train import plan_compressor
     from longext.evals.midway import make_memory_measure
-    from longext.report.runs import Trainer
-    from longext.report.training import COMPRESS
+    from longext.report.commands.runs import Trainer
+    from longext.report.commands.training import COMPRESS
 
     trainer = Trainer(plan_compressor, make_memory_measure, COMPRESS)
     run_training(config, trainer, dry_run=dry_run, as_json=as_json)

@@ -15,7 +15,7 @@ from longext.report.config import DiffConfig
 
 def run(config: DiffConfig, as_json: bool) -> None:
     """Print how two results differ."""
-    from longext.report.difference import compare_results, difference_notes, difference_tables
+    from longext.report.commands.difference import compare_results, difference_notes, difference_tables
     from longext.report.scores import read_result
 
     a, b = config.a, config.b

@@ -21,7 +21,7 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
     from longext.conversion.extend import extend_checkpoint, plan_extension, provenance
     from longext.conversion.files import left_out
     from longext.manifest import result_record
-    from longext.report.views import extension_table
+    from longext.report.commands.model import extension_table
     from longext.staging import hold_output
 
     config = dataclasses.replace(config, output=config.named_output)

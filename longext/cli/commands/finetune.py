@@ -17,8 +17,8 @@ def run(config: FinetuneConfig, *, as_json: bool, dry_run: bool) -> None:
     """Check, launch processes if several are asked for, train, write."""
     from longext.cli.training import run_training
     from longext.evals.midway import make_perplexity_measure
-    from longext.report.runs import Trainer
-    from longext.report.training import FINETUNE
+    from longext.report.commands.runs import Trainer
+    from longext.report.commands.training import FINETUNE
     from longext.training.longlora import plan_finetune
 
     trainer = Trainer(plan_finetune, make_perplexity_measure, FINETUNE)

@@ -48,7 +48,7 @@ def run(config: GenerateConfig, as_json: bool) -> None:
 
 def describe(generated: Generated) -> str:
     """Return one line: what was read, what it became, how fast the rest was written."""
-    from longext.report.views import megabytes
+    from longext.report.commands.model import megabytes
 
     parts = [f"{generated.num_read:,} tokens read"]
     memory = generated.memory

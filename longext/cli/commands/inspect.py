@@ -41,9 +41,9 @@ def run(config: ExtendConfig, as_json: bool) -> None:
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
     from longext.cli.output import deliver_files, open_output
+    from longext.report.commands.model import dimension_table
     from longext.report.plots import rope_dimensions
     from longext.report.results import output_directory
-    from longext.report.views import dimension_table
     from longext.rope.analysis import dimension_rows
 
     has_method = config.method != "none"

@@ -16,7 +16,7 @@ def run(config: PlanConfig, *, as_json: bool) -> None:
     """Plan, measure if asked for, show; write too if a directory was named."""
     from longext.cli.output import deliver_files, open_output, show
     from longext.planning.fit import plan_record, plan_training
-    from longext.report.plan_views import memory_by_length, plan_tables, probe_table, record_with_probe
+    from longext.report.commands.plan import memory_by_length, plan_tables, probe_table, record_with_probe
 
     if config.output:
         open_output(Path(config.output), config)

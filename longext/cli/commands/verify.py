@@ -34,8 +34,8 @@ def verify_and_show(config: VerifyConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.conversion.verify import verify_checkpoint
     from longext.manifest import result_record
+    from longext.report.commands.model import verification_table
     from longext.report.console import progress
-    from longext.report.views import verification_table
 
     total = sum(shard.size for shard in read_shards(resolve_model(config.model)))
     with progress(f"verify {config.model}", total, "bytes") as advance:

@@ -238,9 +238,9 @@ def _kept_scores(
     """Return the scores in `path` by the number of their text."""
     if path is None:
         return {}
-    asked = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
+    questions = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
     found = {}
-    for number, row in open_answers(path, fingerprint_of(model, asked)):
+    for number, row in open_answers(path, fingerprint_of(model, questions)):
         try:
             found[int(row["id"])] = float(row["value"]), bool(row["is_greedy"])
         except (KeyError, TypeError, ValueError) as error:

@@ -50,7 +50,7 @@ class Tasks:
         """Return what --fail-under can name: tasks and groups, and one of their metrics as TASK:METRIC."""
         named = [(name, list(task.aggregation())) for name, task in self.tasks.items()]
         for name, group in self.loaded["groups"].items():
-            if group.aggregate_metric_list:  # others have no number of their own
+            if group.aggregate_metric_list:  # others have no number
                 named.append((name, [entry.metric for entry in group.aggregate_metric_list]))
         return [*(name for name, _ in named), *(f"{name}:{metric}" for name, metrics in named for metric in metrics)]
 

@@ -95,7 +95,7 @@ def longbench_files(data: str, names: Sequence[str]) -> dict[str, Path | zipfile
 
 
 def missing_file(name: str, data: str) -> DataError:
-    """Return the error that says which file of LongBench `data` lacks, and where it is to be had."""
+    """Return the error that says which file of LongBench `data` lacks, and where to get it."""
     return DataError(f"{data} has no {name}.jsonl. {_WHERE}")
 
 

@@ -160,11 +160,12 @@ def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
 
 def average_entries(scores: Sequence[TaskScore], longbench_e: bool) -> dict[str, Any]:
     """Return `averages` and `average_intervals` of a record: by language, for LongBench-E by bucket and language."""
-    found: Any = (
-        {bucket: averages({own.task: own.estimate(bucket) for own in scores}, longbench_e=True) for bucket in BUCKETS}
-        if longbench_e
-        else averages({own.task: own.estimate() for own in scores})
-    )
+    found: Any
+    if longbench_e:
+        by_bucket = {bucket: {score.task: score.estimate(bucket) for score in scores} for bucket in BUCKETS}
+        found = {bucket: averages(estimates, longbench_e=True) for bucket, estimates in by_bucket.items()}
+    else:
+        found = averages({score.task: score.estimate() for score in scores})
     return {
         "averages": _each(found, lambda estimate: round(estimate[0], 2)),
         "average_intervals": _each(found, lambda estimate: [round(bound, 2) for bound in estimate[1:]]),

@@ -323,5 +323,5 @@ def window_notes(backbone: Backbone, ways: Sequence[Way], lengths: Sequence[int]
         far = [f"{length:,}" for length in sorted(lengths) if way.slots(length) > backbone.window]
         name = way.name if way.ratio is None else f"{way.name} {way.ratio}x"
         beyond += [f"{name} at {', '.join(far)}"] if far else []
-    where = f"Beyond the model's {backbone.window:,} positions, and timed all the same (RoPE has no limit)"
-    return [f"{where}: {'; '.join(beyond)}."] if beyond else []
+    what = f"Beyond the model's {backbone.window:,} positions, and timed all the same (RoPE has no limit)"
+    return [f"{what}: {'; '.join(beyond)}."] if beyond else []

@@ -180,8 +180,8 @@ class _Scores:
 @torch.no_grad()
 def reconstruct(compressor: Compressor, tokens: torch.Tensor, ratio: int, stop: Sequence[int] = ()) -> list[list[int]]:
     """Return what greedy decoding gives for segments [B, l] from their memories, sink tokens included."""
-    asked, memory = _encoded(compressor, tokens, ratio)
-    return _decode(compressor, asked, memory, stop)
+    query, memory = _encoded(compressor, tokens, ratio)
+    return _decode(compressor, query, memory, stop)
 
 
 def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[Segment, Memory]:
@@ -192,20 +192,20 @@ def _encoded(compressor: Compressor, tokens: torch.Tensor, ratio: int) -> tuple[
     return sweep.segments[1], store.view(0, 1)
 
 
-def _decode(compressor: Compressor, asked: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:
-    length, given = asked.tokens.shape[1], asked.sink.shape[1]
-    decoder = memory_decoder(compressor, asked.sink, memory, asked.ratio, room=length)
-    made = greedy(decoder, asked.tokens[:, : 1 + given], length - given, stop)
-    return [[*start, *rest] for start, rest in zip(asked.sink.tolist(), made, strict=True)]
+def _decode(compressor: Compressor, query: Segment, memory: Memory, stop: Sequence[int]) -> list[list[int]]:
+    length, num_given = query.tokens.shape[1], query.sink.shape[1]
+    decoder = memory_decoder(compressor, query.sink, memory, query.ratio, room=length)
+    made = greedy(decoder, query.tokens[:, : 1 + num_given], length - num_given, stop)
+    return [[*start, *rest] for start, rest in zip(query.sink.tolist(), made, strict=True)]
 
 
 @torch.no_grad()
 def _score(compressor: Compressor, tokens: torch.Tensor, ratio: int, stop: Sequence[int]) -> _Scores:
-    asked, memory = _encoded(compressor, tokens, ratio)
-    nothing = compressor.fixed(asked.sink)
-    with_memory, correct = _token_scores(compressor, compressor.read(asked, memory), tokens)
-    without, _ = _token_scores(compressor, compressor.read(asked, nothing), tokens)
-    return _Scores(_decode(compressor, asked, memory, stop), correct, with_memory, without)
+    query, memory = _encoded(compressor, tokens, ratio)
+    nothing = compressor.fixed(query.sink)
+    with_memory, correct = _token_scores(compressor, compressor.read(query, memory), tokens)
+    without, _ = _token_scores(compressor, compressor.read(query, nothing), tokens)
+    return _Scores(_decode(compressor, query, memory, stop), correct, with_memory, without)
 
 
 def _token_scores(compressor: Compressor, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[Floats, Floats]:

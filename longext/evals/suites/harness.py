@@ -71,7 +71,7 @@ class Harness(QuestionEval):
     )
     tasks: tuple[str, ...] = option((), "Tasks or groups of lm-eval, comma-separated.")
     include_path: str | None = option(
-        None, "Folder with task files of your own (*.yaml; the Python beside them is run)."
+        None, "Folder with task files of your own (*.yaml; the Python next to them is run)."
     )
     metadata: tuple[str, ...] = option(
         (),

@@ -1,4 +1,4 @@
-"""From results to tables: what each command shows."""
+"""Tables of `extend`, `inspect` and `verify`."""
 
 from __future__ import annotations
 

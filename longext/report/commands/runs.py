@@ -11,8 +11,8 @@ from typing import Any
 from longext.errors import ConfigError
 from longext.evals.base import Progress
 from longext.models.threads import set_threads
+from longext.report.commands.training import TrainingReport
 from longext.report.results import Written
-from longext.report.training import TrainingReport
 from longext.staging import replace_directory
 from longext.training import processes
 from longext.training.callbacks import Measure

@@ -1,0 +1,1 @@
+"""What commands other than evaluations show and write."""
