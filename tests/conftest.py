@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,9 @@ import torch  # noqa: E402
 import typer.testing  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from longext.checkpoint.bundled import BUNDLED_MODELS  # noqa: E402
 from longext.models.hf import HFLanguageModel, load_language_model  # noqa: E402
-from longext.options import RuntimeConfig
+from longext.options import RuntimeConfig  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside a developer's checkout; absent in a clone
 
@@ -42,6 +44,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs the Hub"))
 
 
+for helpers in ("command_line", "harness_tasks"):
+    pytest.register_assert_rewrite(helpers)
 torch.set_num_threads(1)
 
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP ignored, and longext respects that: tests of
@@ -100,6 +104,13 @@ def _reload_here(request: Path) -> subprocess.CompletedProcess:
 def books() -> HFLanguageModel:
     """books-5m as it is; loading takes tens of milliseconds, and a fresh one cannot be spoilt by another test."""
     return load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of books-5m, to be broken."""
+    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "base")
+    return tmp_path / "base"
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
+from command_line import fails
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from test_bad_input import fails
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

@@ -8,9 +8,8 @@ import json
 import pytest
 import torch
 from adapters import FUSED, add_rope, edit_adapter, make_adapter
+from command_line import fails, ok, result_of
 from families import CONFIGS, save_tiny_model, save_tiny_tokenizer
-from test_bad_input import fails
-from test_commands import ok, result_of
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.conversion.config import MergeConfig

@@ -2,51 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
-import shutil
 
 import pytest
-
-from longext.checkpoint.bundled import BUNDLED_MODELS
-
-
-@pytest.fixture
-def base(tmp_path):
-    shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "base")
-    return tmp_path / "base"
-
-
-def fails(result, code, *texts):
-    """The command ended with `code` and one line that holds `texts`; no traceback."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert "Traceback" not in result.output
-    message = lines[-1] if code == 2 and lines[0].startswith("Usage") else " ".join(lines)
-    for text in texts:
-        assert text in message, message
-    return message
-
-
-def no_leftovers(tmp_path, *expected):
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
-
-
-@contextlib.contextmanager
-def another_process(output):
-    """Hold the lock on `output` as another process does: through a file that this one's commands did not open."""
-    path = output.with_name(f".{output.name}.lock")
-    with path.open("w") as file:
-        file.write("process 4711 on elsewhere")
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink()
-
-
-EXTEND = ("--method", "yarn", "--factor", 8, "-o", "out")
+from command_line import EXTEND, fails, no_leftovers
 
 
 @pytest.mark.parametrize(

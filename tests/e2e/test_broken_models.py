@@ -9,8 +9,8 @@ import pytest
 import torch
 from adapters import make_adapter
 from broken_models import BROKEN, MARKER, add_chat_tokens, add_remote_code, edit_config, edit_weights, make_micro
+from command_line import fails
 from safetensors.torch import load_file, save_file
-from test_bad_input import fails
 
 from longext.checkpoint.weights import fingerprint_weights, sample_weights
 from longext.compressor.checkpoint import find_base

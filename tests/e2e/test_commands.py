@@ -7,21 +7,11 @@ import dataclasses
 import json
 
 import pytest
+from command_line import ok, result_of
 
 from longext.settings import shipped_recipes
 
 SMALL = ("--lengths", "96,192", "--max-tokens", "400", "--num-bootstrap", "20")
-
-
-def ok(result):
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def result_of(directory):
-    for name in ("result.json", "table.md", "run.json", "recipe.yaml"):
-        assert (directory / name).is_file(), name
-    return json.loads((directory / "result.json").read_text())
 
 
 def test_extend_prints_old_and_new_and_verify_agrees(run, tmp_path):

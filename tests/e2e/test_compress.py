@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from test_bad_input import another_process, fails, no_leftovers
+from command_line import another_process, fails, no_leftovers
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.checkpoint import load_compressor

@@ -7,11 +7,10 @@ import pickle
 
 import pytest
 import torch
+from command_line import fails, ok
 from families import CONFIGS, save_tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_bad_input import fails
-from test_commands import ok
 from transformers import AutoModelForCausalLM
 
 from longext.conversion.config import MergeConfig

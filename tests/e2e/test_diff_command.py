@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bad_input import fails
-from test_commands import ok
+from command_line import fails, ok
 
 PASSKEY = ("--lengths", 128, "--depths", "0,1", "--num-trials", 1)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bad_input import fails, no_leftovers
-from test_commands import ok, result_of
+from command_line import fails, no_leftovers, ok, result_of
 
 SMALL = ("--num-trials", 1, "--depths", "0,1")
 

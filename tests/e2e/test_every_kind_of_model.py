@@ -10,8 +10,8 @@ import json
 import math
 
 import pytest
-from test_commands import ok
-from test_harness import CHOICES, write_answers, write_choices
+from command_line import ok
+from harness_tasks import CHOICES, write_answers, write_choices
 from typer.testing import CliRunner
 
 TRAIN = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bad_input import fails, no_leftovers
-from test_commands import ok, result_of
+from command_line import fails, no_leftovers, ok, result_of
+from harness_tasks import STORY, harness, write_task
 
 BOOKS = "books-5m"
 PPL = ("--lengths", "64,128", "--stride", 32, "--max-tokens", 300, "--num-bootstrap", 5)
@@ -161,7 +161,6 @@ def test_longbench(run, tmp_path):
 
 
 def test_harness_bars_follow_the_direction_of_the_metric(run, tmp_path):
-    from test_harness import STORY, harness, write_task
 
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"}
     metrics = [{"metric": "bits_per_byte"}]

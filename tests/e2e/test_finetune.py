@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from test_bad_input import another_process, fails, no_leftovers
+from command_line import another_process, fails, no_leftovers
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from command_line import ok
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.backbone import Backbone
@@ -33,11 +34,6 @@ def compressor(tmp_path):
 def story(tmp_path):
     (tmp_path / "story.txt").write_text("The keeper climbed the stairs every night. " * 40)
     return "story.txt"
-
-
-def ok(result):
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_a_plain_model_continues_as_greedy_does(run, books):

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import yaml
+from harness_tasks import CHOICES, STORY, harness, write_answers, write_choices, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
@@ -19,53 +20,6 @@ from longext.compressor.spec import CompressorSpec
 from longext.evals.harness.model import Scorer, harness_model
 from longext.options import RuntimeConfig
 
-STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
-CHOICES = [
-    {
-        "question": "The old man walked down the long road to",
-        "choices": [" the sea", " a boat, and", " him"],
-        "label": 2,
-    },
-    {"question": "He met a girl who kept", "choices": [" the door", " it", " red red red"], "label": 0},
-    {"question": STORY * 40 + "He was", "choices": [" not", " sea of boats"], "label": 1},
-]
-
-
-def write_task(folder, name, rows, **keys):
-    """A task file and its rows."""
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "metadata": {"version": 3.0},
-        **keys,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-
-
-def write_choices(folder, name="choices", rows=CHOICES, **keys):
-    kind = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
-    kind["target_delimiter"] = ""
-    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
-    write_task(folder, name, rows, **{**kind, "metric_list": metrics, **keys})
-
-
-def write_answers(folder, rows, name="answers", **settings):
-    write_task(
-        folder,
-        name,
-        rows,
-        output_type="generate_until",
-        doc_to_target="{{answer}}",
-        generation_kwargs={"max_gen_toks": 8, "until": ["\n", ","], "do_sample": False, **settings},
-        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    )
-
 
 @pytest.fixture(scope="module")
 def plain():
@@ -73,12 +27,6 @@ def plain():
     directory = BUNDLED_MODELS["books-5m"]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(directory)
-
-
-def harness(run, *args, code=0):
-    result = run("eval", "harness", "books-5m", "--include-path", "tasks", "--device", "cpu", "-o", "out", *args)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def record_of(tmp_path):

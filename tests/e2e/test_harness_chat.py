@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from test_bad_input import fails
-from test_harness import CHOICES, STORY, write_answers, write_choices
+from command_line import fails
+from harness_tasks import CHOICES, STORY, write_answers, write_choices
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longext.checkpoint.bundled import BUNDLED_MODELS

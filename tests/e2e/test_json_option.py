@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from advice import commands
+from harness_tasks import write_choices
 
 from longext.cli.app import without_dash
 from longext.compressor.base import build_compressor
@@ -67,8 +68,6 @@ def prepared(run, tmp_path, request):
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}
         (tmp_path / "bench/hotpotqa.jsonl").write_text(json.dumps(row))
     elif name == "eval harness":
-        from test_harness import write_choices
-
         write_choices(tmp_path / "tasks")
     elif name == "eval reconstruction":
         base = find_base(BOOKS)

@@ -8,35 +8,8 @@ import sys
 import time
 
 import pytest
-
-STORY = "The old man walked down the long road to the sea. He met a girl who kept a red boat. "
-TASKS = {  # few rows of each kind of task
-    "hotpotqa": [("Who kept the boat?", ["a girl", "the girl"], None)] * 3,
-    "samsum": [("Dialogue: A: hi. B: bye.\nSummary: ", ["A greets B."], None)] * 2,
-    "trec": [("Question: Where is the sea ?\nType:", ["Location"], ["Location", "Person"])] * 2,
-    "lcc": [("", ["x = 1"], None)] * 2,
-    "passage_count": [("", ["2"], None)],
-}
-
-
-def write_data(folder, tasks=None, suffix=""):
-    folder.mkdir(exist_ok=True)
-    for name, rows in (tasks or TASKS).items():
-        lines = [
-            {
-                "input": question,
-                "context": STORY * (4 + 9 * index),
-                "answers": answers,
-                "length": 3000 * index,
-                "dataset": name,
-                "language": "en",
-                "all_classes": classes,
-                "_id": f"{name}-{index}",
-            }
-            for index, (question, answers, classes) in enumerate(rows)
-        ]
-        (folder / f"{name}{suffix}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+from command_line import fails
+from longbench_data import TASKS, write_data
 
 
 @pytest.fixture
@@ -162,14 +135,6 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-def fails(result, code, *texts):
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    (message,) = [line for line in result.stderr.splitlines() if line.strip()]
-    for text in texts:
-        assert text in message, message
 
 
 @pytest.mark.parametrize(

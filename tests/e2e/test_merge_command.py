@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from adapters import add_rope, edit_adapter, load_tensors, make_adapter
+from command_line import fails
 from families import CONFIGS, save_tiny_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -23,16 +24,6 @@ from longext.errors import ConfigError
 from longext.settings import build_config
 
 BOOKS = BUNDLED_MODELS["books-5m"]
-
-
-def fails(result, code, *texts):
-    """The command ended with `code` and one line that holds `texts`; no traceback."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert "Traceback" not in result.output
-    assert len(lines) == 1, lines
-    for text in texts:
-        assert text in lines[0], lines[0]
 
 
 def config_of(directory):

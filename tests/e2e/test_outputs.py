@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_bad_input import EXTEND, another_process, base, fails, no_leftovers  # noqa: F401
-from test_commands import ok
+from command_line import EXTEND, another_process, fails, no_leftovers, ok
 
 from longext import staging
 from longext.staging import OutputTaken, staged_directory

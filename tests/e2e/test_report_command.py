@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_bad_input import fails
-from test_commands import ok, result_of
+from command_line import fails, ok, result_of
 from typer.testing import CliRunner
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from command_line import fails, no_leftovers, ok, result_of
 from conftest import SHARED
-from test_bad_input import fails, no_leftovers
-from test_commands import ok, result_of
 
 
 @pytest.fixture

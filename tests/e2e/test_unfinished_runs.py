@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_bad_input import fails, no_leftovers
-from test_commands import ok
-from test_harness import STORY, write_answers, write_choices, write_task
-from test_longbench_command import TASKS, write_data
+from command_line import fails, no_leftovers, ok
+from harness_tasks import STORY, write_answers, write_choices, write_task
+from longbench_data import TASKS, write_data
 
 from longext.evals.harness import model as harness_model
 from longext.models import answers as predictions
