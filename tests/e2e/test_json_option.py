@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
-import typer.main
+from advice import commands
 from harness_tasks import write_choices
 
-from longext.cli import app
 from longext.cli.app import without_dash
 from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
@@ -46,9 +45,7 @@ ELSEWHERE = {"merge", "convert", "report", "verify"}  # need an adapter, results
 
 def with_json():
     """The names of all commands that have --json."""
-    group = typer.main.get_command(app)
-    commands = {**group.commands, **{f"eval {name}": own for name, own in group.commands["eval"].commands.items()}}
-    return {name for name, own in commands.items() if any("--json" in option.opts for option in own.params)}
+    return {name for name, own in commands().items() if any("--json" in option.opts for option in own.params)}
 
 
 def test_every_command_with_the_option_is_here():
