@@ -110,7 +110,11 @@ def test_a_recipe_without_a_first_line_of_ours_is_anyone_s(tmp_path, run):
 
 
 def test_finetune_says_in_its_help_that_data_must_be_given(run):
-    assert "Required: text file" in run("finetune", "--help").output
+    shown = " ".join(run("finetune", "--help").output.split())
+    assert (
+        "--data <str> Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story); required."
+        in shown
+    )
     assert run("finetune", "books-5m", "-o", "out").exit_code == ConfigError.exit_code
 
 
