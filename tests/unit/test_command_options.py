@@ -62,6 +62,12 @@ def test_all_missing_settings_are_named_at_once():
         build_config(Two, None, [], {})
 
 
+def test_a_command_names_all_that_it_needs_at_once(run):
+    assert "Missing: model, data, output. Give them" in run("finetune").stderr
+    assert "Missing: adapter, output. Give them" in run("merge").stderr
+    assert "Missing: model. Give it" in run("eval", "ppl").stderr
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A command in a file of its own, as one in cli/commands/ is."""
