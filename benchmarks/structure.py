@@ -114,8 +114,23 @@ def entered(command: list[str]) -> None:
         print(f"{len({file for file, _ in functions})} files, {len(functions)} functions", file=sys.stderr)
 
 
+def tree() -> str:
+    """Return the package as folders and modules, each with the first line of its docstring."""
+    lines = []
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        name = folder.relative_to(PACKAGE.parent).as_posix()
+        lines.append(f"{name}/")
+        for path in sorted(folder.glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if path.stem != "__init__":
+                lines.append(f"  {path.name:20} {text.partition(chr(10))[0]}"[:118].rstrip())
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if arguments == ["--tree"]:
+        sys.exit(print(tree(), end=""))
     if arguments[:1] == ["--entered"]:
         sys.exit(entered(arguments[1:]))
     columns = [measure(Path(argument)) for argument in arguments or [PACKAGE]]
