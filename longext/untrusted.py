@@ -497,10 +497,10 @@ def read_yaml(path: Path, kind: Kind = ConfigError) -> Any:
 _PATTERN_SECONDS = 2.0
 _MATCHER = """
 import json, re, sys
-asked = json.load(sys.stdin)
-for key, pattern in asked["patterns"]:
+request = json.load(sys.stdin)
+for key, pattern in request["patterns"]:
     print(key, flush=True)
-    for name in asked["names"]:
+    for name in request["names"]:
         re.match(pattern, name)
         re.fullmatch(pattern, name)
 """

@@ -47,7 +47,7 @@ BACKENDS: Registry[Backend] = Registry("backend")
 
 
 def choose_backend(name: str, query: torch.Tensor, softcap: float | None) -> str:
-    """Return the backend to use for `name`; "auto" takes flash-attn where it can run, else SDPA, eager for soft caps.
+    """Return the backend to use for `name`; "auto" takes flash-attn if it can run, else SDPA, eager for soft caps.
 
     Raises:
         ConfigError: unknown name, or a backend that cannot do soft-capped scores.
@@ -151,11 +151,11 @@ def _tile(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, siz
 def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
     """General layouts: gather each bucket of pieces, attend, scatter. Padding is at a piece's end: causal hides it."""
     flat = [_flat(x) for x in (q, k, v)]
-    found = []
+    outputs = []
     for bucket in job.layout.buckets(job.cut, job.group_size, q.device):
         queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
-        found.append((bucket, kernel(queries, keys, values, job, None)))
-    return _scattered(q, found)
+        outputs.append((bucket, kernel(queries, keys, values, job, None)))
+    return _scattered(q, outputs)
 
 
 def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
@@ -167,10 +167,10 @@ def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     window = job.window or q.shape[2]
     firsts, rest, before = job.layout.chunks(window, q.device)
     flat = [_flat(x) for x in (q, k, v)]
-    found = []
+    outputs = []
     for bucket in firsts:
         queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
-        found.append((bucket, kernel(queries, keys, values, job, None)))
+        outputs.append((bucket, kernel(queries, keys, values, job, None)))
     if rest is not None and before is not None:
         place = torch.arange(2 * window, device=q.device)
         distance = place[window:, None] - place
@@ -178,8 +178,8 @@ def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         queries, keys, values = flat[0][rest.index], flat[1][seen], flat[2][seen]
         band = (distance >= 0) & (distance < window)
         out = kernel(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), job, band)
-        found.append((rest, out))
-    return _scattered(q, found)
+        outputs.append((rest, out))
+    return _scattered(q, outputs)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -187,11 +187,11 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _scattered(q: torch.Tensor, found: list[tuple[Bucket, torch.Tensor]]) -> torch.Tensor:
-    """Put the outputs [P, H, L, D] of buckets of pieces back in place: [B, N, H, D], zeros where there was none."""
+def _scattered(q: torch.Tensor, outputs: list[tuple[Bucket, torch.Tensor]]) -> torch.Tensor:
+    """Put the outputs [P, H, L, D] of buckets of pieces back in place: [B, N, H, D], zeros for tokens of no piece."""
     rows, heads, length, width = q.shape
     indices, parts = [], []
-    for bucket, out in found:
+    for bucket, out in outputs:
         part = out.transpose(1, 2)
         real = bucket.real
         indices.append(bucket.index.reshape(-1) if real is None else bucket.index[real])

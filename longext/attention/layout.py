@@ -28,7 +28,7 @@ class Bucket:
 
     Attributes:
         index: int64 [P, L], flat token numbers (row * N + position); padding repeats the piece's last token.
-        real: bool [P, L], False on padding; None where there is none.
+        real: bool [P, L], False on padding; None if there is none.
     """
 
     index: torch.Tensor
@@ -41,7 +41,7 @@ class Layout:
 
     Attributes:
         num_rows, length: B and N.
-        segments: flat token numbers of each segment, in order; None where every row is one whole segment.
+        segments: flat token numbers of each segment, in order; None if every row is one whole segment.
     """
 
     num_rows: int
@@ -55,7 +55,7 @@ class Layout:
         """Return what a variable-length kernel wants, made once per batch.
 
         Returns:
-            (flat token numbers in the order of pieces, int64, or None where that is the tokens' own order; the pieces'
+            (flat token numbers in the order of pieces, int64, or None if that is the tokens' own order; the pieces'
             cumulative lengths with a leading 0, int32; the longest piece).
         """
         key = ("boundaries", cut, group_size)
@@ -67,16 +67,16 @@ class Layout:
             index = None if in_order else torch.from_numpy(order).to(device)
             longest = max((len(piece) for piece in pieces), default=0)
             self._cache[key] = (index, torch.from_numpy(ends).to(device), longest)
-        found: tuple[torch.Tensor | None, torch.Tensor, int] = self._cache[key]
-        return found
+        entry: tuple[torch.Tensor | None, torch.Tensor, int] = self._cache[key]
+        return entry
 
     def buckets(self, cut: Cut, group_size: int, device: torch.device) -> list[Bucket]:
         """Return all pieces as few index tensors of equal length; made once per batch."""
         key = ("buckets", cut, group_size)
         if key not in self._cache:
             self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(cut, group_size))]
-        found: list[Bucket] = self._cache[key]
-        return found
+        entry: list[Bucket] = self._cache[key]
+        return entry
 
     def chunks(self, window: int, device: torch.device) -> tuple[list[Bucket], Bucket | None, torch.Tensor | None]:
         """Return what sliding-window attention wants, made once per batch.
@@ -97,8 +97,8 @@ class Layout:
                 rest,
                 None if before is None else torch.from_numpy(before).to(device),
             )
-        found: tuple[list[Bucket], Bucket | None, torch.Tensor | None] = self._cache[key]
-        return found
+        entry: tuple[list[Bucket], Bucket | None, torch.Tensor | None] = self._cache[key]
+        return entry
 
     def pieces(self, cut: Cut, group_size: int) -> list[NDArray[np.int64]]:
         """Return all pieces in token order, each as its flat token numbers."""

@@ -51,7 +51,7 @@ def make_sequence_group(size: int) -> SequenceGroup | None:
 
 
 def check_heads(num_heads: int, size: int) -> None:
-    """Raise ConfigError where the query heads cannot be dealt out evenly."""
+    """Raise ConfigError if the query heads cannot be divided evenly among the ranks."""
     if num_heads % size:
         raise ConfigError(
             f"--sequence-parallel must divide the {num_heads} attention heads, got {size}: "

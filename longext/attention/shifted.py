@@ -23,7 +23,7 @@ from longext.errors import ConfigError
 
 PLAN = "attention_plan"  # the forward keyword that carries an AttentionPlan to every layer
 _PROBE = "longext_probe_attn"
-_DEFAULT_RATIO = 4  # groups per row where no plan is given: the paper's choice
+_DEFAULT_RATIO = 4  # groups per row if no plan is given: the paper's choice
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def register_attention() -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise ConfigError where a model's layers would not attend as told: every layer must get the plan.
+    """Raise ConfigError if a layer of the model would not get the plan, and so not attend as it says.
 
-    Found out by a forward over two tokens with a function that notes what reaches it.
+    A forward over two tokens, with an attention function that notes what reaches it, tells.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -190,7 +190,7 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def split_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, half: int) -> tuple[Heads, Heads]:
     """Split the query heads at `half`, each part with the key-value heads it uses.
 
-    Key-value heads stay grouped where the cut falls between groups or there is one of them; else they are repeated.
+    Key-value heads stay grouped if the cut falls between groups or there is one of them; else they are repeated.
     """
     num_heads, num_kv = query.shape[1], key.shape[1]
     repeats = num_heads // num_kv

@@ -207,7 +207,7 @@ def _find_shards(directory: Path) -> list[Shard]:
 
 
 def _check_floats(directory: Path, shards: list[Shard]) -> None:
-    """Refuse whole numbers where weights must be: rounded to them, a model answers with nonsense.
+    """Refuse whole numbers for weights: rounded to them, a model answers with nonsense.
 
     A quantised model says so in its config; what it holds is for transformers to read.
     """

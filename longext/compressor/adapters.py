@@ -114,18 +114,18 @@ class Adapters(nn.Module):
 def projections(attention: nn.Module, roles: str) -> dict[str, Any]:
     """Return the linear layers of an attention module that make the `roles` (letters of "qkvo"), by name.
 
-    Where query, key and value come from one fused layer, that layer stands for any of them.
+    If query, key and value come from one fused layer, that layer is returned for any of them.
 
     Raises:
         ConfigError: there is none.
     """
     children = dict(attention.named_children())
-    found = {name: children[name] for role in roles for name in _NAMES[role] if name in children}
-    if not found or (set(roles) & set("qkv") and not any(name in found for r in "qkv" for name in _NAMES[r])):
-        found |= {name: children[name] for name in projection_names("qkv") if name in children}
-    if not found:
+    layers = {name: children[name] for role in roles for name in _NAMES[role] if name in children}
+    if not layers or (set(roles) & set("qkv") and not any(name in layers for r in "qkv" for name in _NAMES[r])):
+        layers |= {name: children[name] for name in projection_names("qkv") if name in children}
+    if not layers:
         raise ConfigError(
             f"{type(attention).__name__} has no {'/'.join(roles)} projections that longext knows; it has "
             f"{', '.join(children)}. Llama, Mistral, Qwen, Gemma, Phi and GPT-NeoX models do."
         )
-    return found
+    return layers

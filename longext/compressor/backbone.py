@@ -369,6 +369,6 @@ def _layers(decoder: Any, count: int) -> list[Any]:
 def _attention(layer: Any) -> nn.Module:
     for child in layer.children():
         if "attention" in type(child).__name__.lower():
-            found: nn.Module = child
-            return found
+            attention: nn.Module = child
+            return attention
     raise ConfigError(f"{type(layer).__name__} has no attention module: longext cannot put memories into it.")

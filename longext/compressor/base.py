@@ -108,7 +108,7 @@ class Compressor(nn.Module):
         return vectors.to(self.backbone.dtype).expand(batch, -1, -1)
 
     def fixed(self, sink: torch.Tensor) -> Memory:
-        """Return keys and values of the sink tokens [B, s] as the frozen model makes them, or () where there are none.
+        """Return keys and values of the sink tokens [B, s] as the frozen model makes them, or () if there are none.
 
         Architectures of soft memory read the sink as rows instead.
         """
@@ -150,7 +150,7 @@ class Compressor(nn.Module):
         return self.adapters.use(self.reader)
 
     def prefix_rows(self, sink: torch.Tensor, memory: Memory, ratio: int) -> torch.Tensor:
-        """Return the input rows [B, n, D] that stand before the raw tokens where memory is soft.
+        """Return the input rows [B, n, D] in front of the raw tokens if memory is soft.
 
         Args:
             sink: int64 [B, s].
@@ -208,8 +208,8 @@ class JointCompressor(Compressor):
         """Read and write at once."""
         if not write:
             return super().step(segment, memory, first_slot, loss=loss, write=False)
-        hidden, made = self.run(segment, memory, first_slot)
-        return self.loss(hidden, segment) if loss else None, made
+        hidden, written = self.run(segment, memory, first_slot)
+        return self.loss(hidden, segment) if loss else None, written
 
     def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
         """Write without scoring."""

@@ -36,7 +36,7 @@ class BaseModel:
     Attributes:
         name: as the user named it; a directory is made absolute.
         revision: of a Hub id.
-        directory: where it lies here.
+        directory: its files on this machine.
         weights: what tells its weights and RoPE from others: the fingerprint of both, joined by a hyphen.
     """
 
@@ -54,7 +54,7 @@ class BaseModel:
 
 
 def find_base(name: str, revision: str | None = None) -> BaseModel:
-    """Return the base model called `name` (CheckpointError where there is none)."""
+    """Return the base model called `name` (CheckpointError if there is none)."""
     directory = resolve_model(name, revision)
     path = Path(name).expanduser()
     rope = model_rope(read_config(directory), directory)
@@ -86,9 +86,9 @@ def is_compressor(directory: str | Path) -> bool:
 
 
 def check_base_options(config: RuntimeConfig) -> None:
-    """Raise ConfigError for options of a plain model where `config.model` is a compressor's directory."""
-    given = {"`revision`": config.revision, "`trust_remote_code`": config.trust_remote_code or None}
-    wrong = ", ".join(name for name, value in given.items() if value is not None)
+    """Raise ConfigError for options of a plain model if `config.model` is a compressor's directory."""
+    options = {"`revision`": config.revision, "`trust_remote_code`": config.trust_remote_code or None}
+    wrong = ", ".join(name for name, value in options.items() if value is not None)
     if wrong:
         raise ConfigError(
             f"{config.model} is a trained compressor, which takes no {wrong}: it names its own model, or `base` does."
@@ -129,10 +129,10 @@ def load_backbone(
     """
     if device == MAPPED:
         raise ConfigError("Memories need the model on one device: use --device auto, cpu, cuda, cuda:N or mps.")
-    where = resolve_device(device)
+    place = resolve_device(device)
     tokenizer = load_tokenizer(base.directory)
     model = load_causal_lm(
-        base.directory, dtype=resolve_dtype(dtype, where), device=where, attention=attention or _attention(base)
+        base.directory, dtype=resolve_dtype(dtype, place), device=place, attention=attention or _attention(base)
     )
     check_tokens(tokenizer, model, base.directory)
     return Backbone(model, loss_chunk), tokenizer
@@ -174,23 +174,23 @@ def load_compressor(
     """Load a trained compressor and the model it belongs to.
 
     Args:
-        base: where that model lies now, if it is not where training found it.
+        base: that model's directory now, if it has moved since training.
 
     Raises:
         CheckpointError: no compressor there, its model is missing, or is another than it was trained on.
     """
     folder = Path(directory).expanduser()
     description = read_description(folder)
-    found = find_base(base or description["base_model"], None if base else description["base_revision"])
-    if not found.is_that_of(description["base_weights"]):
+    model = find_base(base or description["base_model"], None if base else description["base_revision"])
+    if not model.is_that_of(description["base_weights"]):
         raise CheckpointError(
-            f"{folder} was trained on other weights, or another RoPE, than {found.directory} has (a compressor fits "
+            f"{folder} was trained on other weights, or another RoPE, than {model.directory} has (a compressor fits "
             f"only the model it was trained on: {description['base_model']}). Give that model."
         )
-    backbone, tokenizer = load_backbone(found, device=device, dtype=dtype, attention=attention)
+    backbone, tokenizer = load_backbone(model, device=device, dtype=dtype, attention=attention)
     compressor = build_compressor(backbone, CompressorSpec.from_json(description["spec"]))
     load_state(compressor, folder)
-    return LoadedCompressor(compressor.eval(), tokenizer, found, folder)
+    return LoadedCompressor(compressor.eval(), tokenizer, model, folder)
 
 
 def load_state(compressor: Compressor, directory: Path) -> None:

@@ -61,7 +61,7 @@ class GenerateConfig(RuntimeConfig, ChatConfig):
     context: str | None = option(None, "Text file to read first, or sample; a compressor says what its memory forgot.")
     memory: str | None = option(None, "Go on from a memory that --save-memory wrote.", panel="Method")
     save_memory: str | None = option(None, "Keep what the context became, as a .safetensors file.")
-    base: str | None = option(None, "The compressor's model, where that has moved.")
+    base: str | None = option(None, "The compressor's model, if that has moved.")
     max_new_tokens: int = option(64, "Tokens to write.", ge=0)
     temperature: float = option(0.0, "0 takes the best token each time, whatever the checkpoint sets.")
     top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")

@@ -74,8 +74,8 @@ class Sweep:
         if not scored and not write:
             return self.zero, None
         memory = memory if t else ()  # segment 0 holds the sink itself
-        loss, made = self.compressor.step(self.segments[t], memory, self.place(t), loss=scored, write=write)
-        return self.zero if loss is None else loss, made
+        loss, written = self.compressor.step(self.segments[t], memory, self.place(t), loss=scored, write=write)
+        return self.zero if loss is None else loss, written
 
     def place(self, t: int) -> int:
         """Return the position of the first slot of memory t: nothing leaves, so it is the same for all readers."""
@@ -128,16 +128,16 @@ def backprop(sweep: Sweep, policy: Policy, rng: np.random.Generator, group: Any 
 
 def _one_graph(sweep: Sweep, group: Any) -> torch.Tensor:
     """Autograd through everything; each rank of `group` takes its part of the whole gradient."""
-    made: list[Memory] = []
+    memories: list[Memory] = []
     fixed = sweep.new_store().fixed
     losses = []
     for t in range(len(sweep.segments)):
         first, last = sweep.schedule.span(t)
-        memory = join([fixed if first == 0 else (), *made[first:last]])
+        memory = join([fixed if first == 0 else (), *memories[first:last]])
         loss, written = sweep.read(t, memory, write=t < len(sweep.slots))
         losses.append(loss)
         if written is not None:
-            made.append(written)
+            memories.append(written)
     total = torch.stack(losses).sum()
     if total.requires_grad:
         size = 1 if group is None else dist.get_world_size(group)
@@ -200,9 +200,9 @@ def _in_reverse(sweep: Sweep, weights: Weights) -> torch.Tensor:
         roots, cotangents = [loss * sweep.scale], [torch.ones_like(loss)]
         if memory is not None:
             roots, cotangents = [*roots, *memory], [*cotangents, *grads.of(t, memory)]
-        graphs = [(root, given) for root, given in zip(roots, cotangents, strict=True) if root.requires_grad]
+        graphs = [(root, cotangent) for root, cotangent in zip(roots, cotangents, strict=True) if root.requires_grad]
         if graphs:
-            torch.autograd.backward([root for root, _ in graphs], [given for _, given in graphs])
+            torch.autograd.backward([root for root, _ in graphs], [cotangent for _, cotangent in graphs])
         grads.add(*span, leaves, weights[t])
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -253,8 +253,8 @@ def _gather_memories(store: MemoryStore, sweep: Sweep, group: Any) -> None:
         return
     if not store.tensors:  # fewer segments than ranks: an empty hand still needs buffers of the right shape
         with torch.no_grad():
-            made = sweep.compressor.write_batch([sweep.segments[0]], [store.bounds[0]])[0]
-        store.put(0, tuple(torch.zeros_like(tensor) for tensor in made))
+            shapes = sweep.compressor.write_batch([sweep.segments[0]], [store.bounds[0]])[0]
+        store.put(0, tuple(torch.zeros_like(tensor) for tensor in shapes))
     for buffer in store.tensors:
         packed = _pack(buffer, store.bounds, group)
         mine = packed[dist.get_rank(group)].contiguous()

@@ -36,15 +36,15 @@ class IndependentCompressor(Compressor):
 
     def write_batch(self, segments: Sequence[Segment], first_slots: Sequence[int]) -> list[Memory]:
         """Encode segments of one ratio in one pass."""
-        made: dict[int, Memory] = {}
+        memories: dict[int, Memory] = {}
         for ratio in sorted({segment.ratio for segment in segments}):
             chosen = [i for i, segment in enumerate(segments) if segment.ratio == ratio]
             sizes = [len(segments[i].tokens) for i in chosen]
             starts = torch.tensor([first_slots[i] for i in chosen]).repeat_interleave(torch.tensor(sizes))
             memory = self.encode(torch.cat([segments[i].tokens for i in chosen]), ratio, starts)
             parts = [tensor.split(sizes) for tensor in memory]
-            made |= {i: tuple(part[j] for part in parts) for j, i in enumerate(chosen)}
-        return [made[i] for i in range(len(segments))]
+            memories |= {i: tuple(part[j] for part in parts) for j, i in enumerate(chosen)}
+        return [memories[i] for i in range(len(segments))]
 
     def encode(self, tokens: torch.Tensor, ratio: int, first_slots: torch.Tensor) -> Memory:
         """Return the memories of R segments: tokens int64 [R, l], their first slots int64 [R]."""

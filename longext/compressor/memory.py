@@ -38,7 +38,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
 
 class CapturedStates:
-    """Stands where a cache stands in one attention call, and keeps the keys and values it was given."""
+    """Takes the cache's place in one attention call, and stores the keys and values of that call."""
 
     def __init__(self) -> None:
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -51,8 +51,8 @@ class CapturedStates:
 
 def join(memories: Sequence[Memory]) -> Memory:
     """Return memories side by side along their slots; one without tensors is nothing."""
-    kept = [memory for memory in memories if memory]
-    return tuple(torch.cat(tensors, -2) for tensors in zip(*kept, strict=True)) if kept else ()
+    parts = [memory for memory in memories if memory]
+    return tuple(torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)) if parts else ()
 
 
 def num_slots(memory: Memory) -> int:
@@ -70,7 +70,7 @@ class MemoryStore:
     """The memories of one batch of documents, in one preallocated buffer per tensor.
 
     Args:
-        fixed: what stands before all memories (the keys and values of sink tokens), or ().
+        fixed: what comes before all memories (the keys and values of sink tokens), or ().
         slots: slots of each segment's memory, in order.
 
     Attributes:
@@ -97,7 +97,7 @@ class MemoryStore:
             buffer[..., : tensor.shape[-2], :] = tensor
 
     def view(self, first: int, last: int) -> Memory:
-        """Return the memories of segments first .. last - 1, with the fixed slots where `first` is 0."""
+        """Return the memories of segments first .. last - 1, with the fixed slots if `first` is 0."""
         if not self.tensors:
             return self.fixed
         start = 0 if first == 0 else self.bounds[first]
@@ -119,7 +119,7 @@ class MemoryGradients:
         self.sums: Memory = ()
 
     def buffers(self) -> Memory:
-        """Return the sums, zero where nothing has been added."""
+        """Return the sums, zero if nothing has been added."""
         if not self.sums:
             self.sums = tuple(
                 torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)

@@ -101,15 +101,15 @@ def compare_gradients(
         cosine, relative_error |g - g*| / |g*| and norm_ratio |g| / |g*|.
     """
     other = parse_policy("full" if objectives.policy.name == "exact" else "exact")
-    kept = [parameter.grad for parameter in compressor.parameters()]
-    found = _gradient(compressor, objectives, batch, group)
+    before = [parameter.grad for parameter in compressor.parameters()]
+    estimate = _gradient(compressor, objectives, batch, group)
     exact = _gradient(compressor, Objectives(objectives.weights, other, objectives.seed), batch, group)
-    for parameter, gradient in zip(compressor.parameters(), kept, strict=True):
+    for parameter, gradient in zip(compressor.parameters(), before, strict=True):
         parameter.grad = gradient
-    norm, exact_norm = found.norm(), exact.norm()
+    norm, exact_norm = estimate.norm(), exact.norm()
     return {
-        "cosine": float(found @ exact / (norm * exact_norm)),
-        "relative_error": float((found - exact).norm() / exact_norm),
+        "cosine": float(estimate @ exact / (norm * exact_norm)),
+        "relative_error": float((estimate - exact).norm() / exact_norm),
         "norm_ratio": float(norm / exact_norm),
     }
 

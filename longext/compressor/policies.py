@@ -133,9 +133,9 @@ def _subset(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weig
     if size >= total:
         return weights
     chosen = rng.choice(total, size, replace=False)
-    kept = _blank(visible)
-    kept[:, chosen] = weights[:, chosen] * (total / size)
-    return kept
+    chosen_weights = _blank(visible)
+    chosen_weights[:, chosen] = weights[:, chosen] * (total / size)
+    return chosen_weights
 
 
 def _stop(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weights:

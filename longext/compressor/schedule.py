@@ -115,12 +115,12 @@ class Schedule:
     def writer_span(self, segment: int) -> tuple[int, int]:
         """Return the memories that a recurrent architecture reads while it writes that of `segment`.
 
-        Where memories leave in blocks they do so before the new one is written, so that its keys stay where they are.
+        If memories leave in blocks they do so before the new one is written, so that its keys stay where they are.
         """
         return self.first(segment + 1 if self.block > 1 else segment), self.visible(segment)
 
     def places(self, first: int, last: int) -> list[int]:
-        """Return where memories first .. last have their first slot, for a segment that reads from `first` on."""
+        """Return the position of the first slot of memories first .. last, for a segment that reads from `first` on."""
         return list(itertools.accumulate((self.slots(s) for s in range(first, last)), initial=self.fixed))
 
     def num_slots(self, reader: int) -> int:

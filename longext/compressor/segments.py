@@ -13,7 +13,7 @@ import torch
 from longext.compressor.spec import CompressorSpec
 from longext.training.losses import IGNORED, shift
 
-REPEAT = -1  # the token id that stands for the trained "repeat the text" vector (auto-encoding)
+REPEAT = -1  # the token id of the trained "repeat the text" vector (auto-encoding)
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Segment:
 
     Attributes:
         tokens: int64 [B, l].
-        labels: int64 [B, l], aligned (label p belongs to the output at p), -100 where nothing is scored.
+        labels: int64 [B, l], aligned (label p belongs to the output at p), -100 if nothing is scored.
         before: int64 [B, o], the raw tokens that stay readable before it.
         sink: int64 [B, s], the first tokens of the documents; empty for segment 0, which holds them itself.
         ratio: of the memory it writes.
@@ -47,7 +47,7 @@ def split_segments(
     The label of a segment's last token is the first token of the next: no token is left unscored at a boundary.
 
     Args:
-        tokens, labels: int64 [B, N], not shifted; -100 where nothing is scored.
+        tokens, labels: int64 [B, N], not shifted; -100 if nothing is scored.
         ratios: of each segment's memory.
     """
     aligned = shift(labels)

@@ -21,7 +21,7 @@ class CompressorSpec:
         segment: l, tokens of a segment.
         ratios: the compression ratios it was trained on; the first is the default.
         sink: raw tokens of the document's start that stay readable (keys and values; 0 for none).
-        overlap: raw tokens before a segment that stay readable beside the memories.
+        overlap: raw tokens before a segment that stay readable in addition to the memories.
         memory: "kv" or "soft".
         rank, alpha: of its adapters.
     """
@@ -102,7 +102,7 @@ def _check_different(ratios: Sequence[int]) -> None:
 def check_ratio(spec: CompressorSpec, ratio: int, window: int, *, larger: bool = False) -> None:
     """Raise ConfigError unless a compressor of `spec` can work at `ratio` in `window` positions.
 
-    Any divisor of the segment does where ratios nest, else those of training.
+    Any divisor of the segment does if ratios nest, else those of training.
 
     Args:
         larger: so do divisors above those of training, which need no slots that are not there.
@@ -118,7 +118,7 @@ def check_ratio(spec: CompressorSpec, ratio: int, window: int, *, larger: bool =
         raise ConfigError(f"--ratio {ratio}: this {spec.arch} compressor was trained at {known}; choose of these.")
     if not spec.schedule(window, ratio).capacity:
         raise ConfigError(
-            f"--ratio {ratio} leaves no room for a memory of {spec.segment // ratio} slots beside sink {spec.sink}, "
+            f"--ratio {ratio} leaves no room for a memory of {spec.segment // ratio} slots next to sink {spec.sink}, "
             f"overlap {spec.overlap} and segment {spec.segment} in the model's {window:,} positions: raise the ratio, "
             "or extend the model first (longext extend)."
         )

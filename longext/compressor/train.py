@@ -261,7 +261,7 @@ def _start_from(compressor: Compressor, directory: Path, base: BaseModel) -> Non
     description = read_description(directory)
     if not base.is_that_of(description["base_weights"]):
         raise ConfigError(f"--init {directory} belongs to {description['base_model']}, another model than this run's.")
-    found = CompressorSpec.from_json(description["spec"])
-    if not same_shape(found, compressor.spec):
-        raise ConfigError(f"--init {directory} is of another shape: {found}; this run asks for {compressor.spec}.")
+    earlier = CompressorSpec.from_json(description["spec"])
+    if not same_shape(earlier, compressor.spec):
+        raise ConfigError(f"--init {directory} is of another shape: {earlier}; this run asks for {compressor.spec}.")
     load_state(compressor, directory)

@@ -250,14 +250,14 @@ def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
             if key not in takes and getattr(config, key, None) is not None:
                 names = f"it takes {', '.join(takes)}" if takes else "it takes none"
                 raise ConfigError(f"`{config.method}` has no parameter `{key}`: {names}.")
-    given = {name: getattr(config, key) for key, name in takes.items() if key != "factors"}
-    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: getattr(config, key) for key, name in takes.items() if key != "factors"}
+    values = {name: value for name, value in values.items() if value is not None}
     if config.factors is not None:
-        given.update(read_factors(Path(config.factors)))
-    factor = resolve_factor(config, start.original_max_position_embeddings, given.pop("factor", None))
+        values.update(read_factors(Path(config.factors)))
+    factor = resolve_factor(config, start.original_max_position_embeddings, values.pop("factor", None))
     if config.method == "none" and factor != 1:
         raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
-    spec = replace(start, **{**given, "method": config.method, "factor": factor})
+    spec = replace(start, **{**values, "method": config.method, "factor": factor})
     if config.truncate is not None and ramp_of(spec) == "paper":
         raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
     return spec

@@ -132,7 +132,7 @@ def build_token_cache(
 ) -> TokenCache:
     """Write `texts` as a cache that appears under its name only when it is complete, and open it.
 
-    Where another process finishes the same directory first, its cache is opened and this one is thrown away.
+    If another process finishes the same directory first, its cache is opened and this one is thrown away.
 
     Args:
         texts: read once, one at a time; either all of them have `trained` or none.

@@ -1,7 +1,7 @@
 """Supervised examples: rows of a source become token ids with a mask of the answers.
 
 An example is rendered to one text with the character spans of its answers and tokenised once; offsets carry the spans
-to tokens, so no token is lost or doubled where a prompt and an answer meet.
+to tokens, so no token is lost or doubled at the border of a prompt and an answer.
 """
 
 from __future__ import annotations

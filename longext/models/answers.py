@@ -197,15 +197,15 @@ class _Reading:
         ends = (i for i, t in enumerate(new) if (t in self.ends | set(request.stop_ids) and i >= least))
         # a model read by segments knows no minimum: there an ending token may be the last at any place
         end = next(ends, last if new and new[last] in self.ends else None)
-        kept = list(new if end is None else new[:end])
+        tokens = list(new if end is None else new[:end])
         num_new = len(new) if end is None else end + 1
-        thought, is_open, text = self.visible(request, kept)
+        thought, is_open, text = self.visible(request, tokens)
         first = _first_stop(text, request.stop)
         if first is not None:
             text = text[:first]
-            counts = range(thought, len(kept) + 1)
+            counts = range(thought, len(tokens) + 1)
             num_new = next(
-                n for n in counts if _first_stop(self.visible(request, kept[:n])[2], request.stop) is not None
+                n for n in counts if _first_stop(self.visible(request, tokens[:n])[2], request.stop) is not None
             )
         return Prediction(
             request.id,
@@ -255,8 +255,10 @@ def _stopping(reading: _Reading, batch: Sequence[Request], longest: int) -> Any:
     class _StopStrings(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             rows = zip(batch, input_ids[:, longest:].tolist(), strict=True)
-            found = [_first_stop(reading.visible(request, row)[2], request.stop) is not None for request, row in rows]
-            return torch.tensor(found, device=input_ids.device)
+            is_stopped = [
+                _first_stop(reading.visible(request, row)[2], request.stop) is not None for request, row in rows
+            ]
+            return torch.tensor(is_stopped, device=input_ids.device)
 
     return StoppingCriteriaList([_StopStrings()])
 

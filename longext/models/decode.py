@@ -83,16 +83,16 @@ def continue_rows(
         choose: logits [B, V] -> int64 [B].
         num_rows: B.
     """
-    made: list[torch.Tensor] = []
+    steps: list[torch.Tensor] = []
     ended: torch.Tensor | None = None
     stop = torch.tensor(sorted(ends), dtype=torch.int64)
-    while len(made) < count and not (ended is not None and bool(ended.all())):
+    while len(steps) < count and not (ended is not None and bool(ended.all())):
         tokens = choose(next_logits())
-        made.append(tokens)
+        steps.append(tokens)
         take(tokens[:, None])
         ends_now = torch.isin(tokens, stop.to(tokens.device))
         ended = ends_now if ended is None else ended | ends_now
-    rows = torch.stack(made, 1).tolist() if made else [[] for _ in range(num_rows)]
+    rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in range(num_rows)]
     return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
@@ -134,8 +134,8 @@ def generate(
             **{"do_sample": False, **settings},
         )
     watch.check()
-    made: list[list[int]] = output[:, longest:].tolist()
-    return made
+    rows: list[list[int]] = output[:, longest:].tolist()
+    return rows
 
 
 class _NanWatch:

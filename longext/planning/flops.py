@@ -82,7 +82,7 @@ def attention_pairs(length: int, group: int | None = None, *, causal: bool, wrap
         length: N, tokens.
         group: G of S2-Attn: half of the heads attend in groups of G, half in groups shifted by G / 2; None for full.
         causal: count only keys at or before the query.
-        wraps: the shifted groups wrap around the end as published; else the two ends of G / 2 stand alone.
+        wraps: the shifted groups wrap around the end as published; else each end of G / 2 is a group of its own.
     """
 
     def inside(pieces: list[int]) -> float:

@@ -88,14 +88,14 @@ def plan_memory(shape: ModelShape, setup: TrainingSetup) -> MemoryPlan:
     share = 1 / setup.num_gpus
     divided, divides_weights = (share if setup.sharding in kinds else 1.0 for kinds in (("zero2", "fsdp"), ("fsdp",)))
     gradients = trained * FULL * (2 if setup.sharding == "ddp" else 1)
-    kept, host = _kept(shape, setup)
+    saved, host = _kept(shape, setup)
     return MemoryPlan(
         weights=weight_bytes(shape, setup) * divides_weights,
         gradients=gradients * divided,
         optimizer=trained * 2 * FULL * divided,
         gathered=_gathered(shape, setup) if setup.sharding == "fsdp" else 0.0,
-        saved=kept,
-        phases={name: kept + value for name, value in _phases(shape, setup).items()},
+        saved=saved,
+        phases={name: saved + value for name, value in _phases(shape, setup).items()},
         host=host,
     )
 
@@ -173,8 +173,8 @@ def _norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
 
 
 def _mlp_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    kept = (3 if shape.layout.gated else 1) + (1 if setup.is_full else 0)
-    return kept * shape.intermediate_size * setup.compute_bytes
+    saved = (3 if shape.layout.gated else 1) + (1 if setup.is_full else 0)
+    return saved * shape.intermediate_size * setup.compute_bytes
 
 
 def _is_mixed(setup: TrainingSetup) -> bool:

@@ -29,7 +29,7 @@ class DimensionRow:
 
     @property
     def completes_a_turn(self) -> bool:
-        """True where the trained window holds at least one full turn: every phase was seen in training."""
+        """True if the trained window holds at least one full turn: every phase was seen in training."""
         return self.turns >= 1.0
 
     @property

@@ -22,7 +22,7 @@ def read_parameters(parameters: RopeParameters, rotary_dim: int, max_position_em
     Args:
         parameters: a flat dict with `rope_type` and `rope_theta` (transformers 5 layout).
         rotary_dim: head_dim x partial_rotary_factor.
-        max_position_embeddings: the config's own value; the pre-training length where the type does not record it.
+        max_position_embeddings: the config's own value; the pre-training length if the type does not record it.
 
     Raises:
         CheckpointError: a rope type that longext cannot extend.

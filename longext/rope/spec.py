@@ -67,7 +67,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a method can be given beside the factor.
+    """An option of a method besides the factor.
 
     Attributes:
         name: the field of `RopeSpec`, which has the default.
@@ -90,7 +90,7 @@ class Parameter:
         return self.flag or self.name
 
     def check(self, value: Any) -> None:
-        """Raise ConfigError for a value out of bounds; None stands for the default."""
+        """Raise ConfigError for a value out of bounds; None means the default."""
         if self.choices and value not in (None, *self.choices):
             raise ConfigError(f"`{self.name}` must be {' or '.join(map(repr, self.choices))}, got '{value}'.")
         if isinstance(value, (int, float)) and not (value > self.above and value >= self.least):
@@ -111,7 +111,7 @@ class RopeMethod:
         export: spec -> rope_parameters of a standard rope type.
         attention_factor: spec -> what multiplies cos and sin.
         softmax_scale: spec -> what multiplies the softmax scale of multi-head latent attention.
-        parameters: what may be given beside the factor.
+        parameters: options besides the factor.
         check: raises ConfigError for parameters that do not go together.
         read: rope type -> the reader of it: (rope_parameters, max_position_embeddings) -> fields of a `RopeSpec`.
         examples: `RopeSpec` fields that tests hold to transformers, the plainest first; a function gets rotary_dim.

@@ -71,8 +71,8 @@ def finished_run(config: TrainingConfig, output: Path) -> Path | None:
     """Return the last checkpoint of the finished training at `output` that `config` may prolong, or None."""
     if not config.resume or read_manifest(output).get("state") != "finished":
         return None
-    found = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
-    return found[-1] if found else None
+    checkpoints = complete_checkpoints(resolve_output(output) / CHECKPOINTS)
+    return checkpoints[-1] if checkpoints else None
 
 
 def holds_progress(work: Path) -> bool:

@@ -281,10 +281,10 @@ class FinetuneRun(Run):
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors in `dtype`; those that share memory (tied embeddings) go on sharing it."""
-    made: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    converted: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for x in state.values():
-        made.setdefault((x.data_ptr(), x.shape), x.to(dtype) if x.is_floating_point() else x)
-    return {name: made[x.data_ptr(), x.shape] for name, x in state.items()}
+        converted.setdefault((x.data_ptr(), x.shape), x.to(dtype) if x.is_floating_point() else x)
+    return {name: converted[x.data_ptr(), x.shape] for name, x in state.items()}
 
 
 def _check_adapter(directory: Path) -> None:

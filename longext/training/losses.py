@@ -150,8 +150,8 @@ def _before(call: _Call) -> Callable[..., Any]:
         if not module.training or ("labels" not in kwargs and "shift_labels" not in kwargs):
             return None
         labels = kwargs.pop("labels", None)
-        given = kwargs.pop("shift_labels", None)
-        call.shift_labels = shift(labels) if given is None else given
+        shifted = kwargs.pop("shift_labels", None)
+        call.shift_labels = shift(labels) if shifted is None else shifted
         call.num_items = kwargs.pop("num_items_in_batch", None)
         nothing = torch.empty(0, dtype=torch.int64, device=call.shift_labels.device)
         return args, {**kwargs, "logits_to_keep": nothing}

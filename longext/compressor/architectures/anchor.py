@@ -1,6 +1,6 @@
 """as uio, with probes that start as copies of every ratio-th token.
 
-UIO whose probes start as copies of the tokens they stand on (longext's own variant).
+UIO whose probes start as copies of the tokens at their positions (longext's own variant).
 
 The released probe is one trained vector, so before training a slot holds keys that the frozen reader has never seen.
 Here probe i is the last token of its stretch, seen as that token sees the text: before training the memory is the raw
@@ -36,7 +36,7 @@ class Anchor(IndependentCompressor):
         text = self.embed(tokens)
         probes = text[:, places] + self.rows(self.vector, batch)
         mask = prefix_mask(length, ratio, tokens.device)
-        mask[length + torch.arange(len(places), device=tokens.device), places] = False  # it stands in for that token
+        mask[length + torch.arange(len(places), device=tokens.device), places] = False  # the probe replaces that token
         positions = torch.cat([torch.arange(length, device=tokens.device), places])
         return torch.cat([text, probes], 1), positions, mask
 

@@ -22,7 +22,7 @@ class Beacon(JointCompressor):
 
     Beacons see all memories before, the raw tokens before them and one another. Raw tokens run as the frozen model and
     do not see the beacons of their own segment, so a segment's loss is the same whether it is being compressed or not.
-    The paper trains full copies of the projections; here a LoRA stands for them.
+    The paper trains full copies of the projections; here a LoRA replaces them.
     """
 
     reference = "Activation Beacon, arXiv 2401.03462 v3"
@@ -51,8 +51,8 @@ class Beacon(JointCompressor):
             hidden, captured = self.backbone.run_and_capture(embeds, rows, positions, memory, mask)
         with self.adapters.use("beacon"):
             slots = torch.arange(first_slot, first_slot + count, device=device)[None]
-            made = self.backbone.project(captured, slots)
-        return hidden[:, before : before + length], made
+            memory_states = self.backbone.project(captured, slots)
+        return hidden[:, before : before + length], memory_states
 
 
 def beacon_mask(length: int, ratio: int, before: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -17,7 +17,7 @@ from longext.compressor.spec import CompressorSpec
 class Gist(IndependentCompressor):
     """One new token, repeated, causal; one adapter both writes and reads. Each segment's gists see that segment alone.
 
-    The paper trains all weights; here a LoRA on q, k, v and o stands for them.
+    The paper trains all weights; here a LoRA on q, k, v and o replaces them.
     """
 
     reference = "Gist tokens, arXiv 2304.08467"

@@ -170,5 +170,5 @@ def greedy(decoder: CachedDecoder, tokens: torch.Tensor, count: int, stop: Colle
         nonlocal unread
         unread = new
 
-    made = continue_rows(lambda: decoder.next_logits(unread), take, count, stop, num_rows=len(tokens))
-    return [row[:-1] if row and row[-1] in stop else row for row in made]
+    tokens_out = continue_rows(lambda: decoder.next_logits(unread), take, count, stop, num_rows=len(tokens))
+    return [row[:-1] if row and row[-1] in stop else row for row in tokens_out]

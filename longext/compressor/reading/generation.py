@@ -58,8 +58,8 @@ class Generated:
 class TextStream:
     """Turns tokens into pieces of text as soon as they are whole characters.
 
-    A token is decoded beside its predecessors, since spaces and characters may depend on them. Nothing is told of an
-    ending token, and nothing of a thought: see `split_thought`.
+    A token is decoded together with its predecessors, since spaces and characters may depend on them. Ending tokens
+    and thoughts (see `split_thought`) make no text.
 
     Args:
         model: whose tokens they are.
@@ -125,7 +125,7 @@ class TextStream:
 
     @property
     def tokens_per_second(self) -> float:
-        """The rate after the first token; 0 where there is none."""
+        """The rate after the first token; 0 if there is none."""
         seconds = self.times[-1] - self.times[0] if self.times else 0.0
         return (len(self.times) - 1) / seconds if seconds else 0.0
 
@@ -309,8 +309,8 @@ class MemoryWriter(Writer):
             frame = chat_frame(model)
             before, after, begins = frame.before, frame.after, frame.begins
         read = f"{'' if config.memory else before}{user_text(model, context)}"
-        asked = f"{user_text(model, config.prompt or '')}{after}"
-        return model.encode(read, add_bos=not (config.memory or begins)), model.encode(asked, add_bos=False)
+        question = f"{user_text(model, config.prompt or '')}{after}"
+        return model.encode(read, add_bos=not (config.memory or begins)), model.encode(question, add_bos=False)
 
     def read(self, advance: Callable[[int], object]) -> None:
         """Compress the context, save its memory if asked to, and read the prompt."""

@@ -57,8 +57,8 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
         raise CheckpointError(f"{path} has no description of longext. {_ADVICE}")
     where = f"{path}: {_KEY}"
     description = parse_json(header.metadata[_KEY], where, CheckpointError, want=dict, advice=_ADVICE)
-    found = fields(description, where, _FIELDS, CheckpointError, _ADVICE)
-    if found["schema"] != SCHEMA or found["num_segments"] < 0 or found["num_tokens"] < 0:
+    values = fields(description, where, _FIELDS, CheckpointError, _ADVICE)
+    if values["schema"] != SCHEMA or values["num_segments"] < 0 or values["num_tokens"] < 0:
         raise CheckpointError(f"{where} does not say {SCHEMA}, or counts below 0. {_ADVICE}")
     count = sum(name.startswith("memory.") for name in header.tensors)
     expected = [*(f"memory.{i}" for i in range(count)), *TOKENS]

@@ -168,7 +168,7 @@ class MemoryKind:
         if size + segment > window:
             spelled = f"{name}:{'+'.join(sizes)}" if sizes else name
             raise ConfigError(
-                f"--memory {spelled} keeps {size} tokens beside a segment of {segment}, and the model has {window} "
+                f"--memory {spelled} keeps {size} tokens next to a segment of {segment}, and the model has {window} "
                 f"positions: keep at most {max(0, window - segment)}, or shorten --segment."
             )
         if self.moves:
@@ -215,7 +215,7 @@ def load_reader(
     """Load what `--memory SPEC` names.
 
     Args:
-        config: its `model` is the base model; for a compressor where that lies now, or "" for where training found it.
+        config: its `model` is the base model; for a compressor its directory now, or "" for that of training.
         spec: none, window[:N], streaming:S+N, transformer-xl:N, or OUT[@ratio[+overlap]] with OUT a trained compressor.
         segment: l (default 128; for a compressor its own, and no other).
         method, factor: a RoPE extension applied in memory first, as `load_language_model` does (no compressors).
@@ -250,9 +250,9 @@ def load_reader(
 
 
 def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
-    """Return (directory, ratio, overlap) where `spec` names a trained compressor, None where it names another memory.
+    """Return (directory, ratio, overlap) if `spec` names a trained compressor, None if it names another memory.
 
-    Ratio and overlap are None where OUT stands alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
+    Ratio and overlap are None if OUT comes alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
 
     Raises:
         ConfigError: it names neither.

@@ -78,7 +78,7 @@ class Session(Stream):
 
     @property
     def memory(self) -> Memory:
-        """The tensors that stand for the compressed text: for `kv` the sink's keys and values first."""
+        """The tensors that represent the compressed text: for `kv` the sink's keys and values first."""
         return self.trail.state.memory
 
     @property
@@ -114,7 +114,7 @@ class Session(Stream):
         """Add tokens to the document; segments that are full and followed by another token are compressed.
 
         Args:
-            ids: token ids [n]; REPEAT (-1) stands for the trained "repeat the text" vector.
+            ids: token ids [n]; REPEAT (-1) is the trained "repeat the text" vector.
             advance: told the number of tokens each time some have been compressed.
 
         Raises:
@@ -191,14 +191,14 @@ class Session(Stream):
         """Undo on leaving whatever is absorbed or generated inside."""
         if self.num_tokens:
             self.logits()  # what is read once here need not be read again for every question
-        kept = {name: getattr(self, name) for name in ("tail", "num_tokens", "_decoder", "_logits", "_num_read")}
+        before = {name: getattr(self, name) for name in ("tail", "num_tokens", "_decoder", "_logits", "_num_read")}
         state, decoder = self.trail.state, self._decoder
         length = decoder.length if decoder else 0
         try:
             yield
         finally:
             self.trail.state = state
-            vars(self).update(kept)
+            vars(self).update(before)
             if decoder:
                 decoder.truncate(length)
 
@@ -232,12 +232,12 @@ class Session(Stream):
             raise CheckpointError(
                 f"{path} was written on another base model than {loaded.base.name}; it cannot be read."
             )
-        spec, own = CompressorSpec.from_json(description["spec"]), loaded.compressor.spec
-        if spec != own or description["compressor"] != hash_weights(loaded.compressor):
+        spec, expected = CompressorSpec.from_json(description["spec"]), loaded.compressor.spec
+        if spec != expected or description["compressor"] != hash_weights(loaded.compressor):
             raise CheckpointError(
                 f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than "
-                f"{loaded.directory} ({own.arch}, segments of {own.segment}), or before it was trained further: only "
-                "the one that wrote a memory can read it."
+                f"{loaded.directory} ({expected.arch}, segments of {expected.segment}), or before it was trained further: "
+                "only the one that wrote a memory can read it."
             )
         session = cls.of(loaded, ratio=description["ratio"], overflow=overflow)
         schedule, count = session.trail.schedule, description["num_segments"]
@@ -267,5 +267,5 @@ class Session(Stream):
         return tokens
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Return int64 [1, n] where the model is."""
+        """Return int64 [1, n] on the model's device."""
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self.compressor.backbone.device)

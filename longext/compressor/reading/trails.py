@@ -68,7 +68,7 @@ class WindowTrail(Trail):
 class CacheTrail(Trail):
     """Keys and values of the first `num_sinks` and the last `size` tokens, evicted after every segment.
 
-    StreamingLLM (arXiv 2309.17453), where a segment of one token is the paper's eviction after every token; without
+    StreamingLLM (arXiv 2309.17453); a segment of one token is the paper's eviction after every token; without
     sinks the segment recurrence of Transformer-XL (arXiv 1901.02860) with keys and values for its hidden states. A
     token's states are computed once, when it is read; what it saw then may have been evicted since. Positions are
     relative to the cache: kept keys are turned to 0, 1, ... from where they were computed, so each is rounded once.
@@ -97,9 +97,9 @@ class CacheTrail(Trail):
         if self._read is None or not torch.equal(self._read[0], tokens):
             self.read(tokens)
         assert self._read is not None
-        kept = len(self.positions)
+        start = len(self.positions)
         states = join([self.states, self._read[1]])
-        positions = torch.cat([self.positions, torch.arange(kept, kept + tokens.shape[1])])
+        positions = torch.cat([self.positions, torch.arange(start, start + tokens.shape[1])])
         self._read = None
         total = len(positions)
         newest = torch.arange(max(min(self.num_sinks, total), total - self.size), total)
@@ -203,9 +203,9 @@ class CompressorTrail(Trail):
             span = self.schedule.writer_span(t)
             segment, memory = self._segment(part), self._at(*span)
             place = self.schedule.places(span[0], t)[-1]
-            made = self.compressor.write(segment, memory, place)
+            written = self.compressor.write(segment, memory, place)
             self._go_past(part)
-            self._add([made], [place])
+            self._add([written], [place])
             advance(self.schedule.segment)
 
     def settle(self, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -263,16 +263,16 @@ class CompressorTrail(Trail):
         end = state.text.shape[1] - (state.num_segments - last) * length
         texts = state.text[:, end - (last - state.last) * length : end].split(length, 1)
         places = self.schedule.places(state.first, last)[len(state.places) : -1]
-        made = []
+        memories = []
         for memory in self.compressor.write_all([Segment(t, t, nothing, nothing, self.ratio) for t in texts], places):
-            made.append(memory)
+            memories.append(memory)
             advance(length)
-        self._add(made, places)
+        self._add(memories, places)
 
-    def _add(self, made: list[Memory], places: list[int]) -> None:
+    def _add(self, memories: list[Memory], places: list[int]) -> None:
         """Keep new memories; joining copies them, so that nothing larger is kept alive."""
         state = self.state
-        state = dataclasses.replace(state, memory=join([state.memory, *made]), places=(*state.places, *places))
+        state = dataclasses.replace(state, memory=join([state.memory, *memories]), places=(*state.places, *places))
         self.state = dataclasses.replace(state, text=self._needed(state))
 
     def _go_past(self, tokens: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def _softmax_scale(spec: RopeSpec) -> float:
 def _export(spec: RopeSpec) -> RopeParameters:
     if spec.ramp == "paper":
         return {**bake_as_longrope(spec, ramp_inv_freq(spec), _attention_factor(spec)), **mscales(vars(spec))}
-    given = spec.attention_factor
+    explicit = spec.attention_factor
     return parameters_of(
         spec,
         "yarn",
@@ -49,8 +49,8 @@ def _export(spec: RopeSpec) -> RopeParameters:
         beta_slow=None if spec.beta_slow == 1 else float(spec.beta_slow),
         truncate=None if spec.truncate else False,
         # transformers reads `attention_factor` as the final value; older engines multiply theirs by `attn_factor`.
-        attention_factor=None if given is None else float(given),
-        attn_factor=None if given is None else float(given) / _temperature(spec.factor),
+        attention_factor=None if explicit is None else float(explicit),
+        attn_factor=None if explicit is None else float(explicit) / _temperature(spec.factor),
         **mscales(vars(spec)),
     )
 
