@@ -117,7 +117,7 @@ def build_config(
         parsed = {key.strip(): parse_yaml(value, f"--set {key.strip()}")}
         values.update(_checked(kind, parsed, f"--set {shown(text)}"))
     values.update(_checked(kind, dict(typed), "the command line"))
-    implied = getattr(kind, "implied_defaults", lambda values: {})(values)
+    implied: dict[str, Any] = getattr(kind, "implied_defaults", lambda values: {})(values)
     values = {**(defaults or {}), **implied, **values}
     _check_bounds(kind, values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
