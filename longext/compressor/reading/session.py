@@ -236,8 +236,8 @@ class Session(Stream):
         if spec != expected or description["compressor"] != hash_weights(loaded.compressor):
             raise CheckpointError(
                 f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than "
-                f"{loaded.directory} ({expected.arch}, segments of {expected.segment}), or before it was trained further: "
-                "only the one that wrote a memory can read it."
+                f"{loaded.directory} ({expected.arch}, segments of {expected.segment}), or before it was trained "
+                "further: only the one that wrote a memory can read it."
             )
         session = cls.of(loaded, ratio=description["ratio"], overflow=overflow)
         schedule, count = session.trail.schedule, description["num_segments"]
