@@ -92,7 +92,7 @@ def _eager_kernel(
     """The definition: softmax(q k^T * scale) v with the scores in memory, in float32 (float64 stays)."""
     k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    scores = (q @ k.transpose(-1, -2)).to(wide) * job.scale
+    scores = (q @ k.transpose(-1, -2)).to(wide) * job.scale  # softmax sums in half precision lose small weights
     if job.softcap is not None:
         scores = torch.tanh(scores / job.softcap) * job.softcap
     if mask is None:
@@ -122,7 +122,7 @@ def _whole_rows(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     """Every row is one segment: its pieces are slices and reshapes, no token is copied by index."""
     total = q.shape[2]
     size = total if job.cut.first is None or total <= job.group_size else job.group_size
-    start = 0 if job.cut.first is None or size == total else job.cut.first(size) % size
+    start = 0 if job.cut.first is None or size == total else job.cut.first(size) % size  # a shifted first piece
     middle = (total - start) // size * size
     cuts = [(start, start), (middle, size), (total - start - middle, total - start - middle)]
     cuts = [cut for cut in cuts if cut[0]]
@@ -173,7 +173,7 @@ def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         outputs.append((bucket, kernel(queries, keys, values, job, None)))
     if rest is not None and before is not None:
         place = torch.arange(2 * window, device=q.device)
-        distance = place[window:, None] - place
+        distance = place[window:, None] - place  # rows: the chunk's queries; columns: the chunk before, then its own
         seen = torch.cat([before, rest.index], 1)
         queries, keys, values = flat[0][rest.index], flat[1][seen], flat[2][seen]
         band = (distance >= 0) & (distance < window)

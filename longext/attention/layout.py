@@ -61,7 +61,7 @@ class Layout:
         key = ("boundaries", cut, group_size)
         if key not in self._cache:
             pieces = self.pieces(cut, group_size)
-            ends = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int32)
+            ends = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int32)  # flash-attn's cu_seqlens
             order = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
             in_order = len(order) == self.num_rows * self.length and bool((np.diff(order) == 1).all())
             index = None if in_order else torch.from_numpy(order).to(device)
@@ -155,6 +155,7 @@ def _by_size(pieces: list[NDArray[np.int64]]) -> list[tuple[int, list[NDArray[np
     for piece in pieces:
         counts[len(piece)] = counts.get(len(piece), 0) + 1
     step = max(1, max(counts, default=1) // _NUM_SIZES)
+    # few lengths cost few calls as they are; of many, the full groups alone are worth a call without padding
     exact = set(counts) if len(counts) <= _NUM_SIZES else {max(counts)}
     groups: dict[int, list[NDArray[np.int64]]] = {}
     for piece in pieces:
@@ -165,6 +166,7 @@ def _by_size(pieces: list[NDArray[np.int64]]) -> list[tuple[int, list[NDArray[np
 
 def _bucket(group: tuple[int, list[NDArray[np.int64]]], device: torch.device) -> Bucket:
     size, pieces = group
+    # padding repeats a valid number, so gathering needs no bounds; causal attention hides it, `real` drops it
     index = np.stack([np.pad(piece, (0, size - len(piece)), mode="edge") for piece in pieces])
     lengths = np.array([len(piece) for piece in pieces])
     real = None if (lengths == size).all() else torch.from_numpy(np.arange(size) < lengths[:, None]).to(device)

@@ -45,6 +45,7 @@ def make_sequence_group(size: int) -> SequenceGroup | None:
             f"--sequence-parallel {size} needs a number of processes that it divides, this run has {world}: "
             f"add --num-processes {size}."
         )
+    # every rank makes every group: new_group is a collective of the whole world
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
     rank = dist.get_rank()
     return SequenceGroup(groups[rank // size], rank % size, size)

@@ -170,6 +170,7 @@ def train_attention(
     if plan.sequence is not None:
         first, last = local_heads(num_heads, plan.sequence)
         query, key, value = sequence_to_heads(query, key, value, plan.sequence)
+    # the border of the halves is a global head number: a rank has heads of one half, of the other, or of both
     half = min(max(num_heads // 2, first), last) - first
     if sliding_window is not None:
         cuts = [WHOLE]
@@ -197,7 +198,7 @@ def split_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hal
     lower, upper = query.split([half, num_heads - half], 1)
     if num_kv == 1:
         return (lower, key, value), (upper, key, value)
-    if half % repeats:
+    if half % repeats:  # the border is inside a group, whose key-value head both parts need
         key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
     sizes = [half // repeats, key.shape[1] - half // repeats]
     keys, values = key.split(sizes, 1), value.split(sizes, 1)

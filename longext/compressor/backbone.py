@@ -210,9 +210,10 @@ class Backbone:
             return memory
         moved = list(memory)
         for layer, keys in enumerate(memory[::2]):
-            by = deltas.to(keys.device)
+            by = deltas.to(keys.device)  # rotary modules take positions from 0 on: a turn back is one with -sin
             wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
             cos, sin = (part[:, None] for part in self.rotation(wide[:1, 0], by.abs(), layer))
+            # YaRN multiplies cos and sin by its attention factor: the keys have it already, and must not get it again
             length = (cos**2 + sin**2).sqrt()
             moved[2 * layer] = _turn(wide, cos / length, (sin / length) * by.sign()[:, None, :, None]).to(keys.dtype)
         return tuple(moved)
@@ -283,7 +284,7 @@ class Backbone:
             scored: bool [B, l].
         """
         ours, theirs = student[scored], teacher[scored]
-        total = ours.sum() * 0.0
+        total = ours.sum() * 0.0  # keeps the graph if no token is scored: every process needs a gradient
         for one, other in zip(ours.split(self.loss_chunk), theirs.split(self.loss_chunk), strict=True):
             total = total + checkpoint(self._divergence, one, other, use_reentrant=False)
         return total.to(torch.promote_types(total.dtype, torch.float32))
@@ -303,7 +304,7 @@ class Backbone:
         Args:
             tokens: int64 [B, N], the whole documents.
         """
-        first = max(0, stop - self.window)
+        first = max(0, stop - self.window)  # a teacher beyond its window would teach noise
         return self.run(self.embed(tokens[:, first:stop]))[:, start - stop :]
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def _additive(mask: torch.Tensor, num_slots: int, dtype: torch.dtype) -> torch.T
     `mask` [N, N] gets M memory slots in front, which every row sees.
     """
     seen = torch.cat([mask.new_ones(mask.shape[0], num_slots), mask], 1)
-    lowest = torch.finfo(dtype).min
+    lowest = torch.finfo(dtype).min  # not -inf, which makes NaN of a row that sees nothing
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, lowest)[None, None]
 
 

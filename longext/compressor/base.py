@@ -97,6 +97,7 @@ class Compressor(nn.Module):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return embeddings [B, n, D]; REPEAT becomes the trained vector."""
+        # REPEAT is below 0 and has no row in the table: any row does, since the next lines replace it
         embedded: torch.Tensor = self.backbone.embed(tokens.clamp(min=0))
         is_repeat = tokens == REPEAT
         if bool(is_repeat.any()):
@@ -214,6 +215,23 @@ class JointCompressor(Compressor):
     def write(self, segment: Segment, memory: Memory, first_slot: int) -> Memory:
         """Write without scoring."""
         return self.run(segment, memory, first_slot)[1]
+
+
+class RecurrentCompressor(JointCompressor):
+    """One adapted model reads memory vectors in front of a segment and writes vectors behind it.
+
+    Attributes:
+        vectors: trained inputs [k, D] of the slots, as many as the smallest ratio makes.
+    """
+
+    recurrent = appends = trains_reader = True
+    memories = ("soft",)
+    reader = "model"
+
+    def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
+        super().__init__(backbone, spec)
+        self.vectors = nn.Parameter(self.initial_vectors(self.slots(min(spec.ratios))))
+        self.adapters.add("model", "qkvo")
 
     def run_with(self, segment: Segment, memory: Memory, rows: torch.Tensor) -> tuple[torch.Tensor, Memory]:
         """Return what `run` does if the last hidden states of `rows` [B, k, D], behind the segment, are its memory."""

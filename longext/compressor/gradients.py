@@ -140,6 +140,7 @@ def _one_graph(sweep: Sweep, group: Any) -> torch.Tensor:
             memories.append(written)
     total = torch.stack(losses).sum()
     if total.requires_grad:
+        # every rank computes the whole gradient, and the engine adds the ranks' up
         size = 1 if group is None else dist.get_world_size(group)
         (total * sweep.scale / size).backward()
     return total.detach()
@@ -150,6 +151,7 @@ def _score(sweep: Sweep, t: int, store: MemoryStore, grads: MemoryGradients, wei
     first, last = sweep.schedule.span(t)
     if not sweep.is_scored(t):
         return sweep.zero
+    # leaves of its own for each reader: dJ_t/dm_s is multiplied by W[t, s] before it joins the sum
     leaves = store.leaves(first, last)
     loss, _ = sweep.read(t, leaves)
     (loss * sweep.scale).backward()
@@ -196,6 +198,7 @@ def _in_reverse(sweep: Sweep, weights: Weights) -> torch.Tensor:
         span = sweep.schedule.span(t)
         leaves = store.leaves(*span)
         writes = t < last and bool(weights[:, t].any())
+        # all readers of m_t have run, so its gradient is complete and goes back together with J_t's, in one pass
         loss, memory = sweep.read(t, leaves, write=writes)
         roots, cotangents = [loss * sweep.scale], [torch.ones_like(loss)]
         if memory is not None:
@@ -229,6 +232,7 @@ def _stream(sweep: Sweep, weights: Weights) -> torch.Tensor:
             losses.append(_score(sweep, t, store, MemoryGradients(store), weights))
         if t < len(sweep.slots):
             needed = bool(weights[:, t].any())
+            # without a reader that weighs it the graph would only carry zeros back
             with torch.set_grad_enabled(needed):
                 memory = sweep.write(t, store)
             store.put(t, tuple(tensor.detach() for tensor in memory))
@@ -244,6 +248,7 @@ def _share(count: int, group: Any) -> list[int]:
     """Return the segments of 0 .. count - 1 that are this rank's: every P-th, so late ones are dealt out."""
     if group is None:
         return list(range(count))
+    # late segments read more memories: dealt out in turn, all ranks have about the same work
     return list(range(dist.get_rank(group), count, dist.get_world_size(group)))
 
 
@@ -272,7 +277,7 @@ def _scatter_gradients(grads: MemoryGradients, group: Any) -> None:
         packed = _pack(buffer, grads.store.bounds, group)
         mine = torch.empty_like(packed[0])
         dist.reduce_scatter(mine, list(packed.unbind(0)), group=group)
-        packed[rank] = mine
+        packed[rank] = mine  # the other ranks' slots keep partial sums, which nobody reads
         _unpack(packed, buffer, grads.store.bounds, group, only=rank)
 
 

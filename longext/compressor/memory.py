@@ -93,6 +93,7 @@ class MemoryStore:
     def _allocate(self, like: Memory) -> None:
         shapes = [(*tensor.shape[:-2], self.bounds[-1], tensor.shape[-1]) for tensor in like]
         self.tensors = tuple(t.new_empty(shape) for t, shape in zip(like, shapes, strict=True))
+        # strict=False: without a sink `fixed` is empty
         for buffer, tensor in zip(self.tensors, self.fixed, strict=False):
             buffer[..., : tensor.shape[-2], :] = tensor
 

@@ -52,6 +52,7 @@ class Objectives:
 
     def backward(self, compressor: Compressor, batch: Batch, group: Any = None) -> dict[str, torch.Tensor]:
         """Add the gradient of one batch; return the weighted and scaled parts of the loss, "documents" and "ae"."""
+        # from the row's number alone: another number of processes or a resumed run draws the same
         rng = np.random.default_rng([self.seed, batch.number])
         ratios = rng.choice(compressor.spec.ratios, -(-batch.tokens.shape[1] // compressor.spec.segment)).tolist()
         parts: dict[str, torch.Tensor] = {}
@@ -84,6 +85,7 @@ class Objectives:
         segments = reconstruction_segments(torch.stack(chosen), ratio, compressor.spec.sink)
         scale = self.weights["ae"] * batch.per_row / int((segments[1].labels != IGNORED).sum())
         sweep = Sweep(segments, compressor, scale)
+        # two segments: one graph is all there is, so the policy has nothing to weigh
         return backprop(sweep, parse_policy("full"), rng) * scale
 
 
@@ -103,6 +105,7 @@ def compare_gradients(
     other = parse_policy("full" if objectives.policy.name == "exact" else "exact")
     before = [parameter.grad for parameter in compressor.parameters()]
     estimate = _gradient(compressor, objectives, batch, group)
+    # both draw from a generator of the same seed, so they compare the same ratios and segments
     exact = _gradient(compressor, Objectives(objectives.weights, other, objectives.seed), batch, group)
     for parameter, gradient in zip(compressor.parameters(), before, strict=True):
         parameter.grad = gradient
@@ -119,6 +122,7 @@ def _gradient(compressor: Compressor, objectives: Objectives, batch: Batch, grou
         parameter.grad = None
     objectives.backward(compressor, batch, group)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in compressor.parameters()]
+    # float64: float32 norms of so many terms would round away the differences that are measured
     gradient = torch.cat([part.flatten().double() for part in parts])
     if group is not None:
         dist.all_reduce(gradient, group=group)

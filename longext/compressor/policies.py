@@ -120,6 +120,7 @@ def _reservoir(visible: Sequence[int], size: int, rng: np.random.Generator, fact
             elif (place := int(rng.integers(0, s + 1))) < size:
                 chosen[place] = s
         seen = max(seen, count)
+        # a memory is among the chosen with probability S / count: the factor makes the expected weight 1
         weights[t, chosen] = max(1.0, count / size) if factor else 1.0
     return weights
 
@@ -134,6 +135,7 @@ def _subset(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weig
         return weights
     chosen = rng.choice(total, size, replace=False)
     chosen_weights = _blank(visible)
+    # one draw for all readers, with probability N / total for each memory: the expected weight is 1 again
     chosen_weights[:, chosen] = weights[:, chosen] * (total / size)
     return chosen_weights
 
@@ -141,7 +143,7 @@ def _subset(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weig
 def _stop(visible: Sequence[int], size: int, rng: np.random.Generator) -> Weights:
     weights = _all(visible, 0, rng)
     for t in range(len(visible)):
-        weights[t, : t // size * size] = 0.0
+        weights[t, : t // size * size] = 0.0  # memories from before the block of t
     return weights
 
 

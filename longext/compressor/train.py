@@ -219,6 +219,7 @@ class CompressorEngine(Engine):
             labels=inputs["labels"],
             num_tokens=inputs["num_tokens"],
             number=int(numbers[0]),
+            # the ranks of a group return the same tokens' items, so the count has them `copies` times
             per_token=copies / max(1.0, num_items),
             per_row=1.0 / share,
         )
@@ -244,7 +245,7 @@ def sum_gradients(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)  # all ranks must take part in every all-reduce
             dist.all_reduce(parameter.grad)
 
 

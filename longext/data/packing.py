@@ -97,6 +97,7 @@ class TokenRows(Dataset[Row]):
             raise IndexError(f"row {index} of {self.num_rows}")
         epoch, offset = divmod(index, self.num_available)
         if epoch != self._epoch:
+            # a generator for each epoch, not one that goes on: a resumed run starts anywhere and finds the same row
             order = np.random.default_rng([self.seed, epoch]).permutation(self.num_available)
             self._epoch, self._order = epoch, order
         return epoch, int(self._order[offset])
@@ -279,11 +280,12 @@ def pack_lengths(lengths: NDArray[np.int64], length: int, seed: int) -> list[lis
     rows: list[list[int]] = []
     for start in range(0, len(order), _PACKING_WINDOW):
         window = order[start : start + _PACKING_WINDOW]
+        # stable: equal lengths keep the shuffled order on every platform, so the seed alone decides the packing
         window = window[np.argsort(-lengths[window], kind="stable")]
         free: list[tuple[int, int]] = []  # (tokens left, row), sorted
         for item in window.tolist():
             size = int(lengths[item])
-            at = bisect.bisect_left(free, (size, -1))
+            at = bisect.bisect_left(free, (size, -1))  # best fit: the least room that is enough
             left, row = free.pop(at) if at < len(free) else (length, len(rows))
             if row == len(rows):
                 rows.append([])

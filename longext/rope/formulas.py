@@ -71,9 +71,10 @@ def code_ramp(spec: RopeSpec) -> Array:
     low, high = dimension_of(spec.beta_fast), dimension_of(spec.beta_slow)
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
+    # d - 1, though the index ends at d/2 - 1: so do YaRN's code and transformers, whose frequencies these must equal
     low, high = max(low, 0), min(high, spec.rotary_dim - 1)
     if low == high:
-        high += 0.001
+        high += 0.001  # no division by zero; the value of YaRN's code
     return 1.0 - ((_pairs(spec.rotary_dim) - low) / (high - low)).clip(0.0, 1.0)
 
 

@@ -59,7 +59,7 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
 
 def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
     """The same by activation checkpointing: logits are computed twice."""
-    total = hidden.sum() * 0.0
+    total = hidden.sum() * 0.0  # keeps the graph if nothing is labelled: all processes of DDP need a gradient
     for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         total = total + checkpoint(_sum_loss, states, targets, head, use_reentrant=False)
     return total.to(_at_least_float32(total))
@@ -82,14 +82,16 @@ class _ChunkedLoss(torch.autograd.Function):
             states = hidden[start : start + chunk].detach().requires_grad_(wants_hidden)
             with torch.enable_grad():
                 loss = _sum_loss(states, labels[start : start + chunk], head)
-            total += loss.detach()
+            total += loss.detach()  # at least float32: half precision loses a chunk against a large sum
             inputs = [*([states] if wants_hidden else []), *trained]
             if not inputs:
                 continue
             gradients = list(torch.autograd.grad(loss, inputs))
             if hidden_gradient is not None:
                 hidden_gradient[start : start + chunk] = gradients.pop(0)
+            # the first chunk's gradient is the buffer of the others: no copy of a whole head of zeros
             sums = [g if s is None else s.add_(g) for s, g in zip(sums, gradients, strict=True)]
+        # attributes, not save_for_backward: backward scales these in place, once
         ctx.gradients = (hidden_gradient, iter(sums), [p.requires_grad for p in parameters])
         return total
 
@@ -153,6 +155,7 @@ def _before(call: _Call) -> Callable[..., Any]:
         shifted = kwargs.pop("shift_labels", None)
         call.shift_labels = shift(labels) if shifted is None else shifted
         call.num_items = kwargs.pop("num_items_in_batch", None)
+        # an empty index: the model's own head runs over no token, whatever the vocabulary
         nothing = torch.empty(0, dtype=torch.int64, device=call.shift_labels.device)
         return args, {**kwargs, "logits_to_keep": nothing}
 

@@ -6,28 +6,17 @@ AutoCompressor (arXiv 2305.14788): summary vectors accumulate, and every segment
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from longext.compressor.architectures import COMPRESSORS
-from longext.compressor.backbone import Backbone
-from longext.compressor.base import JointCompressor
+from longext.compressor.base import RecurrentCompressor
 from longext.compressor.memory import Memory
 from longext.compressor.segments import Segment
-from longext.compressor.spec import CompressorSpec
 
 
-class AutoCompressor(JointCompressor):
+class AutoCompressor(RecurrentCompressor):
     """[sink | summaries of all segments before | segment | summary tokens]; last hidden states of these are kept."""
 
     reference = "AutoCompressor, arXiv 2305.14788"
-    recurrent = appends = trains_reader = True
-    memories = ("soft",)
-    reader = "model"
-
-    def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
-        super().__init__(backbone, spec)
-        self.vectors = nn.Parameter(self.initial_vectors(self.slots(min(spec.ratios))))
-        self.adapters.add("model", "qkvo")
 
     def run(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
         """Run the segment with the summary tokens behind it."""

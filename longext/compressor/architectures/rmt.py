@@ -6,28 +6,18 @@ Recurrent Memory Transformer (arXiv 2207.06881): a fixed number of vectors is ha
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from longext.compressor.architectures import COMPRESSORS
-from longext.compressor.backbone import Backbone
-from longext.compressor.base import JointCompressor
+from longext.compressor.base import RecurrentCompressor
 from longext.compressor.memory import Memory, num_slots
 from longext.compressor.segments import Segment
-from longext.compressor.spec import CompressorSpec
 
 
-class RMT(JointCompressor):
+class RMT(RecurrentCompressor):
     """[sink | memory | segment | memory]; last hidden states of the trailing copy are the next segment's memory."""
 
     reference = "RMT, arXiv 2207.06881 and 2304.11062"
-    recurrent = appends = reads_last = trains_reader = True
-    memories = ("soft",)
-    reader = "model"
-
-    def __init__(self, backbone: Backbone, spec: CompressorSpec) -> None:
-        super().__init__(backbone, spec)
-        self.vectors = nn.Parameter(self.initial_vectors(self.slots(min(spec.ratios))))
-        self.adapters.add("model", "qkvo")
+    reads_last = True
 
     def run(self, segment: Segment, memory: Memory, first_slot: int) -> tuple[torch.Tensor, Memory]:
         """Run the segment between two copies of the memory."""
