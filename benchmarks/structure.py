@@ -48,7 +48,7 @@ def imports(tree: ast.Module, known: set[str]) -> tuple[set[str], int]:
 def cycles(graph: dict[str, set[str]]) -> list[int]:
     """Return the sizes of the groups of modules that import each other in a circle."""
     reached = {name: targets & graph.keys() for name, targets in graph.items()}
-    for _ in range(len(graph).bit_length()):  # each round doubles how far is looked
+    for _ in range(len(graph).bit_length()):  # each round doubles the distance
         reached = {name: near.union(*(reached[target] for target in near)) for name, near in reached.items()}
     groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(len(group) for group in groups if group)
@@ -134,6 +134,6 @@ if __name__ == "__main__":
     if arguments[:1] == ["--entered"]:
         sys.exit(entered(arguments[1:]))
     columns = [measure(Path(argument)) for argument in arguments or [PACKAGE]]
-    print(f"| | {' | '.join(arguments) or 'longext'} |\n|:--|{'--:|' * len(columns)}")
+    print(f"| | {' | '.join(arguments)} |\n|:--|{'--:|' * len(columns)}")
     for row in dict.fromkeys(name for column in columns for name in column):
         print(f"| {row} | {' | '.join(column.get(row, '-') for column in columns)} |")

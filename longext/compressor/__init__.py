@@ -1,0 +1,1 @@
+"""Context compression: a trained memory for text that does not fit."""

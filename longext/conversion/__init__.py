@@ -1,0 +1,1 @@
+"""Checkpoints made from others: extended, merged, converted, and proven."""

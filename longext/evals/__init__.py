@@ -1,0 +1,1 @@
+"""Evaluations: what is measured, under which protocol."""

@@ -1,0 +1,1 @@
+"""Models as evaluations and compressors see them."""

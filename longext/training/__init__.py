@@ -1,0 +1,1 @@
+"""Training at length, on one process or many."""

@@ -1,0 +1,1 @@
+"""LongBench under its authors' protocol."""

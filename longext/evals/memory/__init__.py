@@ -1,0 +1,1 @@
+"""What only a model with a memory is asked."""

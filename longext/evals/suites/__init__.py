@@ -1,0 +1,1 @@
+"""One file per evaluation: dropped in here, it is `longext eval NAME`."""
