@@ -37,6 +37,7 @@ _PUBLIC = {
     "Passkey": "longext.evals.suites.passkey",
     "register_attention": "longext.attention.shifted",
     "extend_checkpoint": "longext.conversion.extend",
+    "finetune_checkpoint": "longext.training.longlora",
     "merge_adapter": "longext.conversion.merge",
     "plan_training": "longext.planning.fit",
     "verify_checkpoint": "longext.conversion.verify",
