@@ -9,10 +9,8 @@ PACKAGE is a folder `longext`, for example that of another commit. Standard libr
 from __future__ import annotations
 
 import ast
-import importlib
 import statistics
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -62,8 +60,7 @@ def declarations(nodes: list[ast.AST]) -> str:
     functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
     commands = [node for node in functions if any("command(" in ast.unparse(item) for item in node.decorator_list)]
     parameters = sum(len(node.args.args) + len(node.args.kwonlyargs) for node in commands)
-    typers = calls["typer.Option"] + calls["typer.Argument"]
-    return f"{parameters} / {typers} / {sum(calls[name] for name in FIELDS)}"
+    return f"{parameters} / {calls['typer.Option'] + calls['typer.Argument']} / {sum(calls[name] for name in FIELDS)}"
 
 
 def measure(package: Path) -> dict[str, str]:
@@ -79,7 +76,6 @@ def measure(package: Path) -> dict[str, str]:
     for path, text in texts.items():
         code += code_lines(trees[path], text.splitlines())
         folders[path.relative_to(package).parts[0] if path.parent != package else "(top)"] += len(text.splitlines())
-    circles = cycles({name: targets for name, (targets, _) in found.items()})
     return {
         "files / lines": f"{len(texts)} / {folders.total():,}",
         "code lines (no blanks, comments, docstrings)": f"{code:,}",
@@ -87,7 +83,10 @@ def measure(package: Path) -> dict[str, str]:
         "functions over 60 lines / longest": f"{sum(size > 60 for size in sizes)} / {sizes[-1]}",
         "import edges per file": f"{sum(len(targets) for targets, _ in found.values()) / len(texts):.2f}",
         "imports deferred into functions": f"{sum(count for _, count in found.values())}",
-        "cycles, deferred imports included": ", ".join(f"{size} files" for size in circles) or "none",
+        "cycles, deferred imports included": ", ".join(
+            f"{size} files" for size in cycles({name: to for name, (to, _) in found.items()})
+        )
+        or "none",
         "options as parameters of commands / Typer's / fields": declarations(nodes),
         "files that name babilong": f"{sum('babilong' in text.lower() for text in texts.values())}",
         **{f"lines of {folder}": f"{count:,}" for folder, count in sorted(folders.items())},
@@ -100,12 +99,13 @@ def entered(command: list[str]) -> None:
 
     def note(frame, event, _) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and code.co_name != "<module>":
+        is_function = code.co_flags & 1  # CO_OPTIMIZED: bodies of modules and classes, which an import runs, lack it
+        if event == "call" and is_function and code.co_filename.startswith(str(PACKAGE)):
             functions.add((code.co_filename, code.co_firstlineno))
 
     sys.path.insert(0, str(PACKAGE.parent))
-    app = importlib.import_module("longext.cli").app
-    threading.setprofile(note)
+    from longext.cli import app
+
     sys.setprofile(note)
     try:
         app(command, prog_name="longext")
@@ -114,8 +114,23 @@ def entered(command: list[str]) -> None:
         print(f"{len({file for file, _ in functions})} files, {len(functions)} functions", file=sys.stderr)
 
 
+def tree() -> str:
+    """Return the package as folders and modules, each with the first line of its docstring."""
+    lines = []
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        name = folder.relative_to(PACKAGE.parent).as_posix()
+        lines.append(f"{name}/")
+        for path in sorted(folder.glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if path.stem != "__init__":
+                lines.append(f"  {path.name:20} {text.partition(chr(10))[0]}"[:118].rstrip())
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if arguments == ["--tree"]:
+        sys.exit(print(tree(), end=""))
     if arguments[:1] == ["--entered"]:
         sys.exit(entered(arguments[1:]))
     columns = [measure(Path(argument)) for argument in arguments or [PACKAGE]]

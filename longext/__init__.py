@@ -20,33 +20,38 @@ _PUBLIC = {
     "merge": "longext.api",
     "generate": "longext.api",
     "plan": "longext.api",
+    "Result": "longext.report.outcome",
+    "Comparison": "longext.report.outcome",
+    "EVALS": "longext.evals.base",
     "ROPE_METHODS": "longext.rope.spec",
     "RopeSpec": "longext.rope.spec",
     "compute_inv_freq": "longext.rope.spec",
     "rope_parameters": "longext.rope.spec",
     "ExtendConfig": "longext.conversion.config",
+    "MergeConfig": "longext.conversion.config",
+    "FinetuneConfig": "longext.training.config",
+    "CompressConfig": "longext.compressor.config",
+    "PlanConfig": "longext.planning.config",
+    "CompareConfig": "longext.report.config",
     "Perplexity": "longext.evals.suites.ppl",
     "Passkey": "longext.evals.suites.passkey",
-    "CompareConfig": "longext.report.config",
-    "FinetuneConfig": "longext.training.config",
-    "MergeConfig": "longext.conversion.config",
-    "PlanConfig": "longext.planning.config",
+    "register_attention": "longext.attention.shifted",
     "extend_checkpoint": "longext.conversion.extend",
     "finetune_checkpoint": "longext.training.longlora",
-    "register_attention": "longext.attention.shifted",
     "merge_adapter": "longext.conversion.merge",
     "plan_training": "longext.planning.fit",
     "verify_checkpoint": "longext.conversion.verify",
     "load_language_model": "longext.models.hf",
     "evaluate_perplexity": "longext.evals.perplexity",
     "evaluate_passkey": "longext.evals.passkey",
-    "compare_methods": "longext.report.compare",
 }
+_RENAMED = {"PerplexityConfig": "Perplexity", "PasskeyConfig": "Passkey"}  # as 0.1 called them
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    name = _RENAMED.get(name, name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'longext' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

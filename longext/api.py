@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longext.training.run import TrainingResult
 
 _FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]+)")
-_ADVICE = " Give it as an argument or flag, or in the recipe (-c FILE)."
+_ADVICE = re.compile(r" Give (it|them) as an argument or flag, or in the recipe \(-c FILE\)\.")
 _SPELLINGS = (
     ("the command line: ", ""),
     ("-o directory", "output directory"),
@@ -38,7 +38,8 @@ CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 def in_python(message: str) -> str:
     """Return an error message with `--a-flag` as `a_flag`, as a Python caller spells it."""
-    for flag, name in ((_ADVICE, ""), *_SPELLINGS):
+    message = _ADVICE.sub("", message)
+    for flag, name in _SPELLINGS:
         message = message.replace(flag, name)
     return _FLAG.sub(lambda match: match[1].replace("-", "_"), message)
 

@@ -81,6 +81,10 @@ class Registry(Generic[T]):
         """Return every entry in the order of their names; all modules are imported."""
         return [self[name] for name in self]
 
+    def loaded(self) -> list[T]:
+        """Return the entries whose modules were imported already, in the order of their names."""
+        return [self._entries[name] for name in self if name in self._entries]
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._modules()
 

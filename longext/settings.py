@@ -95,12 +95,14 @@ def build_config(
     settings: Sequence[str],
     typed: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
+    needed: Sequence[str] = (),
 ) -> ConfigT:
     """Return a `kind` from a recipe file, `--set key=value` strings and the flags the user typed, in rising priority.
 
     Args:
         defaults: the command's own defaults, under all of them. `kind.implied_defaults(values)`, if it has that
             method, returns those that depend on what was set.
+        needed: settings that the command asks for later, if they are empty: told together with what is missing here.
 
     Raises:
         ConfigError: unknown key, wrong type, or a required key that nothing gave.
@@ -115,12 +117,16 @@ def build_config(
         parsed = {key.strip(): parse_yaml(value, f"--set {key.strip()}")}
         values.update(_checked(kind, parsed, f"--set {shown(text)}"))
     values.update(_checked(kind, dict(typed), "the command line"))
-    implied = getattr(kind, "implied_defaults", dict)
-    values = {**(defaults or {}), **implied(values), **values}
+    implied: dict[str, Any] = getattr(kind, "implied_defaults", lambda values: {})(values)
+    values = {**(defaults or {}), **implied, **values}
     _check_bounds(kind, values)
     missing = [field.name for field in _required(kind) if values.get(field.name) is None]
     if missing:
-        raise ConfigError(f"Missing: {', '.join(missing)}. Give it as an argument or flag, or in the recipe (-c FILE).")
+        missing += [name for name in needed if not values.get(name)]
+        them = "it" if len(missing) == 1 else "them"
+        raise ConfigError(
+            f"Missing: {', '.join(missing)}. Give {them} as an argument or flag, or in the recipe (-c FILE)."
+        )
     return kind(**values)
 
 

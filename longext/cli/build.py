@@ -41,6 +41,7 @@ class Command:
         takes_recipes_of: another command whose recipes it reads.
         defaults: over those of the config.
         only: fields that are flags here; all by default.
+        needs: fields without which it does not run, though they have a default.
     """
 
     config: type
@@ -52,6 +53,7 @@ class Command:
     takes_recipes_of: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def build_command(name: str, command: Command) -> TyperCommand:
@@ -111,7 +113,9 @@ def _read_config(ctx: typer.Context, command: Command, given: Mapping[str, Any])
         for name, source in sources.items()
         if name in names and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
     }
-    config: Any = build_config(command.config, path, given.get("settings") or [], typed, command.defaults)
+    config: Any = build_config(
+        command.config, path, given.get("settings") or [], typed, command.defaults, command.needs
+    )
     if not command.takes_recipes_of:
         return config
     # the output that a recipe names is that of the command it is for

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from longext.errors import ConfigError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
+from longext.evals.views import Section
 from longext.options import ChatConfig, RuntimeConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
@@ -94,7 +95,7 @@ class Eval(RuntimeConfig):
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
-    sections: ClassVar[tuple[Any, ...]] = ()
+    sections: ClassVar[tuple[Section, ...]] = ()
     limit_option: ClassVar[str] = FAIL_UNDER
     limits_are_most: ClassVar[bool] = False
     memory_defaults: ClassVar[Mapping[str, Any]] = {}

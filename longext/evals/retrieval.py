@@ -293,16 +293,19 @@ def _answer_lines(
 # --- tables and pictures ----------------------------------------------------------------------------------------------
 
 MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
+_TRIALS = ("prompts", "num_trials")
 
 
 def by_task(title: str, of: str, axis: str = PROMPT, **more: Any) -> Lines:
     """Return the view of scores by length, a block for each task."""
-    return Lines(title, of=of, panel="task", axis=axis, **more)
+    return Lines(title, of=of, panel="task", axis=axis, per_cell=_TRIALS, **more)
 
 
 def pooled(title: str, **more: Any) -> Lines:
     """Return the view of all tasks together; they are drawn task by task in another view."""
-    return Lines(title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, **more)
+    return Lines(
+        title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, per_cell=_TRIALS, **more
+    )
 
 
 def task_map(title: str, of: str, **more: Any) -> HeatMap:

@@ -113,7 +113,9 @@ class View:
         pooled: over all tasks of a result, so shown only if results have the same tasks.
         table, picture: when they are made: `ALWAYS`, `ONE` (for one result alone), `SEVERAL` or `NEVER`.
         exact: numbers of a machine, which are no samples of anything and need no interval to be told apart.
-        value, details, note: of a single result's table: the heading of the number, further columns, a caption.
+        value, details: of a single result's table with a row for each number: its heading, further columns.
+        per_cell: (what, its field): a count behind each number, for the caption of a single result: ("prompts", ...).
+        note: of a single result's table, in its caption.
     """
 
     title: str
@@ -136,6 +138,7 @@ class View:
     exact: bool = False
     value: str = "accuracy"
     details: tuple[Detail, ...] = ()
+    per_cell: tuple[str, str] | None = None
     note: str = ""
 
     @property

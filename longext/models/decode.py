@@ -122,11 +122,11 @@ def generate(
     """
     longest = max(map(len, prompts))
     pad = model.pad_token() or 0  # masked: which token fills is without effect
-    rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with model.frozen_rope(longest + max_new_tokens), _plain_generation(model.model, ends):
         output = model.model.generate(
-            torch.tensor(rows, device=model.device),
+            torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,

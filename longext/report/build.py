@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from longext.evals.base import EVALS
 from longext.evals.statistics import leaders
 from longext.evals.views import ALWAYS, NEVER, ONE, SEVERAL, Column, HeatMap, Score, Section, View, read
 from longext.manifest import result_record
@@ -177,7 +178,7 @@ def build_report(results: Sequence[Result], left_out: Sequence[str] = ()) -> Rep
     parts = [part for result in results for part in parts_of(result)]
     names = model_names(parts)
     groups = []
-    for section in sections():
+    for section in sections(EVALS.loaded()):
         found = group([part for part in parts if part.section.name == section.name])
         for i, members in enumerate(found, 1):
             groups.append(_group(members, i, found[0], names, is_single=len(results) == len(members) == 1))

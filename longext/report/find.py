@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longext.errors import DataError
-from longext.evals.base import EVALS
+from longext.evals.base import EVALS, Eval
 from longext.evals.views import NEVER, Bars, Lines, Score, Section, read
 from longext.manifest import read_manifest
 from longext.report.scores import numbers_of, read_record, result_file, schema_trouble
@@ -344,10 +344,10 @@ _RUNS = Section(
 )
 
 
-def sections() -> tuple[Section, ...]:
-    """Return every section, in the order of a report."""
-    evaluations = [section for kind in EVALS.values() for section in kind.sections]
-    return (*evaluations, _RUNS)
+def sections(evaluations: Iterable[type[Eval]] | None = None) -> tuple[Section, ...]:
+    """Return every section, or those of some evaluations, in the order of a report."""
+    kinds = EVALS.values() if evaluations is None else evaluations
+    return (*(section for kind in kinds for section in kind.sections), _RUNS)
 
 
 def section_of(record: Mapping[str, Any]) -> Section:
@@ -357,8 +357,12 @@ def section_of(record: Mapping[str, Any]) -> Section:
         KeyError: no section shows this kind.
     """
     kind, protocol = str(record["kind"]), str((record["protocol"] or {}).get("id"))
-    fitting = [section for section in sections() if section.kind == kind and section.protocol in ("", protocol)]
-    if not fitting:
+    for evaluations in (EVALS.loaded(), None):  # the one that was just run needs no other to be imported
+        known = sections(evaluations)
+        fitting = [section for section in known if section.kind == kind and section.protocol in ("", protocol)]
+        if fitting:
+            break
+    else:
         raise KeyError(kind)
     return max(fitting, key=lambda section: bool(section.protocol))
 

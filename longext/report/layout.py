@@ -249,7 +249,8 @@ def _add_price(group: Group, shown: Shown, rows: list[list[str]], columns: list[
 
 def _caption(group: Group, shown: Shown, intervals: bool) -> str:
     has_intervals = any(cell.score.interval() for cell in shown.cells)
-    notes = ["in brackets the 95% interval"] if has_intervals and intervals else []
+    notes = [_count_note(shown)] if group.is_single and shown.view.per_cell else []
+    notes += ["in brackets the 95% interval"] if has_intervals and intervals else []
     notes += ["95% intervals are in results.csv"] if has_intervals and not intervals else []
     if shown.view.lower_is_better is not None and not group.is_single:
         notes.append("less is better" if shown.view.lower_is_better else "more is better")
@@ -258,7 +259,16 @@ def _caption(group: Group, shown: Shown, intervals: bool) -> str:
         notes.append("price: change of perplexity against the unchanged model")
     flagged = list(dict.fromkeys(caution.field for caution in group.cautions))
     notes += [f"see the notes: {', '.join(flagged)}"] if flagged else []
+    notes += [shown.view.note] if group.is_single and shown.view.note else []
     return "; ".join(notes)
+
+
+def _count_note(shown: Shown) -> str:
+    """Return how much is behind each number: "10 prompts a cell", or the least and the most."""
+    assert shown.view.per_cell
+    what, name = shown.view.per_cell
+    counts = sorted({cell.score.field(name) for cell in shown.cells})
+    return f"{' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))} {what} a cell"
 
 
 def _mark_notes(group: Group, cells: Sequence[Cell]) -> list[str]:

@@ -27,7 +27,6 @@ from command_line import EXTEND, fails, no_leftovers
         ),
         (("books-5m", "--method", "yarn", "-o", "out"), ("--factor", "--target-length")),
         (("books-5m", "--method", "yarn", "--factor", 8, "--target-length", 4096, "-o", "out"), ("not both",)),
-        (("books-5m", "--method", "yarn", "--factor", 8), ("-o",)),
         (("books-5m", "--factor", 8, "-o", "out"), ("Missing: method",)),
         (("--method", "yarn", "--factor", 8, "-o", "out"), ("Missing: model",)),
         (("books-5m", "--method", "abf", "--factor", 8, "-o", "out"), ("--rope-theta",)),
@@ -220,7 +219,7 @@ def test_an_output_under_a_file_is_refused_before_the_work(run, tmp_path):
 
 def test_an_index_that_points_into_a_folder(run, base):
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "sub/a.safetensors"}}))
-    fails(run("extend", base, *EXTEND), 2, "sub/a.safetensors", "beside their index")
+    fails(run("extend", base, *EXTEND), 2, "sub/a.safetensors", "next to their index")
 
 
 def test_inspect_refuses_a_factor_without_a_method(run, tmp_path):
@@ -246,8 +245,8 @@ def test_data_that_is_not_text(run, tmp_path):
     [
         (("--depths", "0.5,0.501"), ("--depths must differ",)),
         (("--factor", "8"), ("needs a --method",)),
-        (("--depths", "1.5"), ("--depths", "0 (start) to 1 (end)")),
-        (("--num-trials", "0"), ("--num-trials",)),
+        (("--depths", "1.5"), ("`depths` must be <= 1, got 1.5",)),
+        (("--num-trials", "0"), ("`num_trials` must be >= 1, got 0",)),
         (("--lengths", "64"), ("needs at least",)),
         (("--protocol", "landmarks"), ("Did you mean 'landmark'",)),
         (("--protocol", "yarn", "--num-needles", "2"), ("as published",)),

@@ -82,7 +82,7 @@ def test_eval_ppl(run, tmp_path, protocol):
         else:  # one document, or windows that score the same tokens again: nothing to resample
             assert row["ppl_low"] is row["ppl_high"] is row["resampled"] is None
     assert (tmp_path / "p/ppl.png").is_file()
-    assert "Perplexity of books-5m" in out
+    assert f": books-5m (ppl/{protocol})" in out
 
 
 def test_eval_ppl_reads_every_kind_of_source(run, tmp_path):

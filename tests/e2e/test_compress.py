@@ -187,7 +187,7 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
         (("--ratio", 7), ("--ratio 7 does not divide --segment 64", "2, 4, 8")),
         (("--document-length", 4096), ("512", "at most 3584 tokens fit", "extend the model")),
         (("--segment", 512), ("leaves no room",)),
-        (("--arch", "uoi"), ("Unknown arch 'uoi'", "Did you mean 'uio'")),
+        (("--arch", "uoi"), ("Unknown architecture 'uoi'", "Did you mean 'uio'")),
         (("--gradient", "reservoir"), ("needs a size",)),
         (("--gradient", "exact:2"), ("takes no size",)),
         (("--arch", "rmt", "--gradient", "window:2"), ("do not depend on one another", "exact")),

@@ -47,8 +47,8 @@ ELSEWHERE = {"merge", "convert", "report", "verify", *SAME}
 
 
 def with_json():
-    """The names of the commands that have --json."""
-    return {name for name, command in commands().items() if any("--json" in option.opts for option in command.params)}
+    """The names of all commands that have --json."""
+    return {name for name, own in commands().items() if any("--json" in option.opts for option in own.params)}
 
 
 def test_every_command_with_the_option_is_here():

@@ -68,7 +68,7 @@ def test_a_compressor_needs_no_model_and_brings_its_segment(run, tmp_path, uio):
         for method in METHODS[1:]:
             assert rows[method, length]["difference"] == pytest.approx(own["nll"] - rows[method, length]["nll"])
     table = (tmp_path / "p/table.md").read_text()
-    for text in (*METHODS, "positions kept readable", "below 0 the memory is better", "first / last quarter"):
+    for text in (*METHODS, "positions: before the segment", "below 0", "first quarter", "last quarter"):
         assert text in table
         assert text in out
 

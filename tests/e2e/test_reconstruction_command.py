@@ -29,8 +29,11 @@ def compressor(tmp_path):
 def test_tables_json_and_picture(run, tmp_path, compressor):
     result = run("eval", "reconstruction", "uio", *SMALL, "--content", "text,shuffled,random", "-o", "out")
     assert result.exit_code == 0, result.output
-    for text in ("greedy decoding", "teacher-forced", "bits saved per token", "segments", "random"):
+    for text in ("greedy decoding", "teacher-forced", "bits saved per token", "random"):
         assert text in result.stdout
+    header, _, first = (tmp_path / "out/table.md").read_text().split("\n| content")[1].splitlines()[:3]
+    column = header.split("|").index(" segments ")
+    assert first.split("|")[1:][column].strip() == "6"
     record = json.loads((tmp_path / "out/result.json").read_text())
     assert record["kind"] == "reconstruction"
     assert record["model"]["compressor"]["segment"] == 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def test_pairs_match_the_masks_counted_one_by_one(length, group, causal):
 def test_pairs_match_the_training_layout():
     """The same pieces as the attention that `finetune` trains with."""
     layout = pytest.importorskip("longext.attention.layout")
+    s2 = importlib.import_module("longext.attention.variant").ATTENTION_VARIANTS["s2"]
     batch = layout.make_layout(1, 200)
-    pairs = [sum(len(p) * (len(p) + 1) / 2 for p in batch.pieces(kind, 64)) for kind in ("plain", "shifted")]
+    pairs = [sum(len(p) * (len(p) + 1) / 2 for p in batch.pieces(cut, 64)) for cut in (s2.lower, s2.upper)]
     assert attention_pairs(200, 64, causal=True) == sum(pairs) / 2

@@ -62,6 +62,12 @@ def test_all_missing_settings_are_named_at_once():
         build_config(Two, None, [], {})
 
 
+def test_a_command_names_all_that_it_needs_at_once(run):
+    assert "Missing: model, data, output. Give them" in run("finetune").stderr
+    assert "Missing: adapter, output. Give them" in run("merge").stderr
+    assert "Missing: model. Give it" in run("eval", "ppl").stderr
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A command in a file of its own, as one in cli/commands/ is."""
@@ -110,7 +116,11 @@ def test_a_recipe_without_a_first_line_of_ours_is_anyone_s(tmp_path, run):
 
 
 def test_finetune_says_in_its_help_that_data_must_be_given(run):
-    assert "Required: text file" in run("finetune", "--help").output
+    shown = " ".join(run("finetune", "--help").output.split())
+    assert (
+        "--data <str> Text file, folder, .jsonl, .parquet, Hub dataset id, or sample (bundled story); required."
+        in shown
+    )
     assert run("finetune", "books-5m", "-o", "out").exit_code == ConfigError.exit_code
 
 

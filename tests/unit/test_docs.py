@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,15 +61,31 @@ def test_recipes_files_and_pages_that_a_page_names_exist(page):
 
 
 def test_every_command_is_in_the_readme():
-    from longext.cli.evaluate import eval_app
-
-    from longext.cli import app
+    from longext.cli.app import COMMANDS
+    from longext.evals.base import EVALS
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [command.name for command in app.registered_commands]
-    names += [f"eval {command.name}" for command in eval_app.registered_commands]
-    for name in names:
+    for name in [*COMMANDS, *(f"eval {name}" for name in EVALS if name != "passkey")]:
         assert f"| `{name}`" in text, name
+
+
+def test_the_tree_of_the_design_is_that_of_the_package():
+    script = [sys.executable, str(ROOT / "benchmarks" / "structure.py"), "--tree"]
+    tree = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"```\n{tree}```" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), (
+        "structure.py --tree prints it"
+    )
+
+
+def test_the_examples_of_the_python_api_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "out" / "result.json").is_file()
+    assert len(names["frame"])
 
 
 def test_every_choice_of_compression_is_documented():
