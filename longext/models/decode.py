@@ -134,8 +134,8 @@ def generate(
             **{"do_sample": False, **settings},
         )
     watch.check()
-    rows: list[list[int]] = output[:, longest:].tolist()
-    return rows
+    continued: list[list[int]] = output[:, longest:].tolist()
+    return continued
 
 
 class _NanWatch:
