@@ -93,6 +93,12 @@ def test_standard_output_is_the_record_alone(prepared, tmp_path, name):
         assert "Results: " in result.stderr
 
 
+def test_a_verification_leaves_the_json_of_extend_whole(run):
+    result = run("extend", BOOKS, "--method", "linear", "--factor", 2, "-o", "out", "--verify", "--json")
+    assert json.loads(result.stdout)["kind"] == "extend"
+    assert "out is what it says" in result.stderr
+
+
 def test_both_spellings_are_the_flag():
     assert without_dash(["eval", "ppl", "m", "--json", "-"]) == ["eval", "ppl", "m", "--json"]
     assert without_dash(["diff", "--json", "-", "a", "b"]) == ["diff", "--json", "a", "b"]

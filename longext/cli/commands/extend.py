@@ -38,7 +38,7 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
     if verify and not dry_run:
         from longext.cli.commands.verify import VerifyConfig, verify_and_show
 
-        verify_and_show(VerifyConfig(model=str(config.output)), as_json=False)
+        verify_and_show(VerifyConfig(model=str(config.output)), as_json=False, aside=as_json)
 
 
 SWITCHES = {"dry_run": "Print the plan and write nothing.", "verify": "Run `longext verify` on the output."}

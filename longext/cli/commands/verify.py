@@ -27,8 +27,12 @@ class VerifyConfig:
     hashes: bool = option(True, "Compare every weight with the base.")
 
 
-def verify_and_show(config: VerifyConfig, as_json: bool) -> None:
-    """Verify, print the checks, and raise VerificationError if one failed."""
+def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) -> None:
+    """Verify, print the checks, and raise VerificationError if one failed.
+
+    Args:
+        aside: print the outcome alone, on standard error: another command's JSON has standard output.
+    """
     from longext.checkpoint.source import resolve_model
     from longext.checkpoint.weights import read_shards
     from longext.cli.output import show
@@ -44,12 +48,11 @@ def verify_and_show(config: VerifyConfig, as_json: bool) -> None:
     skipped = [check.name for check in result.checks if check.status == "skip"]
     limits = f", as far as checked: {', '.join(skipped)} skipped." if skipped else "."
     record = result_record("verify", ok=result.ok, **dataclasses.asdict(result))
-    show(
-        record,
-        [verification_table(result)],
-        as_json=as_json,
-        notes=[] if failed or as_json else [f"{config.model} is what it says{limits}"],
-    )
+    outcome = [] if failed or as_json else [f"{config.model} is what it says{limits}"]
+    if aside:
+        show(record, [], as_json=False, warnings=outcome)
+    else:
+        show(record, [verification_table(result)], as_json=as_json, notes=outcome)
     if failed:
         raise VerificationError(f"{config.model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
 
