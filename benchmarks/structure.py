@@ -1,6 +1,7 @@
 """The shape of the package: how many files, how long, how entangled; and how much of it a command enters.
 
     python benchmarks/structure.py [PACKAGE ...]          # the table of docs/design.md, one column per package
+    python benchmarks/structure.py --tree                 # its folders and modules, there too
     python benchmarks/structure.py --entered eval ppl books-5m --lengths 256 --stride 128 --max-tokens 512
 
 PACKAGE is a folder `longext`, for example that of another commit. Standard library only.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -119,12 +121,17 @@ def tree() -> str:
     lines = []
     for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
         name = folder.relative_to(PACKAGE.parent).as_posix()
-        lines.append(f"{name}/")
+        lines.append(f"{name}/".ljust(22) + f" {summary(folder / '__init__.py')}")
         for path in sorted(folder.glob("*.py")):
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             if path.stem != "__init__":
-                lines.append(f"  {path.name:20} {text.partition(chr(10))[0]}"[:118].rstrip())
+                lines.append(f"  {path.name:20} {summary(path)}")
     return "\n".join(lines) + "\n"
+
+
+def summary(path: Path) -> str:
+    """Return the first line of a module's docstring, shortened to 95 characters."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return textwrap.shorten(text.partition("\n")[0], 95, placeholder=" ...")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+_NOTATION = re.compile(r"\w\||\[\w|\bCOMMAND\b|--help|^longext eval$|^longext eval\.|\s{2,}\d")
 _PLACEHOLDER = re.compile(r"N|\{\w+\}|\$.*")  # of the documentation, a benchmark, a shell script
 
 
@@ -21,6 +22,18 @@ def stored_options() -> dict[str, dict[str, list[str]]]:
 def stored_commands() -> list[str]:
     """Return the command lines of documentation, recipes and benchmarks, one line each."""
     return (HERE / "commands.txt").read_text(encoding="utf-8").splitlines()
+
+
+def command_lines(text: str) -> list[str]:
+    """Return the command lines of longext in a page of Markdown: in its blocks of code and between its backticks.
+
+    Left out are notations (`longext eval ppl|passkey`, `longext recipes [list|show|copy]`), groups, and measured times.
+    """
+    blocks = [block.partition("\n")[2] for block in re.findall(r"```(.*?)```", text, re.DOTALL)]
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " "))
+    found = [match[1].strip() for line in lines if (match := re.search(r"(?:^|\s|/)(longext\s+[a-z].*)", line))]
+    return [line for line in found if not _NOTATION.search(line)]
 
 
 def spellings() -> dict[str, dict[str, list[str]]]:

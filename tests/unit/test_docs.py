@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from golden.interface import command_lines, parse
 
 from longext.compressor.config import CompressConfig
 from longext.rope.spec import ROPE_METHODS, extension_methods
@@ -58,6 +59,13 @@ def test_recipes_files_and_pages_that_a_page_names_exist(page):
         assert (ROOT / name).is_file(), name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_command_line_of_a_page_parses(page):
+    """CONTRIBUTING.md shows commands that do not exist until its files are added; tests of those files run them."""
+    for line in command_lines(page.read_text(encoding="utf-8")):
+        assert parse(line).command, line
 
 
 def test_every_command_is_in_the_readme():
