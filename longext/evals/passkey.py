@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,43 +33,19 @@ if TYPE_CHECKING:
 _YARN_NEW_TOKENS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class PasskeyCell:
-    """Accuracy at one length and depth (`depth` None where the protocol draws it).
-
-    Attributes:
-        num_tokens: mean measured tokens: prompt and answer (landmark), prompt alone (the published protocols).
-        low, high: 95 % Wilson interval.
-    """
-
-    length: int
-    depth: float | None
-    num_correct: int
-    num_trials: int
-    num_tokens: float
-    low: float
-    high: float
-
-    @property
-    def accuracy(self) -> float:
-        """num_correct / num_trials."""
-        return self.num_correct / self.num_trials
-
-
 def check_prompts(model: LanguageModel, config: Passkey) -> None:
-    """Raise ConfigError or DataError now where a later prompt could not be built: too short, or too little filler."""
+    """Raise ConfigError or DataError if a prompt cannot be built: the length is too short, or too little filler."""
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
     for length in (min(config.lengths), max(config.lengths)):
         _prompts(config, tokens, filler, length, config.places[0])
 
 
-def num_prompts(config: Passkey) -> int:
-    """Return how many prompts an evaluation runs."""
-    return len(config.lengths) * len(config.places) * config.num_trials
-
-
-def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[PasskeyCell]:
+def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[dict[str, Any]]:
     """Return one cell per length and depth; the same seeds, keys and depths for every model.
+
+    A cell is a row of the record: `length`; `depth`, None if the protocol draws it; `num_correct` of `num_trials`,
+    their `accuracy` with its 95 % Wilson interval `low` to `high`; `num_tokens`, the mean of prompt and answer
+    (landmark), the prompt alone (the published protocols).
 
     Args:
         advance: called with the number of prompts just answered.
@@ -135,61 +110,61 @@ def _evaluate_cell(
     depth: float | None,
     prompts: Sequence[NeedlePrompt],
     advance: Advance,
-) -> PasskeyCell:
+) -> dict[str, Any]:
     if config.rules.scoring == "exact":
         size = batch_size(config.batch_tokens, length, model.device)
         rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in prompts], size, advance)
         num_correct = sum(bool(row.all()) for row in rows)
     else:
         num_correct = sum(_first_integer(model, prompt, advance) for prompt in prompts)
-    low, high = wilson_interval(num_correct, len(prompts))
-    counts_answer = config.rules.has_depths
-    return PasskeyCell(
-        length=length,
-        depth=depth,
-        num_correct=num_correct,
-        num_trials=len(prompts),
-        # the published protocols report the prompt alone
-        num_tokens=sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts),
-        low=low,
-        high=high,
-    )
+    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
+    num_tokens = sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts)
+    return _cell(length, depth, num_correct, len(prompts), num_tokens)
+
+
+def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, num_tokens: float) -> dict[str, Any]:
+    low, high = wilson_interval(num_correct, num_trials)
+    return {
+        "length": length,
+        "depth": depth,
+        "num_correct": num_correct,
+        "num_trials": num_trials,
+        "num_tokens": num_tokens,
+        "low": low,
+        "high": high,
+        "accuracy": num_correct / num_trials,
+    }
 
 
 def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:
     ends = model.ending_tokens
     text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
-    found = re.search(r"\d+", text)
+    number = re.search(r"\d+", text)
     advance(1)
-    return found is not None and int(found.group()) == prompt.key
+    return number is not None and int(number.group()) == prompt.key
 
 
-def accuracy_by_length(cells: Sequence[PasskeyCell]) -> dict[int, PasskeyCell]:
-    """Return one pooled cell per length (depth None), with its own Wilson interval."""
-    pooled = {}
-    for length in sorted({cell.length for cell in cells}):
-        own = [cell for cell in cells if cell.length == length]
-        correct, trials = sum(c.num_correct for c in own), sum(c.num_trials for c in own)
-        low, high = wilson_interval(correct, trials)
-        tokens = sum(c.num_tokens * c.num_trials for c in own) / trials
-        pooled[length] = PasskeyCell(
-            length=length, depth=None, num_correct=correct, num_trials=trials, num_tokens=tokens, low=low, high=high
-        )
+def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells of all depths together (`depth` None), one per length, each with its Wilson interval."""
+    pooled = []
+    for length in sorted({cell["length"] for cell in cells}):
+        same = [cell for cell in cells if cell["length"] == length]
+        trials = sum(cell["num_trials"] for cell in same)
+        tokens = sum(cell["num_tokens"] * cell["num_trials"] for cell in same) / trials
+        pooled.append(_cell(length, None, sum(cell["num_correct"] for cell in same), trials, tokens))
     return pooled
 
 
-def prompts_hash(model: LanguageModel, config: Passkey) -> str:
-    """Return a SHA-256 over the tokens of every prompt of an evaluation."""
+def _prompts_hash(model: LanguageModel, config: Passkey) -> str:
     tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
     cells = [(length, depth) for length in sorted(config.lengths) for depth in config.places]
-    prompts = (own for cell in cells for own in _prompts(config, tokens, filler, *cell))
+    prompts = (prompt for cell in cells for prompt in _prompts(config, tokens, filler, *cell))
     return hash_of(tokens_hash(prompt.input_ids) for prompt in prompts)
 
 
-def passkey_record(
-    model: LanguageModel, config: Passkey, cells: Sequence[PasskeyCell], seconds: float
+def _record(
+    model: LanguageModel, config: Passkey, cells: Sequence[Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Return the JSON record of a passkey evaluation."""
     protocol = config.rules
     return result_record(
         "passkey",
@@ -203,23 +178,25 @@ def passkey_record(
             "num_needles": config.num_needles,
             "num_digits": config.num_digits,
             "seed": config.seed,
-            "prompts_sha256": prompts_hash(model, config),
+            "prompts_sha256": _prompts_hash(model, config),
         },
         None,
         seconds=seconds,
-        results=[{**asdict(cell), "accuracy": cell.accuracy} for cell in cells],
-        by_length=[{**asdict(cell), "accuracy": cell.accuracy} for cell in accuracy_by_length(cells).values()],
+        results=cells,
+        by_length=accuracy_by_length(cells),
     )
 
 
 def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
-    with work.progress(f"passkey {task.protocol}", num_prompts(task), "prompts") as advance:
+    num_prompts = len(task.lengths) * len(task.places) * task.num_trials
+    with work.progress(f"passkey {task.protocol}", num_prompts, "prompts") as advance:
         cells = evaluate_passkey(model, task, advance)
 
     def accuracy(_: str | None, length: str | None) -> float:
-        chosen = [cell for cell in cells if length in (None, str(cell.length))]
-        return sum(cell.num_correct for cell in chosen) / sum(cell.num_trials for cell in chosen)
+        chosen = [cell for cell in cells if length in (None, str(cell["length"]))]
+        right: int = sum(cell["num_correct"] for cell in chosen)
+        return right / sum(cell["num_trials"] for cell in chosen)
 
-    return Outcome(record=passkey_record(model, task, cells, time.perf_counter() - started), score_at=accuracy)
+    return Outcome(record=_record(model, task, cells, time.perf_counter() - started), score_at=accuracy)

@@ -33,7 +33,7 @@ class PasskeyProtocol:
     Attributes:
         summary: the definition, as printed in reports.
         reference: where it comes from.
-        has_depths: True where the depth is a parameter; False where each trial draws its own.
+        has_depths: the depth is a parameter; if not, each trial draws its own.
         scoring: "exact" (greedy decoding gives exactly the answer's tokens) or "first-integer" (the first run of
             digits in ten greedy tokens is the key).
     """
@@ -161,7 +161,7 @@ class Passkey(ReadingConfig, Eval):
         from longext.evals.passkey import evaluate_passkey
 
         cells = evaluate_passkey(model, self, advance)
-        return sum(cell.num_correct for cell in cells), sum(cell.num_trials for cell in cells)
+        return sum(cell["num_correct"] for cell in cells), sum(cell["num_trials"] for cell in cells)
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record."""
