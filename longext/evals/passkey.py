@@ -196,7 +196,8 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
 
     def accuracy(_: str | None, length: str | None) -> float:
         chosen = [cell for cell in cells if length in (None, str(cell["length"]))]
-        right: int = sum(cell["num_correct"] for cell in chosen)
-        return right / sum(cell["num_trials"] for cell in chosen)
+        correct: int = sum(cell["num_correct"] for cell in chosen)
+        trials: int = sum(cell["num_trials"] for cell in chosen)
+        return correct / trials
 
     return Outcome(record=_record(model, task, cells, time.perf_counter() - started), score_at=accuracy)
