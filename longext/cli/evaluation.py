@@ -25,6 +25,7 @@ def evaluation_command(name: str) -> Command:
 def run_evaluation(task: Eval, as_json: bool) -> None:
     """Run an evaluation and write its results; exit with 1 if a limit was missed."""
     from longext.report.console import progress, working
+    from longext.report.outcome import contents_of
     from longext.report.results import output_directory
 
     task.check()
@@ -33,7 +34,7 @@ def run_evaluation(task: Eval, as_json: bool) -> None:
     answers = task.answers_path(output)
     with _kept_answers(answers, output, task):
         measured = run_eval(task, progress=progress, loading=working, answers=answers)
-        deliver(output, f"eval {task.name}", measured, as_json=as_json)
+        deliver(output, contents_of(measured, str(output)), as_json=as_json, notes=measured.notes)
     task.require(measured.record)
 
 

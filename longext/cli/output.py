@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from longext.evals.runner import Measured
+    from longext.report.results import Contents
     from longext.report.tables import Table
 
 
@@ -39,47 +37,18 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     hold_output(output, config.force)
 
 
-def deliver(output: Path, command: str, measured: Measured, *, as_json: bool) -> None:
-    """Write the results of an evaluation, then print tables, notes and their directory; see `show`."""
-    from longext.report.console import say, working
-    from longext.report.outcome import render
-    from longext.report.results import write_results
-
-    rendered = render(str(output), measured.record, measured.task)
-    with working(f"writing {output}"):
-        written = write_results(
-            output, command, measured.task, measured.record, rendered.tables, rendered.figures, measured.files
-        )
-    show(measured.record, written.tables, as_json=as_json, notes=measured.notes, warnings=written.notes)
-    say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
-
-
-def deliver_files(
-    output: Path,
-    command: str,
-    config: Any,
-    record: Mapping[str, Any],
-    tables: Callable[[], Sequence[Table]],
-    figures: Callable[[], Mapping[str, Figure]],
-    *,
-    as_json: bool,
-    lead: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    extra: Mapping[str, str | Callable[[], str]] | None = None,
+def deliver(
+    output: Path, contents: Contents, *, as_json: bool, lead: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> None:
-    """Write the result directory, then print `lead`, tables, notes and its path; see `show`.
-
-    Args:
-        tables, figures, extra: as for `write_result_files`.
-    """
+    """Write the results directory, then print `lead`, tables, notes and its path; see `show`."""
     from longext.report.console import say, working
     from longext.report.results import write_results
 
     with working(f"writing {output}"):
-        written = write_results(output, command, config, record, tables, figures, extra)
+        written = write_results(output, contents)
     for line in lead:
         say(line, aside=as_json)
-    show(record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
+    show(contents.record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 

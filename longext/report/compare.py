@@ -21,7 +21,7 @@ from longext.manifest import result_record
 from longext.models.methods import described, method_request
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
-from longext.report.results import Written, write_result_files
+from longext.report.results import Contents, Written, write_result_files
 from longext.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -179,13 +179,19 @@ def _one_line(method: Mapping[str, Any]) -> str:
 def write_comparison(output: Path, config: CompareConfig, comparison: Comparison) -> Written:
     """Write a comparison: its record, the report on its results, and each result in METHOD/EVALUATION."""
     rendered = comparison.rendered
-    files = report_files(rendered)
     with staged_directory(output, config.force, keep=True) as staging:
         for result in comparison.results:
             folder = staging / Path(result.task.output or "").relative_to(output)
             folder.mkdir(parents=True)
-            single = result.rendered
-            write_result_files(folder, f"eval {result.task.name}", result.task, result.record, single.tables, dict)
-        return write_result_files(
-            staging, "compare", config, comparison.record, rendered.tables, rendered.figures, files
+            name = f"eval {result.task.name}"
+            single = Contents(command=name, config=result.task, record=result.record, tables=result.rendered.tables)
+            write_result_files(folder, single)
+        contents = Contents(
+            command="compare",
+            config=config,
+            record=comparison.record,
+            tables=rendered.tables,
+            figures=rendered.figures,
+            extra=report_files(rendered),
         )
+        return write_result_files(staging, contents)

@@ -16,6 +16,7 @@ from longext.evals.runner import Measured
 from longext.report.build import Report, build_report, csv_rows
 from longext.report.find import Result as Record
 from longext.report.layout import report_tables
+from longext.report.results import Contents, write_results
 from longext.report.tables import Table
 
 if TYPE_CHECKING:
@@ -49,9 +50,18 @@ class Rendered:
         return {name: picture.figure for name, picture in self.pictures.items()}
 
 
-def render(name: str, record: dict[str, Any], config: Any) -> Rendered:
-    """Return what is shown of one result; `name` is its directory, `config` the dataclass of its settings."""
-    return Rendered(build_report([Record(name=name, record=record, config=dataclasses.asdict(config))]))
+def contents_of(measured: Measured, name: str) -> Contents:
+    """Return what the results directory of an evaluation holds; `name` is the result's in titles."""
+    settings = dataclasses.asdict(measured.task)
+    rendered = Rendered(build_report([Record(name=name, record=measured.record, config=settings)]))
+    return Contents(
+        command=f"eval {measured.task.name}",
+        config=measured.task,
+        record=measured.record,
+        tables=rendered.tables,
+        figures=rendered.figures,
+        extra=measured.files,
+    )
 
 
 class Tables(list[Table]):
@@ -168,13 +178,9 @@ class Result(_Shown):
 
     def save(self, directory: str | Path, *, force: bool = False) -> Path:
         """Write result.json, tables, pictures, run.json and recipe.yaml into `directory`, as the command does."""
-        from longext.report.results import write_results
-
         path = Path(directory)
         task = dataclasses.replace(self.task, output=str(path), force=force)
-        command = f"eval {task.name}"
-        rendered = self.rendered
-        write_results(path, command, task, self.record, rendered.tables, rendered.figures, self._measured.files)
+        write_results(path, contents_of(dataclasses.replace(self._measured, task=task), self._records[0].name))
         return path
 
 

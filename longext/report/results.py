@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 RESULTS_ROOT = Path("results")
 
 
-def output_directory(given: str | None, kind: str, model: str | None) -> Path:
-    """Return the directory the user named, or results/<kind>-<model>-<UTC time>; no <model> where it is None."""
-    if given:
-        return Path(given)
+def output_directory(named: str | None, kind: str, model: str | None) -> Path:
+    """Return the directory the user named, or results/<kind>-<model>-<UTC time>; no <model> if it is None."""
+    if named:
+        return Path(named)
     if model is not None:
         kind += "-" + (re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1]) or "model")
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -50,7 +50,22 @@ def _finite(value: Any) -> Any:
     return value
 
 
-Extra = Mapping[str, "str | Callable[[], str]"]
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a results directory holds.
+
+    Attributes:
+        command, config: what was run, for run.json and recipe.yaml.
+        tables, figures: what makes the tables, and the pictures by name, saved as NAME.png.
+        extra: further text files by name, also "folder/name"; those to be made by a call count as pictures.
+    """
+
+    command: str
+    config: Any
+    record: Mapping[str, Any]
+    tables: Callable[[], Sequence[Table]]
+    figures: Callable[[], Mapping[str, Figure]] = dict
+    extra: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,59 +78,40 @@ class Written:
 
     @property
     def notes(self) -> list[str]:
-        """One line on what could not be made, none where everything was."""
+        """One line on what could not be made, none if everything was."""
         return [f"note: not made: {'; '.join(self.failures)}. The numbers are complete."] if self.failures else []
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return make(), or None and a note where it fails: a picture is not worth the numbers that are there."""
+        """Return make(), or None and a note if it fails: a picture is not worth the numbers that are there."""
         try:
             return make()
         except Exception as error:
-            told = " ".join(str(error).split())[:200]
-            self.failures.append(f"{name} ({type(error).__name__}: {told})")
+            message = " ".join(str(error).split())[:200]
+            self.failures.append(f"{name} ({type(error).__name__}: {message})")
             return None
 
 
-def write_results(
-    output: Path,
-    command: str,
-    config: Any,
-    record: Mapping[str, Any],
-    tables: Callable[[], Sequence[Table]],
-    figures: Callable[[], Mapping[str, Figure]],
-    extra: Extra | None = None,
-) -> Written:
-    """Write one result directory, complete or not at all; see `write_result_files`."""
-    with staged_directory(output, config.force, keep=True) as staging:
-        return write_result_files(staging, command, config, record, tables, figures, extra)
+def write_results(output: Path, contents: Contents) -> Written:
+    """Write one results directory, complete or not at all; see `write_result_files`."""
+    with staged_directory(output, contents.config.force, keep=True) as staging:
+        return write_result_files(staging, contents)
 
 
-def write_result_files(
-    directory: Path,
-    command: str,
-    config: Any,
-    record: Mapping[str, Any],
-    tables: Callable[[], Sequence[Table]],
-    figures: Callable[[], Mapping[str, Figure]],
-    extra: Extra | None = None,
-    **facts: Any,
-) -> Written:
+def write_result_files(directory: Path, contents: Contents, **facts: Any) -> Written:
     """Write a record and all that belongs to it, then tables and pictures; what of these fails is noted and left out.
 
     Args:
-        figures: name -> figure, saved as <name>.png.
-        extra: further text files by name, also "folder/name"; those to be made by a call count as pictures.
         facts: further keys of run.json.
     """
-    texts = {name: text for name, text in (extra or {}).items() if isinstance(text, str)}
-    for name, text in {"result.json": dump_json(record) + "\n", **texts}.items():
+    texts = {name: text for name, text in contents.extra.items() if isinstance(text, str)}
+    for name, text in {"result.json": dump_json(contents.record) + "\n", **texts}.items():
         (directory / name).parent.mkdir(exist_ok=True)
         write_text(directory / name, text)
-    write_manifest(directory, command, config, **facts)
+    write_manifest(directory, contents.command, contents.config, **facts)
     folders = [name.rpartition("/")[0] for name in texts]
     listed = dict.fromkeys(f"{folder}/" if folder else name for folder, name in zip(folders, texts, strict=True))
     written = Written(["result.json", *listed])
-    written.tables = list(written.attempt("tables", tables) or ())
+    written.tables = list(written.attempt("tables", contents.tables) or ())
 
     def save(name: str, make: Callable[[], object]) -> None:
         written.attempt(name, make)
@@ -125,15 +121,15 @@ def write_result_files(
     if written.tables:
         tables_file = directory / "table.md"
         save("table.md", lambda: write_text(tables_file, "\n".join(table.to_markdown() for table in written.tables)))
-    for name, figure in (written.attempt("pictures", figures) or {}).items():
+    for name, figure in (written.attempt("pictures", contents.figures) or {}).items():
         save(f"{name}.png", partial(_save_png, figure, directory / f"{name}.png"))
-    for name, made in (extra or {}).items():
-        if not isinstance(made, str):
-            save(name, partial(_write_made, directory / name, made))
+    for name, make in contents.extra.items():
+        if not isinstance(make, str):
+            save(name, partial(_write_text_of, make, directory / name))
     return written
 
 
-def _write_made(path: Path, make: Callable[[], str]) -> None:
+def _write_text_of(make: Callable[[], str], path: Path) -> None:
     write_text(path, make())
 
 

@@ -40,10 +40,10 @@ def run(config: ExtendConfig, as_json: bool) -> None:
 
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
-    from longext.cli.output import deliver_files, open_output
+    from longext.cli.output import deliver, open_output
     from longext.report.commands.model import dimension_table
     from longext.report.plots import rope_dimensions
-    from longext.report.results import output_directory
+    from longext.report.results import Contents, output_directory
     from longext.rope.analysis import dimension_rows
 
     has_method = config.method != "none"
@@ -54,18 +54,16 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
     title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
     output = output_directory(config.output, "inspect", config.model)
     open_output(output, config)
-    deliver_files(
-        output,
-        "inspect",
-        config,
-        _record(config, rope, spec, rows, never),
-        lambda: [dimension_table(rows, trained, target if has_method else None, title)],
-        lambda: {
+    contents = Contents(
+        command="inspect",
+        config=config,
+        record=_record(config, rope, spec, rows, never),
+        tables=lambda: [dimension_table(rows, trained, target if has_method else None, title)],
+        figures=lambda: {
             "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
         },
-        as_json=as_json,
-        notes=_notes(rope, layers, len(rows), never),
     )
+    deliver(output, contents, as_json=as_json, notes=_notes(rope, layers, len(rows), never))
 
 
 def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> list[str]:

@@ -14,9 +14,10 @@ from longext.planning.config import PlanConfig
 
 def run(config: PlanConfig, *, as_json: bool) -> None:
     """Plan, measure if asked for, show; write too if a directory was named."""
-    from longext.cli.output import deliver_files, open_output, show
+    from longext.cli.output import deliver, open_output, show
     from longext.planning.fit import plan_record, plan_training
     from longext.report.commands.plan import memory_by_length, plan_tables, probe_table, record_with_probe
+    from longext.report.results import Contents
 
     if config.output:
         open_output(Path(config.output), config)
@@ -31,16 +32,14 @@ def run(config: PlanConfig, *, as_json: bool) -> None:
     if not config.output:
         show(record, tables, as_json=as_json, notes=notes)
         return
-    deliver_files(
-        Path(config.output),
-        "plan",
-        config,
-        record,
-        lambda: tables,
-        lambda: {"memory": memory_by_length(plan)},
-        as_json=as_json,
-        notes=notes,
+    contents = Contents(
+        command="plan",
+        config=config,
+        record=record,
+        tables=lambda: tables,
+        figures=lambda: {"memory": memory_by_length(plan)},
     )
+    deliver(Path(config.output), contents, as_json=as_json, notes=notes)
 
 
 COMMANDS.register("plan", Command(config=PlanConfig, run=run))

@@ -15,14 +15,14 @@ from longext.report.config import ReportConfig
 
 def run(config: ReportConfig, as_json: bool) -> None:
     """Read the results, compare what is comparable, write and show."""
-    from longext.cli.output import deliver_files, open_output
+    from longext.cli.output import deliver, open_output
     from longext.report.build import build_report, report_record
     from longext.report.console import working
     from longext.report.find import find_results
     from longext.report.notes import report_notes, verdict
     from longext.report.outcome import Rendered
     from longext.report.page import report_files
-    from longext.report.results import output_directory
+    from longext.report.results import Contents, output_directory
     from longext.report.scores import result_file
     from longext.staging import check_apart
 
@@ -33,18 +33,15 @@ def run(config: ReportConfig, as_json: bool) -> None:
     for result in report.results:
         check_apart(output, result_file(result.name))
     rendered = Rendered(report)
-    deliver_files(
-        output,
-        "report",
-        config,
-        report_record(report),
-        rendered.tables,
-        rendered.figures,
-        as_json=as_json,
-        lead=verdict(report),
-        notes=report_notes(report),
+    contents = Contents(
+        command="report",
+        config=config,
+        record=report_record(report),
+        tables=rendered.tables,
+        figures=rendered.figures,
         extra=report_files(rendered),
     )
+    deliver(output, contents, as_json=as_json, lead=verdict(report), notes=report_notes(report))
 
 
 COMMANDS.register("report", Command(config=ReportConfig, run=run))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from longext.checkpoint.source import HUB_ID
 from longext.conversion.card import adapter_use
 from longext.manifest import command_line, result_record, versions
-from longext.report.results import Written, write_result_files
+from longext.report.results import Contents, Written, write_result_files
 from longext.report.tables import Table, markdown_text
 
 if TYPE_CHECKING:
@@ -101,14 +101,17 @@ class TrainingReport:
         def tables() -> list[Table]:
             return [self.plan_table(record, config), *self.measured(metrics)]
 
+        contents = Contents(
+            command=self.command,
+            config=config,
+            record=full,
+            tables=tables,
+            figures=lambda: {"loss": training_figure(metrics, self.title(record, config), self.losses)},
+            extra={"README.md": lambda: self._card_text(config, result, tables())},
+        )
         written = write_result_files(
             result.directory,
-            self.command,
-            config,
-            full,
-            tables,
-            lambda: {"loss": training_figure(metrics, self.title(record, config), self.losses)},
-            {"README.md": lambda: self._card_text(config, result, tables())},
+            contents,
             state="finished",
             **({"extension": result.extension} if result.extension else {}),
             **{self.part: record},
