@@ -33,6 +33,10 @@ _SPELLINGS = (
     ("another -o", "another output"),
     ("with -o", "as output"),
 )
+# what a model is, once it is loaded: given again, it would only label the numbers
+_OF_LOADING = frozenset(
+    "model method factor memory segment device dtype attention revision trust_remote_code threads".split()
+)
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
@@ -55,7 +59,7 @@ def _python_errors(call: CallT) -> CallT:
             error.args = (in_python(str(error)), *error.args[1:])
             raise
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature, which mypy cannot see
 
 
 @_python_errors
@@ -100,7 +104,7 @@ def load(
     task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
     opened: Any = open_model(task)
     opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
-    return opened  # type: ignore[no-any-return]
+    return opened  # type: ignore[no-any-return]  # Any, to take the attribute that the protocol does not have
 
 
 @_python_errors
@@ -127,6 +131,8 @@ def evaluate(model: str | Path | LanguageModel, evaluation: str, *, progress: bo
     show = progress_bar if progress else no_progress
     if isinstance(model, (str, Path)):
         return Result(run_eval(make_eval(evaluation, model=str(model), **settings), progress=show))
+    if fixed := sorted(_OF_LOADING.intersection(settings)):
+        raise ConfigError(f"{', '.join(fixed)}: the model is loaded already. Give them to longext.load.")
     loaded_as = {key: value for key, value in getattr(model, "loaded_as", {"model": model.name}).items() if value}
     return Result(run_eval(make_eval(evaluation, **{**loaded_as, **settings}), model, progress=show))
 

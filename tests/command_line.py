@@ -26,6 +26,13 @@ def fails(result, code, *texts):
     return message
 
 
+def fails_in_one_line(result, code, *texts):
+    """As `fails`, with nothing else on standard error."""
+    fails(result, code, *texts)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+
+
 def result_of(directory):
     """Return the record in a directory of results, which is whole."""
     for name in ("result.json", "table.md", "run.json", "recipe.yaml"):

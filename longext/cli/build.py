@@ -67,6 +67,7 @@ def build_command(name: str, command: Command) -> TyperCommand:
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [context, *_field_parameters(command), *_common_parameters(command)]
+    # Typer reads the parameters of a command from its signature
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app = typer.Typer(rich_markup_mode=None, add_completion=False)

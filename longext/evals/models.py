@@ -9,22 +9,7 @@ if TYPE_CHECKING:
 
 
 def open_model(config: Any) -> LanguageModel:
-    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name.
-
-    It is asked as the config says (a `ChatConfig`).
-    """
-    from longext.models.chat import check_asking, set_asking
-    from longext.options import ChatConfig
-
-    if isinstance(config, ChatConfig):
-        check_asking(config)
-    model = _load(config)
-    if isinstance(config, ChatConfig):
-        set_asking(model, config)
-    return model
-
-
-def _load(config: Any) -> LanguageModel:
+    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name."""
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)
     if getattr(config, "memory", None):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.evals.base import Eval, Progress, Work, no_progress
+from longext.options import ChatConfig
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -52,7 +53,12 @@ def run_eval(
     Raises:
         ConfigError, DataError, CheckpointError: something given cannot be used.
     """
+    from longext.models.chat import check_asking, set_asking
+
     task.check()
+    asking = task if isinstance(task, ChatConfig) else None
+    if asking:
+        check_asking(asking)
     data = task.load_data() if data is None else data
     limits = task.limits(data)
     if model is None:
@@ -61,6 +67,8 @@ def run_eval(
         set_threads(task.threads)
         with loading(f"loading {task.model}"):
             model = task.open_model()
+    if asking and model is not None:
+        set_asking(model, asking)
     outcome = task.measure(model, data, Work(progress=progress, answers=answers))
     if task.limit_option:
         outcome.record["bars"] = task.verdicts(limits, outcome)

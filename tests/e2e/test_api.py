@@ -113,6 +113,16 @@ def test_errors_speak_python(call, message):
     assert "--" not in str(error.value)
 
 
+def test_a_loaded_model_stays_as_it_was_loaded(yarn):
+    with pytest.raises(ConfigError, match="factor, method: the model is loaded already"):
+        longext.evaluate(yarn, "ppl", method="linear", factor=2)
+
+
+def test_a_loaded_model_is_asked_as_the_evaluation_says(yarn):
+    with pytest.raises(ConfigError, match="template_arg is for a chat template"):
+        longext.evaluate(yarn, "needle", lengths=[256], template_arg=["enable_thinking=false"])
+
+
 def test_flags_become_arguments():
     assert in_python("Give --max-length, or --no-check with -o.") == "Give max_length, or check as output."
 

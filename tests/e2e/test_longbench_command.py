@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from command_line import fails
+from command_line import fails_in_one_line
 from longbench_data import TASKS, write_data
 
 
@@ -124,7 +124,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
     before = first.read_bytes()
     with first.open("ab") as file:
         file.write(b'{"id": "hotpotqa:99", "te')  # a write that was cut off
-    fails(run(*args, "-o", "cut", "--max-length", 100), 2, "other prompts or of another model")
+    fails_in_one_line(run(*args, "-o", "cut", "--max-length", 100), 2, "other prompts or of another model")
     result = run(*args, "-o", "cut", "--resume")
     assert result.exit_code == 0, result.output
     assert before.count(b"\n") > 1
@@ -154,16 +154,16 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
     ],
 )
 def test_bad_settings_end_in_one_line(run, tmp_path, data, args, texts):
-    fails(run(*ARGS, *args), 2, *texts)
+    fails_in_one_line(run(*ARGS, *args), 2, *texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_bad_models_and_rows_end_in_one_line(run, tmp_path, data):
     args = ("--data", data, "-o", "out")
-    fails(run("eval", "longbench", *args), 2, "Missing: model")
-    fails(run("eval", "longbench", "books5m", *args), 2, "Did you mean 'books-5m'")
+    fails_in_one_line(run("eval", "longbench", *args), 2, "Missing: model")
+    fails_in_one_line(run("eval", "longbench", "books5m", *args), 2, "Did you mean 'books-5m'")
     (data / "lcc.jsonl").write_text((data / "lcc.jsonl").read_text() + "{broken\n")
-    fails(run(*ARGS, *args), 2, "lcc.jsonl, line 3 is not valid JSON")
+    fails_in_one_line(run(*ARGS, *args), 2, "lcc.jsonl, line 3 is not valid JSON")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
@@ -182,15 +182,17 @@ def test_given_answers_that_are_missing_or_empty_are_said_and_score_zero(run, tm
     assert record["results"][0]["score"] == 33.33 and record["results"][0]["num_missing"] == 1
     without = run(*args, "--json", "-o", "without")
     assert json.loads(without.stdout)["results"][0]["score"] == 50.0  # over the answers there are
-    fails(run(*args, "--tasks", "qasper"), 2, "pred has no qasper.jsonl")
+    fails_in_one_line(run(*args, "--tasks", "qasper"), 2, "pred has no qasper.jsonl")
     (folder / "hotpotqa.jsonl").write_text(json.dumps({**lines[0], "answers": ["another"]}) + "\n")
-    fails(run(*args, "--data", data), 2, "1 of 1 predictions for hotpotqa are for rows that", "does not have")
+    fails_in_one_line(
+        run(*args, "--data", data), 2, "1 of 1 predictions for hotpotqa are for rows that", "does not have"
+    )
     (folder / "hotpotqa.jsonl").write_text('{"answers": ["a"]}\n')
-    fails(run(*args), 2, "hotpotqa.jsonl, line 1: no text under 'pred'")
+    fails_in_one_line(run(*args), 2, "hotpotqa.jsonl, line 1: no text under 'pred'")
     (folder / "hotpotqa.jsonl").write_text("{\n")
-    fails(run(*args), 2, "hotpotqa.jsonl, line 1 is not valid JSON")
+    fails_in_one_line(run(*args), 2, "hotpotqa.jsonl, line 1 is not valid JSON")
     (folder / "hotpotqa.jsonl").write_text("")
-    fails(run(*args), 2, "hotpotqa.jsonl has no predictions")
+    fails_in_one_line(run(*args), 2, "hotpotqa.jsonl has no predictions")
     (folder / "hotpotqa.jsonl").unlink()
-    fails(run(*args), 2, "no file named after a task")
-    fails(run("eval", "longbench", "--predictions", "nowhere"), 2, "--predictions nowhere is no folder")
+    fails_in_one_line(run(*args), 2, "no file named after a task")
+    fails_in_one_line(run("eval", "longbench", "--predictions", "nowhere"), 2, "--predictions nowhere is no folder")

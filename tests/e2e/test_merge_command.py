@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from adapters import add_rope, edit_adapter, load_tensors, make_adapter
-from command_line import fails
+from command_line import fails_in_one_line
 from families import CONFIGS, save_tiny_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -166,7 +166,7 @@ def test_no_check_says_so_everywhere(run, adapter, tmp_path, verify):
 
 def test_force_replaces_an_earlier_merge(run, adapter):
     assert run("merge", "adapter", "-o", "out", "--no-check").exit_code == 0
-    fails(run("merge", "adapter", "-o", "out"), 2, "already exists", "--force")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "already exists", "--force")
     assert run("merge", "adapter", "-o", "out", "--no-check", "--force").exit_code == 0
 
 
@@ -176,7 +176,7 @@ def test_force_replaces_an_earlier_merge(run, adapter):
 def test_a_base_that_moved_is_given_by_hand(run, tiny, tmp_path, verify):
     add_rope(make_adapter(tiny, tmp_path / "adapter"), tiny, "linear", 2.0)
     tiny.rename(tmp_path / "moved")
-    fails(run("merge", "adapter", "-o", "out"), 2, str(tiny), "--base")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, str(tiny), "--base")
     assert run("merge", "adapter", "--base", "moved", "-o", "out", "--no-check").exit_code == 0
     assert manifest_of(tmp_path / "out")["extension"]["base_model"] == "moved"
     assert verify(tmp_path / "out").ok
@@ -314,28 +314,28 @@ def test_a_method_that_the_config_cannot_name_is_remembered(tiny, tmp_path):
     ],
 )
 def test_merge_refuses(run, adapter, tmp_path, args, texts):
-    fails(run("merge", *args), 2, *texts)
+    fails_in_one_line(run("merge", *args), 2, *texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_model_is_not_an_adapter(run, tiny):
-    fails(run("merge", "tiny", "-o", "out"), 2, "No adapter_config.json", "a whole model")
+    fails_in_one_line(run("merge", "tiny", "-o", "out"), 2, "No adapter_config.json", "a whole model")
 
 
 def test_pickled_weights(run, adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    fails(run("merge", "adapter", "-o", "out"), 2, "No adapter_model.safetensors", "adapter_model.bin")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "No adapter_model.safetensors", "adapter_model.bin")
 
 
 def test_truncated_weights(run, adapter):
     data = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(data[:-10])
-    fails(run("merge", "adapter", "-o", "out"), 2, "truncated")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "truncated")
 
 
 def test_broken_adapter_config(run, adapter):
     (adapter / "adapter_config.json").write_text("{")
-    fails(run("merge", "adapter", "-o", "out"), 2, "adapter_config.json is not valid JSON")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "adapter_config.json is not valid JSON")
 
 
 def base_like(directory, **changes):
@@ -358,18 +358,20 @@ def base_like(directory, **changes):
 def test_an_adapter_for_another_base(run, tiny, tmp_path, changes, texts):
     make_adapter(tiny, tmp_path / "adapter", norms=False)
     base_like(tmp_path / "other", **changes)
-    fails(run("merge", "adapter", "--base", "other", "-o", "out"), 2, *texts)
+    fails_in_one_line(run("merge", "adapter", "--base", "other", "-o", "out"), 2, *texts)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_for_another_architecture(run, tiny, tmp_path):
     make_adapter(tiny, tmp_path / "adapter", norms=False)
     save_tiny_model(CONFIGS["gpt_neox"](), tmp_path / "other")
-    fails(run("merge", "adapter", "--base", "other", "-o", "out"), 2, "does not fit", "q_proj")
+    fails_in_one_line(run("merge", "adapter", "--base", "other", "-o", "out"), 2, "does not fit", "q_proj")
 
 
 def test_a_config_of_another_base(run, adapter, tiny):
-    fails(run("merge", "adapter", "--base", "tiny", "-o", "out"), 2, "hidden_size 256", "another base", "--base")
+    fails_in_one_line(
+        run("merge", "adapter", "--base", "tiny", "-o", "out"), 2, "hidden_size 256", "another base", "--base"
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,35 +386,37 @@ def test_a_config_of_another_base(run, adapter, tiny):
 )
 def test_a_missing_tensor_is_named(run, adapter, name):
     edit_adapter(adapter, lambda held: held.pop(f"base_model.model.{name}"))
-    fails(run("merge", "adapter", "-o", "out"), 2, name, "lacks", "1 missing")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, name, "lacks", "1 missing")
 
 
 def test_a_tensor_without_a_place_is_named(run, adapter):
     edit_adapter(adapter, lambda held: held.update({"base_model.model.model.extra.weight": torch.ones(2)}))
-    fails(run("merge", "adapter", "-o", "out"), 2, "model.extra.weight", "does not have")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "model.extra.weight", "does not have")
 
 
 def test_an_adapter_that_was_saved_without_gathering(run, adapter):
     edit_adapter(adapter, lambda held: held.update({key: torch.zeros(0) for key in held if "lora_" in key}))
-    fails(run("merge", "adapter", "-o", "out"), 2, "has shape [0]", "ZeRO-3")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "has shape [0]", "ZeRO-3")
 
 
 def test_an_empty_adapter(run, tiny, tmp_path):
     adapter = make_adapter(tiny, tmp_path / "adapter", norms=False, embedding=False)
     edit_adapter(adapter, lambda held: [tensor.zero_() for key, tensor in held.items() if "lora_B" in key])
-    fails(run("merge", "adapter", "-o", "out"), 2, "changes nothing", "every LoRA B is zero", "ZeRO-3")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "changes nothing", "every LoRA B is zero", "ZeRO-3")
 
 
 def test_an_adapter_with_nan(run, adapter, tmp_path):
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     edit_adapter(adapter, lambda held: held[key].fill_(float("nan")))
-    fails(run("merge", "adapter", "-o", "out"), 2, "layers.0.self_attn.q_proj.weight", "NaN")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "layers.0.self_attn.q_proj.weight", "NaN")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_weight_that_float16_cannot_hold(run, adapter):
     edit_adapter(adapter, lambda held: held["base_model.model.model.norm.weight"].fill_(1e6))
-    fails(run("merge", "adapter", "-o", "out", "--dtype", "float16"), 2, "model.norm.weight", "bfloat16 or float32")
+    fails_in_one_line(
+        run("merge", "adapter", "-o", "out", "--dtype", "float16"), 2, "model.norm.weight", "bfloat16 or float32"
+    )
 
 
 def test_a_quantised_base(run, adapter, tmp_path):
@@ -420,19 +424,19 @@ def test_a_quantised_base(run, adapter, tmp_path):
     tensors = load_tensors(BOOKS)
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(256, 256, dtype=torch.uint8)
     save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    fails(run("merge", "adapter", "--base", "base", "-o", "out"), 2, "stored as U8", "unquantised")
+    fails_in_one_line(run("merge", "adapter", "--base", "base", "-o", "out"), 2, "stored as U8", "unquantised")
 
 
 def test_a_config_that_contradicts_its_record(run, adapter):
     config = config_of(adapter)
     config["rope_parameters"]["factor"] = config["rope_scaling"]["factor"] = 4.0
     (adapter / "config.json").write_text(json.dumps(config))
-    fails(run("merge", "adapter", "-o", "out"), 2, "different rope_parameters", "run.json")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 2, "different rope_parameters", "run.json")
 
 
 def test_a_failed_proof_exits_one_and_leaves_nothing(run, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("longext.conversion.merge.merged_tensor", lambda adapter, name, base: base.float())
-    fails(run("merge", "adapter", "-o", "out"), 1, "differs from base + adapter", "limit")
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), 1, "differs from base + adapter", "limit")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -451,7 +455,7 @@ def test_what_stops_it_midway_leaves_nothing(run, adapter, tmp_path, monkeypatch
 
     target = "longext.conversion.proof._probe" if isinstance(error, MemoryError) else "longext.conversion.merge._prove"
     monkeypatch.setattr(target, stop)
-    fails(run("merge", "adapter", "-o", "out"), code, *texts)
+    fails_in_one_line(run("merge", "adapter", "-o", "out"), code, *texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
