@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from longext.evals.base import Advance
 from longext.report.tables import Table
 
 _PLAIN_SECONDS = 15.0  # without a terminal, one progress line at most this often
@@ -44,12 +45,6 @@ def print_table(table: Table) -> None:
 def say(text: str, *, aside: bool = False) -> None:
     """Print one line to standard output (`aside`: to standard error, if JSON has the other)."""
     (stderr() if aside else stdout()).print(text)
-
-
-class Advance(Protocol):
-    """Tell a progress display that `amount` more is done; `note` is shown behind it."""
-
-    def __call__(self, amount: int, note: str = "") -> None: ...
 
 
 @contextlib.contextmanager
