@@ -95,6 +95,7 @@ class FinetunePlan(RunPlan):
         """Return what decides the numbers of the run on data of this report."""
         config, extension = self.config, self.extension
         settings = {**{name: getattr(config, name) for name in DECIDING_FINETUNE}, "attention": attention_of(config)}
+        settings["sweep"] = self.chunk
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
 
@@ -246,11 +247,13 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
+        group = "" if attention == "full" else f", groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
+                "objective": f"{attention} attention{group}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
