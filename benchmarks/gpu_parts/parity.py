@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from gpu_parts.base import Measurement, NotAvailable, Setting, sdpa_backend
+from gpu_parts.base import Measurement, NotAvailable, Setting, one_line, sdpa_backend
 from gpu_parts.training import train
 
 _LENGTH = 4096
@@ -65,7 +65,7 @@ def attend(kernel: str, variant: str, layout: Any, group: int, window: int | Non
                 ATTENTION_VARIANTS[variant], plan, *qkv, qkv[0].shape[-1] ** -0.5, sliding_window=window
             )
     except (LongextError, NotImplementedError) as error:
-        raise NotAvailable(str(error)) from error
+        raise NotAvailable(one_line(error)) from error
     except RuntimeError as error:
         if "No available kernel" in str(error) or "No viable backend" in str(error):
             raise NotAvailable(f"torch's SDPA has no {forced} kernel for this") from error
