@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -77,7 +79,7 @@ class Setting:
             return shape
         groups = shape["num_attention_heads"] // shape["num_key_value_heads"]
         return {
-            **shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 4096,
+            **shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 16_384,
             "num_attention_heads": 4, "num_key_value_heads": max(1, 4 // groups), "max_position_embeddings": 64,
         }  # fmt: skip
 
@@ -113,6 +115,8 @@ class Setting:
 
     def free(self) -> None:
         """Give back what earlier measurements left, on the device and in pinned host memory."""
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -127,18 +131,44 @@ class Setting:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peaks(self) -> dict[str, float]:
-        """Return GiB since `reset_peaks`: allocated on the device; of the host, resident and (if known) pinned."""
-        found: dict[str, float] = {}
-        if self.device.type == "cuda":
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-            with contextlib.suppress(AttributeError, RuntimeError):
-                stats = torch.cuda.host_memory_stats()
-                pinned = [stats[key] for key in ("allocated_bytes.peak", "allocated_bytes.allocated") if key in stats]
-                found["pinned_gib"] = pinned[0] / GIB if pinned else 0.0
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            found["host_gib"] = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / GIB
-        return found
+        """Return GiB since `reset_peaks`: allocated on the device; pinned; of the host, pinned included."""
+        if self.device.type == "cpu":
+            return {"host_gib": resident("VmHWM")}
+        stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+        pinned = stats.get("allocated_bytes.peak", 0) / GIB
+        return {
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "pinned_gib": pinned,
+            "host_gib": resident("VmHWM") + (0.0 if pinned_is_resident() else pinned),
+        }
+
+
+def resident(field: str) -> float:
+    """Return the host memory of this process now (VmRSS) or at its peak (VmHWM), in GiB; 0 elsewhere than on Linux."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / GIB
+    return 0.0
+
+
+@functools.cache
+def pinned_is_resident() -> bool:
+    """Return whether this driver's pinned memory counts as resident: true of some, not of all."""
+    before = resident("VmRSS")
+    held = torch.ones(GIB // 4, dtype=torch.uint8, pin_memory=True)
+    return bool(resident("VmRSS") - before > held.numel() / GIB / 2)
+
+
+@contextlib.contextmanager
+def transformers_as_it_is() -> Iterator[None]:
+    """Undo on leaving what Liger puts in place of functions of transformers' Llama: later measurements have it too."""
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def passkey(setting: Setting, length: int, trials: int) -> dict[str, Any]:
     from longext.evals.suites.passkey import Passkey
 
     model = language_model(setting)
-    length = max(64, setting.tokens(length))  # shorter prompts cannot be built
+    length = max(128, setting.tokens(length))  # shorter prompts cannot be built
 
     def run(trials: int) -> None:
         evaluate_passkey(model, Passkey(model="1b", lengths=(length,), depths=(0.0, 0.5), num_trials=trials))

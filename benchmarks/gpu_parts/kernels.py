@@ -15,6 +15,7 @@ from gpu_parts.training import _liger
 _HEADS, _WIDTH, _TOKENS = 32, 128, 32_768
 # case -> (variant, tokens, key-value heads); S2-Attn in groups of 8,192
 ATTENTION = {
+    "full 8192": ("full", 8192, 32),
     "s2 32768": ("s2", 32_768, 32),
     "s2 98304": ("s2", 98_304, 32),
     "full 32768": ("full", 32_768, 32),
@@ -116,7 +117,7 @@ def kernels(setting: Setting) -> list[Measurement]:
         if name != "eager"
     ]
     return own + [
-        Measurement(f"kernels/{what}/{way}", 10.0 if way == "compile" else 2.0, partial(layer, setting, what, way))
+        Measurement(f"kernels/{what}/{way}", 5.0 if way == "compile" else 0.5, partial(layer, setting, what, way))
         for what in _BUILDERS
         for way in ("eager", "liger", "compile")
     ]

@@ -71,6 +71,8 @@ def finetune_config(setting: Setting, **options: Any) -> Any:
         value = options.get(name)
         if value is not None and str(value).isdigit():
             options[name] = type(value)(setting.tokens(int(value)))
+    if setting.tiny and options.get("sweep") == "auto":  # which takes 8,192 tokens at least
+        options["sweep"] = str(options.get("group_size") or setting.tokens(8192))
     config = FinetuneConfig(
         data="random", device=setting.device.type, accumulation=1, warmup_steps=0, save_every=None, **options
     )
@@ -229,8 +231,21 @@ def table(setting: Setting) -> list[Measurement]:
     ]
 
 
-# name -> options of `longext finetune`; the numbers are tokens
+# name -> options of `longext finetune`; the numbers are tokens. First those that aim at the goals
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
+    32_768: {
+        "group 8192": {"group_size": 8192},
+        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
+        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
+        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
+    },
+    98_304: {
+        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
+        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
+        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
+    },
+}
+MORE: dict[int, dict[str, dict[str, Any]]] = {
     32_768: {
         "group 2048": {"group_size": 2048},
         "group 8192 + kernels none": {"group_size": 8192, "kernels": "none"},
@@ -242,46 +257,48 @@ VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
         "nested 4": {"nested": 4},
         "tile 4096 + nested 4": {"tile": 4096, "nested": 4},
         "checkpoint every 2": {"checkpoint_every": 2},
-        "sweep 8192": {"group_size": 8192, "sweep": "8192"},
-        "sweep 2048 + group 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
-        "sweep 4096 + group 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
-        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
+        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
     },
     98_304: {
         "group 8192": {"group_size": 8192},
-        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
+        "tile 4096": {"tile": 4096},
         "group 8192 + tile 4096 + nested 6": {"group_size": 8192, "tile": 4096, "nested": 6},
-        "sweep 8192": {"group_size": 8192, "sweep": "8192"},
-        "sweep 2048 + group 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
-        "sweep 4096 + group 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
+        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
     },
 }
 
 
-def variants(setting: Setting) -> list[Measurement]:
-    """Return ways to train the same rows."""
+def variants(setting: Setting, part: str = "variants", ways: Any = None) -> list[Measurement]:
+    """Return ways to train the rows of the table."""
     return [
         measurement(
-            setting, f"variants/{length}/{name}", ours, "llama2-7b", length, rate=8000,
+            setting, f"{part}/{length}/{name}", ours, "llama2-7b", length, rate=8000,
             whole=options.get("kernels") == "compile", **options,
         )
-        for length, ways in VARIANTS.items()
-        for name, options in ways.items()
+        for length, named in (ways or VARIANTS).items()
+        for name, options in named.items()
     ]  # fmt: skip
 
 
+def more_variants(setting: Setting) -> list[Measurement]:
+    """Return each option alone, and combinations beside the goals."""
+    return variants(setting, "variants-more", MORE)
+
+
+_S2 = {"group_size": 16_384, "sweep": "auto"}
+
+
 def sweep(setting: Setting) -> list[Measurement]:
-    """Return the ladder of lengths that fit no card without sweeps, up to 256k."""
-    s2 = {"group_size": 16_384, "sweep": "auto"}
-    return [
-        measurement(setting, "sweep/s2/262144", ours, "llama3-8b", 262_144, **s2),
-        measurement(
-            setting, "sweep/full/131072", ours, "llama3-8b", 131_072, rate=1450, attention="full", sweep="auto"
-        ),
-    ]
+    """Return a step that fits no card without a sweep."""
+    return [measurement(setting, "sweep/s2/262144", ours, "llama3-8b", 262_144, **_S2)]
+
+
+def sweep_full(setting: Setting) -> list[Measurement]:
+    """Return the exact step of full attention."""
+    full = {"attention": "full", "sweep": "auto"}
+    return [measurement(setting, "sweep-full/131072", ours, "llama3-8b", 131_072, rate=1450, **full)]
 
 
 def sweep_1m(setting: Setting) -> list[Measurement]:
     """Return the step over a million tokens."""
-    s2 = {"group_size": 16_384, "sweep": "auto"}
-    return [measurement(setting, "sweep-1m/s2/1048576", ours, "llama3-8b", 2**20, rate=3000, **s2)]
+    return [measurement(setting, "sweep-1m/s2/1048576", ours, "llama3-8b", 2**20, rate=3000, **_S2)]
