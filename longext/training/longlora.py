@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
@@ -46,6 +47,7 @@ from longext.training.losses import chunked_loss
 from longext.training.processes import is_main_process, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
+from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
 
 
@@ -70,6 +72,12 @@ class FinetunePlan(RunPlan):
         """G of S2-Attn: constant for the run."""
         return self.config.group_size or max(2, round(self.row_length * self.config.group_ratio))
 
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk of the sweep, None if a row is one graph."""
+        group = None if attention_of(self.config) == "full" else self.group_size
+        return chunk_tokens(self.config.sweep, self.row_length, group)
+
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the base model."""
         return load_tokenizer(self.source, self.config.trust_remote_code or None)
@@ -87,6 +95,7 @@ class FinetunePlan(RunPlan):
         """Return what decides the numbers of the run on data of this report."""
         config, extension = self.config, self.extension
         settings = {**{name: getattr(config, name) for name in DECIDING_FINETUNE}, "attention": attention_of(config)}
+        settings["sweep"] = self.chunk
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
 
@@ -207,8 +216,34 @@ class FinetuneRun(Run):
             backend=config.backend,
             separate_documents=config.separate_documents or config.task == "sft",
             describe=None if self.is_full else functools.partial(self.describe, state="checkpoint"),
+            chunk=self.plan.chunk,
+            new_store=functools.partial(self.new_store, config.kv_memory),
             **settings,
         )
+
+    def new_store(self, gib: float | None) -> KeyValueStore:
+        """Return where the keys and values of a swept batch wait, and their gradients.
+
+        On a CPU there is one memory. On a GPU, attention within groups leaves half a group of a chunk to the next one:
+        little, but of every chunk, so it waits in host memory and GPU memory does not grow with the row. Under full
+        attention all is read again and again: it stays on the GPU as far as there is room, gradients, which are
+        written too, first.
+
+        Args:
+            gib: of GPU memory for them, None for half of what is free.
+        """
+        if self.device.type != "cuda":
+            return KeyValueStore()
+        variant = ATTENTION_VARIANTS[attention_of(self.plan.config)]
+        if variant.lower.first is not None and variant.upper.first is not None:
+            return KeyValueStore(room=0)
+        room = torch.cuda.mem_get_info(self.device)[0] / 2 if gib is None else gib * 2**30
+        text = self.base.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        tokens = self.plan.row_length * self.plan.config.batch_size
+        gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
+        return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
 
     def training(self) -> contextlib.AbstractContextManager[Any]:
         """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention)."""
@@ -224,15 +259,18 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
+        group = "" if attention == "full" else f", groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
+                "objective": f"{attention} attention{group}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
             },
+            "sweep": plan.chunk,
             "row_length": plan.row_length,
             "target_length": plan.extension.target_length,
             "trained_length": plan.extension.trained_length,
