@@ -6,7 +6,7 @@ stays there.
 
     python benchmarks/gpu.py [--part NAME[,NAME]] [--out DIR] [--budget SECONDS] [--list] [--device cpu --tiny]
 
-Not part of the default: `variants-more` (4 minutes), `sweep-full` (2), `sweep-1m` (6).
+Not part of the default: `variants-more` (4 minutes), `sweep-full` (3), `sweep-1m` (6).
 """
 
 from __future__ import annotations
