@@ -6,7 +6,7 @@ stays there.
 
     python benchmarks/gpu.py [--part NAME[,NAME]] [--out DIR] [--budget SECONDS] [--list] [--device cpu --tiny]
 
-Not part of the default: `variants-more` (4 minutes), `sweep-full` (3), `sweep-1m` (6).
+Not part of the default: `variants-more` (4 minutes), `profile` (1), `sweep-full` (3), `sweep-1m` (6).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PARTS = {
     "kernels": kernels.kernels,
     "eval": evaluation.evaluation,
     "variants-more": training.more_variants,
+    "profile": training.profile,
     "sweep-full": training.sweep_full,
     "sweep-1m": training.sweep_1m,
 }
@@ -64,6 +65,7 @@ GOALS: dict[str, tuple[tuple[str, ...], dict[str, float], dict[str, float]]] = {
         {"step_seconds": 90, "peak_gib": 45},
     ),
 }
+_HIDDEN = ("name", "status", "device", "versions", "tokens", "kernels")  # figures that tables leave out
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "liger-kernel", "flash-attn", "triton")
 
 
@@ -132,8 +134,11 @@ def measure(setting: Setting, one: Measurement) -> dict[str, Any]:
     except LongextError as error:
         row = {"status": f"refused: {one_line(error)}"}
     except Exception as error:
-        traceback.print_exc()
-        row = {"status": f"failed: {one_line(error)}"}
+        if "out of memory" in str(error):  # of pinned host memory
+            row = {"status": f"out of memory: {one_line(error)}", **setting.peaks()}
+        else:
+            traceback.print_exc()
+            row = {"status": f"failed: {one_line(error)}"}
     return {**row, "seconds": time.perf_counter() - started}
 
 
@@ -162,7 +167,7 @@ class Record:
         partial.write_text(text + "\n")
         partial.replace(self.file)
         (self.directory / "gpu.md").write_text(markdown(list(self.rows.values())))
-        shown = ", ".join(f"{key} {_cell(value)}" for key, value in row.items() if key not in ("status", "tokens"))
+        shown = ", ".join(f"{key} {_cell(value)}" for key, value in row.items() if key not in _HIDDEN)
         print(f"[{at:5.0f} s] {one.name}: {row['status']}; {shown}", flush=True)
 
 
@@ -222,8 +227,7 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    hidden = ("name", "status", "device", "versions", "tokens", "seconds")
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in (*_HIDDEN, "seconds")))
     lines = ["| | " + " | ".join(key.replace("_", " ") for key in keys) + " | |", "|:--|" + "--:|" * len(keys) + ":--|"]
     for row in rows:
         values = [_cell(row[key]) if key in row else "" for key in keys]

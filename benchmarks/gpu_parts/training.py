@@ -156,6 +156,45 @@ def ours(setting: Setting, shape: str, lengths: Sequence[int], **options: Any) -
     return clock.figures(lengths[-1])
 
 
+class Profile(Clock):
+    """Times the device's kernels in the second step."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start, and in the second step the profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.begin()
+        if len(self.seconds) == 1:
+            kind = ProfilerActivity.CUDA if self.setting.device.type == "cuda" else ProfilerActivity.CPU
+            self.profiler = profile(activities=[kind])
+            self.profiler.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop."""
+        self.end()
+        if len(self.seconds) == 2:
+            self.profiler.stop()
+
+    def kernels(self, count: int = 40) -> list[str]:
+        """Return the kernels that took longest: milliseconds, calls, name."""
+        is_cuda = self.setting.device.type == "cuda"
+        times = {
+            event: (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3
+            for event in self.profiler.key_averages()
+        }
+        longest = sorted(times, key=lambda event: -times[event])[:count]
+        return [f"{times[event]:9.1f} ms {event.count:6d} x {event.key[:120]}" for event in longest]
+
+
+def profiled(setting: Setting, shape: str, lengths: Sequence[int], **options: Any) -> dict[str, Any]:
+    """Return the figures of longext's steps, and which kernels the second one spent its time in."""
+    clock = Profile(setting)
+    train(setting, shape, lengths, clock, **options)
+    lines = clock.kernels()
+    print("\n".join(lines), flush=True)
+    return {**clock.figures(lengths[-1]), "kernels": lines}
+
+
 def plain(setting: Setting, shape: str, lengths: Sequence[int], *, liger: bool) -> dict[str, Any]:
     """Return the figures of transformers and peft alone: LoRA, SDPA, checkpointing, their own loss; or with Liger."""
     from peft import LoraConfig, get_peft_model
@@ -303,3 +342,12 @@ def sweep_full(setting: Setting) -> list[Measurement]:
 def sweep_1m(setting: Setting) -> list[Measurement]:
     """Return the step over a million tokens."""
     return [measurement(setting, "sweep-1m/s2/1048576", ours, "llama3-8b", 2**20, rate=3000, **_S2)]
+
+
+def profile(setting: Setting) -> list[Measurement]:
+    """Return steps whose kernels are timed one by one."""
+    ways: dict[str, dict[str, Any]] = {"group 8192": {"group_size": 8192}, "group 2048": {"group_size": 2048}}
+    return [
+        measurement(setting, f"profile/32768/{name}", profiled, "llama2-7b", 32_768, rate=5000, **options)
+        for name, options in ways.items()
+    ]
