@@ -108,6 +108,18 @@ class FinetunePlan(RunPlan):
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
         check_token_cache(rows.cache, embedding_rows(base), tokenizer, str(config.data))
+        return self.prepare(base, tokenizer, rows, directory)
+
+    def prepare(self, base: Any, tokenizer: Any, rows: Any, directory: Path) -> FinetuneRun:
+        """Make a loaded model what the config trains: adapters, narrow hidden states, checkpointed layers.
+
+        Args:
+            base: a causal LM under the attention implementation to train with (`loading.implementation_of`).
+            tokenizer: of the model; needed to save the run alone.
+            rows: row i of the run at index i, and `report`, what run.json says of the data.
+            directory: the run's working directory.
+        """
+        config = self.config
         is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
         model, trainable = make_trainable(base, config, config.model if is_hub_id else str(self.source.resolve()))
         base = model.get_base_model() if model is not base else base
