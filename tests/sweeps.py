@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from longext.attention.chunks import KeyValueStore
 from longext.attention.layout import make_layout
 from longext.attention.shifted import PLAN, AttentionPlan, register_attention
 from longext.attention.variant import ATTENTION_VARIANTS
-from longext.models.head import decoder_of
-from longext.models.hf import held_rotation
 from longext.training.losses import chunked_loss, shift
-from longext.training.sweep import RowChunks, run_sweep
+from longext.training.sweep import sweep_rows
 
 GROUP = 8
 
@@ -52,21 +49,16 @@ def gradients(model, batch, variant="s2", chunk=None, *, group=GROUP, network=No
     }  # fmt: skip
     count = (tensors["shift_labels"] != -100).sum()
 
-    def loss(parts):
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            return network(**parts, num_items_in_batch=count)["loss"]
-
-    def run(parts):
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            decoder_of(model)(**parts)
+    def amp():
+        return torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast)
 
     with chunked_loss(model, 16):
         if chunk is None:
-            total = loss({**tensors, PLAN: plan, "use_cache": False})
+            with amp():
+                total = network(**tensors, num_items_in_batch=count, use_cache=False, **{PLAN: plan})["loss"]
             total.backward()
         else:
-            with held_rotation(model, ids.shape[1]):
-                total = run_sweep(RowChunks(tensors, plan, chunk, KeyValueStore(), run, loss))
+            total = sweep_rows(network, tensors, plan, chunk, count, autocast=amp)
     return total.detach(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 

@@ -44,12 +44,12 @@ class KeyValueStore:
     Attributes:
         room: bytes of keys and values that may stay on the device; the rest is in pinned host memory.
         gradient_room: the same for gradients.
-        host_bytes: pinned so far, at most.
+        kept_bytes: of keys and values that chunks have kept so far.
     """
 
     room: float = math.inf
     gradient_room: float = math.inf
-    host_bytes: int = 0
+    kept_bytes: int = 0
     _tails: dict[Place, dict[int, _Tail]] = field(default_factory=dict)
 
     def keep(self, place: Place, number: int, start: int, stop: int, pair: Pair) -> None:
@@ -59,6 +59,7 @@ class KeyValueStore:
             size = sum(x.numel() * x.element_size() for x in pair)
             on_device = size <= self.room
             self.room -= size if on_device else 0
+            self.kept_bytes += size
             tails[number] = _Tail(start, stop, self._copied(pair, on_device))
 
     def earlier(self, place: Place, first: int, start: int) -> list[_Tail]:
@@ -96,7 +97,6 @@ class KeyValueStore:
                 copy = torch.empty(ordered.shape, dtype=x.dtype, device=x.device).copy_(ordered)
             else:
                 copy = _on_host(ordered.contiguous())
-                self.host_bytes += copy.numel() * copy.element_size()
             copies.append(copy.transpose(1, 2))
         return copies[0], copies[1]
 

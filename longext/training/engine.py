@@ -21,13 +21,11 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
-from longext.models.head import decoder_of
-from longext.models.hf import held_rotation
 from longext.signals import handling
 from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
 from longext.training.losses import shift
 from longext.training.processes import gather, is_sharded, num_processes, process_rank, sum_gradients
-from longext.training.sweep import RowChunks, run_sweep
+from longext.training.sweep import sweep_rows
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -158,21 +156,15 @@ class AttentionEngine(Engine):
         network = self.accelerator.unwrap_model(model)
         network.train()
         arguments = self._forward_arguments(dict(self._prepare_inputs(inputs)))
-        num_items, plan = args[0] if args else kwargs["num_items_in_batch"], arguments.pop(PLAN)
-        decoder = decoder_of(network.get_base_model() if hasattr(network, "get_base_model") else network)
-
-        def run(parts: dict[str, Any]) -> None:
-            with self.accelerator.autocast():
-                decoder(**parts)
-
-        def loss(parts: dict[str, Any]) -> torch.Tensor:
-            with self.accelerator.autocast():
-                share: torch.Tensor = network(**parts, num_items_in_batch=num_items)["loss"]
-            return share
-
-        tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
-        with held_rotation(network, plan.layout.length):
-            total = run_sweep(RowChunks(tensors, plan, self.chunk, self.new_store(), run, loss))
+        total = sweep_rows(
+            network,
+            {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)},
+            arguments[PLAN],
+            self.chunk,
+            args[0] if args else kwargs["num_items_in_batch"],
+            store=self.new_store(),
+            autocast=self.accelerator.autocast,
+        )
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
             sum_gradients(network)
         world: int = self.args.world_size

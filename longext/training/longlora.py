@@ -28,10 +28,11 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
-from longext.models.hf import LENGTH_DEPENDENT
+from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
+from longext.training.first_loss import check_first_loss
 from longext.training.loading import (
     Extension,
     attention_of,
@@ -108,6 +109,18 @@ class FinetunePlan(RunPlan):
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
         check_token_cache(rows.cache, embedding_rows(base), tokenizer, str(config.data))
+        return self.prepare(base, tokenizer, rows, directory)
+
+    def prepare(self, base: Any, tokenizer: Any, rows: Any, directory: Path) -> FinetuneRun:
+        """Make a loaded model what the config trains: adapters, narrow hidden states, checkpointed layers.
+
+        Args:
+            base: a causal LM under the attention implementation to train with (`loading.implementation_of`).
+            tokenizer: of the model; needed to save the run alone.
+            rows: row i of the run at index i, and `report`, what run.json says of the data.
+            directory: the run's working directory.
+        """
+        config = self.config
         is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
         model, trainable = make_trainable(base, config, config.model if is_hub_id else str(self.source.resolve()))
         base = model.get_base_model() if model is not base else base
@@ -179,11 +192,13 @@ class FinetuneRun(Run):
     Attributes:
         base: the causal LM inside `model` (the same for full tuning).
         trainable: what is trained.
+        first_loss: what was found before the first step (`check_first_loss`); None until then.
     """
 
     plan: FinetunePlan
     base: Any
     trainable: Trainable
+    first_loss: dict[str, Any] | None = None
 
     @property
     def autocast(self) -> bool:
@@ -234,10 +249,17 @@ class FinetuneRun(Run):
         return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
 
     def training(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention)."""
+        """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention).
+
+        Raises:
+            TrainingError: the RoPE is wrong (`check_first_loss`).
+        """
         # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
+        config, extension = self.plan.config, self.plan.extension
         with full_attention(self.base, self.base.device, self.autocast):
             is_plain = head_is_plain(self.base)
+            scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
+            self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
         return chunked_loss(self.base, self.plan.config.loss_chunk) if is_plain else contextlib.nullcontext()
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -266,6 +288,7 @@ class FinetuneRun(Run):
             "data": self.rows.report,
             "rows_per_step": plan.rows_per_step,
             "num_tokens": plan.num_tokens,
+            **({"first_loss": self.first_loss} if self.first_loss else {}),
             **self.cost(seconds),
         }
 

@@ -19,6 +19,8 @@ import torch
 from longext.attention.chunks import Chunk, KeyValueStore
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import ConfigError
+from longext.models.head import decoder_of
+from longext.models.hf import held_rotation
 
 AUTO, OFF = "auto", "off"
 _USUAL_CHUNK = 8192  # long enough to fill a GPU, short enough that a layer's work is small beside the weights
@@ -100,17 +102,49 @@ def _drawing_from(state: State, device: torch.device) -> Iterator[None]:
         yield
 
 
+def sweep_rows(
+    network: Any,
+    tensors: dict[str, torch.Tensor],
+    plan: AttentionPlan,
+    size: int,
+    num_items: Any,
+    *,
+    store: KeyValueStore | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> torch.Tensor:
+    """Add the gradient of the loss of one batch of rows, in chunks, and return the loss.
+
+    It is the summed cross-entropy over `num_items`; the gradient is that of one graph of the whole rows.
+
+    Args:
+        network: a causal LM in train mode under one of our attention variants, or a PEFT model of one.
+        tensors: [B, N] each, what its forward takes for every token: input_ids, position_ids, labels and shift_labels.
+        plan: the attention of whole rows.
+        size: tokens of a chunk; the last may be shorter.
+        store: where keys and values wait (default: on the device).
+        autocast: makes the context that forward passes run in.
+    """
+    decoder = decoder_of(network.get_base_model() if hasattr(network, "get_base_model") else network)
+
+    def run(arguments: dict[str, Any]) -> None:
+        with autocast():
+            decoder(**{name: value for name, value in arguments.items() if "labels" not in name})
+
+    def loss(arguments: dict[str, Any]) -> torch.Tensor:
+        with autocast():
+            share: torch.Tensor = network(**arguments, num_items_in_batch=num_items)["loss"]
+        return share
+
+    with held_rotation(network, plan.layout.length):  # RoPE that follows the length sees that of the row
+        return run_sweep(_RowChunks(tensors, plan, size, store or KeyValueStore(), run, loss))
+
+
 @dataclass
-class RowChunks(Steps):
+class _RowChunks(Steps):
     """One batch of rows, in chunks of tokens.
 
     Attributes:
-        tensors: [B, N] each, what the model's forward takes for every token: input_ids, position_ids and labels, the
-            labels shifted already.
-        plan: the attention of whole rows.
-        size: tokens of a chunk; the last may be shorter.
-        store: where keys and values wait.
-        run: forward arguments of a chunk without labels -> anything; runs all layers.
+        run: forward arguments of a chunk -> anything; runs all layers.
         loss: forward arguments of a chunk -> its share of the batch's loss.
     """
 
@@ -118,7 +152,7 @@ class RowChunks(Steps):
     plan: AttentionPlan
     size: int
     store: KeyValueStore
-    run: Callable[[dict[str, Any]], Any]
+    run: Callable[[dict[str, Any]], None]
     loss: Callable[[dict[str, Any]], torch.Tensor]
 
     def __post_init__(self) -> None:
@@ -128,7 +162,7 @@ class RowChunks(Steps):
 
     def write(self, t: int) -> None:
         """Run the layers over a chunk; its attention keeps the keys and values that later chunks see."""
-        self.run({name: part for name, part in self._arguments(t).items() if "labels" not in name})
+        self.run(self._arguments(t))
 
     def pull_back(self, t: int) -> torch.Tensor:
         """Run a chunk with its loss; gradients of earlier keys and values go to the store."""

@@ -147,8 +147,25 @@ def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
         ("", kinds),
         ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
         ("data", _counts(record["data"])),
+        *_first_loss(record.get("first_loss")),
     ]
     return Table(f"Fine-tuning {config.model}", ("", "value"), rows, left=frozenset({1}))
+
+
+def _first_loss(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Spell what was found before the first step; nothing if the run has not begun."""
+    if not found:
+        return []
+    if "skipped" in found:
+        return [("first loss", f"not measured: {found['skipped']}")]
+    losses = "no number"
+    if found["extended"] is not None and found["unextended"] is not None:
+        losses = f"{found['extended']:.2f} nats, {found['unextended']:.2f} without the extension"
+    where = f"on {found['num_tokens']:,} tokens; uniform guess {found['uniform']:.2f}"
+    return [
+        ("first loss", f"{losses} ({where})"),
+        ("RoPE", f"{found['num_frequencies']:,} frequencies as the formula's, to {found['largest_error']:.0e}"),
+    ]
 
 
 def _perplexity_table(metrics: Metrics) -> list[Table]:
