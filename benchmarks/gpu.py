@@ -206,7 +206,7 @@ def _goal_lines(rows: list[dict[str, Any]]) -> list[str]:
         ratio = peaks["sweep-1m"] / peaks["sweep"]
         answer = "yes" if abs(ratio - 1) <= 0.02 else "no"
         lines.append(
-            f"| 8B shape: peak at 1,048,576 tokens within 2 % of that at 262,144 | {answer} | {ratio:.3f} of it |"
+            f"| 8B shape: peak at 1,048,576 within 2 % of 262,144 | {answer} | {ratio:.3f} of it |"
         )
     return lines
 
