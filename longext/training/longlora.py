@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longext.attention.backends import preferred_kernels
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -248,8 +249,9 @@ class FinetuneRun(Run):
         gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
         return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
 
-    def training(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention).
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While open, the loss is made in chunks, if that gives the model's own (checked on a few tokens).
 
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
@@ -260,7 +262,9 @@ class FinetuneRun(Run):
             is_plain = head_is_plain(self.base)
             scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
             self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-        return chunked_loss(self.base, self.plan.config.loss_chunk) if is_plain else contextlib.nullcontext()
+        loss = chunked_loss(self.base, config.loss_chunk) if is_plain else contextlib.nullcontext()
+        with loss, preferred_kernels():
+            yield
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
@@ -269,7 +273,7 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
-        group = "" if attention == "full" else f", groups of {plan.group_size:,}"
+        group = "" if attention == "full" else f" in groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
