@@ -201,6 +201,13 @@ def _goal_lines(rows: list[dict[str, Any]]) -> list[str]:
         share, row = max(((_share(row, at_least, at_most), row) for row in own), key=lambda pair: pair[0])
         figures = ", ".join(f"{_cell(float(row[key]))} {key.replace('_', ' ')}" for key in keys)
         lines.append(f"| {text} | {'yes' if share >= 1 else 'no'} | {row['name']}: {figures} |")
+    peaks = {row["name"].split("/")[0]: row["peak_gib"] for row in rows if "/s2/" in row["name"] and "peak_gib" in row}
+    if {"sweep", "sweep-1m"} <= peaks.keys():
+        ratio = peaks["sweep-1m"] / peaks["sweep"]
+        answer = "yes" if abs(ratio - 1) <= 0.02 else "no"
+        lines.append(
+            f"| 8B shape: peak at 1,048,576 within 2 % of 262,144 | {answer} | {ratio:.3f} of it |"
+        )
     return lines
 
 

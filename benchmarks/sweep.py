@@ -54,9 +54,7 @@ def main() -> None:
     }  # fmt: skip
     print(f"{result['model']}'s sizes, groups of {arguments.group:,}, chunks of {arguments.chunk:,}, one CPU thread\n")
     result["exactness"] = exactness(name, arguments)
-    print(
-        "\n| tokens | | peak MB | halo MB | peak but halo | CPU s | s per 1,000 tokens |\n|--:|:--|--:|--:|--:|--:|--:|"
-    )
+    print("\n| tokens | | peak MB | halo MB | CPU s | s per 1,000 tokens |\n|--:|:--|--:|--:|--:|--:|")
     result["steps"] = []
     runs = [(lengths[0], None), *((length, arguments.chunk) for length in lengths)]
     for length, chunk in runs:

@@ -33,7 +33,9 @@ def batch_of(kind: str, rows: int = 2, length: int = 44, vocabulary: int = 60, s
     return {"input_ids": ids, "labels": labels, "document_ids": documents}
 
 
-def gradients(model, batch, variant="s2", chunk=None, *, group=GROUP, network=None, positions=None, autocast=False):
+def gradients(
+    model, batch, variant="s2", chunk=None, *, group=GROUP, network=None, positions=None, autocast=False, store=None
+):
     """Return (loss, {name: gradient}); `network` is what is called (a PEFT model around `model`), if not `model`."""
     register_attention()
     network = model if network is None else network
@@ -58,7 +60,7 @@ def gradients(model, batch, variant="s2", chunk=None, *, group=GROUP, network=No
                 total = network(**tensors, num_items_in_batch=count, use_cache=False, **{PLAN: plan})["loss"]
             total.backward()
         else:
-            total = sweep_rows(network, tensors, plan, chunk, count, autocast=amp)
+            total = sweep_rows(network, tensors, plan, chunk, count, store=store, autocast=amp)
     return total.detach(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 

@@ -111,11 +111,14 @@ def generation(setting: Setting, prompts: int, length: int) -> dict[str, Any]:
 def evaluation(setting: Setting) -> list[Measurement]:
     """Return perplexity by way and window, passkey by length, generation by batch."""
     own = [
-        Measurement(f"eval/sliding/{window} by {stride}/{way}", 6.0, partial(sliding, setting, way, window, stride))
+        Measurement(f"eval/sliding/{window} by {stride}/{way}", 5.0, partial(sliding, setting, way, window, stride))
         for window, stride in ((2048, 256), (8192, 1024))
         for way in ("loop", "longext")
     ]
-    own += [Measurement(f"eval/passkey/{n}", 6.0, partial(passkey, setting, n, 8)) for n in (4096, 32_768)]
+    own += [
+        Measurement(f"eval/passkey/{length}", seconds, partial(passkey, setting, length, 8))
+        for length, seconds in ((4096, 4.0), (32_768, 10.0))
+    ]
     return own + [
         Measurement(f"eval/generation/{count} of 4096", 6.0, partial(generation, setting, count, 4096))
         for count in (1, 8)

@@ -271,14 +271,14 @@ def table(setting: Setting) -> list[Measurement]:
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
     32_768: {
         "group 8192": {"group_size": 8192},
-        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
+        "group 2048 + offload": {"group_size": 2048, "offload": True},
         "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
         "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
     },
     98_304: {
-        "group 2048 + tile 4096 + offload": {"group_size": 2048, "tile": 4096, "offload": True},
-        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
-        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
+        "group 2048 + offload + tile 8192": {"group_size": 2048, "offload": True, "tile": 8192},
+        "group 4096 + sweep 4096 + no checkpointing": {"group_size": 4096, "sweep": "4096", "checkpointing": False},
+        "group 8192 + sweep 8192 + every 2": {"group_size": 8192, "sweep": "8192", "checkpoint_every": 2},
     },
 }
 MORE: dict[int, dict[str, dict[str, Any]]] = {
@@ -292,14 +292,14 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "tile 4096": {"tile": 4096},
         "nested 4": {"nested": 4},
         "tile 4096 + nested 4": {"tile": 4096, "nested": 4},
-        "checkpoint every 2": {"checkpoint_every": 2},
         "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
     },
     98_304: {
         "group 8192": {"group_size": 8192},
-        "tile 4096": {"tile": 4096},
-        "group 8192 + tile 4096 + nested 6": {"group_size": 8192, "tile": 4096, "nested": 6},
-        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
+        "tile 8192": {"tile": 8192},
+        "group 8192 + tile 8192 + nested 6": {"group_size": 8192, "tile": 8192, "nested": 6},
+        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
+        "full attention": {"attention": "full"},
     },
 }
 

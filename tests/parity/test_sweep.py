@@ -10,6 +10,7 @@ from families import CONFIGS, tiny_model
 from sweeps import batch_of, gradients, worst
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longext.attention.chunks import KeyValueStore
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError
 from longext.training.sweep import chunk_tokens
@@ -151,3 +152,39 @@ def test_chunk_sizes():
     for wrong in ("0", "-1", "x", "1.5", ""):
         with pytest.raises(ConfigError, match="--sweep takes"):
             chunk_tokens(wrong, 10_000, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", SWEPT)
+@pytest.mark.parametrize("kind", ["whole", "packed"])
+def test_what_waits_in_host_memory_comes_back_as_it_was(variant, kind):
+    """Nothing may stay on the device, or all: bit for bit the same; and the gradient of one graph in float32."""
+    model = tiny_model("qwen3").cuda()
+    batch = {name: x.cuda() for name, x in batch_of(kind).items()}
+    _, expected = gradients(model, batch, variant)
+    _, here = gradients(model, batch, variant, 8)
+    _, there = gradients(model, batch, variant, 8, store=KeyValueStore(room=0, gradient_room=0))
+    assert worst(there, here) == 0
+    assert worst(here, expected) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", SWEPT)
+@pytest.mark.parametrize("kind", ["whole", "packed"])
+def test_half_precision_kernels_behind_earlier_keys(variant, kind):
+    """bfloat16 takes other kernels, aligned at the last key: not further from float32 than one graph is, twice over."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).cuda()
+    batch = {name: x.cuda() for name, x in batch_of(kind, length=256).items()}
+    _, exact = gradients(model, batch, variant, group=64)
+    _, plain = gradients(model, batch, variant, group=64, autocast=True)
+    _, swept = gradients(model, batch, variant, 64, group=64, autocast=True)
+
+    def error(found):
+        return sum(float((found[name] - exact[name]).norm() ** 2) for name in exact) ** 0.5
+
+    assert error(swept) < 2 * error(plain)

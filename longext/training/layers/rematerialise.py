@@ -43,9 +43,10 @@ class Rematerialisation:
         hidden: torch.Tensor = args[0]
         group = self._group_of(hidden)
         number = group.add(layer, args)
+        place, shape = hidden.data_ptr(), hidden.shape  # not the tensor: autograd keeps the hook
 
         def pack(tensor: torch.Tensor) -> Any:
-            if tensor.data_ptr() != hidden.data_ptr() or tensor.shape != hidden.shape:
+            if tensor.data_ptr() != place or tensor.shape != shape:
                 return tensor
             if number == 0:
                 group.first = tensor.detach() if self._transfer is None else self._transfer.store(tensor)

@@ -139,8 +139,9 @@ class _Tiled:
         # filled only now: a recomputation that ends with the saving of x does not get here
         with torch.no_grad():
             torch.clear_autocast_cache()
+            values, filled = x.detach(), output.detach()
             for part in _parts(x, self._tile):
-                output.detach()[part] = run(x[part])
+                filled[part] = run(values[part].contiguous())
             torch.clear_autocast_cache()  # what was cast without a graph: it would take no gradient
         return output
 
@@ -178,9 +179,10 @@ class _Tiles(torch.autograd.Function):
         sums: list[torch.Tensor | None] = [None] * len(ctx.trained)
         with torch.enable_grad(), ctx.surroundings.again():
             for part in _parts(x, ctx.tile):
-                tokens = x[part].detach().requires_grad_(wants_x)
+                tokens = x[part].detach().contiguous().requires_grad_(wants_x)
                 inputs = [*([tokens] if wants_x else []), *ctx.trained]
-                found = list(torch.autograd.grad(ctx.run(tokens), inputs, gradient[part], allow_unused=True))
+                output = ctx.run(tokens.view_as(tokens))  # no leaf: torch's counter of FLOPs takes none here
+                found = list(torch.autograd.grad(output, inputs, gradient[part], allow_unused=True))
                 if x_gradient is not None:
                     x_gradient[part] = found.pop(0)
                 sums = [_add(total, new) for total, new in zip(sums, found, strict=True)]
