@@ -170,7 +170,7 @@ def find_shape(config: PlanConfig) -> tuple[Path | None, ModelShape]:
 
 
 def _check_numbers(config: PlanConfig) -> None:
-    for name in ("length", "batch_size", "lora_r", "sequence_parallel", "checkpoint_every"):
+    for name in ("length", "batch_size", "lora_r", "sequence_parallel", "checkpoint_every", "nested"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
     if config.utilisation is not None and not 0 < config.utilisation <= 1:
