@@ -37,6 +37,7 @@ TWO = {
     "finetune-data": {"args": (*RUN, "--accumulation", 1)},
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
     "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 200)},
+    "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 100, "--nested", 3)},
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
     "whole": {"args": (*RUN, *SAVING)},
