@@ -88,16 +88,24 @@ def frequencies(module: Any, kind: str | None, length: int) -> tuple[list[float]
 
     Read out of cos and sin at position 1, in the order of the module's output; both halves of a head hold the same.
     """
-    fresh = type(module)(config=module.config)
-    cos, sin = _cos_sin(fresh, kind, length)
+    return rotation(type(module)(config=module.config), kind, length)
+
+
+def rotation(module: Any, kind: str | None, length: int) -> tuple[list[float], float]:
+    """Return the same of a module as it is; one that follows the length is changed by it."""
+    cos, sin = (part[0] for part in cos_sin(module, kind, length))
     return torch.atan2(sin, cos).tolist(), float(torch.hypot(sin, cos).max())
 
 
-def _cos_sin(module: Any, kind: str | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin at position 1 as float64 [D]; modules with several position axes get the same on each."""
-    out = rotate(module, torch.tensor([[1, length - 1]]), kind)
+def cos_sin(module: Any, kind: str | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin at positions 1 and `length` - 1 as float64 [2, D] on the CPU.
+
+    Modules with several position axes get the same on each.
+    """
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    out = rotate(module, torch.tensor([[1, length - 1]], device=device), kind)
     cos, sin = (out.real, out.imag) if isinstance(out, torch.Tensor) else out[:2]
-    cos, sin = (part.double().reshape(-1, 2, part.shape[-1])[0, 0] for part in (cos, sin))
+    cos, sin = (part.detach().cpu().double().reshape(-1, 2, part.shape[-1])[0] for part in (cos, sin))
     return cos, sin
 
 

@@ -117,6 +117,13 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     quantize: str = option(
         "none", "Frozen weights; nf4 is QLoRA and needs bitsandbytes", names=lambda: ("none", "nf4"), panel=_MEMORY
     )
+    sweep: str = option(
+        "off", "Tokens of a row whose graph is alive at once: a number, auto, or off for all.", panel=_MEMORY
+    )
+    kv_memory: float | None = option(
+        None, "GiB of GPU memory for the keys and values of a sweep with full attention (default: half of the free).",
+        ge=0, panel=_MEMORY,
+    )  # fmt: skip
     backend: str = option("auto", "Attention kernel: auto, flash, sdpa, eager.", panel=_MEMORY)
     kernels: str = option(
         "auto", "Of norms, RoPE and MLPs; auto is liger where it can be used", names=lambda: KERNELS, panel=_MEMORY

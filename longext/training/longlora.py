@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from longext.attention.backends import preferred_kernels
+from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
@@ -27,10 +29,11 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
-from longext.models.hf import LENGTH_DEPENDENT
+from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
+from longext.training.first_loss import check_first_loss
 from longext.training.layers.kernels import Kernels, choose_kernels, use_compile, use_liger
 from longext.training.layers.tiles import check_token_wise, token_wise_modules, use_tiles
 from longext.training.loading import (
@@ -48,6 +51,7 @@ from longext.training.losses import chunk_for, chunked_loss
 from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
+from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
 
 
@@ -71,6 +75,12 @@ class FinetunePlan(RunPlan):
     def group_size(self) -> int:
         """G of S2-Attn: constant for the run."""
         return self.config.group_size or max(2, round(self.row_length * self.config.group_ratio))
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk of the sweep, None if a row is one graph."""
+        group = None if attention_of(self.config) == "full" else self.group_size
+        return chunk_tokens(self.config.sweep, self.row_length, group)
 
     @property
     def kernels(self) -> str | None:
@@ -97,6 +107,7 @@ class FinetunePlan(RunPlan):
         settings = {
             **{name: getattr(config, name) for name in DECIDING_FINETUNE},
             "attention": attention_of(config),
+            "sweep": self.chunk,
             "kernels": self.kernels,
         }
         weights = extension.record["base_weights"]
@@ -111,6 +122,18 @@ class FinetunePlan(RunPlan):
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
         check_token_cache(rows.cache, embedding_rows(base), tokenizer, str(config.data))
+        return self.prepare(base, tokenizer, rows, directory)
+
+    def prepare(self, base: Any, tokenizer: Any, rows: Any, directory: Path) -> FinetuneRun:
+        """Make a loaded model what the config trains: adapters, narrow hidden states, checkpointed layers.
+
+        Args:
+            base: a causal LM under the attention implementation to train with (`loading.implementation_of`).
+            tokenizer: of the model; needed to save the run alone.
+            rows: row i of the run at index i, and `report`, what run.json says of the data.
+            directory: the run's working directory.
+        """
+        config = self.config
         is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
         names = token_wise_modules(base)
         if config.tile is not None:
@@ -193,12 +216,14 @@ class FinetuneRun(Run):
         base: the causal LM inside `model` (the same for full tuning).
         trainable: what is trained.
         kernels: of norms, RoPE and MLPs.
+        first_loss: what was found before the first step (`check_first_loss`); None until then.
     """
 
     plan: FinetunePlan
     base: Any
     trainable: Trainable
     kernels: Kernels
+    first_loss: dict[str, Any] | None = None
 
     @property
     def autocast(self) -> bool:
@@ -219,8 +244,34 @@ class FinetuneRun(Run):
             backend=config.backend,
             separate_documents=config.separate_documents or config.task == "sft",
             describe=None if self.is_full else functools.partial(self.describe, state="checkpoint"),
+            chunk=self.plan.chunk,
+            new_store=functools.partial(self.new_store, config.kv_memory),
             **settings,
         )
+
+    def new_store(self, gib: float | None) -> KeyValueStore:
+        """Return where the keys and values of a swept batch wait, and their gradients.
+
+        On a CPU there is one memory. On a GPU, attention within groups leaves half a group of a chunk to the next one:
+        little, but of every chunk, so it waits in host memory and GPU memory does not grow with the row. Under full
+        attention all is read again and again: it stays on the GPU as far as there is room, gradients, which are
+        written too, first.
+
+        Args:
+            gib: of GPU memory for them, None for half of what is free.
+        """
+        if self.device.type != "cuda":
+            return KeyValueStore()
+        variant = ATTENTION_VARIANTS[attention_of(self.plan.config)]
+        if variant.lower.first is not None and variant.upper.first is not None:
+            return KeyValueStore(room=0)
+        room = torch.cuda.mem_get_info(self.device)[0] / 2 if gib is None else gib * 2**30
+        text = self.base.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        tokens = self.plan.row_length * self.plan.config.batch_size
+        gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
+        return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
 
     @property
     def loss_chunk(self) -> int:
@@ -229,11 +280,18 @@ class FinetuneRun(Run):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens)."""
-        with self.kernels.in_place():
+        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens).
+
+        Raises:
+            TrainingError: the RoPE is wrong (`check_first_loss`).
+        """
+        config, extension = self.plan.config, self.plan.extension
+        with self.kernels.in_place(), preferred_kernels():
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
+                scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
+                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
             with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
                 yield
 
@@ -244,15 +302,18 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
+        group = "" if attention == "full" else f" in groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
+                "objective": f"{attention} attention{group}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
             },
+            "sweep": plan.chunk,
             "row_length": plan.row_length,
             "target_length": plan.extension.target_length,
             "trained_length": plan.extension.trained_length,
@@ -262,6 +323,7 @@ class FinetuneRun(Run):
             "data": self.rows.report,
             "rows_per_step": plan.rows_per_step,
             "num_tokens": plan.num_tokens,
+            **({"first_loss": self.first_loss} if self.first_loss else {}),
             **self.cost(seconds),
         }
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
-from longext.settings import check_names
+from longext.settings import LENGTH, check_names
 from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
+from longext.training.sweep import chunk_tokens
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -162,6 +164,8 @@ def _check_sharing(config: FinetuneConfig) -> None:
             "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, "
             "and gradients through them are wrong from then on. Leave --quantize out."
         )
+    if chunk_tokens(config.sweep, LENGTH, None) is not None:
+        _check_sweep(config)
     if config.sequence_parallel > 1 and config.context_parallel > 1:
         raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
     sharded = is_sharded()
@@ -180,6 +184,25 @@ def _check_sharing(config: FinetuneConfig) -> None:
         )
     if config.context_parallel > 1:
         _check_context_parallel(config, device, sharded)
+
+
+def _check_sweep(config: FinetuneConfig) -> None:
+    """Raise ConfigError for what a sweep cannot do."""
+    attention = attention_of(config)
+    if ATTENTION_VARIANTS[attention].leaks:
+        raise ConfigError(
+            f"--sweep needs attention without later tokens, and {attention} has some: use --attention s2."
+        )
+    if config.sequence_parallel > 1 or config.context_parallel > 1:
+        raise ConfigError(
+            "--sweep has one chunk of a row on a GPU at a time: there is nothing to share with --sequence-parallel or "
+            "--context-parallel. Leave one of them out."
+        )
+    if is_sharded():
+        raise ConfigError(
+            "--sweep runs a row in many backward passes and adds gradients up itself, which FSDP and DeepSpeed do not "
+            "allow: start it with --num-processes, torchrun or an accelerate configuration for plain data parallel."
+        )
 
 
 def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharded: bool) -> None:

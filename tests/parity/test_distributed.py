@@ -36,6 +36,7 @@ SHORT = (*RUN, "--target-length", 128, "--num-steps", 1, "--accumulation", 1, "-
 TWO = {
     "finetune-data": {"args": (*RUN, "--accumulation", 1)},
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
+    "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 200)},
     "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 100, "--nested", 3)},
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
@@ -51,6 +52,7 @@ TWO = {
         "in": ("here2", "there"),
         "copy": [("here/out", "here2/out.running")],
     },
+    "wrong": {"args": (*SHORT, "--method", "linear", "--target-length", 1024), "rope": "scaled twice"},
 }
 CHECKS = ("sequence", "fsdp", "segments")
 
@@ -101,7 +103,7 @@ def test_two_ranks_compute_what_one_does(place, kind):
 
 @pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("finetune", "compress"))])
 def test_two_processes_equal_one_with_the_same_global_batch(place, name):
-    """Rows (or documents): accumulated, dealt to two processes, and each shared by two processes."""
+    """Rows (or documents): accumulated, dealt to two processes, swept in chunks there, each shared by two processes."""
     main, other = outcomes(place, name)
     assert (main["code"], other["code"]) == (0, 0), main
     assert (main["stdout"].count("Wrote out"), other["stdout"]) == (1, "")  # one process speaks
@@ -126,6 +128,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_processes_go_on_bit_for_bit
     assert losses(place, "resumed") == losses(place, "whole")
     whole, resumed = (load_file(place / name / "out/adapter_model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_wrong_rope_ends_both_processes_and_one_says_so(place):
+    main, other = outcomes(place, "wrong")
+    assert (main["code"], other["code"]) == (1, 1), main
+    assert "does not rotate as `linear` says" in main["stderr"].replace("\n", " ")
+    assert other["stderr"] == ""
+    assert not list((place / "wrong").iterdir())
 
 
 def test_without_a_shared_disk_a_resume_stops_in_one_line(place):
