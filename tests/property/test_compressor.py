@@ -99,15 +99,15 @@ def test_documents_know_nothing_of_one_another(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("policy", ["exact", "full"])
-def test_checkpointing_changes_no_gradient(variant, policy):
-    """Also in one graph, where other adapters are active when a layer is run again."""
+@pytest.mark.parametrize(("policy", "offload"), [("exact", False), ("full", False), ("full", True)])
+def test_checkpointing_changes_no_gradient(variant, policy, offload):
+    """Also in one graph, where other adapters are active when a layer is run again, and with layer inputs moved."""
     plain = make_compressor(variant)
     ids = random_ids(2, 4)
     loss, expected = gradient_of(plain, make_document(plain, ids), policy)
     checked = make_compressor(variant)
     checked.load_state_dict(plain.state_dict())
-    checked.backbone.enable_checkpointing(checked.adapters, False, enable_checkpointing)
+    checked.backbone.enable_checkpointing(checked.adapters, offload, enable_checkpointing)
     found_loss, found = gradient_of(checked, make_document(checked, ids), policy)
     assert found_loss == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(found, expected, **TIGHT)
