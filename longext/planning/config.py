@@ -42,7 +42,7 @@ class PlanConfig:
         True, "Compute each layer again in the backward pass.", "--checkpointing", "--no-checkpointing", panel=_MEMORY
     )
     checkpoint_every: int = option(1, "Checkpoint every N-th layer only.", ge=1, le=MANY, panel=_MEMORY)
-    nested: int | None = option(None, "Keep one hidden state per N layers.", ge=2, le=MANY, panel=_MEMORY)
+    nested: int = option(1, "Keep one hidden state per N layers.", ge=1, le=MANY, panel=_MEMORY)
     offload: bool = option(False, "Keep layer inputs in host memory.", panel=_MEMORY)
     sweep: str = option("off", "Tokens of a row at once, a multiple of the S2 group; or auto, off.", panel=_MEMORY)
     kv_memory: float | None = option(

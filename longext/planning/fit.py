@@ -108,7 +108,9 @@ class TrainingPlan:
         lacking = " and ".join(LIMITS[name] for name in self.cost.exceeded)
         way = self.way_out
         if way is None:
-            return f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
+            return (
+                f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
+            )
         return f"does not fit as asked ({lacking}); the first way that does: {way.name}"
 
     def notes(self) -> list[str]:
@@ -168,7 +170,7 @@ def find_shape(config: PlanConfig) -> tuple[Path | None, ModelShape]:
 
 
 def _check_numbers(config: PlanConfig) -> None:
-    for name in ("length", "batch_size", "lora_r", "sequence_parallel", "checkpoint_every"):
+    for name in ("length", "batch_size", "lora_r", "sequence_parallel", "checkpoint_every", "nested"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
     if config.utilisation is not None and not 0 < config.utilisation <= 1:

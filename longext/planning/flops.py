@@ -148,7 +148,7 @@ def again_of_layers(shape: ModelShape, setup: TrainingSetup) -> tuple[float, flo
     if not setup.checkpointing:
         return 0.0, 0.0
     layers = shape.num_layers
-    nested = layers - -(-layers // setup.nested) if setup.nested else 0
+    nested = layers - -(-layers // setup.nested)
     return -(-layers // setup.checkpoint_every) / layers, nested / layers
 
 

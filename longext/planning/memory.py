@@ -207,7 +207,7 @@ def _is_mixed(setup: TrainingSetup) -> bool:
 
 def _checkpointed(shape: ModelShape, setup: TrainingSetup) -> int:
     """Return how many layer inputs wait from the forward pass to the backward pass."""
-    return -(-shape.num_layers // (setup.nested or setup.checkpoint_every))
+    return -(-shape.num_layers // max(setup.nested, setup.checkpoint_every))
 
 
 def _input_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
@@ -224,8 +224,8 @@ def _kept(shape: ModelShape, setup: TrainingSetup) -> float:
     if not setup.checkpointing:
         return every_layer * shape.num_layers
     waiting = _checkpointed(shape, setup)
-    here = (min(2, waiting) if setup.offload else waiting) + (setup.nested or 0)
-    others = 0 if setup.nested else shape.num_layers - waiting
+    here = (min(2, waiting) if setup.offload else waiting) + (setup.nested if setup.nested > 1 else 0)
+    others = 0 if setup.nested > 1 else shape.num_layers - waiting
     return here * _input_bytes(shape, setup) + others * every_layer
 
 
@@ -266,7 +266,9 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
     there = carried_bytes(shape, setup) - _here(shape, setup)
     share = there / carried_bytes(shape, setup)
     width, passes = setup.compute_bytes, 3 if setup.checkpointing else 2
-    earlier = setup.batch_size * setup.chunk * rows * (rows - 1) // 2  # tokens that all chunks together have before them
+    earlier = (
+        setup.batch_size * setup.chunk * rows * (rows - 1) // 2
+    )  # tokens that all chunks together have before them
     read = 2 * shape.num_layers * shape.kv_size * earlier * (passes * width + 2 * FULL)
     return HostBytes(layer_inputs=inputs, keys_and_values=there, moved=moved + share * read)
 
@@ -274,12 +276,19 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
 def halo_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
     """Return the bytes that a chunk hands to the next under S2-Attn: half a group of the shifted heads' keys and values.
 
-    The heads from floor(heads / 2) on are shifted; a key-value head that both halves use counts.
+    The heads from floor(heads / 2) on are shifted; a key-value head that both halves use counts. Chunks that are not
+    whole groups hand on at most a group of all heads, or all of themselves: an upper bound.
     """
-    assert setup.group is not None
-    shifted = shape.num_kv_heads - shape.num_heads // 2 // (shape.num_heads // shape.num_kv_heads)
-    each = 2 * shape.num_layers * shifted * shape.head_dim * setup.compute_bytes
-    return float(setup.batch_size * each * (setup.group // 2))
+    assert setup.group is not None and setup.chunk is not None
+    heads, tokens = shifted_kv_heads(shape), setup.group // 2
+    if setup.chunk % setup.group:
+        heads, tokens = shape.num_kv_heads, min(setup.chunk, setup.group)
+    return 2.0 * setup.batch_size * shape.num_layers * heads * shape.head_dim * setup.compute_bytes * tokens
+
+
+def shifted_kv_heads(shape: ModelShape) -> int:
+    """Return how many key-value heads the shifted half of the query heads reads."""
+    return shape.num_kv_heads - shape.num_heads // 2 // (shape.num_heads // shape.num_kv_heads)
 
 
 def carried_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
@@ -302,7 +311,7 @@ def _carried(shape: ModelShape, setup: TrainingSetup) -> float:
         return 2 * halo_bytes(shape, setup)
     here = _here(shape, setup)
     others = (carried_bytes(shape, setup) - here) / shape.num_layers
-    joined = 2 * shape.kv_size * 2 * setup.compute_bytes  # a layer's, in front of its own; and their gradient
+    joined = 2 * shape.kv_size * setup.compute_bytes  # a layer's, in front of its own
     return here + others + setup.batch_size * setup.swept_tokens * joined
 
 
@@ -342,7 +351,22 @@ def _layer_work(shape: ModelShape, setup: TrainingSetup) -> float:
         return _tiled_work(shape, setup) + casts
     gradients = _mlp_gradients(shape, setup) + 2 * shape.hidden_size * stream_bytes(setup)
     again = layer_bytes(shape, setup) if setup.checkpointing else 0
-    return float(setup.local_tokens * (again + gradients) + casts)
+    return casts + max(float(setup.local_tokens * (again + gradients)), _attention_work(shape, setup))
+
+
+def _attention_work(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Bytes of the backward pass of one layer's attention: gradients of its output, of q, k and v, and of the residual.
+
+    In a sweep keys and values of earlier tokens have gradients too: flash kernels make one a query head, and sum it.
+    """
+    width, query, kv = setup.compute_bytes, shape.query_size, shape.kv_size
+    tiled = setup.tile and setup.tiles_norms
+    norm = 0 if tiled else _norm_bytes(shape, setup) // shape.layout.num_norms
+    again = _attention_bytes(shape, setup) + norm if setup.checkpointing else 0
+    gradients = width * (2 * query + 2 * kv) + shape.hidden_size * stream_bytes(setup)
+    summed = query + (kv if kv < query else 0)
+    earlier = 0 if setup.group else setup.batch_size * setup.swept_tokens * 2 * summed * width
+    return float(setup.local_tokens * (again + gradients) + earlier)
 
 
 def _mlp_gradients(shape: ModelShape, setup: TrainingSetup) -> int:
@@ -354,12 +378,11 @@ def _mlp_gradients(shape: ModelShape, setup: TrainingSetup) -> int:
 def _tiled_work(shape: ModelShape, setup: TrainingSetup) -> float:
     """Bytes of one layer's backward if its MLP and its norms work on a tile at a time and keep their input alone.
 
-    The largest moment is a tile's (beside the gradients of the MLP's output and input) or the attention's backward
-    pass: gradients of its output, of q, k and v, and of the residual. If the norms are not tiled, it is the backward
+    The largest moment is a tile's (beside the gradients of the MLP's output and input) or the attention's. If the norms are not tiled, it is the backward
     pass of the second norm, which makes three float32 tensors and the gradient that comes in.
     """
     assert setup.tile is not None
-    hidden, stream, width, tokens = shape.hidden_size, stream_bytes(setup), setup.compute_bytes, setup.local_tokens
+    hidden, stream, tokens = shape.hidden_size, stream_bytes(setup), setup.local_tokens
     tile = min(setup.tile, tokens) * (_mlp_bytes(shape, setup) + _mlp_gradients(shape, setup))
     attention = _attention_bytes(shape, setup) if setup.checkpointing else 0
     if not setup.tiles_norms:
@@ -370,8 +393,7 @@ def _tiled_work(shape: ModelShape, setup: TrainingSetup) -> float:
     norms = min(setup.tile, tokens) * (_norm_bytes(shape, setup) + 3 * hidden * FULL)
     kept = _tiled_inputs(shape, setup) if setup.checkpointing else 0
     mlp = attention + kept + 2 * hidden * stream
-    gradients = width * (2 * shape.query_size + 2 * shape.kv_size) + hidden * stream
-    return float(max(tokens * (attention + gradients), tokens * mlp + max(tile, norms)))
+    return max(_attention_work(shape, setup), float(tokens * mlp + max(tile, norms)))
 
 
 def _tiled_inputs(shape: ModelShape, setup: TrainingSetup) -> int:

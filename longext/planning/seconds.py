@@ -5,8 +5,8 @@ and writes tensors without computing much (norms, RoPE, residual sums, casts, ad
 loss) at BANDWIDTH of its memory's. What goes to and from host memory runs at BUS beside them; the longer of the two
 counts. Left out: communication of GPUs, the update, the first step's compilation and allocation but for `pinning`.
 
-MATRIX and BANDWIDTH were fitted to two measured runs and ATTENTION is a measurement of its own; which, and how well the
-other runs are met, is in tests/parity/test_plan_gpu.py and docs/planning.md.
+The rates are fractions measured on one H200 and taken for all devices; which runs BANDWIDTH and PINNING were fitted to,
+and how well the others are met, is in tests/parity/test_plan_gpu.py and docs/planning.md.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from longext.planning.memory import host_bytes
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape
 
-MATRIX = 0.79  # of the peak
-ATTENTION = 0.557  # of the peak
-BANDWIDTH = 0.51  # of the memory's
+MATRIX = 0.797  # of the peak: 788 of 989 TFLOP/s, measured on large products
+ATTENTION = 0.557  # of the peak: measured on attention alone
+BANDWIDTH = 0.52  # of the memory's: fitted to one run
 BUS = 25e9  # bytes a second between a GPU and pinned host memory
-PINNING = 1.5e9  # bytes a second that the first step pins
+PINNING = 1.5e9  # bytes a second that the first step pins: fitted to one run
 
 # Bytes that a token reads and writes, forward and backward, for an element: as torch's operators do them one by one at 16
 # bits, and as Liger's kernels do. Counted operator by operator; tests/parity/test_plan_seconds.py counts again.

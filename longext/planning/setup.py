@@ -10,7 +10,7 @@ from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.shape import ModelShape
 from longext.settings import check_names
 
-AUTO = 0  # of `TrainingSetup.sweep`: the chunk follows from the group
+AUTO = 0  # of `TrainingSetup.sweep`: the least number of groups with 8,192 tokens; under full attention those
 SWEPT = 8192  # tokens of a chunk that is chosen, at least
 _LOGITS = 2**29  # bytes of float32 logits that a chunk of the loss may have, if nothing is said
 _LOSS_TOKENS = (128, 4096)
@@ -49,7 +49,7 @@ class TrainingSetup:
     lora_r: int = 8
     checkpointing: bool = True
     checkpoint_every: int = 1
-    nested: int | None = None
+    nested: int = 1
     loss_chunk: int | None = 4096
     offload: bool = False
     sweep: int | None = None
@@ -73,11 +73,11 @@ class TrainingSetup:
 
     @property
     def chunk(self) -> int | None:
-        """Tokens of a row whose graph exists at once: whole groups under S2; None if the row has one chunk or none."""
+        """Tokens of a row whose graph exists at once, AUTO worked out; None if the row is not swept or has one chunk."""
         if self.sweep is None:
             return None
         unit = self.group or 1
-        chunk = unit * -(-(self.sweep or SWEPT) // unit)
+        chunk = self.sweep or unit * -(-SWEPT // unit)
         return chunk if chunk < self.length else None
 
     @property
@@ -144,7 +144,7 @@ def setup_of(config: PlanConfig, num_gpus: int, shape: ModelShape) -> TrainingSe
     _check(config, num_gpus, shape)
     shared = {field.name for field in dataclasses.fields(TrainingSetup)} & set(vars(config))
     same = {name: getattr(config, name) for name in shared - {"attention", "sweep", "kernels", "loss_chunk"}}
-    setup = TrainingSetup(
+    return TrainingSetup(
         **same,
         attention=attention,
         sweep=_sweep(config.sweep),
@@ -153,19 +153,14 @@ def setup_of(config: PlanConfig, num_gpus: int, shape: ModelShape) -> TrainingSe
         num_gpus=num_gpus,
         compute_bytes=DTYPES[config.dtype],
     )
-    if setup.sweep and setup.group and setup.sweep % setup.group:
-        raise ConfigError(
-            f"`sweep` {setup.sweep} must be a multiple of the S2 group, {setup.group} tokens. Give --group-size too."
-        )
-    return setup
 
 
 def _check(config: PlanConfig, num_gpus: int, shape: ModelShape) -> None:
     if config.offload and not config.checkpointing:
         raise ConfigError("--offload moves what checkpointing keeps; it cannot go with --no-checkpointing.")
-    if not config.checkpointing and (config.nested or config.checkpoint_every > 1):
+    if not config.checkpointing and (config.nested > 1 or config.checkpoint_every > 1):
         raise ConfigError("--nested and --checkpoint-every say how to checkpoint; leave --no-checkpointing out.")
-    if config.nested and config.checkpoint_every > 1:
+    if config.nested > 1 and config.checkpoint_every > 1:
         raise ConfigError("--nested keeps fewer layer inputs, --checkpoint-every more than those; give one of them.")
     if not 0 < config.group_ratio <= 1:
         raise ConfigError(f"`group_ratio` must be in (0, 1], got {config.group_ratio:g}.")

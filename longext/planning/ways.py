@@ -134,7 +134,7 @@ def ways_for(
 ) -> Iterator[Way]:
     """Yield the ways to train as asked, and how else: all with the asked kernels, tiles, batch and chunks of the loss."""
     plain = dataclasses.replace(
-        asked, checkpointing=True, checkpoint_every=1, nested=None, offload=False, sweep=None, kv_memory=None,
+        asked, checkpointing=True, checkpoint_every=1, nested=1, offload=False, sweep=None, kv_memory=None,
         sequence_parallel=1,
     )  # fmt: skip
     rows = list(_ways(shape, asked, plain))
@@ -176,7 +176,7 @@ def _sweeps(asked: TrainingSetup, plain: TrainingSetup) -> Iterator[tuple[str, T
     """Yield the sweeps of rows longer than one chunk; S2 with the asked group, or 8,192 if that would grow with rows."""
     chunk = asked.sweep or AUTO
     group = asked.group_size or min(SWEPT, max(2, asked.length // 4 // 2 * 2))
-    s2 = dataclasses.replace(plain, attention="s2", group_size=group, sweep=chunk if chunk % group == 0 else AUTO)
+    s2 = dataclasses.replace(plain, attention="s2", group_size=group, sweep=chunk)
     if s2.chunk is not None:
         yield f"S2 sweep, {group:,}", s2
     full = dataclasses.replace(plain, attention="full", group_size=None, sweep=chunk)
@@ -198,7 +198,7 @@ def flags_of(setup: TrainingSetup) -> str:
         f"--group-ratio {setup.group_ratio:g}" if not group and not attention and setup.group_ratio != 0.25 else "",
         "" if setup.checkpointing else "--no-checkpointing",
         f"--checkpoint-every {setup.checkpoint_every}" if setup.checkpoint_every > 1 else "",
-        f"--nested {setup.nested}" if setup.nested else "",
+        f"--nested {setup.nested}" if setup.nested > 1 else "",
         "--offload" if setup.offload else "",
         sweep,
         f"--kv-memory {math.ceil(setup.kv_memory)}" if setup.kv_memory is not None else "",

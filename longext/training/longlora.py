@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.backends import preferred_kernels
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -106,8 +107,8 @@ class FinetunePlan(RunPlan):
         settings = {
             **{name: getattr(config, name) for name in DECIDING_FINETUNE},
             "attention": attention_of(config),
-            "kernels": self.kernels,
             "sweep": self.chunk,
+            "kernels": self.kernels,
         }
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
@@ -214,8 +215,8 @@ class FinetuneRun(Run):
     Attributes:
         base: the causal LM inside `model` (the same for full tuning).
         trainable: what is trained.
-        first_loss: what was found before the first step (`check_first_loss`); None until then.
         kernels: of norms, RoPE and MLPs.
+        first_loss: what was found before the first step (`check_first_loss`); None until then.
     """
 
     plan: FinetunePlan
@@ -279,9 +280,13 @@ class FinetuneRun(Run):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens)."""
+        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens).
+
+        Raises:
+            TrainingError: the RoPE is wrong (`check_first_loss`).
+        """
         config, extension = self.plan.config, self.plan.extension
-        with self.kernels.in_place():
+        with self.kernels.in_place(), preferred_kernels():
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
@@ -297,7 +302,7 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
-        group = "" if attention == "full" else f", groups of {plan.group_size:,}"
+        group = "" if attention == "full" else f" in groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),

@@ -52,6 +52,7 @@ TWO = {
         "in": ("here2", "there"),
         "copy": [("here/out", "here2/out.running")],
     },
+    "wrong": {"args": (*SHORT, "--method", "linear", "--target-length", 1024), "rope": "scaled twice"},
 }
 CHECKS = ("sequence", "fsdp", "segments")
 
@@ -127,6 +128,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_processes_go_on_bit_for_bit
     assert losses(place, "resumed") == losses(place, "whole")
     whole, resumed = (load_file(place / name / "out/adapter_model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_wrong_rope_ends_both_processes_and_one_says_so(place):
+    main, other = outcomes(place, "wrong")
+    assert (main["code"], other["code"]) == (1, 1), main
+    assert "does not rotate as `linear` says" in main["stderr"].replace("\n", " ")
+    assert other["stderr"] == ""
+    assert not list((place / "wrong").iterdir())
 
 
 def test_without_a_shared_disk_a_resume_stops_in_one_line(place):

@@ -136,12 +136,12 @@ class TrainingReport:
 def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
     tuning, attention = record["tuning"], record["attention"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
-    swept = f", a graph of {record['sweep']:,} tokens at a time" if record["sweep"] else ""
+    swept = f"; swept in chunks of {record['sweep']:,} tokens" if record["sweep"] else ""
     share = tuning["num_trainable"] / tuning["num_total"]
     per_step, length = record["rows_per_step"], record["row_length"]
     rows = [
         ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
-        ("objective", f"next token under {attention['objective']}{swept}"),
+        ("objective", f"next token, {attention['objective']}{swept}"),
         ("evaluation", f"attention: {attention['evaluation']}"),
         ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
         ("", kinds),
