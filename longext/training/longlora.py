@@ -285,8 +285,12 @@ class FinetuneRun(Run):
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
         """
+        from peft.helpers import disable_input_dtype_casting
+
         config, extension = self.plan.config, self.plan.extension
-        with self.kernels.in_place(), preferred_kernels():
+        # autocast narrows what adapters read: peft would widen it to their float32 first, only for that
+        unwidened = disable_input_dtype_casting(self.model, active=self.autocast and not self.is_full)
+        with self.kernels.in_place(), preferred_kernels(), unwidened:
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
