@@ -205,9 +205,7 @@ def _goal_lines(rows: list[dict[str, Any]]) -> list[str]:
     if {"sweep", "sweep-1m"} <= peaks.keys():
         ratio = peaks["sweep-1m"] / peaks["sweep"]
         answer = "yes" if abs(ratio - 1) <= 0.02 else "no"
-        lines.append(
-            f"| 8B shape: peak at 1,048,576 within 2 % of 262,144 | {answer} | {ratio:.3f} of it |"
-        )
+        lines.append(f"| 8B shape: peak at 1,048,576 within 2 % of 262,144 | {answer} | {ratio:.3f} of it |")
     return lines
 
 

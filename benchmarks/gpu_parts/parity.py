@@ -134,7 +134,7 @@ def gradients(
     callback = Gradients()
     train(
         setting, "parity", [length], callback, base=base, documents=documents, attention=attention, group_size=1024,
-        separate_documents=documents > 1, max_grad_norm=1e30, **options,
+        separate_documents=documents > 1, max_grad_norm=1e30, **{"kernels": "none", **options},
     )  # fmt: skip
     return callback.found
 

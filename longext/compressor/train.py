@@ -42,6 +42,7 @@ from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
+from longext.training.losses import chunk_for
 from longext.training.processes import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
@@ -97,7 +98,7 @@ class CompressPlan(RunPlan):
             device=str(device),
             dtype=_training_dtype(config, self.base, device),
             attention=config.attention,
-            loss_chunk=config.loss_chunk,
+            loss_chunk=config.loss_chunk or chunk_for(load_config(self.source).get_text_config().vocab_size),
         )
         set_seed(config.seed)
         compressor = build_compressor(backbone, self.spec)

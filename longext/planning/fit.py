@@ -108,7 +108,9 @@ class TrainingPlan:
         lacking = " and ".join(LIMITS[name] for name in self.cost.exceeded)
         way = self.way_out
         if way is None:
-            return f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
+            return (
+                f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
+            )
         return f"does not fit as asked ({lacking}); the first way that does: {way.name}"
 
     def notes(self) -> list[str]:

@@ -266,7 +266,9 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
     there = carried_bytes(shape, setup) - _here(shape, setup)
     share = there / carried_bytes(shape, setup)
     width, passes = setup.compute_bytes, 3 if setup.checkpointing else 2
-    earlier = setup.batch_size * setup.chunk * rows * (rows - 1) // 2  # tokens that all chunks together have before them
+    earlier = (
+        setup.batch_size * setup.chunk * rows * (rows - 1) // 2
+    )  # tokens that all chunks together have before them
     read = 2 * shape.num_layers * shape.kv_size * earlier * (passes * width + 2 * FULL)
     return HostBytes(layer_inputs=inputs, keys_and_values=there, moved=moved + share * read)
 

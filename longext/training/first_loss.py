@@ -24,7 +24,7 @@ import torch
 from longext.checkpoint import _built
 from longext.checkpoint.rope_config import ModelRope, model_rope, write_rope
 from longext.checkpoint.source import read_config
-from longext.conversion.computed import Computed, compute, formula_problem
+from longext.conversion.computed import Computed, Layer, compute, formula_problem
 from longext.conversion.extend import exportable_parameters, trained_rope, written_rope
 from longext.errors import CheckpointError, LongextError, LongextWarning, TrainingError
 from longext.models.hf import HFLanguageModel
@@ -169,13 +169,13 @@ def loss_problem(extended: float | None, unextended: float | None, uniform: floa
     """Return what two first losses and that of a uniform guess say against the RoPE, or None.
 
     Only a model that reads this text well without the extension, at less than half of the uniform guess's loss, is
-    judged by it: random weights are above that, and interpolation takes a text that is poorly read above the guess.
+    held to that guess: interpolation may take a text that is poorly read above it, and random weights are there.
     """
-    if unextended is None or unextended >= uniform / 2:
+    if unextended is None:
         return None
     if extended is None:
         return f"The RoPE is wrong: the first loss is no number under it, and {unextended:.2f} nats without it."
-    if extended > uniform:
+    if extended > uniform and unextended < uniform / 2:
         return (
             f"The RoPE is wrong: the first loss is {extended:.2f} nats under it, above the {uniform:.2f} of a uniform "
             f"guess, and {unextended:.2f} without it."
@@ -209,20 +209,31 @@ def rotation_problem(model: Any, ropes: Ropes, extension: Extension) -> tuple[st
         (the first difference or None, how many frequencies were compared, the largest relative error)
     """
     lengths = sorted({ropes.spec.original_max_position_embeddings, extension.target_length + 1})
-    loaded = _loaded(model, lengths, extension)
+    fresh = _fresh(extension, lengths)
+    loaded = _loaded(model, lengths, fresh.layers if fresh else None)
     if not loaded.rotary:
         raise CheckpointError(f"{type(model).__name__} has no rotary module that longext could run")
     problem, count, worst = formula_problem(loaded, ropes.rope, ropes.spec, lengths)
     if problem is None and count == 0:
         problem = "no layer of it uses a RoPE"
+    if problem is None and fresh is not None:
+        problem = _order_problem(loaded, fresh)
     problem = problem or next((text for text in (_far_problem(model, n) for n in lengths) if text), None)
     if problem is not None:
         problem = f"The loaded model does not rotate as `{ropes.spec.method}` says: {problem}."
     return problem, count, worst
 
 
-def _loaded(model: Any, lengths: list[int], extension: Extension) -> Computed:
-    """What the rotary modules of a loaded model compute; which of them layers use comes from the config."""
+def _fresh(extension: Extension, lengths: list[int]) -> Computed | None:
+    """What transformers builds from the config alone; None of a model with code of its own."""
+    try:
+        return compute(extension.config, lengths)
+    except CheckpointError:
+        return None
+
+
+def _loaded(model: Any, lengths: list[int], layers: tuple[Layer, ...] | None) -> Computed:
+    """What the rotary modules of a loaded model compute; `layers` say which of them are used."""
     rotary = {
         (f"{name}:{kind}" if kind else name, length): _built.rotation(copy.deepcopy(module), kind, length)
         for name, module in _built.rotary_modules(model).items()
@@ -230,11 +241,16 @@ def _loaded(model: Any, lengths: list[int], extension: Extension) -> Computed:
         for length in lengths
     }
     measured = {key: (np.asarray(values), factor) for key, (values, factor) in rotary.items()}
-    try:
-        layers = compute(extension.config, lengths).layers
-    except CheckpointError:  # a model with code of its own
-        layers = None
     return Computed(measured, layers, None, {})
+
+
+def _order_problem(loaded: Computed, fresh: Computed) -> str | None:
+    """Compare the frequencies place by place: the formula's are found by value, each family has its own order."""
+    for key, (measured, _) in loaded.rotary.items():
+        expected = fresh.rotary.get(key, (measured, 1.0))[0]
+        if not np.allclose(measured, expected, rtol=1e-4, atol=1e-12):
+            return f"{key[0]} has the right frequencies in another order"
+    return None
 
 
 def _far_problem(model: Any, length: int) -> str | None:

@@ -217,10 +217,13 @@ def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator
     was_training = model.training
     model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
+    # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     # what every report says: no evaluation runs on a training variant
     assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with stance, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield
     finally:
         model.set_attn_implementation(trained_with)

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longext.attention.backends import preferred_kernels
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -33,6 +34,8 @@ from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
 from longext.training.first_loss import check_first_loss
+from longext.training.layers.kernels import Kernels, choose_kernels, use_compile, use_liger
+from longext.training.layers.tiles import check_token_wise, token_wise_modules, use_tiles
 from longext.training.loading import (
     Extension,
     attention_of,
@@ -44,8 +47,8 @@ from longext.training.loading import (
     training_device,
     uses_autocast,
 )
-from longext.training.losses import chunked_loss
-from longext.training.processes import is_main_process, main_process_first, wait_for_all
+from longext.training.losses import chunk_for, chunked_loss
+from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
@@ -79,6 +82,12 @@ class FinetunePlan(RunPlan):
         group = None if attention_of(self.config) == "full" else self.group_size
         return chunk_tokens(self.config.sweep, self.row_length, group)
 
+    @property
+    def kernels(self) -> str | None:
+        """Which kernels of norms, RoPE and MLPs the run uses: "liger", "compile" or None."""
+        device = training_device(self.config)
+        return choose_kernels(self.config.kernels, str(self.extension.config["model_type"]), device, is_sharded())
+
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the base model."""
         return load_tokenizer(self.source, self.config.trust_remote_code or None)
@@ -95,8 +104,12 @@ class FinetunePlan(RunPlan):
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return what decides the numbers of the run on data of this report."""
         config, extension = self.config, self.extension
-        settings = {**{name: getattr(config, name) for name in DECIDING_FINETUNE}, "attention": attention_of(config)}
-        settings["sweep"] = self.chunk
+        settings = {
+            **{name: getattr(config, name) for name in DECIDING_FINETUNE},
+            "attention": attention_of(config),
+            "sweep": self.chunk,
+            "kernels": self.kernels,
+        }
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
 
@@ -122,14 +135,22 @@ class FinetunePlan(RunPlan):
         """
         config = self.config
         is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
+        names = token_wise_modules(base)
+        if config.tile is not None:
+            check_token_wise(base, names)
+        kernels = use_liger(base) if self.kernels == "liger" else Kernels()  # PEFT copies the norms as they are then
         model, trainable = make_trainable(base, config, config.model if is_hub_id else str(self.source.resolve()))
         base = model.get_base_model() if model is not base else base
         narrow_hidden_states(base)
+        if self.kernels == "compile":
+            kernels = use_compile(base, names)
+        if config.tile is not None:
+            use_tiles(base, names, config.tile)
         if config.checkpointing:
-            enable_checkpointing(base, config.offload)
+            enable_checkpointing(base, config.offload, every=config.checkpoint_every, nested=config.nested)
         return FinetuneRun(
             plan=self, directory=directory, model=model, tokenizer=tokenizer, rows=rows,
-            device=training_device(config), base=base, trainable=trainable,
+            device=training_device(config), base=base, trainable=trainable, kernels=kernels,
         )  # fmt: skip
 
 
@@ -146,7 +167,9 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     if config.sequence_parallel > 1:
         _check_sequence_parallel(config, extension, length)
     _check_rope(config, extension)
-    return FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
+    plan = FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
+    _ = plan.kernels  # refused now if it is
+    return plan
 
 
 def finetune_checkpoint(config: FinetuneConfig, directory: Path, **settings: Any) -> TrainingResult:
@@ -192,12 +215,14 @@ class FinetuneRun(Run):
     Attributes:
         base: the causal LM inside `model` (the same for full tuning).
         trainable: what is trained.
+        kernels: of norms, RoPE and MLPs.
         first_loss: what was found before the first step (`check_first_loss`); None until then.
     """
 
     plan: FinetunePlan
     base: Any
     trainable: Trainable
+    kernels: Kernels
     first_loss: dict[str, Any] | None = None
 
     @property
@@ -248,19 +273,27 @@ class FinetuneRun(Run):
         gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
         return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
 
-    def training(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention).
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens whose logits exist at once."""
+        return self.plan.config.loss_chunk or chunk_for(embedding_rows(self.base))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens).
 
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
         """
-        # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
         config, extension = self.plan.config, self.plan.extension
-        with full_attention(self.base, self.base.device, self.autocast):
-            is_plain = head_is_plain(self.base)
-            scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
-            self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-        return chunked_loss(self.base, self.plan.config.loss_chunk) if is_plain else contextlib.nullcontext()
+        with self.kernels.in_place(), preferred_kernels():
+            # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
+            with full_attention(self.base, self.base.device, self.autocast):
+                is_plain = head_is_plain(self.base)
+                scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
+                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
+            with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
+                yield
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
@@ -269,7 +302,7 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
-        group = "" if attention == "full" else f", groups of {plan.group_size:,}"
+        group = "" if attention == "full" else f" in groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
@@ -285,11 +318,22 @@ class FinetuneRun(Run):
             "target_length": plan.extension.target_length,
             "trained_length": plan.extension.trained_length,
             "positions": config.positions,
+            "kernels": self.kernels.name,
+            "memory": self._memory(),
             "data": self.rows.report,
             "rows_per_step": plan.rows_per_step,
             "num_tokens": plan.num_tokens,
             **({"first_loss": self.first_loss} if self.first_loss else {}),
             **self.cost(seconds),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        """Return what is kept of a step, and in which pieces it is computed."""
+        config = self.plan.config
+        return {
+            "checkpointing": config.checkpointing,
+            **{name: getattr(config, name) for name in ("checkpoint_every", "nested", "offload", "tile")},
+            "loss_chunk": self.loss_chunk,
         }
 
     def model_config(self) -> dict[str, Any]:

@@ -31,7 +31,8 @@ DECIDING = (
 )  # fmt: skip
 DECIDING_FINETUNE = (
     "method", "task", "window", "positions", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
-    "quantize", "group_size", "group_ratio", *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
+    "quantize", "group_size", "group_ratio", "tile", "loss_chunk",
+    *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
 )  # fmt: skip
 
 
@@ -89,6 +90,21 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
     if config.separate_documents and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
+    _check_layers(config)
+
+
+def _check_layers(config: FinetuneConfig) -> None:
+    if config.tile is not None and config.kernels == "compile":
+        raise ConfigError("--tile runs what --kernels compile has compiled a tile at a time: give one of them.")
+    if config.nested > 1 and not config.checkpointing:
+        raise ConfigError("--nested shares the inputs of checkpointed layers: leave gradient checkpointing on.")
+    if config.checkpoint_every > 1 and not config.checkpointing:
+        raise ConfigError("--checkpoint-every chooses checkpointed layers: leave gradient checkpointing on.")
+    if config.nested > 1 and config.checkpoint_every > 1:
+        raise ConfigError(
+            f"--nested {config.nested} needs every layer checkpointed: leave --checkpoint-every "
+            f"{config.checkpoint_every} out."
+        )
 
 
 def check_processes(config: TrainingConfig) -> None:
@@ -158,6 +174,9 @@ def _check_sharing(config: FinetuneConfig) -> None:
             "--eval-data needs whole weights, and this accelerate configuration shards them: leave it out, and measure "
             "the merged model with `longext eval ppl`."
         )
+    for flag, is_on in (("--tile", config.tile is not None), ("--nested", config.nested > 1)):
+        if sharded and is_on:
+            raise ConfigError(f"{flag} has not been tried under FSDP or DeepSpeed, which this configuration asks for.")
     if sharded and device.type == "cpu":
         raise ConfigError(
             "This accelerate configuration asks for FSDP or DeepSpeed, and there is no GPU. accelerate ignores FSDP on "

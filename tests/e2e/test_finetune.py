@@ -258,7 +258,7 @@ def test_a_swept_run_is_the_run(run, tmp_path, args):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     record = json.loads((tmp_path / "swept" / "result.json").read_text())["finetune"]
     assert record["sweep"] == 64
-    objective = "full attention" if "full" in args[-3:] and "--attention" in args else "s2 attention, groups of 64"
+    objective = "full attention" if "full" in args[-3:] and "--attention" in args else "s2 attention in groups of 64"
     assert record["attention"]["objective"] == objective
     assert objective in (tmp_path / "swept" / "README.md").read_text()
 

@@ -37,6 +37,7 @@ TWO = {
     "finetune-data": {"args": (*RUN, "--accumulation", 1)},
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
     "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 200)},
+    "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 100, "--nested", 3)},
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
     "whole": {"args": (*RUN, *SAVING)},
@@ -51,6 +52,7 @@ TWO = {
         "in": ("here2", "there"),
         "copy": [("here/out", "here2/out.running")],
     },
+    "wrong": {"args": (*SHORT, "--method", "linear", "--target-length", 1024), "rope": "scaled twice"},
 }
 CHECKS = ("sequence", "fsdp", "segments")
 
@@ -126,6 +128,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_processes_go_on_bit_for_bit
     assert losses(place, "resumed") == losses(place, "whole")
     whole, resumed = (load_file(place / name / "out/adapter_model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_wrong_rope_ends_both_processes_and_one_says_so(place):
+    main, other = outcomes(place, "wrong")
+    assert (main["code"], other["code"]) == (1, 1), main
+    assert "does not rotate as `linear` says" in main["stderr"].replace("\n", " ")
+    assert other["stderr"] == ""
+    assert not list((place / "wrong").iterdir())
 
 
 def test_without_a_shared_disk_a_resume_stops_in_one_line(place):

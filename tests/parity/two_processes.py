@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -114,9 +115,12 @@ def check_segment_parallel() -> None:
 def run_commands(directory: Path) -> None:
     """Run the command lines of commands.json in both processes, each in its `in`; outcomes go to NAME-RANK.json.
 
-    `copy` [from, to] comes first, and the `spoil`ed file gets another last byte.
+    `copy` [from, to] comes first, and the `spoil`ed file gets another last byte. With `rope` the model that is loaded
+    rotates wrongly in this way.
     """
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from typer.testing import CliRunner
+    from wrong_ropes import loaded_wrong
 
     from longext.cli import app
 
@@ -132,7 +136,8 @@ def run_commands(directory: Path) -> None:
         where = directory / command.get("in", (name, name))[rank]
         where.mkdir(exist_ok=True)
         os.chdir(where)
-        done = CliRunner().invoke(app, command["args"])
+        with loaded_wrong(command["rope"]) if "rope" in command else contextlib.nullcontext():
+            done = CliRunner().invoke(app, command["args"])
         outcome = {"code": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}
         (directory / f"{name}-{rank}.json").write_text(json.dumps(outcome))
         dist.barrier()

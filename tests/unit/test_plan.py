@@ -18,7 +18,7 @@ from longext.planning.fit import plan_record, plan_training
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import read_shape
-from longext.planning.ways import LONGEST, STEP, Machine, longest_length
+from longext.planning.ways import STEP, Machine, longest_length
 
 
 @pytest.fixture

@@ -136,16 +136,17 @@ class TrainingReport:
 def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
     tuning, attention = record["tuning"], record["attention"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
-    swept = f", a graph of {record['sweep']:,} tokens at a time" if record["sweep"] else ""
+    swept = f"; swept in chunks of {record['sweep']:,} tokens" if record["sweep"] else ""
     share = tuning["num_trainable"] / tuning["num_total"]
     per_step, length = record["rows_per_step"], record["row_length"]
     rows = [
         ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
-        ("objective", f"next token under {attention['objective']}{swept}"),
+        ("objective", f"next token, {attention['objective']}{swept}"),
         ("evaluation", f"attention: {attention['evaluation']}"),
         ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
         ("", kinds),
         ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
+        ("layers", _layers(record)),
         ("data", _counts(record["data"])),
         *_first_loss(record.get("first_loss")),
     ]
@@ -166,6 +167,22 @@ def _first_loss(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("first loss", f"{losses} ({where})"),
         ("RoPE", f"{found['num_frequencies']:,} frequencies as the formula's, to {found['largest_error']:.0e}"),
     ]
+
+
+def _layers(record: Mapping[str, Any]) -> str:
+    """Spell which kernels the layers use, what is kept of them, and in which pieces they are computed."""
+    memory = record["memory"]
+    every, nested = memory["checkpoint_every"], memory["nested"]
+    kept = "one input kept a layer" if nested == 1 else f"one input kept for {nested} layers"
+    checkpoints = kept if every == 1 else f"one layer of {every} checkpointed"
+    parts = [
+        f"kernels: {record['kernels']}",
+        (checkpoints if memory["checkpointing"] else "no checkpointing")
+        + (", in CPU memory" if memory["offload"] else ""),
+        *([f"MLPs and norms {memory['tile']:,} tokens at a time"] if memory["tile"] else []),
+        f"loss {memory['loss_chunk']:,} tokens at a time",
+    ]
+    return "; ".join(parts)
 
 
 def _perplexity_table(metrics: Metrics) -> list[Table]:
