@@ -65,11 +65,14 @@ def peak_of_a_step(model, mixed: bool, length: int) -> int:
     return peak_of(step, model)
 
 
-def peak_of(step, model) -> int:
-    """Bytes of all storages that a step makes and has at once; run once before, so that gradients exist."""
+def peak_of(step, model, known=()) -> int:
+    """Bytes of all storages that a step makes and has at once; run once before, so that gradients exist.
+
+    Parameters, gradients and `known` tensors are left out.
+    """
     step()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    with MemoryTracker([*model.parameters(), *model.buffers(), *gradients]) as tracker:
+    with MemoryTracker([*model.parameters(), *model.buffers(), *gradients, *known]) as tracker:
         step()
     return tracker.peak
 

@@ -192,4 +192,4 @@ def _sweep(text: str) -> int | None:
 def loss_tokens(vocab_size: int) -> int:
     """Return how many tokens' logits exist at once if nothing is said: what 512 MiB hold in float32, 128 to 4,096."""
     least, most = _LOSS_TOKENS
-    return max(least, min(most, _LOGITS // (4 * vocab_size)))
+    return max(least, min(most, _LOGITS // (4 * vocab_size) // least * least))
