@@ -274,7 +274,7 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
 
 
 def halo_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Return the bytes that a chunk hands to the next under S2-Attn: half a group of the shifted heads' keys and values.
+    """Return the bytes that a chunk hands to the next under S2-Attn: keys and values of half a group, shifted heads.
 
     The heads from floor(heads / 2) on are shifted; a key-value head that both halves use counts. Chunks that are not
     whole groups hand on at most a group of all heads, or all of themselves: an upper bound.
@@ -383,7 +383,7 @@ def _attention_work(shape: ModelShape, setup: TrainingSetup) -> float:
 
 
 def _mlp_gradients(shape: ModelShape, setup: TrainingSetup) -> int:
-    """Bytes per token of the gradients inside an MLP; the product is freed, its gradient lives; Liger works in place."""
+    """Bytes per token of gradients inside an MLP: the product is freed, its gradient lives. Liger works in place."""
     inner = (3 if shape.layout.gated else 2) - (1 if setup.is_full else 0)
     return (1 if setup.has_fused_kernels else inner) * shape.intermediate_size * setup.compute_bytes
 

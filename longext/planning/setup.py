@@ -73,7 +73,7 @@ class TrainingSetup:
 
     @property
     def chunk(self) -> int | None:
-        """Tokens of a row whose graph exists at once, AUTO worked out; None if the row is not swept or has one chunk."""
+        """Tokens of a row whose graph exists at once, AUTO worked out; None if the row is not swept, or one chunk."""
         if self.sweep is None:
             return None
         unit = self.group or 1

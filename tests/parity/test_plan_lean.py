@@ -36,7 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 class Step:
     """A small model, its setup as planned, and a step of it; `sweep` runs rows in chunks."""
 
-    def __init__(self, family="llama", method="longlora", mixed=True, attention="s2", length=LENGTH, heads=None, **lean):
+    def __init__(
+        self, family="llama", method="longlora", mixed=True, attention="s2", length=LENGTH, heads=None, **lean
+    ):
         name, extra, targets = FAMILIES[family]
         lean = {"sweep": None, "tile": None, "nested": 1, "checkpoint_every": 1, **lean}
         layers = {"num_hidden_layers": lean.pop("layers", 3)}
@@ -75,7 +77,6 @@ class Step:
         """Bytes of activations, what is on a GPU's host included: a CPU has one memory."""
         memory = plan_memory(self.shape, self.setup)
         return memory.phases[memory.phase] + memory.carried + memory.host
-
 
     def peak(self) -> int:
         """Bytes of activations as counted."""

@@ -163,7 +163,7 @@ def _ways(plan: TrainingPlan) -> Table:
             best.add((number, 0))
     columns = ["", "GPU", "host", "batch", "tok/s", "longest", "limit"]
     marked = "the first that fits is marked" if best else "none fits"
-    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits and what ends it, or what is too low; {marked}"
+    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits; what ends it or is too low; {marked}"
     if plan.config.price_per_hour is not None:
         columns.append("USD")
         tokens = plan.config.num_tokens
