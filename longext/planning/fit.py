@@ -111,7 +111,8 @@ class TrainingPlan:
             return (
                 f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
             )
-        return f"does not fit as asked ({lacking}); the first way that does: {way.name}"
+        flags = f" ({way.flags})" if way.flags else ""
+        return f"does not fit as asked ({lacking}); the first way that does: {way.name}{flags}"
 
     def notes(self) -> list[str]:
         """Return what a reader must know besides the numbers, one line each."""
