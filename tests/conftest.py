@@ -36,11 +36,11 @@ SHARED = Path(__file__).parents[2] / "shared"  # real data beside a developer's 
 def pytest_collection_modifyitems(items):
     """Skip what this machine cannot run."""
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slow" in item.keywords and "slow" not in (item.config.option.markexpr or ""):
+        if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
-        if "network" in item.keywords:
+        if item.get_closest_marker("network"):
             item.add_marker(pytest.mark.skip(reason="needs the Hub"))
 
 

@@ -1,20 +1,24 @@
 """Which kernel computes attention inside pieces, and why. All give the same numbers.
 
-A backend maps q [B, H, N, D] and k, v [B, K, N, D] (K divides H, or K = 1 head serves all) and the pieces of a layout
-to [B, N, H, D]; tokens in no piece (padding) get zeros.
+A backend maps q [B, H, N, D] and k, v [B, K, M, D] (K divides H) and the pieces of a layout to [B, N, H, D]; tokens in
+no piece (padding) get zeros. M > N in a chunk of a row: the first keys are of tokens before the chunk. A kernel without
+a mask is causal from the end: the last query sees all keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
-from longext.attention.layout import Bucket, Layout
+from longext.attention.layout import Boundaries, Bucket, Columns, Layout
 from longext.attention.variant import Cut
 from longext.errors import ConfigError, MissingExtraError
 from longext.registry import Registry
@@ -30,6 +34,7 @@ class Job:
         dropout: probability on the attention weights.
         softcap: c of c * tanh(score / c) (Gemma 2), or None.
         window: tokens a query sees, itself included (sliding-window layers), or None. Only with `WHOLE`.
+        columns: the chunk that queries and keys are of; None for whole rows.
     """
 
     layout: Layout
@@ -39,32 +44,51 @@ class Job:
     dropout: float = 0.0
     softcap: float | None = None
     window: int | None = None
+    columns: Columns | None = None
+
+    @property
+    def at(self) -> Columns:
+        """The columns of queries and keys."""
+        return self.columns or self.layout.whole
 
 
+_MASKED_ROWS = 512  # queries of a CPU kernel that needs its mask as a tensor
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job, "torch.Tensor | None"], torch.Tensor]
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job], torch.Tensor]
 BACKENDS: Registry[Backend] = Registry("backend")
 
 
-def choose_backend(name: str, query: torch.Tensor, softcap: float | None) -> str:
-    """Return the backend to use for `name`; "auto" takes flash-attn if it can run, else SDPA, eager for soft caps.
+def choose_backend(name: str, query: torch.Tensor, job: Job) -> str:
+    """Return the backend to use for `name`.
+
+    "auto" takes eager for soft caps; on CUDA in half precision flash-attn if it is installed, torch's variable-length
+    kernel for packed rows; else SDPA.
 
     Raises:
-        ConfigError: unknown name, or a backend that cannot do soft-capped scores.
-        MissingExtraError: flash asked for and not installed.
+        ConfigError: unknown name, or a backend that cannot do soft-capped scores or dropout.
+        MissingExtraError: flash asked for, and neither flash-attn nor torch's variable-length kernel is there.
     """
     if name == "auto":
-        if softcap is not None:
+        if job.softcap is not None:
             return "eager"
-        return "flash" if query.is_cuda and query.dtype != torch.float32 and _has_flash() else "sdpa"
+        if not query.is_cuda or query.dtype == torch.float32:
+            return "sdpa"
+        ragged = job.layout.segments is not None or (job.window or job.layout.length) < job.layout.length
+        return "flash" if _has_flash() or (ragged and _has_varlen() and not job.dropout) else "sdpa"
     BACKENDS[name]
-    if softcap is not None and name != "eager":
+    if job.softcap is not None and name != "eager":
         raise ConfigError(f"--backend {name} cannot cap attention scores, as this model does: use auto or eager.")
     if name == "flash" and not _has_flash():
-        raise MissingExtraError(
-            "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]'. "
-            "Or take --backend sdpa."
-        )
+        if not _has_varlen():
+            raise MissingExtraError(
+                "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]'. "
+                "Or take --backend sdpa."
+            )
+        if job.dropout:
+            raise ConfigError(
+                "--backend flash without flash-attn is torch's kernel, which knows no dropout on attention weights, as "
+                "this model has: install flash-attn, or take --backend sdpa."
+            )
     return name
 
 
@@ -73,17 +97,50 @@ def _has_flash() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+@functools.cache
+def _has_varlen() -> bool:
+    """True if torch has its variable-length kernel (2.10 and later), which runs on CUDA alone."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None and torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def preferred_kernels() -> Iterator[None]:
+    """While open, torch's SDPA asks cuDNN's kernel first where that is the fastest: on Hopper and later GPUs."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        yield
+        return
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        yield
+
+
 def _sdpa_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention on [P, H, L, D]: no mask for square causal pieces, so flash may run."""
+    """torch's scaled_dot_product_attention on [P, H, L, D]: no mask for causal pieces, so that flash may run."""
+    if mask is None and k.shape[2] > q.shape[2] and q.device.type == "cpu":
+        return _lower_right_on_cpu(q, k, v, job)
     # mask-free kernels know grouped heads on a CPU and in half precision
     grouped = k.shape[1] != q.shape[1] and mask is None and (q.device.type == "cpu" or q.dtype != torch.float32)
     if not grouped:
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    is_causal = mask is None and k.shape[2] == q.shape[2]
+    if mask is None and not is_causal:
+        mask = causal_lower_right(q.shape[2], k.shape[2])  # no tensor: flash takes it
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=job.scale, dropout_p=job.dropout, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=job.scale, dropout_p=job.dropout, enable_gqa=grouped
     )
+
+
+def _lower_right_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
+    """The same behind earlier keys on a CPU, where the mask would be a tensor [L, M]: blocks of rows at a time."""
+    earlier = k.shape[2] - q.shape[2]
+    parts = []
+    for start, block in zip(range(0, q.shape[2], _MASKED_ROWS), q.split(_MASKED_ROWS, 2), strict=True):
+        seen = earlier + start + block.shape[2]
+        mask = torch.ones(block.shape[2], seen, dtype=torch.bool).tril(earlier + start)
+        parts.append(_sdpa_kernel(block, k[:, :, :seen], v[:, :, :seen], job, mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _eager_kernel(
@@ -96,7 +153,7 @@ def _eager_kernel(
     if job.softcap is not None:
         scores = torch.tanh(scores / job.softcap) * job.softcap
     if mask is None:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
     weights = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), job.dropout)
     return weights.to(v.dtype) @ v
 
@@ -109,7 +166,7 @@ def _by_pieces(kernel: Kernel) -> Backend:
     """Make a backend of a kernel for [P, H, L, D] pieces."""
 
     def backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
-        if job.window is not None and job.window < q.shape[2]:
+        if job.window is not None and job.window < job.layout.length:
             return _sliding(kernel, q, k, v, job)
         if job.layout.segments is None and job.cut.reorder is None:
             return _whole_rows(kernel, q, k, v, job)
@@ -120,18 +177,33 @@ def _by_pieces(kernel: Kernel) -> Backend:
 
 def _whole_rows(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
     """Every row is one segment: its pieces are slices and reshapes, no token is copied by index."""
-    total = q.shape[2]
-    size = total if job.cut.first is None or total <= job.group_size else job.group_size
-    start = 0 if job.cut.first is None or size == total else job.cut.first(size) % size  # a shifted first piece
-    middle = (total - start) // size * size
-    cuts = [(start, start), (middle, size), (total - start - middle, total - start - middle)]
-    cuts = [cut for cut in cuts if cut[0]]
-    if len(cuts) == 1:
-        return _tile(kernel, q, k, v, size, job)
+    columns, earlier = job.at, k.shape[2] - q.shape[2]
+    cuts = _runs(job)
+    if len(cuts) == 1 and not earlier:
+        return _tile(kernel, q, k, v, cuts[0][1], job)
     # split, not slices: the gradient of a split is one concatenation, that of a slice a whole row of zeros
-    queries, keys, values = (x.split([length for length, _ in cuts], 2) for x in (q, k, v))
-    sizes = [size for _, size in cuts]
-    return torch.cat([_tile(kernel, *part, job) for part in zip(queries, keys, values, sizes, strict=True)], 1)
+    queries = q.split([length for length, _ in cuts], 2)
+    keys, values = (x.split([earlier + cuts[0][0], *(length for length, _ in cuts[1:])], 2) for x in (k, v))
+    outputs = []
+    for number, (_, size) in enumerate(cuts):
+        if number == 0 and earlier:  # the rest of a piece that began in an earlier chunk
+            outputs.append(kernel(queries[0], keys[0], values[0], job, None).transpose(1, 2))
+        else:
+            outputs.append(_tile(kernel, queries[number], keys[number], values[number], size, job))
+    assert sum(length for length, _ in cuts) == columns.stop - columns.start
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _runs(job: Job) -> list[tuple[int, int]]:
+    """Return the chunk as (tokens, tokens of each piece in them): a cut-off first piece, whole ones, the last one."""
+    start, stop, group_size = job.at.start, job.at.stop, job.group_size
+    if job.cut.first is None or job.layout.length <= group_size:
+        return [(stop - start, stop - start)]
+    first = job.cut.first(group_size) % group_size
+    head = min((first - start) % group_size, stop - start)
+    middle = (stop - start - head) // group_size * group_size
+    tail = stop - start - head - middle
+    return [run for run in ((head, head), (middle, group_size), (tail, tail)) if run[0]]
 
 
 def _tile(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int, job: Job) -> torch.Tensor:
@@ -149,37 +221,41 @@ def _tile(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, siz
 
 
 def _gathered(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
-    """General layouts: gather each bucket of pieces, attend, scatter. Padding is at a piece's end: causal hides it."""
-    flat = [_flat(x) for x in (q, k, v)]
-    outputs = []
-    for bucket in job.layout.buckets(job.cut, job.group_size, q.device):
-        queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
-        outputs.append((bucket, kernel(queries, keys, values, job, None)))
-    return _scattered(q, outputs)
+    """General layouts: gather each bucket of spans, attend, scatter. Padding is at a span's end: causal hides it."""
+    buckets = job.layout.buckets(job.cut, job.group_size, job.at, q.device)
+    return _scattered(q, [(bucket, _attend(kernel, bucket, q, k, v, job, None)) for bucket in buckets])
 
 
 def _sliding(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
-    """Sliding-window layers: queries in chunks of the window W against their own and the previous chunk.
+    """Sliding-window layers: blocks of W queries against their own keys and the W before them, W the window.
 
-    A segment's first chunk is plain causal attention; all others share one [W, 2 W] band. Time and memory grow with
-    N * W, not with N^2.
+    The first W tokens of a segment are plain causal attention; all others share one [W, 2 W] band. Time and memory
+    grow with N * W, not with N^2.
     """
     window = job.window or q.shape[2]
-    firsts, rest, before = job.layout.chunks(window, q.device)
-    flat = [_flat(x) for x in (q, k, v)]
-    outputs = []
-    for bucket in firsts:
-        queries, keys, values = (x[bucket.index].transpose(1, 2) for x in flat)
-        outputs.append((bucket, kernel(queries, keys, values, job, None)))
-    if rest is not None and before is not None:
+    firsts, rest = job.layout.windows(window, job.at, q.device)
+    outputs = [(bucket, _attend(kernel, bucket, q, k, v, job, None)) for bucket in firsts]
+    if rest is not None:
         place = torch.arange(2 * window, device=q.device)
-        distance = place[window:, None] - place  # rows: the chunk's queries; columns: the chunk before, then its own
-        seen = torch.cat([before, rest.index], 1)
-        queries, keys, values = flat[0][rest.index], flat[1][seen], flat[2][seen]
+        distance = place[window:, None] - place  # rows: a block's queries; columns: the keys before it, then its own
         band = (distance >= 0) & (distance < window)
-        out = kernel(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), job, band)
-        outputs.append((rest, out))
+        outputs.append((rest, _attend(kernel, rest, q, k, v, job, band)))
     return _scattered(q, outputs)
+
+
+def _attend(
+    kernel: Kernel,
+    bucket: Bucket,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    job: Job,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the outputs [P, H, L, D] of one bucket."""
+    queries = _flat(q)[bucket.queries].transpose(1, 2)
+    keys, values = (_flat(x)[bucket.keys].transpose(1, 2) for x in (k, v))
+    return kernel(queries, keys, values, job, mask)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -188,13 +264,13 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scattered(q: torch.Tensor, outputs: list[tuple[Bucket, torch.Tensor]]) -> torch.Tensor:
-    """Put the outputs [P, H, L, D] of buckets of pieces back in place: [B, N, H, D], zeros for tokens of no piece."""
+    """Put the outputs [P, H, L, D] of buckets of spans back in place: [B, N, H, D], zeros for tokens of no piece."""
     rows, heads, length, width = q.shape
     indices, parts = [], []
     for bucket, out in outputs:
         part = out.transpose(1, 2)
         real = bucket.real
-        indices.append(bucket.index.reshape(-1) if real is None else bucket.index[real])
+        indices.append(bucket.queries.reshape(-1) if real is None else bucket.queries[real])
         parts.append(part.reshape(-1, heads, width) if real is None else part[real])
     empty = q.new_zeros(rows * length, heads, width)
     if parts:
@@ -203,27 +279,51 @@ def _scattered(q: torch.Tensor, outputs: list[tuple[Bucket, torch.Tensor]]) -> t
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
-    """flash-attn's variable-length kernel: all pieces of all rows in one call, boundaries in cu_seqlens."""
+    """A variable-length kernel, flash-attn's or torch's: all spans of all rows in one call."""
+    rows, heads, length, width = q.shape
+    queries, keys = job.layout.boundaries(job.cut, job.group_size, job.at, job.window, q.device)
+    q, k, v = (_flat(x) if at.index is None else _flat(x)[at.index] for x, at in ((q, queries), (k, keys), (v, keys)))
+    out = (_flash_attn if _has_flash() else _varlen_attn)(q, k, v, queries, keys, job)
+    if queries.index is not None:
+        out = q.new_zeros(rows * length, heads, width).index_put((queries.index,), out)
+    return out.view(rows, length, heads, width)
+
+
+def _flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Boundaries, keys: Boundaries, job: Job
+) -> torch.Tensor:
+    """flash-attn on [T, H, D]; causal is aligned to the last query and key of a span."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
 
-    rows, heads, length, width = q.shape
-    flat = [_flat(x) for x in (q, k, v)]
-    index, ends, longest = job.layout.boundaries(job.cut, job.group_size, q.device)
-    window = (-1, -1) if job.window is None else (job.window - 1, 0)
     out: torch.Tensor = flash_attn_varlen_func(
-        *(flat if index is None else [x[index] for x in flat]),
-        ends,
-        ends,
-        longest,
-        longest,
+        q,
+        k,
+        v,
+        queries.ends,
+        keys.ends,
+        queries.longest,
+        keys.longest,
         dropout_p=job.dropout,
         softmax_scale=job.scale,
         causal=True,
-        window_size=window,
+        window_size=(-1, -1) if job.window is None else (job.window - 1, 0),
     )
-    if index is not None:
-        out = q.new_zeros(rows * length, heads, width).index_put((index,), out)
-    return out.view(rows, length, heads, width)
+    return out
+
+
+def _varlen_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Boundaries, keys: Boundaries, job: Job
+) -> torch.Tensor:
+    """torch's variable-length kernel on [T, H, D]; grouped heads are repeated, which torch 2.10 to 2.12 want."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    window = (-1 if job.window is None else job.window - 1, 0)  # to the left, to the right
+    out = varlen_attn(
+        q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, scale=job.scale, window_size=window
+    )
+    assert isinstance(out, torch.Tensor)  # the log-sum-exp was not asked for
+    return out
 
 
 BACKENDS.register("flash", _flash)

@@ -17,22 +17,61 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.attention.variant import WHOLE, Cut
+from longext.attention.variant import Cut
+from longext.errors import ConfigError
 
 _NUM_SIZES = 8  # ragged pieces are padded to one of this many lengths, so that few kernel calls serve them all
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Pieces of one (padded) length.
+class Columns:
+    """A chunk of every row: queries are the tokens start .. stop - 1, keys the tokens first .. stop - 1."""
+
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Queries of one piece, and the keys that the last of them sees: those before the first query, then the queries.
 
     Attributes:
-        index: int64 [P, L], flat token numbers (row * N + position); padding repeats the piece's last token.
+        queries, keys: int64, token numbers (row * tokens of a row + position) in the queries' and the keys' tensor.
+    """
+
+    queries: NDArray[np.int64]
+    keys: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Spans of one (padded) length.
+
+    Attributes:
+        queries: int64 [P, L], token numbers; padding repeats the span's last token.
+        keys: int64 [P, M], M >= L; padded alike.
         real: bool [P, L], False on padding; None if there is none.
     """
 
-    index: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
     real: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """What a variable-length kernel wants of queries or keys.
+
+    Attributes:
+        index: token numbers in the order of spans, int64, or None if that is the tokens' own order.
+        ends: the spans' cumulative lengths with a leading 0, int32.
+        longest: the longest span.
+    """
+
+    index: torch.Tensor | None
+    ends: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -49,64 +88,119 @@ class Layout:
     segments: tuple[NDArray[np.int64], ...] | None = None
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def boundaries(
-        self, cut: Cut, group_size: int, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor, int]:
-        """Return what a variable-length kernel wants, made once per batch.
+    @property
+    def whole(self) -> Columns:
+        """All columns at once."""
+        return Columns(0, self.length, 0)
 
-        Returns:
-            (flat token numbers in the order of pieces, int64, or None if that is the tokens' own order; the pieces'
-            cumulative lengths with a leading 0, int32; the longest piece).
+    def reach(self, cut: Cut, group_size: int, window: int | None, start: int) -> int:
+        """Return the first column that any token from column `start` on sees, `start` itself if none sees an earlier.
+
+        Args:
+            window: tokens a query sees, itself included, or None.
+
+        Raises:
+            ConfigError: a cut that reorders tokens: there earlier tokens see later ones.
         """
-        key = ("boundaries", cut, group_size)
+        if cut.reorder is not None:
+            raise ConfigError("s2-wrapped attends to later tokens, so that no chunk is complete: use --attention s2.")
+        key = ("reach", cut, group_size, window, start)
         if key not in self._cache:
-            pieces = self.pieces(cut, group_size)
-            ends = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int32)  # flash-attn's cu_seqlens
-            order = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-            in_order = len(order) == self.num_rows * self.length and bool((np.diff(order) == 1).all())
-            index = None if in_order else torch.from_numpy(order).to(device)
-            longest = max((len(piece) for piece in pieces), default=0)
-            self._cache[key] = (index, torch.from_numpy(ends).to(device), longest)
-        entry: tuple[torch.Tensor | None, torch.Tensor, int] = self._cache[key]
+            firsts = [start]
+            for segment in self._all_segments():
+                at = int(np.searchsorted(segment % self.length, start))
+                begin = _piece_of(at, len(segment), cut, group_size)
+                if window is not None:
+                    begin = max(begin, at - window)
+                if begin < at < len(segment):
+                    firsts.append(int(segment[begin]) % self.length)
+            self._cache[key] = min(firsts)
+        first: int = self._cache[key]
+        return first
+
+    def spans(self, cut: Cut, group_size: int, columns: Columns, window: int | None = None) -> list[Span]:
+        """Return the spans of all pieces with a query in `columns`, in token order.
+
+        Args:
+            window: tokens a query sees, itself included; a kernel hides those of its span that are further away.
+        """
+        spans = []
+        for segment in self._all_segments():
+            if cut.reorder is not None:
+                spans += [Span(piece, piece) for piece in cut_segment(segment, cut, group_size)]
+                continue
+            begin, end = np.searchsorted(segment % self.length, (columns.start, columns.stop)).tolist()
+            while begin < end:
+                first = _piece_of(begin, len(segment), cut, group_size)
+                first = first if window is None else max(first, begin - window)
+                stop = min(end, _next_piece(begin, len(segment), cut, group_size))
+                spans.append(self._span(segment, first, begin, stop, columns))
+                begin = stop
+        return spans
+
+    def boundaries(
+        self, cut: Cut, group_size: int, columns: Columns, window: int | None, device: torch.device
+    ) -> tuple[Boundaries, Boundaries]:
+        """Return the boundaries of queries and of keys, made once per batch."""
+        key = ("boundaries", cut, group_size, columns, window)
+        if key not in self._cache:
+            spans = self.spans(cut, group_size, columns, window)
+            queries = _boundaries([span.queries for span in spans], columns.stop - columns.start, self, device)
+            keys = _boundaries([span.keys for span in spans], columns.stop - columns.first, self, device)
+            self._cache[key] = (queries, keys)
+        entry: tuple[Boundaries, Boundaries] = self._cache[key]
         return entry
 
-    def buckets(self, cut: Cut, group_size: int, device: torch.device) -> list[Bucket]:
-        """Return all pieces as few index tensors of equal length; made once per batch."""
-        key = ("buckets", cut, group_size)
+    def buckets(self, cut: Cut, group_size: int, columns: Columns, device: torch.device) -> list[Bucket]:
+        """Return all spans as few index tensors of equal length; made once per batch."""
+        key = ("buckets", cut, group_size, columns)
         if key not in self._cache:
-            self._cache[key] = [_bucket(group, device) for group in _by_size(self.pieces(cut, group_size))]
+            self._cache[key] = _buckets(self.spans(cut, group_size, columns), device)
         entry: list[Bucket] = self._cache[key]
         return entry
 
-    def chunks(self, window: int, device: torch.device) -> tuple[list[Bucket], Bucket | None, torch.Tensor | None]:
+    def windows(self, window: int, columns: Columns, device: torch.device) -> tuple[list[Bucket], Bucket | None]:
         """Return what sliding-window attention wants, made once per batch.
 
         Returns:
-            (each segment's first `window` tokens; all later chunks of `window` tokens, or None; for each of those the
-            flat numbers [P, window] of the tokens before it).
+            (spans among the first `window` tokens of each segment; all later spans of at most `window` queries, each
+            with the `window` keys before its first query, or None).
         """
-        key = ("chunks", window)
+        key = ("windows", window, columns)
         if key not in self._cache:
-            segments = self.pieces(WHOLE, 0)
-            firsts = [segment[:window] for segment in segments]
-            starts = [(s, at) for s in segments for at in range(window, len(s), window)]
-            rest = _bucket((window, [s[at : at + window] for s, at in starts]), device) if starts else None
-            before = np.stack([s[at - window : at] for s, at in starts]) if starts else None
-            self._cache[key] = (
-                [_bucket(group, device) for group in _by_size(firsts)],
-                rest,
-                None if before is None else torch.from_numpy(before).to(device),
-            )
-        entry: tuple[list[Bucket], Bucket | None, torch.Tensor | None] = self._cache[key]
+            firsts, rest = [], []
+            for segment in self._all_segments():
+                begin, end = np.searchsorted(segment % self.length, (columns.start, columns.stop)).tolist()
+                if begin < min(window, end):
+                    firsts.append(self._span(segment, 0, begin, min(window, end), columns))
+                for at in range(max(begin, window), end, window):
+                    rest.append(self._span(segment, at - window, at, min(at + window, end), columns))
+            later = _bucket(window, rest, device) if rest else None
+            self._cache[key] = (_buckets(firsts, device), later)
+        entry: tuple[list[Bucket], Bucket | None] = self._cache[key]
         return entry
 
-    def pieces(self, cut: Cut, group_size: int) -> list[NDArray[np.int64]]:
-        """Return all pieces in token order, each as its flat token numbers."""
-        segments = self.segments
-        if segments is None:
+    def _all_segments(self) -> tuple[NDArray[np.int64], ...]:
+        if self.segments is not None:
+            return self.segments
+        if ("rows",) not in self._cache:
             tokens = np.arange(self.num_rows * self.length, dtype=np.int64)
-            segments = tuple(tokens.reshape(self.num_rows, self.length))
-        return [piece for segment in segments for piece in cut_segment(segment, cut, group_size)]
+            self._cache["rows",] = tuple(tokens.reshape(self.num_rows, self.length))
+        rows: tuple[NDArray[np.int64], ...] = self._cache["rows",]
+        return rows
+
+    def _span(self, segment: NDArray[np.int64], first: int, begin: int, end: int, columns: Columns) -> Span:
+        """Return the span of queries begin .. end - 1 and keys first .. end - 1 of a segment."""
+        keys = self._renumbered(segment[first:end], columns.first, columns.stop)
+        if columns.first == columns.start:  # one numbering for both
+            return Span(keys if begin == first else keys[begin - first :], keys)
+        return Span(self._renumbered(segment[begin:end], columns.start, columns.stop), keys)
+
+    def _renumbered(self, tokens: NDArray[np.int64], first: int, stop: int) -> NDArray[np.int64]:
+        """Return token numbers of whole rows as those of a tensor that has the columns first .. stop - 1 alone."""
+        if stop - first == self.length:
+            return tokens
+        return tokens // self.length * (stop - first) + tokens % self.length - first
 
 
 def make_layout(
@@ -149,25 +243,63 @@ def cut_segment(segment: NDArray[np.int64], cut: Cut, group_size: int) -> list[N
     return np.split(ordered, np.arange(cut.first(group_size), len(segment), group_size))
 
 
-def _by_size(pieces: list[NDArray[np.int64]]) -> list[tuple[int, list[NDArray[np.int64]]]]:
-    """Group pieces by length, ragged ones rounded up to a multiple of (longest / 8)."""
+def _piece_of(at: int, length: int, cut: Cut, group_size: int) -> int:
+    """Return where the piece that holds place `at` of a segment of `length` tokens begins."""
+    if cut.first is None or length <= group_size:
+        return 0
+    first = cut.first(group_size)
+    return 0 if at < first else first + (at - first) // group_size * group_size
+
+
+def _next_piece(at: int, length: int, cut: Cut, group_size: int) -> int:
+    """Return where the piece after that of place `at` begins, or the segment ends."""
+    if cut.first is None or length <= group_size:
+        return length
+    first = cut.first(group_size)
+    return min(length, first if at < first else first + ((at - first) // group_size + 1) * group_size)
+
+
+def _boundaries(parts: list[NDArray[np.int64]], columns: int, layout: Layout, device: torch.device) -> Boundaries:
+    ends = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int32)  # flash-attn's cu_seqlens
+    order = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    in_order = len(order) == layout.num_rows * columns and bool((np.diff(order) == 1).all())
+    index = None if in_order else torch.from_numpy(order).to(device)
+    longest = max((len(part) for part in parts), default=0)
+    return Boundaries(index, torch.from_numpy(ends).to(device), longest)
+
+
+def _buckets(spans: list[Span], device: torch.device) -> list[Bucket]:
+    """Group spans by length, ragged ones rounded up to a multiple of (longest / 8); those with earlier keys alone."""
+    square = [span for span in spans if len(span.keys) == len(span.queries)]
     counts: dict[int, int] = {}
-    for piece in pieces:
-        counts[len(piece)] = counts.get(len(piece), 0) + 1
+    for span in square:
+        counts[len(span.queries)] = counts.get(len(span.queries), 0) + 1
     step = max(1, max(counts, default=1) // _NUM_SIZES)
     # few lengths cost few calls as they are; of many, the full groups alone are worth a call without padding
     exact = set(counts) if len(counts) <= _NUM_SIZES else {max(counts)}
-    groups: dict[int, list[NDArray[np.int64]]] = {}
-    for piece in pieces:
-        size = len(piece) if len(piece) in exact else -(-len(piece) // step) * step
-        groups.setdefault(size, []).append(piece)
-    return sorted(groups.items())
+    groups: dict[tuple[int, int], list[Span]] = {}
+    for span in square:
+        length = len(span.queries)
+        size = length if length in exact else -(-length // step) * step
+        groups.setdefault((size, 0), []).append(span)
+    for span in spans:
+        if len(span.keys) > len(span.queries):
+            groups.setdefault((len(span.queries), len(span.keys) - len(span.queries)), []).append(span)
+    return [_bucket(size, group, device) for (size, _), group in sorted(groups.items())]
 
 
-def _bucket(group: tuple[int, list[NDArray[np.int64]]], device: torch.device) -> Bucket:
-    size, pieces = group
-    # padding repeats a valid number, so gathering needs no bounds; causal attention hides it, `real` drops it
-    index = np.stack([np.pad(piece, (0, size - len(piece)), mode="edge") for piece in pieces])
-    lengths = np.array([len(piece) for piece in pieces])
+def _bucket(size: int, spans: list[Span], device: torch.device) -> Bucket:
+    """Return spans with the same number of earlier keys as one bucket of `size` queries."""
+
+    def padded(parts: list[NDArray[np.int64]], width: int) -> torch.Tensor:
+        # padding repeats a valid number, so gathering needs no bounds; causal attention hides it, `real` drops it
+        rows = np.stack([np.pad(part, (0, width - len(part)), mode="edge") for part in parts])
+        return torch.from_numpy(rows).to(device)
+
+    earlier = len(spans[0].keys) - len(spans[0].queries)
+    lengths = np.array([len(span.queries) for span in spans])
     real = None if (lengths == size).all() else torch.from_numpy(np.arange(size) < lengths[:, None]).to(device)
-    return Bucket(torch.from_numpy(index).to(device), real)
+    queries = padded([span.queries for span in spans], size)
+    same = all(span.queries is span.keys for span in spans)
+    keys = queries if same else padded([span.keys for span in spans], size + earlier)
+    return Bucket(queries, keys, real)

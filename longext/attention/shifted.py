@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS, Job, choose_backend
+from longext.attention.chunks import Chunk
 from longext.attention.layout import Layout, make_layout
 from longext.attention.sequence import SequenceGroup, heads_to_sequence, local_heads, sequence_to_heads
 from longext.attention.variant import ATTENTION_VARIANTS, WHOLE, AttentionVariant
@@ -35,12 +36,14 @@ class AttentionPlan:
         group_size: G in tokens.
         backend: "auto", "flash", "sdpa" or "eager".
         sequence: the ranks that share each row, or None.
+        chunk: the part of each row that this forward pass is over; None for whole rows.
     """
 
     layout: Layout
     group_size: int
     backend: str = "auto"
     sequence: SequenceGroup | None = None
+    chunk: Chunk | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def attention_forward(
     if key.shape[2] != query.shape[2]:
         raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
     plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
-    return train_attention(variant, plan, query, key, value, scale, dropout, softcap, sliding_window), None
+    layer = getattr(module, "layer_idx", 0)
+    return train_attention(variant, plan, query, key, value, scale, dropout, softcap, sliding_window, layer), None
 
 
 def train_attention(
@@ -163,9 +167,14 @@ def train_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
-    """Return [B, N, H, D]; with sequence parallelism N is the rank's share on both sides."""
-    num_heads, backend = query.shape[1], BACKENDS[choose_backend(plan.backend, query, softcap)]
+    """Return [B, N, H, D]; with sequence parallelism N is the rank's share on both sides, in a chunk its tokens.
+
+    Args:
+        layer: number of the layer, which tells apart what a chunk keeps for later ones.
+    """
+    num_heads = query.shape[1]
     first, last = 0, num_heads
     if plan.sequence is not None:
         first, last = local_heads(num_heads, plan.sequence)
@@ -179,8 +188,16 @@ def train_attention(
     else:
         cuts = [variant.lower, variant.upper]
     parts = [(query, key, value)] if len(cuts) == 1 else split_heads(query, key, value, half)
-    jobs = [Job(plan.layout, cut, plan.group_size, scale, dropout, softcap, sliding_window) for cut in cuts]
-    outputs = [backend(*part, job) for part, job in zip(parts, jobs, strict=True)]
+    outputs = []
+    for number, (cut, (q, k, v)) in enumerate(zip(cuts, parts, strict=True)):
+        columns = None
+        if plan.chunk is not None:
+            place = (layer, number)
+            (k, v), columns = plan.chunk.recall((k, v), place, plan.layout, cut, plan.group_size, sliding_window)
+        job = Job(plan.layout, cut, plan.group_size, scale, dropout, softcap, sliding_window, columns)
+        first_head = half if number else 0
+        k, v = (_aligned(x, q.shape[1], first_head, query.shape[1], key.shape[1]) for x in (k, v))
+        outputs.append(BACKENDS[choose_backend(plan.backend, q, job)](q, k, v, job))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out if plan.sequence is None else heads_to_sequence(out, plan.sequence)
 
@@ -189,20 +206,27 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def split_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, half: int) -> tuple[Heads, Heads]:
-    """Split the query heads at `half`, each part with the key-value heads it uses.
+    """Split the query heads at `half`, each part with the key-value heads it uses: one that both use is in both."""
+    repeats = query.shape[1] // key.shape[1]
+    upper, lower = half // repeats, -(-half // repeats)  # the upper part's first head, the end of the lower part's
+    return (
+        (query[:, :half], key[:, :lower], value[:, :lower]),
+        (query[:, half:], key[:, upper:], value[:, upper:]),
+    )
 
-    Key-value heads stay grouped if the cut falls between groups or there is one of them; else they are repeated.
+
+def _aligned(x: torch.Tensor, num_queries: int, first: int, num_heads: int, num_kv: int) -> torch.Tensor:
+    """Return keys or values of a part of the heads such that each serves equally many of its query heads, in order.
+
+    Args:
+        num_queries, first: query heads of the part, and the number of its first one among `num_heads`.
+        num_kv: key-value heads of all `num_heads`.
     """
-    num_heads, num_kv = query.shape[1], key.shape[1]
     repeats = num_heads // num_kv
-    lower, upper = query.split([half, num_heads - half], 1)
-    if num_kv == 1:
-        return (lower, key, value), (upper, key, value)
-    if half % repeats:  # the border is inside a group, whose key-value head both parts need
-        key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
-    sizes = [half // repeats, key.shape[1] - half // repeats]
-    keys, values = key.split(sizes, 1), value.split(sizes, 1)
-    return (lower, keys[0], values[0]), (upper, keys[1], values[1])
+    if x.shape[1] == 1 or (first % repeats == 0 and num_queries == x.shape[1] * repeats):
+        return x
+    heads = torch.arange(first, first + num_queries, device=x.device) // repeats
+    return x.index_select(1, heads - first // repeats)
 
 
 def _evaluate(

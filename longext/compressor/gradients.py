@@ -26,6 +26,7 @@ from longext.compressor.policies import Policy
 from longext.compressor.schedule import Schedule
 from longext.compressor.segments import Segment
 from longext.training.losses import IGNORED
+from longext.training.sweep import Steps, run_sweep
 
 if TYPE_CHECKING:
     from longext.compressor.policies import Weights
@@ -123,7 +124,7 @@ def backprop(sweep: Sweep, policy: Policy, rng: np.random.Generator, group: Any 
         return _one_graph(sweep, group)
     if policy.kind.executor == "stream":
         return _stream(sweep, weights)
-    return _in_reverse(sweep, weights) if recurrent else _in_any_order(sweep, weights, group)
+    return run_sweep(_Recurrent(sweep, weights)) if recurrent else _in_any_order(sweep, weights, group)
 
 
 def _one_graph(sweep: Sweep, group: Any) -> torch.Tensor:
@@ -186,29 +187,38 @@ def _in_any_order(sweep: Sweep, weights: Weights, group: Any) -> torch.Tensor:
     return total
 
 
-def _in_reverse(sweep: Sweep, weights: Weights) -> torch.Tensor:
-    """One pass forward without a graph, one backward in reverse order, for any dependence between memories."""
-    store = sweep.new_store()
-    last = len(sweep.slots)
-    with torch.no_grad():
-        sweep.write_all(store, range(last))
-    grads = MemoryGradients(store)
-    losses = []
-    for t in reversed(range(len(sweep.segments))):
-        span = sweep.schedule.span(t)
-        leaves = store.leaves(*span)
-        writes = t < last and bool(weights[:, t].any())
-        # all readers of m_t have run, so its gradient is complete and goes back together with J_t's, in one pass
-        loss, memory = sweep.read(t, leaves, write=writes)
-        roots, cotangents = [loss * sweep.scale], [torch.ones_like(loss)]
+@dataclass
+class _Recurrent(Steps):
+    """The segments of documents whose memories may depend on those before them in any way."""
+
+    segments: Sweep
+    weights: Weights
+
+    def __post_init__(self) -> None:
+        self.count = len(self.segments.segments)
+        self.device = self.segments.compressor.backbone.device
+        self.store = self.segments.new_store()
+        self.grads: MemoryGradients | None = None
+
+    def write(self, t: int) -> None:
+        """Encode segment t."""
+        self.store.put(t, self.segments.write(t, self.store))
+
+    def pull_back(self, t: int) -> torch.Tensor:
+        """Score segment t and encode it again: one backward pass for J_t and for what its readers left."""
+        self.grads = self.grads or MemoryGradients(self.store)
+        span = self.segments.schedule.span(t)
+        leaves = self.store.leaves(*span)
+        writes = t < self.count - 1 and bool(self.weights[:, t].any())
+        loss, memory = self.segments.read(t, leaves, write=writes)
+        roots, cotangents = [loss * self.segments.scale], [torch.ones_like(loss)]
         if memory is not None:
-            roots, cotangents = [*roots, *memory], [*cotangents, *grads.of(t, memory)]
+            roots, cotangents = [*roots, *memory], [*cotangents, *self.grads.of(t, memory)]
         graphs = [(root, cotangent) for root, cotangent in zip(roots, cotangents, strict=True) if root.requires_grad]
         if graphs:
             torch.autograd.backward([root for root, _ in graphs], [cotangent for _, cotangent in graphs])
-        grads.add(*span, leaves, weights[t])
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
+        self.grads.add(*span, leaves, self.weights[t])
+        return loss.detach()
 
 
 def _stream(sweep: Sweep, weights: Weights) -> torch.Tensor:

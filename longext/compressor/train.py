@@ -42,7 +42,8 @@ from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
-from longext.training.processes import is_main_process, main_process_first
+from longext.training.losses import chunk_for
+from longext.training.processes import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
 
@@ -97,7 +98,7 @@ class CompressPlan(RunPlan):
             device=str(device),
             dtype=_training_dtype(config, self.base, device),
             attention=config.attention,
-            loss_chunk=config.loss_chunk,
+            loss_chunk=config.loss_chunk or chunk_for(load_config(self.source).get_text_config().vocab_size),
         )
         set_seed(config.seed)
         compressor = build_compressor(backbone, self.spec)
@@ -238,15 +239,6 @@ class CompressorEngine(Engine):
             logs |= dict(zip(self._sums, means.tolist(), strict=True)) | self._checked
             self._sums, self._checked, self._steps_summed = {}, {}, 0
         super().log(logs, *args, **kwargs)
-
-
-def sum_gradients(module: torch.nn.Module) -> None:
-    """Add up every trained parameter's gradient over all processes."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # all ranks must take part in every all-reduce
-            dist.all_reduce(parameter.grad)
 
 
 def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.device) -> str:

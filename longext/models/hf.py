@@ -340,6 +340,18 @@ def hold_rope(model: nn.Module, length: int) -> None:
         module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 
 
+@contextlib.contextmanager
+def held_rotation(model: nn.Module, length: int) -> Iterator[None]:
+    """While open, every rotary module has the rotation of a sequence of `length` tokens, whatever part it is given."""
+    kinds = [(module, module.rope_type) for module in rotary_modules(model)]
+    hold_rope(model, length)
+    try:
+        yield
+    finally:
+        for module, kind in kinds:
+            module.rope_type = kind
+
+
 def load_language_model(
     config: RuntimeConfig, method: str | None = None, factor: float | None = None
 ) -> HFLanguageModel:

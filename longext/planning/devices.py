@@ -22,43 +22,51 @@ class Device:
         name: vendor's name and memory, for example A100-80GB.
         memory: bytes the driver reports as total (less than the name says: vendors count some for ECC and firmware).
         tflops: dense peak of the matrix units at 16 bits with 32-bit accumulation, 1e12 FLOP/s, from the data sheet.
+        bandwidth: of its memory, 1e9 bytes a second, from the data sheet.
         has_bfloat16: False if only float16 runs on the matrix units.
     """
 
     name: str
     memory: int
     tflops: float
+    bandwidth: float
     has_bfloat16: bool = True
 
 
 DEVICES: Registry[Device] = Registry("GPU")
 
 
-_SIXTEEN_BIT = {  # GiB, peak in TFLOP/s
-    "V100-16GB": (15.7, 125.0),
-    "V100-32GB": (31.7, 125.0),
-    "T4-16GB": (14.6, 65.0),
-    "A10-24GB": (22.0, 125.0),
-    "A30-24GB": (23.5, 165.0),
-    "A40-48GB": (44.4, 149.7),
-    "A6000-48GB": (47.4, 154.8),
-    "A100-40GB": (39.4, 312.0),
-    "A100-80GB": (79.2, 312.0),
-    "L4-24GB": (22.0, 121.0),
-    "L40S-48GB": (44.4, 362.0),
-    "RTX-3090-24GB": (23.6, 71.0),
-    "RTX-4090-24GB": (23.5, 165.2),
-    "RTX-5090-32GB": (31.4, 209.5),
-    "H100-80GB": (79.2, 989.0),
-    "H100-PCIe-80GB": (79.2, 756.0),
-    "H200-141GB": (139.8, 989.0),
-    "B200-180GB": (178.0, 2250.0),
-    "MI250X-128GB": (127.0, 383.0),
-    "MI300X-192GB": (191.0, 1307.0),
+_SIXTEEN_BIT = {  # GiB, peak in TFLOP/s, GB/s of memory
+    "V100-16GB": (15.7, 125.0, 900.0),
+    "V100-32GB": (31.7, 125.0, 900.0),
+    "T4-16GB": (14.6, 65.0, 320.0),
+    "A10-24GB": (22.0, 125.0, 600.0),
+    "A30-24GB": (23.5, 165.0, 933.0),
+    "A40-48GB": (44.4, 149.7, 696.0),
+    "A6000-48GB": (47.4, 154.8, 768.0),
+    "A100-40GB": (39.4, 312.0, 1555.0),
+    "A100-80GB": (79.2, 312.0, 2039.0),
+    "L4-24GB": (22.0, 121.0, 300.0),
+    "L40S-48GB": (44.4, 362.0, 864.0),
+    "RTX-3090-24GB": (23.6, 71.0, 936.0),
+    "RTX-4090-24GB": (23.5, 165.2, 1008.0),
+    "RTX-5090-32GB": (31.4, 209.5, 1792.0),
+    "H100-80GB": (79.2, 989.0, 3352.0),
+    "H100-PCIe-80GB": (79.2, 756.0, 2039.0),
+    "H200-141GB": (139.8, 989.0, 4800.0),
+    "B200-180GB": (178.0, 2250.0, 8000.0),
+    "MI250X-128GB": (127.0, 383.0, 3277.0),
+    "MI300X-192GB": (191.0, 1307.0, 5300.0),
 }
-for _name, (_gib, _tflops) in _SIXTEEN_BIT.items():
-    _has_bfloat16 = not _name.startswith(("V100", "T4"))
-    DEVICES.register(_name, Device(name=_name, memory=round(_gib * GIB), tflops=_tflops, has_bfloat16=_has_bfloat16))
+for _name, (_gib, _tflops, _bandwidth) in _SIXTEEN_BIT.items():
+    _device = Device(
+        name=_name,
+        memory=round(_gib * GIB),
+        tflops=_tflops,
+        bandwidth=_bandwidth,
+        has_bfloat16=not _name.startswith(("V100", "T4")),
+    )
+    DEVICES.register(_name, _device)
 
 
 def parse_gpus(text: str) -> tuple[int, Device]:

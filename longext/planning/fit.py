@@ -1,4 +1,4 @@
-"""From a config to a plan: does the run fit, how long does it take, how long can it get, what does each flag buy."""
+"""From a config to a plan: does the run fit, what does it cost, how long can rows get, and in which other ways."""
 
 from __future__ import annotations
 
@@ -9,38 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longext.checkpoint.source import resolve_model
-from longext.errors import ConfigError
+from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.source import HUB_ID, resolve_model
+from longext.errors import CheckpointError, ConfigError
 from longext.manifest import result_record
+from longext.planning.builtin import BUILT_IN
 from longext.planning.config import DTYPES, PlanConfig
 from longext.planning.devices import GIB, Device, parse_gpus
 from longext.planning.flops import Flops, TrainingFlops, forward_flops, training_flops
-from longext.planning.memory import MemoryPlan, kv_cache_bytes, plan_memory
+from longext.planning.memory import MemoryPlan, kv_cache_bytes
 from longext.planning.setup import TrainingSetup, setup_of
-from longext.planning.shape import ModelShape, read_shape
+from longext.planning.shape import ModelShape, read_shape, shape_of
+from longext.planning.ways import STEP, Cost, Machine, Way, cost_of, longest_length, ways_for
+from longext.registry import did_you_mean
 
-STEP = 256  # lengths are searched in multiples of this many tokens
-LONGEST = 2**24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung:
-    """One step of the ladder: the flags so far, and what they make of the run.
-
-    Attributes:
-        flag: what this rung adds.
-        needed: bytes a GPU must have at the asked length.
-        fits: the device has them.
-        longest: the longest length that fits, 0 if none does.
-        seconds: of one micro-batch at the asked length.
-    """
-
-    flag: str
-    setup: TrainingSetup
-    needed: float
-    fits: bool
-    longest: int
-    seconds: float
+_HOST = 128 * GIB  # of a machine that is rented with one GPU
+LIMITS = {"GPU": "GPU memory", "host": "host memory", "disk": "disk", "time": "nothing but time"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,52 +32,95 @@ class TrainingPlan:
     """What a training run will cost.
 
     Attributes:
-        source: directory of the model.
-        setup: the run, sharding decided.
+        source: directory of the model, None for a built-in size.
+        cost: of the run as asked; its setup has the sharding decided.
         dense, sparse: forward FLOPs of one sequence, every query counted with every key of its group; `sparse` is the
             run's own attention, equal to `dense` for full attention.
         flops: of one micro-batch as the hardware computes it (causal pairs, recomputation, backward).
-        seconds: of one micro-batch (all GPUs at work) at the assumed utilisation.
         longest: the longest length that fits with these flags, 0 if none does.
-        by_length: memory at lengths from short to beyond the longest, sharding decided for each.
+        ways: how else rows of this length can be trained, the run as asked among them.
+        by_length: cost at lengths from short to beyond the longest.
     """
 
     config: PlanConfig
-    source: Path
+    source: Path | None
     shape: ModelShape
-    setup: TrainingSetup
-    device: Device
-    memory: MemoryPlan
+    machine: Machine
+    cost: Cost
     dense: Flops
     sparse: Flops
     flops: TrainingFlops
-    seconds: float
     longest: int
-    ladder: tuple[Rung, ...]
-    by_length: tuple[tuple[TrainingSetup, MemoryPlan], ...]
+    ways: tuple[Way, ...]
+    by_length: tuple[Cost, ...]
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """The run as asked, sharding decided."""
+        return self.cost.setup
+
+    @property
+    def device(self) -> Device:
+        """The kind of GPU."""
+        return self.machine.device
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Memory of one GPU."""
+        return self.cost.memory
 
     @property
     def fits(self) -> bool:
-        """True if the peak and the CUDA context are within the device's memory."""
-        return self.memory.needed <= self.device.memory
+        """True if GPU, host and disk have what the run needs."""
+        return self.cost.fits
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one micro-batch, all GPUs at work."""
+        return self.cost.seconds.total
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on by all GPUs together in a second."""
-        return self.setup.sequences_at_once * self.setup.length / self.seconds
+        return self.cost.tokens_per_second
 
     @property
-    def way_out(self) -> Rung | None:
-        """The first rung of the ladder that fits, or None."""
-        return next((rung for rung in self.ladder if rung.fits), None)
+    def way_out(self) -> Way | None:
+        """The first way that fits, or None."""
+        return next((way for way in self.ways if way.cost.fits), None)
 
     def hours(self, num_tokens: int) -> float:
         """Return the hours that `num_tokens` tokens take on all GPUs together."""
-        return num_tokens / self.tokens_per_second / 3600
+        return hours_of(self.cost, num_tokens)
+
+    def price(self, cost: Cost | None = None) -> float | None:
+        """Return the USD of `num_tokens` tokens, or if that is not set of one micro-batch; None without a price."""
+        if self.config.price_per_hour is None:
+            return None
+        cost = cost or self.cost
+        hours = hours_of(cost, self.config.num_tokens or cost.setup.tokens_at_once)
+        return hours * cost.setup.num_gpus * self.config.price_per_hour
+
+    def verdict(self) -> str:
+        """Return in one sentence whether the run fits, and if it does not, what would."""
+        if self.fits:
+            return "fits as asked"
+        lacking = " and ".join(LIMITS[name] for name in self.cost.exceeded)
+        way = self.way_out
+        if way is None:
+            return (
+                f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
+            )
+        return f"does not fit as asked ({lacking}); the first way that does: {way.name}"
 
     def notes(self) -> list[str]:
         """Return what a reader must know besides the numbers, one line each."""
         return [*_model_notes(self.shape), *_run_notes(self)]
+
+
+def hours_of(cost: Cost, num_tokens: int) -> float:
+    """Return the hours that `num_tokens` tokens take on all GPUs together."""
+    return num_tokens / cost.tokens_per_second / 3600
 
 
 def plan_training(config: PlanConfig) -> TrainingPlan:
@@ -105,128 +132,56 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     """
     _check_numbers(config)
     num_gpus, device = parse_gpus(config.gpus)
-    wanted = setup_of(config, num_gpus)
-    source = resolve_model(config.model, config.revision, weights=False)
-    shape = read_shape(source)
-    if shape.num_heads % wanted.sequence_parallel:
-        raise ConfigError(
-            f"`sequence_parallel` {wanted.sequence_parallel} must divide the model's {shape.num_heads} attention heads."
-        )
-    setup = decide_sharding(shape, wanted, device)
-    longest = longest_length(shape, wanted, device)
+    source, shape = find_shape(config)
+    wanted = setup_of(config, num_gpus, shape)
+    disk = math.inf if config.disk is None else config.disk * GIB
+    host = _HOST * num_gpus if config.host_memory is None else config.host_memory * GIB
+    machine = Machine(device=device, host=host, disk=disk)
+    cost, longest = cost_of(shape, wanted, machine, config.utilisation), longest_length(shape, wanted, machine)
     return TrainingPlan(
         config=config,
         source=source,
         shape=shape,
-        setup=setup,
-        device=device,
-        memory=plan_memory(shape, setup),
-        dense=forward_flops(shape, setup.length, causal=False),
-        sparse=forward_flops(shape, setup.length, setup.group, causal=False),
-        flops=training_flops(shape, setup, causal=True),
-        seconds=seconds_of(shape, setup, device, config.utilisation),
+        machine=machine,
+        cost=cost,
+        dense=forward_flops(shape, wanted.length, causal=False),
+        sparse=forward_flops(shape, wanted.length, wanted.group, causal=False),
+        flops=training_flops(shape, cost.setup, causal=True),
         longest=longest,
-        ladder=tuple(_ladder(config, shape, wanted, device)),
-        by_length=tuple(_by_length(shape, wanted, device, longest)),
+        ways=tuple(ways_for(shape, wanted, machine, config.utilisation)),
+        by_length=tuple(_by_length(shape, wanted, machine, longest)),
     )
+
+
+def find_shape(config: PlanConfig) -> tuple[Path | None, ModelShape]:
+    """Return (directory, shape) of the model: a directory, a Hub id, a bundled model or, without one, a built-in size.
+
+    Raises:
+        CheckpointError: none of these; names the nearest.
+    """
+    name = config.model
+    if name in BUILT_IN and not Path(name).is_dir():
+        return None, shape_of(BUILT_IN[name], Path(name))
+    if name not in BUNDLED_MODELS and not Path(name).expanduser().exists() and not HUB_ID.match(name):
+        known = [*BUNDLED_MODELS, *BUILT_IN]
+        raise CheckpointError(f"No model at '{name}': not a directory or a known size. {did_you_mean(name, known)}")
+    source = resolve_model(name, config.revision, weights=False)
+    return source, read_shape(source)
 
 
 def _check_numbers(config: PlanConfig) -> None:
-    for name in ("length", "batch_size", "lora_r", "loss_chunk", "sequence_parallel"):
+    for name in ("length", "batch_size", "lora_r", "sequence_parallel", "checkpoint_every", "nested"):
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}` must be >= 1, got {getattr(config, name)}.")
-    if not 0 < config.utilisation <= 1:
+    if config.utilisation is not None and not 0 < config.utilisation <= 1:
         raise ConfigError(f"`utilisation` is a fraction of the peak, in (0, 1], got {config.utilisation:g}.")
 
 
-def decide_sharding(shape: ModelShape, setup: TrainingSetup, device: Device) -> TrainingSetup:
-    """Return `setup` with "auto" replaced: none on one GPU, else the first of ddp, zero2, fsdp that fits."""
-    if setup.sharding != "auto":
-        return setup
-    if setup.num_gpus == 1:
-        return dataclasses.replace(setup, sharding="none")
-    choices = [dataclasses.replace(setup, sharding=name) for name in ("ddp", "zero2", "fsdp")]
-    fitting = (choice for choice in choices if plan_memory(shape, choice).needed <= device.memory)
-    return next(fitting, choices[-1])
-
-
-def seconds_of(shape: ModelShape, setup: TrainingSetup, device: Device, utilisation: float) -> float:
-    """Return the seconds of one micro-batch: its FLOPs over what the GPUs that share a sequence reach.
-
-    Communication, offloading and the update are taken to hide behind computation; float32 runs at half the 16-bit peak
-    (TF32).
-    """
-    rate = device.tflops * 1e12 * utilisation * (1.0 if setup.compute_bytes < 4 else 0.5)
-    return training_flops(shape, setup, causal=True).total.total / (rate * setup.sequence_parallel)
-
-
-def longest_length(shape: ModelShape, setup: TrainingSetup, device: Device) -> int:
-    """Return the longest length (a multiple of 256 tokens) that fits with the flags of `setup`, 0 if none does."""
-
-    def fits(length: int) -> bool:
-        candidate = decide_sharding(shape, dataclasses.replace(setup, length=length), device)
-        return plan_memory(shape, candidate).needed <= device.memory
-
-    low, high = 0, LONGEST // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * STEP) else (low, middle - 1)
-    return low * STEP
-
-
-def _ladder(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup, device: Device) -> Iterator[Rung]:
-    """Yield the rungs from everything off to everything on; each keeps the flags below it."""
-    plain = "ddp" if wanted.num_gpus > 1 else "none"
-    setup = dataclasses.replace(
-        wanted,
-        method="full",
-        attention="full",
-        checkpointing=False,
-        loss_chunk=None,
-        offload=False,
-        sharding=plain,
-        sequence_parallel=1,
-    )
-    for flag, change in (("full fine-tuning, full attention, no savings", {}), *_savings(config, shape, wanted)):
-        setup = dataclasses.replace(setup, **change)
-        needed = plan_memory(shape, setup).needed
-        yield Rung(
-            flag=flag,
-            setup=setup,
-            needed=needed,
-            fits=needed <= device.memory,
-            longest=longest_length(shape, setup, device),
-            seconds=seconds_of(shape, setup, device, config.utilisation),
-        )
-
-
-def _savings(config: PlanConfig, shape: ModelShape, wanted: TrainingSetup) -> list[tuple[str, dict[str, Any]]]:
-    """Return (flag, change) of each rung above the first; LoRA first, or last if full training was asked for."""
-    method = "longlora" if wanted.is_full else wanted.method
-    attention = "s2" if wanted.is_full else wanted.attention
-    name = {"longlora": "--tuning lora+embed+norm --attention s2", "lora": "--tuning lora"}[method]
-    lora: tuple[str, dict[str, Any]] = (name, {"method": method, "attention": attention})
-    rungs: list[tuple[str, dict[str, Any]]] = [
-        ("+ gradient checkpointing", {"checkpointing": True}),
-        (f"+ loss in chunks of {config.loss_chunk:,} tokens", {"loss_chunk": config.loss_chunk}),
-    ]
-    if wanted.num_gpus > 1:
-        rungs += [("+ DeepSpeed ZeRO-2", {"sharding": "zero2"}), ("+ FSDP2", {"sharding": "fsdp"})]
-        ranks = math.gcd(wanted.num_gpus, shape.num_heads)
-        if ranks > 1:
-            rungs.append((f"+ --sequence-parallel {ranks}", {"sequence_parallel": ranks}))
-    rungs.append(("+ --offload", {"offload": True}))
-    return [*rungs, lora] if wanted.is_full else [lora, *rungs]
-
-
-def _by_length(
-    shape: ModelShape, wanted: TrainingSetup, device: Device, longest: int
-) -> Iterator[tuple[TrainingSetup, MemoryPlan]]:
-    """Yield (setup, memory): three halvings of the asked length, it, and doublings until it no longer fits."""
+def _by_length(shape: ModelShape, wanted: TrainingSetup, machine: Machine, longest: int) -> Iterator[Cost]:
+    """Yield the cost at three halvings of the asked length, at it, and at doublings until it no longer fits."""
     length = max(STEP, wanted.length >> 3)
     while True:
-        setup = decide_sharding(shape, dataclasses.replace(wanted, length=length), device)
-        yield setup, plan_memory(shape, setup)
+        yield cost_of(shape, dataclasses.replace(wanted, length=length), machine)
         if length >= wanted.length and (length > longest or length >= 8 * wanted.length):
             return
         length *= 2
@@ -245,20 +200,17 @@ def _model_notes(shape: ModelShape) -> Iterator[str]:
 
 
 def _run_notes(plan: TrainingPlan) -> Iterator[str]:
-    setup, device = plan.setup, plan.device
+    setup, device, seconds = plan.setup, plan.device, plan.cost.seconds
     if not device.has_bfloat16 and setup.compute_bytes < 4:
         yield f"{device.name} has no bfloat16 matrix units, and training in float16 is not offered: use --dtype float32"
     if setup.sequence_parallel > 1 and setup.length % setup.sequence_parallel:
         yield f"the length must be a multiple of --sequence-parallel {setup.sequence_parallel}"
-    if plan.memory.host:
-        yield f"--offload needs {plan.memory.host / GIB:.1f} GiB of pinned host memory for each GPU"
-    if plan.fits:
-        return
-    way = plan.way_out
-    if way is None:
-        yield "nothing on the ladder fits: more or larger GPUs, a smaller model or a shorter length"
-    else:
-        yield f"does not fit as asked; the first rung of the ladder that does: {way.flag} (with all rungs above it)"
+    if plan.config.kernels == "compile":
+        yield "what --kernels compile saves is not known: planned as without"
+    if seconds.pinning > 1:
+        yield f"the first step takes about {seconds.pinning:.0f} s longer: host memory is pinned"
+    if seconds.transfers > seconds.compute:
+        yield "the bus to host memory, not the GPU, sets the time of a step"
 
 
 _SIZES = (
@@ -268,12 +220,13 @@ _SIZES = (
 
 
 def plan_record(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the plan as JSON values: bytes, FLOPs, seconds."""
+    """Return the plan as JSON values: bytes, FLOPs, seconds, USD."""
     num_tokens = plan.config.num_tokens
     flops = {
         "forward_dense": plan.dense,
         "forward": plan.sparse,
         "step_forward": plan.flops.forward,
+        "step_sweep": plan.flops.sweep,
         "step_recompute": plan.flops.recompute,
         "step_backward": plan.flops.backward,
         "step": plan.flops.total,
@@ -282,28 +235,53 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
         "plan",
         model=plan.config.model,
         shape={name: getattr(plan.shape, name) for name in _SIZES},
-        setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group},
+        setup={**dataclasses.asdict(plan.setup), "group": plan.setup.group, "chunk": plan.setup.chunk},
         device=dataclasses.asdict(plan.device),
+        host_memory=plan.machine.host,
+        disk=None if plan.config.disk is None else plan.machine.disk,
         trainable_parameters=plan.setup.trainable(plan.shape),
-        memory=_memory_record(plan.memory),
-        fits=plan.fits,
+        verdict=plan.verdict(),
+        **_cost_record(plan, plan.cost),
         longest_length=plan.longest,
         flops={
             name: {**dataclasses.asdict(part), "total": part.total, "attention_share": part.attention_share}
             for name, part in flops.items()
+            if part.total
         },
         utilisation=plan.config.utilisation,
-        seconds_per_batch=plan.seconds,
-        tokens_per_second=plan.tokens_per_second,
         hours=plan.hours(num_tokens) if num_tokens else None,
         kv_cache_bytes=kv_cache_bytes(plan.shape, plan.setup.length, DTYPES[plan.config.dtype]),
-        ladder=[dataclasses.asdict(rung) for rung in plan.ladder],
+        ways=[
+            {
+                "name": way.name,
+                "flags": way.flags,
+                "longest_length": way.longest,
+                "limit": way.limit,
+                "sharding": way.cost.setup.sharding,
+                **_cost_record(plan, way.cost),
+            }
+            for way in plan.ways
+        ],
         by_length=[
-            {"length": setup.length, "sharding": setup.sharding, **_memory_record(memory)}
-            for setup, memory in plan.by_length
+            {"length": cost.setup.length, "sharding": cost.setup.sharding, **_memory_record(cost.memory)}
+            for cost in plan.by_length
         ],
         notes=plan.notes(),
     )
+
+
+def _cost_record(plan: TrainingPlan, cost: Cost) -> dict[str, Any]:
+    storage, seconds = cost.storage, cost.seconds
+    return {
+        "fits": cost.fits,
+        "exceeded": list(cost.exceeded),
+        "memory": _memory_record(cost.memory),
+        "storage": {**dataclasses.asdict(storage), "host": storage.host, "disk": storage.disk},
+        "seconds": dataclasses.asdict(seconds),
+        "seconds_per_batch": seconds.total,
+        "tokens_per_second": cost.tokens_per_second,
+        "usd": plan.price(cost),
+    }
 
 
 def _memory_record(memory: MemoryPlan) -> dict[str, Any]:

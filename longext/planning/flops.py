@@ -63,16 +63,17 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlops:
-    """FLOPs of one micro-batch: forward, what is computed again, backward."""
+    """FLOPs of one micro-batch: forward, a sweep's pass without a graph, what is computed again, backward."""
 
     forward: Flops
+    sweep: Flops
     recompute: Flops
     backward: Flops
 
     @property
     def total(self) -> Flops:
-        """All three together: what the hardware computes."""
-        return self.forward + self.recompute + self.backward
+        """All together: what the hardware computes."""
+        return self.forward + self.sweep + self.recompute + self.backward
 
 
 def attention_pairs(length: int, group: int | None = None, *, causal: bool, wraps: bool = False) -> float:
@@ -85,21 +86,20 @@ def attention_pairs(length: int, group: int | None = None, *, causal: bool, wrap
         wraps: the shifted groups wrap around the end as published; else each end of G / 2 is a group of its own.
     """
 
-    def inside(pieces: list[int]) -> float:
-        return float(sum(n * (n + 1) // 2 if causal else n * n for n in pieces))
+    def inside(size: int) -> int:
+        return size * (size + 1) // 2 if causal else size * size
+
+    def cut(tokens: int) -> int:
+        """Return the pairs of groups that begin at the first of `tokens`, the last one what is left."""
+        assert group is not None
+        return tokens // group * inside(group) + inside(tokens % group)
 
     if group is None or group >= length:
-        return inside([length])
-    plain = _pieces(length, group)
+        return float(inside(length))
     if wraps:
-        return inside(plain)
+        return float(cut(length))
     first = group // 2
-    return (inside(plain) + inside([first, *_pieces(length - first, group)])) / 2
-
-
-def _pieces(length: int, group: int) -> list[int]:
-    rest = length % group
-    return [group] * (length // group) + ([rest] if rest else [])
+    return (cut(length) + inside(first) + cut(length - first)) / 2
 
 
 def forward_flops(
@@ -123,7 +123,10 @@ def training_flops(
 
     A product X W costs the same forward, for the gradient of X and for the gradient of W; the last is not computed for
     frozen W. Checkpointing computes each layer once more, but for its last matrix if nothing behind it needs that
-    (torch stops early). A loss in chunks computes its gradients at once, so its logits are not computed again.
+    (torch stops early). A loss in chunks computes its gradients at once, so its logits are not computed again. Nested
+    checkpoints compute all layers but the last of each run of `nested` once more; a sweep goes forward once more over
+    all chunks but the last, without the head. A tiled MLP runs again in its own backward pass, and in its layer's only
+    if a norm follows it.
 
     Args:
         flash: the attention kernel computes the scores again in its backward pass (FLASH_BACKWARD).
@@ -134,17 +137,28 @@ def training_flops(
         forward = dataclasses.replace(forward, adapters=weights)
     return TrainingFlops(
         forward=forward,
+        sweep=dataclasses.replace(forward, head=0.0).times(setup.swept_tokens / setup.length),
         recompute=_recomputed(shape, setup, forward),
         backward=_backward(shape, setup, forward, FLASH_BACKWARD if flash else PLAIN_BACKWARD),
     )
 
 
-def _recomputed(shape: ModelShape, setup: TrainingSetup, forward: Flops) -> Flops:
+def again_of_layers(shape: ModelShape, setup: TrainingSetup) -> tuple[float, float]:
+    """Return the shares of the layers that are computed again: by checkpointing, and by nested checkpoints besides."""
     if not setup.checkpointing:
-        return Flops()
+        return 0.0, 0.0
+    layers = shape.num_layers
+    nested = layers - -(-layers // setup.nested)
+    return -(-layers // setup.checkpoint_every) / layers, nested / layers
+
+
+def _recomputed(shape: ModelShape, setup: TrainingSetup, forward: Flops) -> Flops:
+    checkpointed, nested = again_of_layers(shape, setup)
     matrices = 3 if shape.layout.gated else 2
-    again = 1.0 if shape.layout.post_norm else (matrices - 1) / matrices
-    return dataclasses.replace(forward, mlp=forward.mlp * again, head=0.0)
+    again = 1.0 if shape.layout.post_norm else 0.0 if setup.tile else (matrices - 1) / matrices
+    layers = dataclasses.replace(forward, head=0.0)
+    tiled = Flops(mlp=forward.mlp if setup.tile else 0.0)
+    return dataclasses.replace(layers, mlp=forward.mlp * again).times(checkpointed) + layers.times(nested) + tiled
 
 
 def _backward(shape: ModelShape, setup: TrainingSetup, forward: Flops, attention: float) -> Flops:

@@ -1,9 +1,12 @@
-"""Memory of a training step on one GPU, in closed form, part by part; bytes throughout.
+"""Memory of a training step, on one GPU and beside it in host memory, in closed form, part by part; bytes throughout.
 
 What is modelled is transformers + peft with torch's autograd: base weights frozen at 16 bits, trained ones with their
 gradients and AdamW's two moments at 32 bits, activations at 16 bits under autocast (or everything at 32 bits). A step
 has phases that do not overlap: the end of the forward pass, the loss, one layer's backward. The peak is what stays
 through all of them plus the largest phase. The update needs nothing more: AdamW is fused, as Trainer's default is.
+
+A sweep has the activations of one chunk of the row, and besides what its chunks hand on: under S2-Attn keys and values
+of half a group a chunk, under full attention those of all earlier tokens and their gradients.
 
 The widths of saved tensors were read off autograd (`saved_tensors_hooks`) family by family; see docs/planning.md for
 the agreement. Not modelled: attention that materialises its scores (eager), optimisers other than AdamW.
@@ -33,8 +36,9 @@ class MemoryPlan:
         optimizer: AdamW's two moments.
         gathered: other GPUs' shares of two layers, the embedding and the head, while fsdp uses them.
         saved: what the forward pass keeps for the backward pass: layer inputs under checkpointing, else all layers.
+        carried: keys and values, and their gradients, that the chunks of a sweep hand on.
         phases: what each phase needs, `saved` included: forward, loss, layer. Only the largest counts.
-        host: bytes in host memory (offloaded layer inputs).
+        host: bytes in pinned host memory: offloaded layer inputs, what a sweep keeps there.
     """
 
     weights: float
@@ -42,6 +46,7 @@ class MemoryPlan:
     optimizer: float
     gathered: float
     saved: float
+    carried: float
     phases: dict[str, float]
     host: float = 0.0
 
@@ -58,7 +63,7 @@ class MemoryPlan:
     @property
     def peak(self) -> float:
         """Bytes that torch's allocator hands out at the peak (`torch.cuda.max_memory_allocated`)."""
-        return self.states + self.gathered + self.phases[self.phase]
+        return self.states + self.gathered + self.carried + self.phases[self.phase]
 
     @property
     def needed(self) -> float:
@@ -76,6 +81,7 @@ class MemoryPlan:
             "optimizer": self.optimizer,
             "gathered weights": self.gathered,
             "saved activations": self.saved,
+            "keys and values": self.carried,
             "logits and loss": 0.0 if in_layer else work,
             "one layer's work": work if in_layer else 0.0,
             "CUDA context": float(CONTEXT),
@@ -88,15 +94,16 @@ def plan_memory(shape: ModelShape, setup: TrainingSetup) -> MemoryPlan:
     share = 1 / setup.num_gpus
     divided, divides_weights = (share if setup.sharding in kinds else 1.0 for kinds in (("zero2", "fsdp"), ("fsdp",)))
     gradients = trained * FULL * (2 if setup.sharding == "ddp" else 1)
-    saved, host = _kept(shape, setup)
+    saved = _kept(shape, setup)
     return MemoryPlan(
         weights=weight_bytes(shape, setup) * divides_weights,
         gradients=gradients * divided,
         optimizer=trained * 2 * FULL * divided,
         gathered=_gathered(shape, setup) if setup.sharding == "fsdp" else 0.0,
         saved=saved,
+        carried=_carried(shape, setup),
         phases={name: saved + value for name, value in _phases(shape, setup).items()},
-        host=host,
+        host=host_bytes(shape, setup).total,
     )
 
 
@@ -125,42 +132,51 @@ def stream_bytes(setup: TrainingSetup) -> int:
 
 
 def normed_bytes(setup: TrainingSetup) -> int:
-    """Return the bytes of an element that a norm puts out: a trained norm's weight is float32, and so is its output."""
-    if setup.hidden_bytes is not None:
-        return setup.hidden_bytes
-    return FULL if setup.trains_embeddings else setup.compute_bytes
+    """Return the bytes of an element that a norm puts out; the engine narrows that of a norm with float32 weights."""
+    if setup.norm_bytes is not None and setup.trains_embeddings:
+        return setup.norm_bytes
+    return setup.compute_bytes
 
 
 def layer_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     """Return the bytes per token that autograd keeps for one layer without checkpointing.
 
     Full training keeps the input of every matrix; frozen matrices keep none, adapters keep theirs. Norms work at 32
-    bits. A gated MLP keeps gate, activation and up (and their product if the down matrix is trained).
+    bits. A gated MLP keeps gate, activation and up (and their product if the down matrix is trained). Liger's norms
+    keep their input as it is, and its MLP gate and up.
     """
+    if setup.tile and setup.tiles_norms:
+        return _attention_bytes(shape, setup) + _tiled_inputs(shape, setup)
     return _attention_bytes(shape, setup) + _norm_bytes(shape, setup) + _mlp_bytes(shape, setup)
 
 
 def _attention_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     width, query, kv = setup.compute_bytes, shape.query_size, shape.kv_size
-    kernel = width * 2 * (query + kv) + FULL * shape.num_heads  # q, k, v, output; log-sum-exp
+    kernel = _kernel_bytes(shape, setup)
     if shape.fused:
         kernel += width * (query + kv)  # v is a view, which keeps all of q, k and v
     if shape.layout.query_key_norm:
-        kernel += (query + kv) * (FULL + (width if setup.is_full or setup.trains_embeddings else 0))
+        kernel += (query + kv) * _norm_input_bytes(setup, width)
     inner = 0 if setup.is_full else width * setup.lora_r * (2 if shape.fused else 4)
     return kernel + inner + width * _matrix_inputs(shape, setup)
+
+
+def _kernel_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
+    """Bytes per token that the attention kernel keeps: q, k, v, the output; log-sum-exp."""
+    return setup.compute_bytes * 2 * (shape.query_size + shape.kv_size) + FULL * shape.num_heads
 
 
 def _matrix_inputs(shape: ModelShape, setup: TrainingSetup) -> int:
     """Elements per token of the inputs that trained matrices and adapters keep, the attention output's own aside.
 
-    Under autocast each matrix casts its input for itself, otherwise those that read the same tensor share it.
+    Under autocast adapters cast their input each for itself, as matrices do with a float32 one; otherwise those that
+    read the same tensor share it.
     """
-    readers = 1 if shape.fused or not _is_mixed(setup) else 3
     if not setup.is_full:
+        readers = 1 if shape.fused or not _is_mixed(setup) else 3
         return readers * shape.hidden_size + (shape.query_size if _is_mixed(setup) else 0)
-    mlp_readers = 2 if shape.layout.gated and not shape.fused and _is_mixed(setup) else 1
-    return (readers + mlp_readers) * shape.hidden_size
+    is_cast = _is_mixed(setup) and normed_bytes(setup) > setup.compute_bytes and not shape.fused
+    return ((3 if is_cast else 1) + (2 if is_cast and shape.layout.gated else 1)) * shape.hidden_size
 
 
 def _norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
@@ -168,28 +184,135 @@ def _norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     if shape.layout.norm_has_bias:
         at_32_bits = 2 if stream < FULL or not shape.layout.parallel else 1  # else both norms share their input
         return at_32_bits * hidden * FULL + 2 * count * FULL
-    inputs = count * (hidden * FULL + FULL)  # at 32 bits, and one number a token
-    return inputs + (count * hidden * stream if setup.trains_embeddings else 0)
+    if setup.has_fused_kernels:  # the first norm's input is the layer's, which checkpointing keeps anyway
+        return (count - 1 if setup.checkpointing else count) * hidden * stream + count * FULL
+    return count * (hidden * _norm_input_bytes(setup, stream) + FULL)
+
+
+def _norm_input_bytes(setup: TrainingSetup, width: int) -> int:
+    """Bytes that a norm keeps for an element of its input: at 32 bits, and for trained weights normalised; or fused."""
+    if setup.has_fused_kernels:
+        return width
+    return FULL + (width if setup.trains_embeddings else 0)
 
 
 def _mlp_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
-    saved = (3 if shape.layout.gated else 1) + (1 if setup.is_full else 0)
-    return saved * shape.intermediate_size * setup.compute_bytes
+    inner = (2 if setup.has_fused_kernels else 3) if shape.layout.gated else 1
+    return (inner + (1 if setup.is_full else 0)) * shape.intermediate_size * setup.compute_bytes
 
 
 def _is_mixed(setup: TrainingSetup) -> bool:
     return setup.compute_bytes < FULL
 
 
-def _kept(shape: ModelShape, setup: TrainingSetup) -> tuple[float, float]:
-    """Return (bytes on the GPU, bytes on the host) that the layers keep for the backward pass."""
-    tokens, inputs = setup.local_tokens, shape.hidden_size * stream_bytes(setup)
+def _checkpointed(shape: ModelShape, setup: TrainingSetup) -> int:
+    """Return how many layer inputs wait from the forward pass to the backward pass."""
+    return -(-shape.num_layers // max(setup.nested, setup.checkpoint_every))
+
+
+def _input_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
+    return float(setup.local_tokens * shape.hidden_size * stream_bytes(setup))
+
+
+def _kept(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Return the bytes on the GPU that the layers keep for the backward pass.
+
+    With offloading two layer inputs are here, one on its way and one in use. Nested checkpoints have the inputs of one
+    run of layers too.
+    """
+    every_layer = float(setup.local_tokens * layer_bytes(shape, setup))
     if not setup.checkpointing:
-        return float(tokens * layer_bytes(shape, setup) * shape.num_layers), 0.0
-    if setup.offload:
-        here = min(2, shape.num_layers)  # one on its way, one in use
-        return float(tokens * inputs * here), float(tokens * inputs * shape.num_layers)
-    return float(tokens * inputs * shape.num_layers), 0.0
+        return every_layer * shape.num_layers
+    waiting = _checkpointed(shape, setup)
+    here = (min(2, waiting) if setup.offload else waiting) + (setup.nested if setup.nested > 1 else 0)
+    others = 0 if setup.nested > 1 else shape.num_layers - waiting
+    return here * _input_bytes(shape, setup) + others * every_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBytes:
+    """Bytes of pinned host memory of one GPU, by what they are, and what goes over the bus in a micro-batch.
+
+    Attributes:
+        layer_inputs: offloaded hidden states.
+        keys_and_values: what the chunks of a sweep hand on, gradients included.
+        moved: bytes to and from the GPU.
+    """
+
+    layer_inputs: float
+    keys_and_values: float
+    moved: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.layer_inputs + self.keys_and_values
+
+
+def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
+    """Return what one GPU keeps in pinned host memory.
+
+    Offloaded inputs go out and come back, once a chunk; halos too. Under full attention each pass over a chunk reads
+    the keys and values of all tokens before it, and the backward pass reads and writes their gradients.
+    """
+    inputs = _checkpointed(shape, setup) * _input_bytes(shape, setup) if setup.offload else 0.0
+    rows = -(-setup.length // (setup.chunk or setup.length))
+    moved = 2 * inputs * rows
+    if setup.chunk is None:
+        return HostBytes(layer_inputs=inputs, keys_and_values=0.0, moved=moved)
+    if setup.group is not None:
+        halos = rows * halo_bytes(shape, setup)
+        return HostBytes(layer_inputs=inputs, keys_and_values=halos, moved=moved + 2 * halos)
+    there = carried_bytes(shape, setup) - _here(shape, setup)
+    share = there / carried_bytes(shape, setup)
+    width, passes = setup.compute_bytes, 3 if setup.checkpointing else 2
+    earlier = (
+        setup.batch_size * setup.chunk * rows * (rows - 1) // 2
+    )  # tokens that all chunks together have before them
+    read = 2 * shape.num_layers * shape.kv_size * earlier * (passes * width + 2 * FULL)
+    return HostBytes(layer_inputs=inputs, keys_and_values=there, moved=moved + share * read)
+
+
+def halo_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Return the bytes that a chunk hands to the next under S2-Attn: half a group of the shifted heads' keys and values.
+
+    The heads from floor(heads / 2) on are shifted; a key-value head that both halves use counts. Chunks that are not
+    whole groups hand on at most a group of all heads, or all of themselves: an upper bound.
+    """
+    assert setup.group is not None and setup.chunk is not None
+    heads, tokens = shifted_kv_heads(shape), setup.group // 2
+    if setup.chunk % setup.group:
+        heads, tokens = shape.num_kv_heads, min(setup.chunk, setup.group)
+    return 2.0 * setup.batch_size * shape.num_layers * heads * shape.head_dim * setup.compute_bytes * tokens
+
+
+def shifted_kv_heads(shape: ModelShape) -> int:
+    """Return how many key-value heads the shifted half of the query heads reads."""
+    return shape.num_kv_heads - shape.num_heads // 2 // (shape.num_heads // shape.num_kv_heads)
+
+
+def carried_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Return the bytes of keys and values, and of their float32 gradients, of all tokens before the last chunk."""
+    each = 2 * shape.num_layers * shape.kv_size * (setup.compute_bytes + FULL)
+    return float(setup.batch_size * setup.swept_tokens * each)
+
+
+def _here(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Bytes of a full-attention sweep's keys, values and gradients that stay on the GPU."""
+    whole = carried_bytes(shape, setup)
+    return whole if setup.kv_memory is None else min(whole, setup.kv_memory * GIB)
+
+
+def _carried(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Bytes on the GPU that chunks hand on: two halos; or what `kv_memory` allows, and what a layer has beside it."""
+    if setup.chunk is None:
+        return 0.0
+    if setup.group is not None:
+        return 2 * halo_bytes(shape, setup)
+    here = _here(shape, setup)
+    others = (carried_bytes(shape, setup) - here) / shape.num_layers
+    joined = 2 * shape.kv_size * setup.compute_bytes  # a layer's, in front of its own
+    return here + others + setup.batch_size * setup.swept_tokens * joined
 
 
 def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
@@ -215,18 +338,68 @@ def _phases(shape: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 def _last_norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
     """Bytes that the norm before the head keeps, and the head's input if the head is trained."""
     trained_head = setup.is_full or (shape.tied and setup.trains_embeddings)
-    normed = stream_bytes(setup) if setup.trains_embeddings and not shape.layout.norm_has_bias else 0
-    return setup.local_tokens * shape.hidden_size * (FULL + normed + (setup.compute_bytes if trained_head else 0))
+    stream = stream_bytes(setup)
+    normed = FULL if shape.layout.norm_has_bias else _norm_input_bytes(setup, stream)
+    kept = stream if setup.tile and setup.tiles_norms else normed
+    return setup.local_tokens * shape.hidden_size * (kept + (setup.compute_bytes if trained_head else 0))
 
 
 def _layer_work(shape: ModelShape, setup: TrainingSetup) -> float:
     """Bytes of one layer's backward: what it computed again, gradients inside the MLP and of its two streams."""
-    tokens, width = setup.local_tokens, setup.compute_bytes
-    inner = (3 if shape.layout.gated else 2) - (1 if setup.is_full else 0)  # the product is freed, its gradient lives
-    gradients = inner * shape.intermediate_size * width + 2 * shape.hidden_size * stream_bytes(setup)
-    again = layer_bytes(shape, setup) if setup.checkpointing else 0
     casts = shape.layer_weights * setup.compute_bytes if setup.is_full and _is_mixed(setup) else 0
-    return float(tokens * (again + gradients) + casts)
+    if setup.tile is not None:
+        return _tiled_work(shape, setup) + casts
+    gradients = _mlp_gradients(shape, setup) + 2 * shape.hidden_size * stream_bytes(setup)
+    again = layer_bytes(shape, setup) if setup.checkpointing else 0
+    return casts + max(float(setup.local_tokens * (again + gradients)), _attention_work(shape, setup))
+
+
+def _attention_work(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Bytes of the backward pass of one layer's attention: gradients of its output, of q, k and v, and of the residual.
+
+    In a sweep keys and values of earlier tokens have gradients too: flash kernels make one a query head, and sum it.
+    """
+    width, query, kv = setup.compute_bytes, shape.query_size, shape.kv_size
+    tiled = setup.tile and setup.tiles_norms
+    norm = 0 if tiled else _norm_bytes(shape, setup) // shape.layout.num_norms
+    again = _attention_bytes(shape, setup) + norm if setup.checkpointing else 0
+    gradients = width * (2 * query + 2 * kv) + shape.hidden_size * stream_bytes(setup)
+    summed = query + (kv if kv < query else 0)
+    earlier = 0 if setup.group else setup.batch_size * setup.swept_tokens * 2 * summed * width
+    return float(setup.local_tokens * (again + gradients) + earlier)
+
+
+def _mlp_gradients(shape: ModelShape, setup: TrainingSetup) -> int:
+    """Bytes per token of the gradients inside an MLP; the product is freed, its gradient lives; Liger works in place."""
+    inner = (3 if shape.layout.gated else 2) - (1 if setup.is_full else 0)
+    return (1 if setup.has_fused_kernels else inner) * shape.intermediate_size * setup.compute_bytes
+
+
+def _tiled_work(shape: ModelShape, setup: TrainingSetup) -> float:
+    """Bytes of one layer's backward if its MLP and its norms work on a tile at a time and keep their input alone.
+
+    The largest moment is a tile's (beside the gradients of the MLP's output and input) or the attention's. If the norms are not tiled, it is the backward
+    pass of the second norm, which makes three float32 tensors and the gradient that comes in.
+    """
+    assert setup.tile is not None
+    hidden, stream, tokens = shape.hidden_size, stream_bytes(setup), setup.local_tokens
+    tile = min(setup.tile, tokens) * (_mlp_bytes(shape, setup) + _mlp_gradients(shape, setup))
+    attention = _attention_bytes(shape, setup) if setup.checkpointing else 0
+    if not setup.tiles_norms:
+        again = attention + (_norm_bytes(shape, setup) if setup.checkpointing else 0)
+        norm = hidden * (stream + normed_bytes(setup) + 3 * FULL)
+        mlp = hidden * (normed_bytes(setup) + 2 * stream)
+        return float(max(tokens * (again + norm), tokens * (again + mlp) + tile))
+    norms = min(setup.tile, tokens) * (_norm_bytes(shape, setup) + 3 * hidden * FULL)
+    kept = _tiled_inputs(shape, setup) if setup.checkpointing else 0
+    mlp = attention + kept + 2 * hidden * stream
+    return max(_attention_work(shape, setup), float(tokens * mlp + max(tile, norms)))
+
+
+def _tiled_inputs(shape: ModelShape, setup: TrainingSetup) -> int:
+    """Bytes per token that a layer's tiled MLP and norms keep: their inputs; the first norm's is the layer's."""
+    norms = shape.layout.num_norms - (1 if setup.checkpointing else 0)
+    return shape.hidden_size * (norms * stream_bytes(setup) + normed_bytes(setup))
 
 
 def _cast_bytes(shape: ModelShape, setup: TrainingSetup) -> int:

@@ -88,8 +88,9 @@ def probe_machine(directory: Path, shape: ModelShape, setup: TrainingSetup) -> P
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width = 2 if device.type == "cuda" else 4
     measured = dataclasses.replace(
-        setup, batch_size=1, attention="full", checkpointing=True, loss_chunk=None, offload=False, sharding="none",
-        num_gpus=1, sequence_parallel=1, compute_bytes=width,
+        setup, batch_size=1, attention="full", checkpointing=True, checkpoint_every=1, nested=1, loss_chunk=None,
+        offload=False, sweep=None, kv_memory=None, tile=None, kernels="none", sharding="none", num_gpus=1,
+        sequence_parallel=1, compute_bytes=width,
     )  # fmt: skip
     depths = sorted({min(depth, shape.num_layers) for depth in DEPTHS})
     deepest = dataclasses.replace(shape, num_layers=depths[-1])

@@ -14,6 +14,7 @@ from longext.settings import LENGTH, MANY, option, override
 DRY_RUN = {"dry_run": "Check everything, print the plan, train nothing."}
 _TRAINING, _MEMORY, _CHECKPOINTS, _PROCESSES = "Training", "Memory and speed", "Checkpoints", "Processes"
 _MOST_PROCESSES = 2**16
+KERNELS = ("auto", "liger", "compile", "none")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class TrainingConfig(RuntimeConfig):
     max_grad_norm: float = option(1.0, "Norm at which gradients are clipped.", panel=_TRAINING)
     checkpointing: bool = option(True, "Compute each layer again in the backward pass.", panel=_MEMORY)
     offload: bool = option(False, "Keep checkpointed activations in CPU memory.", panel=_MEMORY)
-    loss_chunk: int = option(4096, "Tokens whose logits exist at once.", ge=1, panel=_MEMORY)
+    loss_chunk: int | None = option(
+        None, "Tokens whose logits exist at once (default: 512 MiB of them, 128 to 4096).", ge=1, panel=_MEMORY
+    )
     eval_data: str | None = option(None, "Documents to measure perplexity on.", panel="Data")
     eval_split: str = option("validation", "Split of --eval-data, if a Hub dataset.", panel="Data")
     eval_lengths: tuple[int, ...] = option(
@@ -114,7 +117,22 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     quantize: str = option(
         "none", "Frozen weights; nf4 is QLoRA and needs bitsandbytes", names=lambda: ("none", "nf4"), panel=_MEMORY
     )
+    sweep: str = option(
+        "off", "Tokens of a row whose graph is alive at once: a number, auto, or off for all.", panel=_MEMORY
+    )
+    kv_memory: float | None = option(
+        None, "GiB of GPU memory for the keys and values of a sweep with full attention (default: half of the free).",
+        ge=0, panel=_MEMORY,
+    )  # fmt: skip
     backend: str = option("auto", "Attention kernel: auto, flash, sdpa, eager.", panel=_MEMORY)
+    kernels: str = option(
+        "auto", "Of norms, RoPE and MLPs; auto is liger where it can be used", names=lambda: KERNELS, panel=_MEMORY
+    )
+    tile: int | None = option(None, "Tokens that MLPs and norms take at once (default: all).", ge=1, panel=_MEMORY)
+    checkpoint_every: int = option(
+        1, "Compute one layer of so many again, and keep the others.", ge=1, le=MANY, panel=_MEMORY
+    )
+    nested: int = option(1, "Layers that keep one checkpoint between them.", ge=1, le=MANY, panel=_MEMORY)
     save_dtype: str = option(
         "auto", "Of a full checkpoint (auto: the base's)", names=lambda: ("auto", "float32", "bfloat16", "float16"),
         panel="Output",

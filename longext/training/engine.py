@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from longext.attention.chunks import KeyValueStore
 from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
@@ -23,7 +24,8 @@ from longext.errors import TrainingError
 from longext.signals import handling
 from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
 from longext.training.losses import shift
-from longext.training.processes import gather, is_sharded, num_processes, process_rank
+from longext.training.processes import gather, is_sharded, num_processes, process_rank, sum_gradients
+from longext.training.sweep import sweep_rows
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -128,11 +130,45 @@ class AttentionEngine(Engine):
         group_size: G of S2-Attn, in tokens.
         backend: attention backend.
         separate_documents: documents of a row do not attend to one another.
+        chunk: tokens of a chunk of a sweep, None for whole rows in one graph.
+        new_store: makes the store of one batch's keys and values, for a sweep.
     """
 
-    def __init__(self, *, group_size: int, backend: str, separate_documents: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        group_size: int,
+        backend: str,
+        separate_documents: bool,
+        chunk: int | None = None,
+        new_store: Callable[[], KeyValueStore] = KeyValueStore,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
+        self.chunk, self.new_store = chunk, new_store
+
+    def forward_backward(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add the gradient of one batch and return its loss: in one graph, or swept in chunks."""
+        if self.chunk is None or self.chunk >= inputs["input_ids"].shape[1]:
+            return super().forward_backward(model, inputs, *args, **kwargs)
+        # DDP's own sum over processes waits for one backward pass of one forward: here there are many
+        network = self.accelerator.unwrap_model(model)
+        network.train()
+        arguments = self._forward_arguments(dict(self._prepare_inputs(inputs)))
+        total = sweep_rows(
+            network,
+            {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)},
+            arguments[PLAN],
+            self.chunk,
+            args[0] if args else kwargs["num_items_in_batch"],
+            store=self.new_store(),
+            autocast=self.accelerator.autocast,
+        )
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            sum_gradients(network)
+        world: int = self.args.world_size
+        return total * world  # Trainer reports the mean over processes
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the summed loss over the step's tokens, divided by their number in all processes."""

@@ -24,8 +24,10 @@ from longext.manifest import read_manifest
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
 from longext.training.config import TUNINGS, FinetuneConfig
+from longext.training.layers.rematerialise import Rematerialisation
+from longext.training.layers.transfer import Transfer
 from longext.training.processes import local_rank
-from longext.training.tuning import is_inside_attention, quantisation
+from longext.training.tuning import norm_modules, quantisation
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,12 @@ def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
 
 
 def narrow_hidden_states(model: Any) -> None:
-    """Under autocast, hand the output of the embedding and of norms inside attention on in bfloat16.
+    """Under autocast, hand the output of the embedding and of every norm of the decoder on in bfloat16.
 
     A trained embedding is float32, autocast leaves residual sums alone, and so every stored hidden state would take
-    twice the memory that a bfloat16 model needs. Queries and keys behind a trained norm would keep flash-attn out.
+    twice the memory that a bfloat16 model needs. A trained norm is float32 too, and so would be its output: what is
+    kept for the projections behind it, and the queries and keys that flash-attn is handed. The weights, and what a norm
+    computes inside, stay float32.
     """
 
     def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -182,18 +186,24 @@ def narrow_hidden_states(model: Any) -> None:
         return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
     model.get_input_embeddings().register_forward_hook(hook)
-    for name, module in model.named_modules():
-        if "norm" in name.rsplit(".", 1)[-1] and is_inside_attention(name):
-            module.register_forward_hook(hook)
+    for name in norm_modules(model):
+        model.get_submodule(name).register_forward_hook(hook)
 
 
-def enable_checkpointing(model: Any, offload: bool) -> None:
-    """Recompute each decoder layer in the backward pass; with `offload` its input waits in CPU memory.
+def enable_checkpointing(model: Any, offload: bool, *, every: int = 1, nested: int = 1) -> None:
+    """Compute decoder layers again in the backward pass, through transformers' own checkpointing.
 
-    transformers renamed the method between 5.17 and 5.23; both take the same arguments.
+    Args:
+        offload: the kept inputs of layers wait in pinned CPU memory (CUDA).
+        every: the first of so many layers is computed again, the others keep their activations.
+        nested: so many layers in a row keep one input between them (`training.layers.rematerialise`).
     """
+    # transformers renamed the method between 5.17 and 5.23; both take the same arguments
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False}, **({"offload": True} if offload else {}))
+    enable({"use_reentrant": False}, every_n_layers=every)
+    if offload or nested > 1:
+        function = Rematerialisation(Transfer() if offload else None, nested)
+        model._set_gradient_checkpointing(True, function, every)
 
 
 @contextlib.contextmanager
@@ -207,10 +217,13 @@ def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator
     was_training = model.training
     model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
+    # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     # what every report says: no evaluation runs on a training variant
     assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with stance, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield
     finally:
         model.set_attn_implementation(trained_with)

@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longext.attention.backends import preferred_kernels
+from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
@@ -32,6 +34,8 @@ from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
 from longext.training.first_loss import check_first_loss
+from longext.training.layers.kernels import Kernels, choose_kernels, use_compile, use_liger
+from longext.training.layers.tiles import check_token_wise, token_wise_modules, use_tiles
 from longext.training.loading import (
     Extension,
     attention_of,
@@ -43,10 +47,11 @@ from longext.training.loading import (
     training_device,
     uses_autocast,
 )
-from longext.training.losses import chunked_loss
-from longext.training.processes import is_main_process, main_process_first, wait_for_all
+from longext.training.losses import chunk_for, chunked_loss
+from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
+from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
 
 
@@ -71,6 +76,18 @@ class FinetunePlan(RunPlan):
         """G of S2-Attn: constant for the run."""
         return self.config.group_size or max(2, round(self.row_length * self.config.group_ratio))
 
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk of the sweep, None if a row is one graph."""
+        group = None if attention_of(self.config) == "full" else self.group_size
+        return chunk_tokens(self.config.sweep, self.row_length, group)
+
+    @property
+    def kernels(self) -> str | None:
+        """Which kernels of norms, RoPE and MLPs the run uses: "liger", "compile" or None."""
+        device = training_device(self.config)
+        return choose_kernels(self.config.kernels, str(self.extension.config["model_type"]), device, is_sharded())
+
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the base model."""
         return load_tokenizer(self.source, self.config.trust_remote_code or None)
@@ -87,7 +104,12 @@ class FinetunePlan(RunPlan):
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return what decides the numbers of the run on data of this report."""
         config, extension = self.config, self.extension
-        settings = {**{name: getattr(config, name) for name in DECIDING_FINETUNE}, "attention": attention_of(config)}
+        settings = {
+            **{name: getattr(config, name) for name in DECIDING_FINETUNE},
+            "attention": attention_of(config),
+            "sweep": self.chunk,
+            "kernels": self.kernels,
+        }
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
 
@@ -100,15 +122,35 @@ class FinetunePlan(RunPlan):
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
         check_token_cache(rows.cache, embedding_rows(base), tokenizer, str(config.data))
+        return self.prepare(base, tokenizer, rows, directory)
+
+    def prepare(self, base: Any, tokenizer: Any, rows: Any, directory: Path) -> FinetuneRun:
+        """Make a loaded model what the config trains: adapters, narrow hidden states, checkpointed layers.
+
+        Args:
+            base: a causal LM under the attention implementation to train with (`loading.implementation_of`).
+            tokenizer: of the model; needed to save the run alone.
+            rows: row i of the run at index i, and `report`, what run.json says of the data.
+            directory: the run's working directory.
+        """
+        config = self.config
         is_hub_id = HUB_ID.match(config.model) and not Path(config.model).expanduser().exists()
+        names = token_wise_modules(base)
+        if config.tile is not None:
+            check_token_wise(base, names)
+        kernels = use_liger(base) if self.kernels == "liger" else Kernels()  # PEFT copies the norms as they are then
         model, trainable = make_trainable(base, config, config.model if is_hub_id else str(self.source.resolve()))
         base = model.get_base_model() if model is not base else base
         narrow_hidden_states(base)
+        if self.kernels == "compile":
+            kernels = use_compile(base, names)
+        if config.tile is not None:
+            use_tiles(base, names, config.tile)
         if config.checkpointing:
-            enable_checkpointing(base, config.offload)
+            enable_checkpointing(base, config.offload, every=config.checkpoint_every, nested=config.nested)
         return FinetuneRun(
             plan=self, directory=directory, model=model, tokenizer=tokenizer, rows=rows,
-            device=training_device(config), base=base, trainable=trainable,
+            device=training_device(config), base=base, trainable=trainable, kernels=kernels,
         )  # fmt: skip
 
 
@@ -125,7 +167,9 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     if config.sequence_parallel > 1:
         _check_sequence_parallel(config, extension, length)
     _check_rope(config, extension)
-    return FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
+    plan = FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
+    _ = plan.kernels  # refused now if it is
+    return plan
 
 
 def finetune_checkpoint(config: FinetuneConfig, directory: Path, **settings: Any) -> TrainingResult:
@@ -171,12 +215,14 @@ class FinetuneRun(Run):
     Attributes:
         base: the causal LM inside `model` (the same for full tuning).
         trainable: what is trained.
+        kernels: of norms, RoPE and MLPs.
         first_loss: what was found before the first step (`check_first_loss`); None until then.
     """
 
     plan: FinetunePlan
     base: Any
     trainable: Trainable
+    kernels: Kernels
     first_loss: dict[str, Any] | None = None
 
     @property
@@ -198,22 +244,56 @@ class FinetuneRun(Run):
             backend=config.backend,
             separate_documents=config.separate_documents or config.task == "sft",
             describe=None if self.is_full else functools.partial(self.describe, state="checkpoint"),
+            chunk=self.plan.chunk,
+            new_store=functools.partial(self.new_store, config.kv_memory),
             **settings,
         )
 
-    def training(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the chunked loss, if it gives the model's own (checked on a few tokens with full attention).
+    def new_store(self, gib: float | None) -> KeyValueStore:
+        """Return where the keys and values of a swept batch wait, and their gradients.
+
+        On a CPU there is one memory. On a GPU, attention within groups leaves half a group of a chunk to the next one:
+        little, but of every chunk, so it waits in host memory and GPU memory does not grow with the row. Under full
+        attention all is read again and again: it stays on the GPU as far as there is room, gradients, which are
+        written too, first.
+
+        Args:
+            gib: of GPU memory for them, None for half of what is free.
+        """
+        if self.device.type != "cuda":
+            return KeyValueStore()
+        variant = ATTENTION_VARIANTS[attention_of(self.plan.config)]
+        if variant.lower.first is not None and variant.upper.first is not None:
+            return KeyValueStore(room=0)
+        room = torch.cuda.mem_get_info(self.device)[0] / 2 if gib is None else gib * 2**30
+        text = self.base.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        tokens = self.plan.row_length * self.plan.config.batch_size
+        gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
+        return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens whose logits exist at once."""
+        return self.plan.config.loss_chunk or chunk_for(embedding_rows(self.base))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Use the run's kernels, and the chunked loss if it gives the model's own (checked on a few tokens).
 
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
         """
-        # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
         config, extension = self.plan.config, self.plan.extension
-        with full_attention(self.base, self.base.device, self.autocast):
-            is_plain = head_is_plain(self.base)
-            scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
-            self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-        return chunked_loss(self.base, self.plan.config.loss_chunk) if is_plain else contextlib.nullcontext()
+        with self.kernels.in_place(), preferred_kernels():
+            # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
+            with full_attention(self.base, self.base.device, self.autocast):
+                is_plain = head_is_plain(self.base)
+                scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
+                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
+            with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
+                yield
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
@@ -222,24 +302,38 @@ class FinetuneRun(Run):
             attention_of(config),
             sorted({line["attention"] for line in metrics or () if "attention" in line}),
         )
+        group = "" if attention == "full" else f" in groups of {plan.group_size:,}"
         unmeasured = "full" if metrics is None else "full (nothing was measured)"
         return {
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
+                "objective": f"{attention} attention{group}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
             },
+            "sweep": plan.chunk,
             "row_length": plan.row_length,
             "target_length": plan.extension.target_length,
             "trained_length": plan.extension.trained_length,
             "positions": config.positions,
+            "kernels": self.kernels.name,
+            "memory": self._memory(),
             "data": self.rows.report,
             "rows_per_step": plan.rows_per_step,
             "num_tokens": plan.num_tokens,
             **({"first_loss": self.first_loss} if self.first_loss else {}),
             **self.cost(seconds),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        """Return what is kept of a step, and in which pieces it is computed."""
+        config = self.plan.config
+        return {
+            "checkpointing": config.checkpointing,
+            **{name: getattr(config, name) for name in ("checkpoint_every", "nested", "offload", "tile")},
+            "loss_chunk": self.loss_chunk,
         }
 
     def model_config(self) -> dict[str, Any]:

@@ -21,8 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from longext.models.head import decoder_of, scale_logits
 
 IGNORED = -100
+_LOGITS_BYTES, _FEWEST, _MOST = 2**29, 128, 4096  # of a chunk by default
 _WORTH_SELECTING = 0.9  # below this share of labelled tokens, they are copied out first
 Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def chunk_for(vocabulary: int) -> int:
+    """Return the tokens per head call if nothing is said: 512 MiB of float32 logits, in steps of 128, 128 to 4,096."""
+    fitting = _LOGITS_BYTES // (4 * vocabulary) // _FEWEST * _FEWEST
+    return min(max(fitting, _FEWEST), _MOST)
 
 
 def chunked_cross_entropy(

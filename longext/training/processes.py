@@ -106,3 +106,12 @@ def agree(facts: Mapping[str, Any]) -> None:
                     f"{theirs.get(key)} in process {rank} on {host}. Every machine needs the same command, model and "
                     "data, and to --resume the same -o directory with its checkpoints (a shared disk, or a copy)."
                 )
+
+
+def sum_gradients(module: torch.nn.Module) -> None:
+    """Add up every trained parameter's gradient over all processes."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # all ranks must take part in every all-reduce
+            dist.all_reduce(parameter.grad)

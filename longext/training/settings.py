@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
+from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
-from longext.settings import check_names
+from longext.settings import LENGTH, check_names
 from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
+from longext.training.sweep import chunk_tokens
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -29,7 +31,8 @@ DECIDING = (
 )  # fmt: skip
 DECIDING_FINETUNE = (
     "method", "task", "window", "positions", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
-    "quantize", "group_size", "group_ratio", *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
+    "quantize", "group_size", "group_ratio", "tile", "loss_chunk",
+    *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
 )  # fmt: skip
 
 
@@ -87,6 +90,21 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
     if config.separate_documents and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
+    _check_layers(config)
+
+
+def _check_layers(config: FinetuneConfig) -> None:
+    if config.tile is not None and config.kernels == "compile":
+        raise ConfigError("--tile runs what --kernels compile has compiled a tile at a time: give one of them.")
+    if config.nested > 1 and not config.checkpointing:
+        raise ConfigError("--nested shares the inputs of checkpointed layers: leave gradient checkpointing on.")
+    if config.checkpoint_every > 1 and not config.checkpointing:
+        raise ConfigError("--checkpoint-every chooses checkpointed layers: leave gradient checkpointing on.")
+    if config.nested > 1 and config.checkpoint_every > 1:
+        raise ConfigError(
+            f"--nested {config.nested} needs every layer checkpointed: leave --checkpoint-every "
+            f"{config.checkpoint_every} out."
+        )
 
 
 def check_processes(config: TrainingConfig) -> None:
@@ -146,6 +164,8 @@ def _check_sharing(config: FinetuneConfig) -> None:
             "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, "
             "and gradients through them are wrong from then on. Leave --quantize out."
         )
+    if chunk_tokens(config.sweep, LENGTH, None) is not None:
+        _check_sweep(config)
     if config.sequence_parallel > 1 and config.context_parallel > 1:
         raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
     sharded = is_sharded()
@@ -154,6 +174,9 @@ def _check_sharing(config: FinetuneConfig) -> None:
             "--eval-data needs whole weights, and this accelerate configuration shards them: leave it out, and measure "
             "the merged model with `longext eval ppl`."
         )
+    for flag, is_on in (("--tile", config.tile is not None), ("--nested", config.nested > 1)):
+        if sharded and is_on:
+            raise ConfigError(f"{flag} has not been tried under FSDP or DeepSpeed, which this configuration asks for.")
     if sharded and device.type == "cpu":
         raise ConfigError(
             "This accelerate configuration asks for FSDP or DeepSpeed, and there is no GPU. accelerate ignores FSDP on "
@@ -161,6 +184,25 @@ def _check_sharing(config: FinetuneConfig) -> None:
         )
     if config.context_parallel > 1:
         _check_context_parallel(config, device, sharded)
+
+
+def _check_sweep(config: FinetuneConfig) -> None:
+    """Raise ConfigError for what a sweep cannot do."""
+    attention = attention_of(config)
+    if ATTENTION_VARIANTS[attention].leaks:
+        raise ConfigError(
+            f"--sweep needs attention without later tokens, and {attention} has some: use --attention s2."
+        )
+    if config.sequence_parallel > 1 or config.context_parallel > 1:
+        raise ConfigError(
+            "--sweep has one chunk of a row on a GPU at a time: there is nothing to share with --sequence-parallel or "
+            "--context-parallel. Leave one of them out."
+        )
+    if is_sharded():
+        raise ConfigError(
+            "--sweep runs a row in many backward passes and adds gradients up itself, which FSDP and DeepSpeed do not "
+            "allow: start it with --num-processes, torchrun or an accelerate configuration for plain data parallel."
+        )
 
 
 def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharded: bool) -> None:

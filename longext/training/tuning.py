@@ -47,14 +47,15 @@ def norm_modules(model: Any, which: str = "all") -> list[str]:
     """
     hidden = model.config.get_text_config().hidden_size
     language = {id(module) for module in decoder_of(model).modules()}
-    names = [name for name, module in model.named_modules() if id(module) in language and _is_norm(name, module)]
+    names = [name for name, module in model.named_modules() if id(module) in language and is_norm(name, module)]
     if which == "residual":
         wide = (name for name in names if model.get_submodule(name).weight.shape == (hidden,))
         names = [name for name in wide if not is_inside_attention(name)]
     return names
 
 
-def _is_norm(name: str, module: nn.Module) -> bool:
+def is_norm(name: str, module: nn.Module) -> bool:
+    """True for a normalisation layer: by its class or the last part of its name, with one weight a channel."""
     weight = getattr(module, "weight", None)
     is_named = "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2].lower()
     return is_named and isinstance(weight, nn.Parameter) and weight.ndim == 1

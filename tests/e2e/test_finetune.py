@@ -242,6 +242,27 @@ def test_evaluation_runs_full_attention_in_eval_mode(run, tmp_path, monkeypatch)
     assert {line["attention"] for line in lines} == {"full (sdpa)"}
 
 
+@pytest.mark.parametrize("args", [(), ("--attention", "full"), ("--tuning", "full"), ("--method", "dynamic")])
+def test_a_swept_run_is_the_run(run, tmp_path, args):
+    """Chunks of a quarter row, with accumulation: the losses of one graph, and the record says what was trained."""
+    target = ("--target-length", 1024) if "--method" in args else ()
+    args = (*QUICK, *WARM, *target, "--set", "group_size=64", *args, "--set", "max_tokens=9000")
+    assert run("finetune", "books-5m", *args, "-o", "whole").exit_code == 0
+    result = run("finetune", "books-5m", *args, "--sweep", 64, "-o", "swept")
+    assert result.exit_code == 0, result.output
+    whole, swept = (losses(tmp_path / name) for name in ("whole", "swept"))
+    assert list(swept.values()) == pytest.approx(list(whole.values()), abs=2e-5)
+    norms = [
+        [line["grad_norm"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "swept")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    record = json.loads((tmp_path / "swept" / "result.json").read_text())["finetune"]
+    assert record["sweep"] == 64
+    objective = "full attention" if "full" in args[-3:] and "--attention" in args else "s2 attention in groups of 64"
+    assert record["attention"]["objective"] == objective
+    assert objective in (tmp_path / "swept" / "README.md").read_text()
+
+
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 LONG = (
@@ -271,9 +292,10 @@ def wait_for_checkpoint(directory, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path):
+@pytest.mark.parametrize("sweep", ["off", "40"])
+def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, sweep):
     """kill -9 after the first checkpoint; the rest of the losses and every trained weight are bit for bit the same."""
-    args = ("finetune", "books-5m", *LONG, "--set", "lora_dropout=0.1", *WARM)
+    args = ("finetune", "books-5m", *LONG, "--set", "lora_dropout=0.1", *WARM, "--sweep", sweep)
     assert run(*args, "-o", "whole").exit_code == 0
     process = subprocess.Popen(
         command(*args, "-o", "cut"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -446,6 +468,8 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--method", "linear", "--target-length", 256), ("at least the trained length 512",)),
         (("--dtype", "float16"), ("--dtype for training",)),
         (("--offload",), ("--offload", "CUDA")),
+        (("--sweep", "half"), ("--sweep takes a number of tokens, auto or off", "half")),
+        (("--sweep", 64, "--attention", "s2-wrapped"), ("--sweep needs attention without later tokens", "s2-wrapped")),
         (("--quantize", "nf4", "--tuning", "full"), ("quantised",)),
         (("--quantize", "nf4"), ("--quantize nf4 needs a CUDA device",)),
         (("--set", "lora_targets=[q_projj]"), ("no linear layers", "q_proj")),
@@ -547,6 +571,7 @@ def test_accelerate_that_starts_one_process_of_many_is_refused(run, monkeypatch)
         (("--num-processes", 3, "--sequence-parallel", 2), ("a number of processes that it divides",)),
         (("--num-processes", 2, "--method", "linear", "--target-length", 65536), ("22,7",)),
         (("--num-processes", 2, "--data", "nowhere.txt"), ("No data at 'nowhere.txt'",)),
+        (("--num-processes", 2, "--sequence-parallel", 2, "--sweep", 64), ("--sweep has one chunk", "Leave one")),
     ],
 )
 def test_what_can_be_refused_is_refused_before_processes_start(run, tmp_path, monkeypatch, args, texts):

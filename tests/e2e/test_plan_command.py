@@ -21,7 +21,14 @@ def llama(tmp_path):
 def test_a_plan_is_shown_and_nothing_is_written(run, llama, tmp_path):
     result = run("plan", llama, "--length", 32768, "--gpus", "8xA100-80GB", "--num-tokens", 2_000_000_000)
     assert result.exit_code == 0, result.output
-    for shown in ("6,738,415,616", "longest that fits", "attention share", "+ --sequence-parallel 8", "GPU-hours"):
+    for shown in (
+        "6,738,415,616",
+        "longest that fits",
+        "attention share",
+        "8 GPUs a row",
+        "--sequence-parallel 8",
+        "GPU-hours",
+    ):
         assert shown in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["llama2-7b"]
 

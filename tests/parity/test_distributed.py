@@ -36,6 +36,8 @@ SHORT = (*RUN, "--target-length", 128, "--num-steps", 1, "--accumulation", 1, "-
 TWO = {
     "finetune-data": {"args": (*RUN, "--accumulation", 1)},
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
+    "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 200)},
+    "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 100, "--nested", 3)},
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
     "whole": {"args": (*RUN, *SAVING)},
@@ -101,7 +103,7 @@ def test_two_ranks_compute_what_one_does(place, kind):
 
 @pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("finetune", "compress"))])
 def test_two_processes_equal_one_with_the_same_global_batch(place, name):
-    """Rows (or documents): accumulated, dealt to two processes, and each shared by two processes."""
+    """Rows (or documents): accumulated, dealt to two processes, swept in chunks there, each shared by two processes."""
     main, other = outcomes(place, name)
     assert (main["code"], other["code"]) == (0, 0), main
     assert (main["stdout"].count("Wrote out"), other["stdout"]) == (1, "")  # one process speaks

@@ -142,5 +142,8 @@ def test_pairs_match_the_training_layout():
     layout = pytest.importorskip("longext.attention.layout")
     s2 = importlib.import_module("longext.attention.variant").ATTENTION_VARIANTS["s2"]
     batch = layout.make_layout(1, 200)
-    pairs = [sum(len(p) * (len(p) + 1) / 2 for p in batch.pieces(cut, 64)) for cut in (s2.lower, s2.upper)]
+    pairs = [
+        sum(len(p) * (len(p) + 1) / 2 for p in (span.queries for span in batch.spans(cut, 64, batch.whole)))
+        for cut in (s2.lower, s2.upper)
+    ]
     assert attention_pairs(200, 64, causal=True) == sum(pairs) / 2

@@ -14,10 +14,11 @@ from longext.checkpoint.families import family_of
 from longext.errors import CheckpointError, ConfigError
 from longext.planning.config import PlanConfig
 from longext.planning.devices import DEVICES, GIB, parse_gpus
-from longext.planning.fit import STEP, longest_length, plan_record, plan_training
+from longext.planning.fit import plan_record, plan_training
 from longext.planning.memory import plan_memory
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import read_shape
+from longext.planning.ways import STEP, Machine, longest_length
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_the_longest_length_fits_and_the_next_does_not(llama, gpus, method):
     count, device = parse_gpus(gpus)
     setup = TrainingSetup(length=1, method=method, sharding="fsdp" if count > 1 else "none", num_gpus=count)
     shape = read_shape(llama)
-    longest = longest_length(shape, setup, device)
+    longest = longest_length(shape, setup, Machine(device=device, host=128 * GIB))
 
     def needed(length):
         return plan_memory(shape, dataclasses.replace(setup, length=length)).needed
@@ -133,26 +134,19 @@ def test_the_longest_length_fits_and_the_next_does_not(llama, gpus, method):
     assert needed(longest + STEP) > device.memory
 
 
-def test_every_rung_of_the_ladder_saves_memory_and_lengthens(llama):
-    ladder = plan_training(config_for(llama, gpus="8xA100-80GB")).ladder
-    assert [rung.needed for rung in ladder] == sorted((rung.needed for rung in ladder), reverse=True)
-    assert [rung.longest for rung in ladder] == sorted(rung.longest for rung in ladder)
-    assert [rung.fits for rung in ladder] == [rung.needed <= 79.2 * GIB + 1 for rung in ladder]
-
-
-def test_full_training_ends_its_ladder_with_lora(llama):
+def test_full_training_is_offered_lora(llama):
     plan = plan_training(config_for(llama, method="full", gpus="H200-141GB"))
-    assert plan.ladder[-1].flag.startswith("--tuning lora+embed+norm")
+    assert plan.ways[-1].name == "LoRA, checkpointing"
     assert plan.setup.group is None
     assert plan.dense == plan.sparse
 
 
 def test_a_run_that_does_not_fit_says_what_would(llama):
-    plan = plan_training(config_for(llama, checkpointing=False, gpus="RTX-4090-24GB", length=8192))
-    assert not plan.fits
-    assert any("the first rung of the ladder that does: + " in note for note in plan.notes())
-    hopeless = plan_training(config_for(llama, length=4_000_000, gpus="T4-16GB"))
-    assert any("nothing on the ladder fits" in note for note in hopeless.notes())
+    plan = plan_training(config_for(llama, length=262144))
+    assert plan.verdict() == "does not fit as asked (GPU memory); the first way that does: S2 sweep, 8,192"
+    assert plan.way_out.flags == "--group-size 8192 --sweep auto"
+    hopeless = plan_training(config_for(llama, gpus="T4-16GB"))
+    assert "no other way does" in hopeless.verdict()
 
 
 def test_auto_sharding_takes_the_first_that_fits(llama):

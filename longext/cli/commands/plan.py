@@ -1,6 +1,6 @@
-"""Work out memory, FLOPs and time of a training run: what fits, the longest length, what each flag buys.
+"""Work out memory, time and money of a training run: what fits, how long rows can get, and in which ways.
 
-Example: longext plan meta-llama/Llama-2-7b-hf --length 32768 --gpus 8xA100-80GB
+Example: longext plan llama3-8b --length 1048576 --gpus 1xH200 --price-per-hour 3
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ def run(config: PlanConfig, *, as_json: bool) -> None:
         open_output(Path(config.output), config)
     plan, probe = plan_training(config), None
     if config.probe:
+        from longext.planning.builtin import config_directory
         from longext.planning.probe import probe_machine
 
-        probe = probe_machine(plan.source, plan.shape, plan.setup)
+        with config_directory(config.model, plan.source) as directory:
+            probe = probe_machine(directory, plan.shape, plan.setup)
     record = record_with_probe(plan_record(plan), probe)
     tables = [*plan_tables(plan), *([probe_table(probe)] if probe else [])]
     notes = [f"note: {note}" for note in plan.notes()]

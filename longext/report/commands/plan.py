@@ -23,6 +23,7 @@ PART_COLOURS = {
     "optimizer": "#009e73",
     "gathered weights": "#5b3e96",
     "saved activations": "#e69f00",
+    "keys and values": "#8c564b",
     "logits and loss": "#d55e00",
     "one layer's work": "#cc79a7",
     "CUDA context": "#b5b5b5",
@@ -41,39 +42,64 @@ def tera(flops: float) -> str:
 
 
 def plan_tables(plan: TrainingPlan) -> list[Table]:
-    """Return the plan's tables: summary, memory by part, FLOPs by part, the ladder."""
-    return [_summary(plan), _memory(plan), _flops(plan), _ladder(plan)]
+    """Return the plan's tables: summary, each way and its flags, memory by part, FLOPs by part."""
+    return [_summary(plan), _ways(plan), _flags(plan), _memory(plan), _flops(plan)]
 
 
 def _summary(plan: TrainingPlan) -> Table:
     from longext.planning.memory import kv_cache_bytes
 
-    setup, shape = plan.setup, plan.shape
+    setup, shape, storage = plan.setup, plan.shape, plan.cost.storage
     trained = setup.trainable(shape)
-    attention = "full attention" if setup.group is None else f"S2-Attn, groups of {setup.group:,}"
-    per_gpu = f" of {gib(plan.device.memory)}: " + ("fits" if plan.fits else "DOES NOT FIT")
+    pinned = f" ({gib(storage.pinned)} pinned)" if storage.pinned else ""
     rows = [
+        ["verdict", plan.verdict()],
         ["parameters", f"{shape.num_parameters:,} ({_source(plan)})"],
         ["trained", f"{trained:,} ({trained / shape.num_parameters:.2%}), {setup.method}"],
-        ["run", f"{setup.batch_size} x {setup.length:,} tokens, {attention}"],
+        ["run", f"{setup.batch_size} x {setup.length:,} tokens, {_attention(setup)}"],
         ["GPUs", f"{setup.num_gpus} x {plan.device.name}, sharding {setup.sharding}{_shared(plan)}"],
-        ["memory per GPU", gib(plan.memory.needed) + per_gpu],
+        ["memory per GPU", f"{gib(plan.memory.needed)} of {gib(plan.device.memory)}"],
+        ["host memory", f"{gib(storage.host)}{pinned} of {gib(plan.machine.host)}"],
+        ["disk", f"{gib(storage.disk)} ({gib(storage.model)} the model, {gib(storage.checkpoints)} checkpoints)"],
         ["longest that fits", _longest(plan)],
-        [
-            "time per batch",
-            f"{duration(plan.seconds)} at {plan.config.utilisation:.0%} of {plan.device.tflops:g} TFLOP/s",
-        ],
+        ["time per batch", f"{duration(plan.seconds)} ({_time(plan)})"],
         ["throughput", f"{plan.tokens_per_second:,.0f} tokens/s on all GPUs"],
         ["KV cache later", f"{gib(kv_cache_bytes(shape, setup.length))} per sequence at inference (16 bits)"],
     ]
     if plan.config.num_tokens:
         hours = plan.hours(plan.config.num_tokens)
-        cost = f"{duration(3600 * hours)}, {hours * setup.num_gpus:,.1f} GPU-hours"
+        cost = f"{duration(3600 * hours)}, {hours * setup.num_gpus:,.1f} GPU-hours{_usd(plan, ', ')}"
         rows.insert(-1, [f"{plan.config.num_tokens:,} tokens", cost])
+    elif plan.config.price_per_hour is not None:
+        rows.insert(-1, ["a batch costs", _usd(plan)])
     return Table(f"Plan: {plan.config.model} at {setup.length:,} tokens", ["", ""], rows, left=frozenset({1}))
 
 
+def _attention(setup: TrainingSetup) -> str:
+    attention = "full attention" if setup.group is None else f"S2-Attn, groups of {setup.group:,}"
+    return attention + (f", swept by {setup.chunk:,}" if setup.chunk else "")
+
+
+def _time(plan: TrainingPlan) -> str:
+    """Return what the seconds of a batch are made of."""
+    if plan.config.utilisation is not None:
+        return f"{plan.config.utilisation:.0%} of {plan.device.tflops:g} TFLOP/s"
+    seconds = plan.cost.seconds
+    parts = {name: getattr(seconds, name) for name in ("matrices", "attention", "elementwise")}
+    text = ", ".join(f"{name} {part / seconds.compute:.0%}" for name, part in parts.items())
+    if seconds.transfers:
+        text += f"; {duration(seconds.transfers)} on the bus meanwhile"
+    return text
+
+
+def _usd(plan: TrainingPlan, before: str = "") -> str:
+    price = plan.price()
+    return "" if price is None else f"{before}{price:,.2f} USD"
+
+
 def _source(plan: TrainingPlan) -> str:
+    if plan.source is None:
+        return "built-in size"
     if plan.shape.counted is None:
         return "from config.json"
     return "as in the weight files" if plan.shape.counted == plan.shape.num_parameters else "the weight files differ"
@@ -118,17 +144,37 @@ def _flops(plan: TrainingPlan) -> Table:
     )
 
 
-def _ladder(plan: TrainingPlan) -> Table:
+def _ways(plan: TrainingPlan) -> Table:
     rows, best = [], set()
-    for number, rung in enumerate(plan.ladder):
-        longest = f"{rung.longest:,}" if rung.longest else "none"
-        rows.append([rung.flag, gib(rung.needed), "yes" if rung.fits else "no", longest, duration(rung.seconds)])
-        if rung is plan.way_out:
+    for number, way in enumerate(plan.ways):
+        cost, price = way.cost, plan.price(way.cost)
+        marks = ["!" if name in cost.exceeded else "" for name in ("GPU", "host")]
+        row = [
+            way.name,
+            f"{cost.memory.needed / _GIB:,.1f}{marks[0]}",
+            f"{cost.storage.host / _GIB:,.0f}{marks[1]}",
+            duration(cost.seconds.total),
+            f"{cost.tokens_per_second:,.0f}",
+            f"{way.longest:,}" if way.longest else "none",
+            way.limit.partition("+")[0],
+        ]
+        rows.append(row if price is None else [*row, f"{price:,.2f}"])
+        if way is plan.way_out:
             best.add((number, 0))
-    columns = ["flags, each with all above", "memory per GPU", "fits", "longest that fits", "time per batch"]
-    caption = f"at {plan.setup.length:,} tokens on {plan.setup.num_gpus} x {plan.device.name}"
-    marked = caption + ("; the first that fits is marked" if best else "; none fits")
-    return Table("What each flag buys", columns, rows, frozenset(best), caption=marked)
+    columns = ["", "GPU", "host", "batch", "tok/s", "longest", "limit"]
+    marked = "the first that fits is marked" if best else "none fits"
+    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits and what ends it, or what is too low; {marked}"
+    if plan.config.price_per_hour is not None:
+        columns.append("USD")
+        tokens = plan.config.num_tokens
+        caption += f"; USD of {f'{tokens:,} tokens' if tokens else 'a batch'}"
+    title = f"Each way to train on {plan.setup.length:,} tokens, {plan.setup.num_gpus} x {plan.device.name}"
+    return Table(title, columns, rows, frozenset(best), caption=caption)
+
+
+def _flags(plan: TrainingPlan) -> Table:
+    rows = [[way.name, way.flags or "(none)"] for way in plan.ways]
+    return Table("Flags of longext finetune", ["", ""], rows, left=frozenset({1}))
 
 
 def probe_table(probe: Probe) -> Table:
@@ -161,7 +207,7 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
 
     figure = plots.new_figure(7.8, 4.4)
     axes = figure.subplots()
-    parts = {setup: memory.parts for setup, memory in plan.by_length}
+    parts = {cost.setup: cost.memory.parts for cost in plan.by_length}
     positions = list(range(len(parts)))
     base = [0.0] * len(parts)
     for name, colour in PART_COLOURS.items():

@@ -136,15 +136,17 @@ class TrainingReport:
 def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
     tuning, attention = record["tuning"], record["attention"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
-    group = f", groups of {attention['group_size']:,}" if attention["group_size"] else ""
+    swept = f"; swept in chunks of {record['sweep']:,} tokens" if record["sweep"] else ""
     share = tuning["num_trainable"] / tuning["num_total"]
     per_step, length = record["rows_per_step"], record["row_length"]
     rows = [
         ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
-        ("attention", f"training: {attention['training']}{group}; evaluation: {attention['evaluation']}"),
+        ("objective", f"next token, {attention['objective']}{swept}"),
+        ("evaluation", f"attention: {attention['evaluation']}"),
         ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
         ("", kinds),
         ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
+        ("layers", _layers(record)),
         ("data", _counts(record["data"])),
         *_first_loss(record.get("first_loss")),
     ]
@@ -167,6 +169,22 @@ def _first_loss(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
+def _layers(record: Mapping[str, Any]) -> str:
+    """Spell which kernels the layers use, what is kept of them, and in which pieces they are computed."""
+    memory = record["memory"]
+    every, nested = memory["checkpoint_every"], memory["nested"]
+    kept = "one input kept a layer" if nested == 1 else f"one input kept for {nested} layers"
+    checkpoints = kept if every == 1 else f"one layer of {every} checkpointed"
+    parts = [
+        f"kernels: {record['kernels']}",
+        (checkpoints if memory["checkpointing"] else "no checkpointing")
+        + (", in CPU memory" if memory["offload"] else ""),
+        *([f"MLPs and norms {memory['tile']:,} tokens at a time"] if memory["tile"] else []),
+        f"loss {memory['loss_chunk']:,} tokens at a time",
+    ]
+    return "; ".join(parts)
+
+
 def _perplexity_table(metrics: Metrics) -> list[Table]:
     measured = [line for line in metrics if "perplexity" in line]
     if not measured:
@@ -177,8 +195,8 @@ def _perplexity_table(metrics: Metrics) -> list[Table]:
 
 
 def _finetune_title(record: Mapping[str, Any], config: Any) -> str:
-    tuning, attention = record["tuning"]["tuning"], record["attention"]["training"]
-    return f"{Path(config.model).name}: {tuning} tuning, {attention} attention in training"
+    tuning, objective = record["tuning"]["tuning"], record["attention"]["objective"]
+    return f"{Path(config.model).name}: {tuning} tuning, trained under {objective}"
 
 
 def _finetune_card(config: Any, result: TrainingResult) -> dict[str, str]:
@@ -188,8 +206,8 @@ def _finetune_card(config: Any, result: TrainingResult) -> dict[str, str]:
         "library": "peft" if is_adapter else "transformers",
         "title": f"{markdown_text(Path(config.model).name)} trained at {result.record['target_length']:,} tokens",
         "what": _ADAPTER if is_adapter else _CHECKPOINT,
-        "use": f"{use}\n\nTraining attention: {attention['training']} ({attention['definition']}). The model is used "
-        "with full attention, as every evaluation here was made.",
+        "use": f"{use}\n\nTrained under {attention['objective']} ({attention['definition']}). The model is used with "
+        "full attention, as every evaluation here was made.",
     }
 
 

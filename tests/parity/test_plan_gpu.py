@@ -1,0 +1,142 @@
+"""The closed forms against measured training steps of one H200: seconds within 15 %, GPU memory within 5 %.
+
+Random weights in the shapes of Llama-2-7B and Llama-3-8B, batch 1, torch 2.11, transformers 5.17. "longext" rows train
+LoRA, embeddings and norms under S2-Attn unless they say otherwise, by an engine whose trained norms put out float32.
+
+What is fitted is no test. BANDWIDTH comes from one row, HF + PEFT + SDPA at 32,768 tokens, and PINNING from the first
+offloaded step at 98,304 tokens (both marked). MATRIX and ATTENTION are measurements of their own: large products (788
+TFLOP/s), and full causal attention alone (98,304 tokens, 32 heads of 128: 502.7 ms a layer, forward and backward).
+Nothing is fitted to a memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from longext.planning.builtin import BUILT_IN
+from longext.planning.devices import DEVICES, GIB
+from longext.planning.flops import attention_pairs, training_flops
+from longext.planning.memory import plan_memory
+from longext.planning.seconds import ATTENTION, MATRIX, step_seconds
+from longext.planning.setup import TrainingSetup
+from longext.planning.shape import shape_of
+
+LLAMA_7B, LLAMA_8B = (shape_of(BUILT_IN[name], Path(name)) for name in ("llama2-7b", "llama3-8b"))
+H200 = DEVICES["H200-141GB"]
+SECONDS, MEMORY = 0.15, 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured step.
+
+    Attributes:
+        rate: tokens a second.
+        gib: peak of torch's allocator, None if it was not noted.
+        is_first: the first step, which pins host memory.
+        fitted: what was fitted to its time.
+    """
+
+    setup: TrainingSetup
+    rate: float
+    gib: float | None
+    shape: object = LLAMA_7B
+    is_first: bool = False
+    fitted: str = ""
+
+
+def ours(length: int, **changes) -> TrainingSetup:
+    return TrainingSetup(length=length, **{"norm_bytes": 4, **changes})
+
+
+def hf(length: int, **changes) -> TrainingSetup:
+    """transformers + PEFT: LoRA alone, full attention, all logits at once."""
+    return TrainingSetup(length=length, method="lora", attention="full", **{"loss_chunk": None, **changes})
+
+
+# MLPs in nested checkpoints over tiles, norms whole; the tile was not noted, and matters little
+TILED = {"tile": 4096, "tiles_norms": False}
+ROWS = {
+    "longext 8k": Row(ours(8192), 9222, 18.3),
+    "longext 32k": Row(ours(32768), 8325, 30.7),
+    "longext 96k": Row(ours(98304), 6564, 63.6),
+    "HF 8k": Row(hf(8192), 8744, 17.8),
+    "HF 32k": Row(hf(32768), 6012, 33.0, fitted="BANDWIDTH"),
+    "HF 96k": Row(hf(98304), 3246, 73.4),
+    "HF + Liger 32k": Row(hf(32768, kernels="liger", loss_chunk=1024), 7008, 25.5),
+    "group 2,048": Row(ours(32768, group_size=2048), 9359, None),
+    "norms in bfloat16": Row(ours(32768, norm_bytes=None), 8704, 30.2),
+    "LoRA alone": Row(ours(32768, method="lora"), 8706, 28.3),
+    "tiled 32k": Row(ours(32768, **TILED), 7667, 28.7),
+    "offload 32k": Row(ours(32768, offload=True), 7930, 22.9),
+    "tiled 96k": Row(ours(98304, **TILED), 5951, 56.7),
+    "tiled, offload 96k": Row(ours(98304, offload=True, **TILED), 2899, 32.7, is_first=True, fitted="PINNING"),
+    "8B 256k": Row(ours(262144, group_size=8192, **TILED), 7139, 130.2, LLAMA_8B),
+    # the issue does not say so, but 38 s more than without offload are those of a first step
+    "8B 256k, offload": Row(ours(262144, group_size=8192, offload=True, **TILED), 3510, 66.2, LLAMA_8B, is_first=True),
+}
+
+
+def planned_seconds(row: Row) -> float:
+    seconds = step_seconds(row.shape, row.setup, H200)
+    total = seconds.total + (seconds.pinning if row.is_first else 0.0)
+    if row.setup.tile:  # nested checkpoints: inside the recomputation of the layer the MLP ran as well, but for its end
+        forward = training_flops(row.shape, row.setup, causal=True).forward
+        total += 2 / 3 * forward.mlp / (MATRIX * H200.tflops * 1e12)
+    return total
+
+
+def planned_peak(row: Row) -> float:
+    peak = plan_memory(row.shape, row.setup).peak
+    if row.setup.offload:  # transformers' offload, which fetched no layer's input ahead, as ours does now
+        peak -= row.setup.length * row.shape.hidden_size * 2
+    return peak
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_seconds(name):
+    row = ROWS[name]
+    assert planned_seconds(row) == pytest.approx(row.setup.length / row.rate, rel=SECONDS)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.gib])
+def test_memory(name):
+    row = ROWS[name]
+    assert planned_peak(row) / GIB == pytest.approx(row.gib, rel=MEMORY)
+
+
+def test_the_rate_of_attention_is_that_of_attention_alone():
+    """Groups of a quarter row: 125.1 ms, within 10 %; they were not fitted."""
+    for group, milliseconds, limit in ((None, 502.7, 0.01), (24576, 125.1, 0.10)):
+        forward = 4 * attention_pairs(98304, group, causal=True) * 4096
+        assert 3.5 * forward / (ATTENTION * H200.tflops * 1e12) == pytest.approx(milliseconds / 1000, rel=limit)
+
+
+def test_utilisation_replaces_the_rates():
+    setup = ours(32768)
+    flops = training_flops(LLAMA_7B, setup, causal=True).total.total
+    seconds = step_seconds(LLAMA_7B, setup, H200, 0.5)
+    assert seconds.total == pytest.approx(flops / (0.5 * H200.tflops * 1e12))
+    assert seconds.elementwise == 0
+
+
+def test_the_longer_of_computation_and_transfers_counts():
+    setup = dataclasses.replace(ours(131072, attention="full", sweep=1024), kv_memory=0.0)
+    seconds = step_seconds(LLAMA_8B, setup, H200)
+    assert seconds.total == seconds.transfers > seconds.compute
+
+
+def show() -> None:
+    """Print the table of docs/planning.md."""
+    for name, row in ROWS.items():
+        seconds, measured = planned_seconds(row), row.setup.length / row.rate
+        memory = "" if row.gib is None else f"{row.gib} | {planned_peak(row) / GIB:.1f} | {planned_peak(row) / GIB / row.gib - 1:+.1%}"
+        print(f"| {name} | {measured:.2f} | {seconds:.2f} | {seconds / measured - 1:+.1%} | {memory or ' | |'} | {row.fitted} |")
+
+
+if __name__ == "__main__":
+    show()
