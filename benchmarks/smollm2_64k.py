@@ -1,6 +1,6 @@
 """A real model from 8,192 to 65,536 tokens on one GPU: YaRN, a few minutes of S2-Attn, measured before and after.
 
-    python benchmarks/smollm2_64k.py --model DIR --data BOOKS --eval-data OTHER_BOOKS --out results/smollm2-64k --minutes 2
+    python benchmarks/smollm2_64k.py --model DIR --data BOOKS --eval-data OTHER_BOOKS --out results/smollm2 --minutes 2
 
 Perplexity and passkey at each length of the model as it is, extended by YaRN without training, and trained for
 --minutes; how many steps that is follows from the first steps' seconds. Writes result.json and table.md. A stage that

@@ -134,14 +134,8 @@ def show() -> None:
     """Print the table of docs/planning.md."""
     for name, row in ROWS.items():
         seconds, measured = planned_seconds(row), row.setup.length / row.rate
-        memory = (
-            ""
-            if row.gib is None
-            else f"{row.gib} | {planned_peak(row) / GIB:.1f} | {planned_peak(row) / GIB / row.gib - 1:+.1%}"
-        )
-        print(
-            f"| {name} | {measured:.2f} | {seconds:.2f} | {seconds / measured - 1:+.1%} | {memory or ' | |'} | {row.fitted} |"
-        )
+        memory = "" if row.gib is None else f"{row.gib} | {planned_peak(row) / GIB:.1f} | {planned_peak(row) / GIB / row.gib - 1:+.1%}"
+        print(f"| {name} | {measured:.2f} | {seconds:.2f} | {seconds / measured - 1:+.1%} | {memory or ' | |'} | {row.fitted} |")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,7 @@ VIEWS = {
     "split", "split_with_sizes", "alias", "as_strided", "unbind", "empty", "empty_like", "new_empty_strided",
 }  # fmt: skip
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352, "vocab_size": 64, "pad_token_id": 0}
-FAMILIES = {
-    "Llama": {"num_key_value_heads": 2},
-    "Qwen3": {"num_key_value_heads": 2, "head_dim": 40},
-    "Gemma": {"num_key_value_heads": 1, "head_dim": 32},
-}
+FAMILIES = {"Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 40}, "Gemma": {"num_key_value_heads": 1, "head_dim": 32}}
 
 
 class Traffic(TorchDispatchMode):
