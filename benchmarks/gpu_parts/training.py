@@ -271,15 +271,13 @@ def table(setting: Setting) -> list[Measurement]:
 # name -> options of `longext finetune`; the numbers are tokens. First those that aim at the goals
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
     32_768: {
-        "group 8192": {"group_size": 8192},
+        "group 8192 + offload": {"group_size": 8192, "offload": True},
         "group 2048 + offload": {"group_size": 2048, "offload": True},
-        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
-        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
+        "group 8192": {"group_size": 8192},
     },
     98_304: {
-        "group 2048 + offload + tile 8192": {"group_size": 2048, "offload": True, "tile": 8192},
-        "group 4096 + sweep 4096 + no checkpointing": {"group_size": 4096, "sweep": "4096", "checkpointing": False},
-        "group 8192 + sweep 8192 + every 2": {"group_size": 8192, "sweep": "8192", "checkpoint_every": 2},
+        "group 8192 + offload": {"group_size": 8192, "offload": True},
+        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
     },
 }
 MORE: dict[int, dict[str, dict[str, Any]]] = {
@@ -294,12 +292,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "nested 4": {"nested": 4},
         "tile 4096 + nested 4": {"tile": 4096, "nested": 4},
         "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
+        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
+        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
     },
     98_304: {
         "group 8192": {"group_size": 8192},
         "tile 8192": {"tile": 8192},
         "group 8192 + tile 8192 + nested 6": {"group_size": 8192, "tile": 8192, "nested": 6},
-        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
         "full attention": {"attention": "full"},
     },
 }
@@ -322,7 +321,7 @@ def more_variants(setting: Setting) -> list[Measurement]:
     return variants(setting, "variants-more", MORE)
 
 
-_S2 = {"group_size": 16_384, "sweep": "auto"}
+_S2 = {"group_size": 8192, "sweep": "auto"}
 
 
 def sweep(setting: Setting) -> list[Measurement]:
@@ -333,7 +332,7 @@ def sweep(setting: Setting) -> list[Measurement]:
 def sweep_full(setting: Setting) -> list[Measurement]:
     """Return the exact step of full attention, keys and values kept as longext chooses, or within a bound."""
     full = {"attention": "full", "sweep": "auto"}
-    ways: dict[str, dict[str, Any]] = {"auto": {}, "20 GiB of keys and values": {"kv_memory": 20.0}}
+    ways: dict[str, dict[str, Any]] = {"13 GiB of keys and values": {"kv_memory": 13.0}, "auto": {}}
     return [
         measurement(setting, f"sweep-full/131072/{name}", ours, "llama3-8b", 131_072, rate=1450, **full, **options)
         for name, options in ways.items()
