@@ -209,7 +209,7 @@ def probe_table(probe: Probe) -> Table:
 
 
 def memory_by_length(plan: TrainingPlan) -> Figure:
-    """Stacked bars: memory of one GPU by part, one bar per length; the device's memory as a line."""
+    """Stacked bars: memory of one GPU by part, one bar per length; the device's memory a line, the host's dots."""
     from longext.report import plots
 
     figure = plots.new_figure(7.8, 4.4)
@@ -222,7 +222,10 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
         if any(heights):
             axes.bar(positions, heights, bottom=base, color=colour, width=0.72, label=name)
         base = [low + height for low, height in zip(base, heights, strict=True)]
-    _mark_capacity(axes, plan.device.name, plan.device.memory / _GIB, max(base))
+    pinned = [cost.storage.pinned / _GIB for cost in plan.by_length]
+    if any(pinned):
+        axes.plot(positions, pinned, color="#222222", marker="D", markersize=5, linewidth=1, label="pinned host memory")
+    _mark_capacity(axes, plan.device.name, plan.device.memory / _GIB, max(base + pinned))
     _label_bars(axes, positions, base)
     title = f"{plan.config.model}, {plan.setup.method}: memory of one GPU at the peak"
     plots.style(axes, title, "length (tokens)", "GiB")
