@@ -7,7 +7,7 @@ LongextError            a run failed (exit code 1)
   DataError             the documents given cannot be used (exit code 2)
   MissingExtraError     an optional package is needed (exit code 2)
   VerificationError     a check of `longext verify` failed (exit code 1)
-  TrainingError         a training run cannot go on: NaN loss, empty adapter (exit code 1)
+  TrainingError         a training run cannot go on: wrong RoPE, NaN loss, empty adapter (exit 1)
     TrainingStopped     a signal stopped it after a checkpoint was saved (exit code 128 + signal)
 
 Every message is one line: what was given, what is allowed, what to do.
