@@ -218,22 +218,27 @@ def test_offload_goes_through_a_transfer():
 @pytest.mark.gpu
 @pytest.mark.parametrize("nested", [1, 3])
 def test_on_a_gpu(nested):
-    """Gradients of three steps are those of transformers' own checkpointing, bit for bit, and inputs leave the GPU."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "head_dim": 512}
+    """The sum of three steps' gradients is that of transformers' own checkpointing, and inputs leave the GPU.
+
+    bfloat16; the norm of the difference is at most 1 % of a gradient's, for kernels that add in no fixed order. Of 12
+    layer inputs at most four stay, and with groups those inside one.
+    """
+    length, sizes = 4096, {"hidden_size": 1024, "intermediate_size": 1024, "head_dim": 128}
     results, peaks = [], []
     for offload in (False, True):
         model = model_of(layers=12, **sizes).to("cuda", torch.bfloat16)
-        model.set_attn_implementation("sdpa")
         enable_checkpointing(model, offload, nested=nested if offload else 1)
-        ids = torch.arange(16384, device="cuda")[None] % 60
+        ids = torch.arange(length, device="cuda")[None] % 60
         for _ in range(3):
             torch.cuda.reset_peak_memory_stats()
             hidden = model.model(ids, use_cache=False).last_hidden_state
             hidden.backward(torch.ones_like(hidden))
-            peaks.append(torch.cuda.max_memory_allocated())
-        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        peaks.append(torch.cuda.max_memory_allocated())
+        results.append([p.grad.float() for p in model.model.parameters()])
         del model, hidden
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    state = 2 * 16384 * 1024
-    assert peaks[2] - peaks[5] > (12 - 4 - (nested - 1)) * state
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+    kept = sum(x.numel() * x.element_size() for x in results[0])  # what the first model left behind
+    state = 2 * length * 1024
+    assert peaks[0] - (peaks[1] - kept) > (12 - 4 - (nested - 1)) * state
     assert isinstance(CopyStream(torch.device("cuda", 0)).after_compute(), torch.cuda.StreamContext)
