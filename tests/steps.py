@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from longext.planning.setup import TrainingSetup
@@ -31,8 +32,11 @@ FAMILIES = {
 }
 
 
-def build(config, targets, method: str, checkpointing: bool, mixed: bool, prepare=None, **layers):
-    """Return a model in train mode; `prepare` gets it before PEFT does, `layers` go to `enable_checkpointing`."""
+def build(config, targets, method: str, checkpointing: bool, mixed: bool, prepare=None, widens=False, **layers):
+    """Return a model in train mode; `prepare` gets it before PEFT does, `layers` go to `enable_checkpointing`.
+
+    `widens`: adapters cast their input to float32, as PEFT does by itself and the engine does not.
+    """
     dtype = torch.bfloat16 if mixed and method != "full" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if checkpointing:
@@ -47,6 +51,9 @@ def build(config, targets, method: str, checkpointing: bool, mixed: bool, prepar
     saved = [embedding, *norm_modules(model)] if method == "longlora" else None
     lora = LoraConfig(r=8, target_modules=list(targets), modules_to_save=saved, ensure_weight_tying=False)
     model = get_peft_model(model, lora)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = widens or not mixed
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

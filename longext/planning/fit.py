@@ -206,7 +206,7 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"{device.name} has no bfloat16 matrix units, and training in float16 is not offered: use --dtype float32"
     if setup.sequence_parallel > 1 and setup.length % setup.sequence_parallel:
         yield f"the length must be a multiple of --sequence-parallel {setup.sequence_parallel}"
-    if plan.config.kernels == "auto":
+    if plan.config.kernels == "auto" and setup.sharding in ("none", "ddp"):
         fused = dataclasses.replace(setup, kernels="liger")
         cost = cost_of(plan.shape, fused, plan.machine, plan.config.utilisation)
         yield (

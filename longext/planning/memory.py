@@ -169,12 +169,12 @@ def _kernel_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
 def _matrix_inputs(shape: ModelShape, setup: TrainingSetup) -> int:
     """Elements per token of the inputs that trained matrices and adapters keep, the attention output's own aside.
 
-    Under autocast adapters cast their input each for itself, as matrices do with a float32 one; otherwise those that
-    read the same tensor share it.
+    Those that read the same tensor share it, unless each casts it for itself: adapters that widen their input, and
+    trained matrices with a float32 one.
     """
     if not setup.is_full:
-        readers = 1 if shape.fused or not _is_mixed(setup) else 3
-        return readers * shape.hidden_size + (shape.query_size if _is_mixed(setup) else 0)
+        is_cast = _is_mixed(setup) and setup.widens_inputs
+        return (3 if is_cast and not shape.fused else 1) * shape.hidden_size + (shape.query_size if is_cast else 0)
     is_cast = _is_mixed(setup) and normed_bytes(setup) > setup.compute_bytes and not shape.fused
     return ((3 if is_cast else 1) + (2 if is_cast and shape.layout.gated else 1)) * shape.hidden_size
 
@@ -292,9 +292,15 @@ def shifted_kv_heads(shape: ModelShape) -> int:
 
 
 def carried_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Return the bytes of keys and values, and of their float32 gradients, of all tokens before the last chunk."""
-    each = 2 * shape.num_layers * shape.kv_size * (setup.compute_bytes + FULL)
-    return float(setup.batch_size * setup.swept_tokens * each)
+    """Return the bytes of keys and values of all tokens before the last chunk, and of their gradients.
+
+    The first gradient that a later chunk leaves is kept as it is; sums are float32, which all tokens but those of the
+    last chunk before have then.
+    """
+    assert setup.chunk is not None
+    width, elements = setup.compute_bytes, 2 * setup.batch_size * shape.num_layers * shape.kv_size
+    summed = max(0, setup.swept_tokens - setup.chunk)
+    return float(elements * (setup.swept_tokens * 2 * width + summed * (FULL - width)))
 
 
 def _here(shape: ModelShape, setup: TrainingSetup) -> float:
@@ -365,19 +371,19 @@ def _layer_work(shape: ModelShape, setup: TrainingSetup) -> float:
 def _attention_work(shape: ModelShape, setup: TrainingSetup) -> float:
     """Bytes of one checkpointed layer's backward while it is in its attention, the MLP behind it done.
 
-    The larger of two moments: the backward pass of the output's adapter, which makes its input's gradient twice and
-    casts it; and that of the kernel, with gradients of its output, of q, k and v. In a sweep keys and values of earlier
-    tokens have gradients too: flash kernels make one a query head, and sum it.
+    The larger of two moments: the backward pass of the output's adapter, which makes its input's gradient twice; and
+    that of the kernel, with gradients of its output, of q, k and v. In a sweep keys and values of earlier tokens have
+    gradients too, which are joined to those of its own.
     """
     width, stream = setup.compute_bytes, shape.hidden_size * stream_bytes(setup)
     query, kv = shape.query_size, shape.kv_size
     tiled = setup.tile is not None and setup.tiles_norms
     norm = shape.hidden_size * width if tiled else _norm_bytes(shape, setup) // shape.layout.num_norms
     again = setup.local_tokens * (_attention_bytes(shape, setup) + norm)
-    adapter = 0 if setup.is_full else query * (width + (FULL if _is_mixed(setup) else 0)) + shape.hidden_size * width
+    cast = FULL if _is_mixed(setup) and setup.widens_inputs else 0
+    adapter = 0 if setup.is_full else query * (width + cast) + shape.hidden_size * width
     output = setup.local_tokens * (3 * stream + query * width + adapter)
-    summed = query + (kv if kv < query else 0)
-    earlier = 0 if setup.group else setup.batch_size * setup.swept_tokens * 2 * summed * width
+    earlier = 0 if setup.group else setup.batch_size * setup.swept_tokens * 4 * kv * width
     kernel = setup.local_tokens * (width * (2 * query + 2 * kv) + stream) + earlier
     return float(again + max(output, kernel))
 

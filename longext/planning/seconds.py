@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from longext.planning.devices import Device
 from longext.planning.flops import again_of_layers, training_flops
-from longext.planning.memory import host_bytes
+from longext.planning.memory import FULL, host_bytes
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape
 
@@ -31,7 +31,8 @@ _NORM = {"frozen": (36, 85), "trained": (44, 115), "wide": (44, 133), "liger": (
 _ROPE = {"none": (20, 33), "liger": (8, 8)}
 _ACTIVATION = {"none": (10, 18), "liger": (6, 10)}
 _RESIDUAL = (12, 28)  # both sums of a layer
-_ADAPTER_IN, _ADAPTER_OUT = (14, 22), (12, 8)
+_ADAPTER_IN = {"widened": (14, 22), "as it is": (2, 10)}
+_ADAPTER_OUT = (12, 8)
 _LOSS = 44  # an element of the logits, both passes
 
 
@@ -112,7 +113,9 @@ def layer_traffic(shape: ModelShape, setup: TrainingSetup) -> tuple[float, float
     work.append((inner if shape.layout.gated else inner / 2, _ACTIVATION[kernels]))
     if not setup.is_full:
         outputs = heads + shape.kv_size  # of q, k and v
-        work.append(((1 if shape.fused else 3) * hidden + shape.query_size, _ADAPTER_IN))
+        widened = setup.widens_inputs and setup.compute_bytes < FULL
+        adapter_in = _ADAPTER_IN["widened" if widened else "as it is"]
+        work.append(((1 if shape.fused else 3) * hidden + shape.query_size, adapter_in))
         work.append((outputs + hidden, _ADAPTER_OUT))
     scale = setup.compute_bytes / 2
     forward, backward = (scale * sum(size * each[i] for size, each in work) for i in (0, 1))

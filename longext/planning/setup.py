@@ -37,6 +37,8 @@ class TrainingSetup:
         hidden_bytes: bytes of an element of the hidden states between layers; None for what autocast makes them.
         norm_bytes: bytes of an element that a norm puts out; None for `compute_bytes`. With 4 it is what trained norms
             put out before the engine narrowed them.
+        widens_inputs: under autocast adapters cast their input to float32 and back, each for itself, as PEFT does if
+            nobody asks it not to; the engine asks.
         tiles_norms: False if tiles are of the MLP alone.
     """
 
@@ -62,6 +64,7 @@ class TrainingSetup:
     compute_bytes: int = 2
     hidden_bytes: int | None = None
     norm_bytes: int | None = None
+    widens_inputs: bool = False
     tiles_norms: bool = True
 
     @property
@@ -94,6 +97,17 @@ class TrainingSetup:
     def has_fused_kernels(self) -> bool:
         """True if norms, RoPE and the MLP's activation are one kernel each."""
         return self.kernels == "liger"
+
+    @property
+    def undivided(self) -> tuple[str, ...]:
+        """Flags of this setup that finetune refuses where weights or gradients are divided (ZeRO, FSDP)."""
+        flags = {
+            "--sweep": self.sweep is not None,
+            "--nested": self.nested > 1,
+            "--tile": self.tile is not None,
+            "--kernels liger": self.has_fused_kernels,
+        }
+        return tuple(flag for flag, is_on in flags.items() if is_on)
 
     @property
     def local_tokens(self) -> int:
@@ -144,7 +158,7 @@ def setup_of(config: PlanConfig, num_gpus: int, shape: ModelShape) -> TrainingSe
     _check(config, num_gpus, shape)
     shared = {field.name for field in dataclasses.fields(TrainingSetup)} & set(vars(config))
     same = {name: getattr(config, name) for name in shared - {"attention", "sweep", "kernels", "loss_chunk"}}
-    return TrainingSetup(
+    setup = TrainingSetup(
         **same,
         attention=attention,
         sweep=_sweep(config.sweep),
@@ -153,6 +167,9 @@ def setup_of(config: PlanConfig, num_gpus: int, shape: ModelShape) -> TrainingSe
         num_gpus=num_gpus,
         compute_bytes=DTYPES[config.dtype],
     )
+    if setup.undivided and setup.sharding in ("zero2", "fsdp"):
+        raise ConfigError(f"{setup.undivided[0]} does not go with `sharding` {setup.sharding}. Use ddp or auto.")
+    return setup
 
 
 def _check(config: PlanConfig, num_gpus: int, shape: ModelShape) -> None:

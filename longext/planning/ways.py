@@ -99,10 +99,14 @@ def cost_of(shape: ModelShape, wanted: TrainingSetup, machine: Machine, utilisat
 
 
 def decide_sharding(shape: ModelShape, wanted: TrainingSetup, device: Device) -> TrainingSetup:
-    """Return `wanted` with "auto" replaced: none on one GPU, else the first of ddp, zero2, fsdp that fits."""
+    """Return `wanted` with "auto" replaced: none on one GPU, else the first of ddp, zero2, fsdp that fits.
+
+    What finetune refuses under the last two stays at ddp.
+    """
     if wanted.sharding != "auto":
         return decide_place(shape, wanted, device)
-    names = ("none",) if wanted.num_gpus == 1 else ("ddp", "zero2", "fsdp")
+    several = ("ddp",) if wanted.undivided else ("ddp", "zero2", "fsdp")
+    names = ("none",) if wanted.num_gpus == 1 else several
     choices = [decide_place(shape, dataclasses.replace(wanted, sharding=name), device) for name in names]
     fitting = (choice for choice in choices if plan_memory(shape, choice).needed <= device.memory)
     return next(fitting, choices[-1])
@@ -147,7 +151,7 @@ def ways_for(
         limits = cost.exceeded or cost_of(shape, beyond, machine).exceeded if longest < LONGEST else ()
         yield Way(
             name=name,
-            flags=flags_of(setup if setup.kv_memory is None else cost.setup),
+            flags=flags_of(dataclasses.replace(cost.setup, kv_memory=None) if setup.kv_memory is None else cost.setup),
             cost=cost,
             longest=longest,
             limit="+".join(limits) or "time",
@@ -204,7 +208,8 @@ def flags_of(setup: TrainingSetup) -> str:
         f"--kv-memory {math.ceil(setup.kv_memory)}" if setup.kv_memory is not None else "",
         f"--tile {setup.tile}" if setup.tile else "",
         "--kernels liger" if setup.has_fused_kernels else "",
-        f"--num-processes {setup.num_gpus}" if setup.num_gpus > 1 else "",
+        f"--num-processes {setup.num_gpus}" if setup.sharding in ("auto", "none", "ddp") and setup.num_gpus > 1 else "",
         f"--sequence-parallel {setup.sequence_parallel}" if setup.sequence_parallel > 1 else "",
+        {"zero2": "(accelerate's deepspeed-zero2)", "fsdp": "(accelerate's fsdp2)"}.get(setup.sharding, ""),
     ]
     return " ".join(part for part in parts if part)

@@ -125,7 +125,8 @@ def test_the_peak_of_a_sweep_of_groups(method, mixed):
 @pytest.mark.parametrize("length", [1024, 2048])
 @pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, {"num_key_value_heads": 4}])
 def test_the_peak_of_a_sweep_of_full_attention(heads, length):
-    agrees(Step(attention="full", sweep=CHUNK, length=length, heads=heads))
+    """Eight layers: in the first to be swept again gradients are still at 16 bits, which is not planned."""
+    agrees(Step(attention="full", sweep=CHUNK, length=length, heads=heads, layers=8))
 
 
 class Products(TorchDispatchMode):
@@ -180,7 +181,8 @@ def test_halos_of_llama_3_8b():
     wider = dataclasses.replace(setup, sweep=16384)
     assert host_bytes(shape, wider).total == 16384 * 2**20
     full = dataclasses.replace(setup, attention="full", sweep=8192)
-    assert carried_bytes(shape, full) == (131072 + 262144) * (2**20 - 8192)
+    keys_and_values, sums = 131072 * (2**20 - 8192), 262144 * (2**20 - 2 * 8192)
+    assert carried_bytes(shape, full) == keys_and_values + sums + 131072 * 8192
     assert host_bytes(shape, full).total == 0
     there = host_bytes(shape, dataclasses.replace(full, kv_memory=0.0))
     assert there.total == carried_bytes(shape, full)

@@ -57,15 +57,15 @@ def size(tensor: torch.Tensor) -> int:
     return torch.Size(shape).numel() * tensor.element_size()
 
 
-def model_of(name: str, method: str, layers: int, vocabulary: int = 64):
+def model_of(name: str, method: str, layers: int, vocabulary: int = 64, widens: bool = False):
     sizes = {**SIZES, "num_hidden_layers": layers, "vocab_size": vocabulary}
     config = getattr(transformers, f"{name}Config")(**sizes, **FAMILIES[name])
-    return build(config, SPLIT, method, checkpointing=False, mixed=True), config
+    return build(config, SPLIT, method, checkpointing=False, mixed=True, widens=widens), config
 
 
-def count(name: str, method: str, layers: int, vocabulary: int = 64) -> tuple[int, int]:
+def count(name: str, method: str, layers: int, vocabulary: int = 64, widens: bool = False) -> tuple[int, int]:
     """Bytes moved forward and backward."""
-    model, _ = model_of(name, method, layers, vocabulary)
+    model, _ = model_of(name, method, layers, vocabulary, widens)
     ids = torch.randint(0, 64, (1, TOKENS))
     with Traffic() as forward, torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -76,11 +76,12 @@ def count(name: str, method: str, layers: int, vocabulary: int = 64) -> tuple[in
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("name", "method"), list(itertools.product(FAMILIES, ("lora", "longlora", "full"))))
-def test_a_layer(name, method):
+@pytest.mark.parametrize("widens", [False, True])
+def test_a_layer(name, method, widens):
     """The difference of two depths is one layer."""
-    shallow, deep = count(name, method, 1), count(name, method, 2)
+    shallow, deep = (count(name, method, layers, widens=widens) for layers in (1, 2))
     shape = shape_of(model_of(name, method, 1)[1].to_dict(), Path(name))
-    setup = TrainingSetup(length=TOKENS, method=method, lora_r=RANK)
+    setup = TrainingSetup(length=TOKENS, method=method, lora_r=RANK, widens_inputs=widens)
     for planned, before, after in zip(layer_traffic(shape, setup), shallow, deep, strict=True):
         assert TOKENS * planned == pytest.approx(after - before, rel=TOLERANCE)
 

@@ -142,7 +142,7 @@ def test_full_training_is_offered_lora(llama):
 
 
 def test_a_run_that_does_not_fit_says_what_would(llama):
-    plan = plan_training(config_for(llama, length=262144))
+    plan = plan_training(config_for(llama, length=524288))
     flags = "--group-size 8192 --sweep auto"
     assert plan.verdict() == f"does not fit as asked (GPU memory); the first way that does: S2 sweep, 8,192 ({flags})"
     assert plan.way_out.flags == flags

@@ -126,6 +126,9 @@ def test_ways_with_several_gpus():
     shared = next(way for way in found.ways if way.name == "8 GPUs a row")
     assert shared.flags == "--num-processes 8 --sequence-parallel 8"
     assert shared.cost.setup.sharding == "ddp"
+    divided, nested = (next(way for way in found.ways if way.name == name) for name in ("checkpointing", "+ nested 6"))
+    assert (divided.cost.setup.sharding, divided.flags) == ("fsdp", "(accelerate's fsdp2)")
+    assert nested.cost.setup.sharding == "ddp"
 
 
 def test_half_of_what_is_free_holds_keys_and_values():
@@ -145,6 +148,7 @@ def test_half_of_what_is_free_holds_keys_and_values():
         ({"sweep": "auto", "gpus": "8xH200", "sequence_parallel": 8}, "give one of them"),
         ({"nested": 4, "checkpoint_every": 2}, "give one of them"),
         ({"nested": 4, "checkpointing": False}, "leave --no-checkpointing out"),
+        ({"tile": 64, "gpus": "8xH200", "sharding": "fsdp"}, "--tile does not go with `sharding` fsdp"),
         ({"kernels": "fast"}, "Unknown kernels 'fast'"),
     ],
 )
