@@ -175,24 +175,25 @@ class Profile(Clock):
         if len(self.seconds) == 2:
             self.profiler.stop()
 
-    def kernels(self, count: int = 40) -> list[str]:
-        """Return the kernels that took longest: milliseconds, calls, name."""
+    def kernels(self, count: int = 40) -> dict[str, Any]:
+        """Return the share of the step that the device worked, and what took longest: milliseconds, calls, name."""
         is_cuda = self.setting.device.type == "cuda"
         times = {
             event: (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3
             for event in self.profiler.key_averages()
         }
         longest = sorted(times, key=lambda event: -times[event])[:count]
-        return [f"{times[event]:9.1f} ms {event.count:6d} x {event.key[:120]}" for event in longest]
+        lines = [f"{times[event]:9.1f} ms {event.count:6d} x {event.key[:120]}" for event in longest]
+        return {"busy": sum(times.values()) / 1e3 / self.seconds[1], "kernels": lines}
 
 
 def profiled(setting: Setting, shape: str, lengths: Sequence[int], **options: Any) -> dict[str, Any]:
-    """Return the figures of longext's steps, and which kernels the second one spent its time in."""
+    """Return the figures of longext's steps, and what the second one spent its time in."""
     clock = Profile(setting)
     train(setting, shape, lengths, clock, **options)
-    lines = clock.kernels()
-    print("\n".join(lines), flush=True)
-    return {**clock.figures(lengths[-1]), "kernels": lines}
+    found = clock.kernels()
+    print("\n".join(found["kernels"]), flush=True)
+    return {**clock.figures(lengths[-1]), **found}
 
 
 def plain(setting: Setting, shape: str, lengths: Sequence[int], *, liger: bool) -> dict[str, Any]:
@@ -270,15 +271,13 @@ def table(setting: Setting) -> list[Measurement]:
 # name -> options of `longext finetune`; the numbers are tokens. First those that aim at the goals
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
     32_768: {
-        "group 8192": {"group_size": 8192},
+        "group 8192 + offload": {"group_size": 8192, "offload": True},
         "group 2048 + offload": {"group_size": 2048, "offload": True},
-        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
-        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
+        "group 8192": {"group_size": 8192},
     },
     98_304: {
-        "group 2048 + offload + tile 8192": {"group_size": 2048, "offload": True, "tile": 8192},
-        "group 4096 + sweep 4096 + no checkpointing": {"group_size": 4096, "sweep": "4096", "checkpointing": False},
-        "group 8192 + sweep 8192 + every 2": {"group_size": 8192, "sweep": "8192", "checkpoint_every": 2},
+        "group 8192 + offload": {"group_size": 8192, "offload": True},
+        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
     },
 }
 MORE: dict[int, dict[str, dict[str, Any]]] = {
@@ -293,12 +292,13 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "nested 4": {"nested": 4},
         "tile 4096 + nested 4": {"tile": 4096, "nested": 4},
         "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
+        "group 2048 + sweep 2048 + no checkpointing": {"group_size": 2048, "sweep": "2048", "checkpointing": False},
+        "group 4096 + sweep 4096 + every 2": {"group_size": 4096, "sweep": "4096", "checkpoint_every": 2},
     },
     98_304: {
         "group 8192": {"group_size": 8192},
         "tile 8192": {"tile": 8192},
         "group 8192 + tile 8192 + nested 6": {"group_size": 8192, "tile": 8192, "nested": 6},
-        "group 8192 + sweep 8192": {"group_size": 8192, "sweep": "8192"},
         "full attention": {"attention": "full"},
     },
 }
@@ -321,7 +321,7 @@ def more_variants(setting: Setting) -> list[Measurement]:
     return variants(setting, "variants-more", MORE)
 
 
-_S2 = {"group_size": 16_384, "sweep": "auto"}
+_S2 = {"group_size": 8192, "sweep": "auto"}
 
 
 def sweep(setting: Setting) -> list[Measurement]:
@@ -332,7 +332,7 @@ def sweep(setting: Setting) -> list[Measurement]:
 def sweep_full(setting: Setting) -> list[Measurement]:
     """Return the exact step of full attention, keys and values kept as longext chooses, or within a bound."""
     full = {"attention": "full", "sweep": "auto"}
-    ways: dict[str, dict[str, Any]] = {"auto": {}, "20 GiB of keys and values": {"kv_memory": 20.0}}
+    ways: dict[str, dict[str, Any]] = {"13 GiB of keys and values": {"kv_memory": 13.0}, "auto": {}}
     return [
         measurement(setting, f"sweep-full/131072/{name}", ours, "llama3-8b", 131_072, rate=1450, **full, **options)
         for name, options in ways.items()
@@ -346,7 +346,8 @@ def sweep_1m(setting: Setting) -> list[Measurement]:
 
 def profile(setting: Setting) -> list[Measurement]:
     """Return steps whose kernels are timed one by one."""
-    ways: dict[str, dict[str, Any]] = {"group 8192": {"group_size": 8192}, "group 2048": {"group_size": 2048}}
+    swept = {"group_size": 4096, "sweep": "4096", "checkpointing": False}
+    ways: dict[str, dict[str, Any]] = {"group 8192": {"group_size": 8192}, "sweep 4096 + no checkpointing": swept}
     return [
         measurement(setting, f"profile/32768/{name}", profiled, "llama2-7b", 32_768, rate=5000, **options)
         for name, options in ways.items()

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from longext.attention.layout import Boundaries, Bucket, Columns, Layout
+from longext.attention.merged import fused_kernel, merged_attention
 from longext.attention.variant import Cut
 from longext.errors import ConfigError, MissingExtraError
 from longext.registry import Registry
@@ -52,7 +53,6 @@ class Job:
         return self.columns or self.layout.whole
 
 
-_MASKED_ROWS = 512  # queries of a CPU kernel that needs its mask as a tensor
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job, "torch.Tensor | None"], torch.Tensor]
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Job], torch.Tensor]
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -117,30 +117,20 @@ def preferred_kernels() -> Iterator[None]:
 def _sdpa_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention on [P, H, L, D]: no mask for causal pieces, so that flash may run."""
-    if mask is None and k.shape[2] > q.shape[2] and q.device.type == "cpu":
-        return _lower_right_on_cpu(q, k, v, job)
+    """torch's scaled_dot_product_attention on [P, H, L, D]: causal pieces without a mask, so that fused kernels run."""
+    is_behind = mask is None and k.shape[2] > q.shape[2]
+    if is_behind and not job.dropout and (kernel := fused_kernel(q)):
+        return merged_attention(q, k, v, job.scale, kernel)
     # mask-free kernels know grouped heads on a CPU and in half precision
     grouped = k.shape[1] != q.shape[1] and mask is None and (q.device.type == "cpu" or q.dtype != torch.float32)
     if not grouped:
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
-    is_causal = mask is None and k.shape[2] == q.shape[2]
-    if mask is None and not is_causal:
-        mask = causal_lower_right(q.shape[2], k.shape[2])  # no tensor: flash takes it
+    is_causal = mask is None and not is_behind
+    if is_behind:
+        mask = causal_lower_right(q.shape[2], k.shape[2])  # no tensor on a GPU: flash takes it
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=job.scale, dropout_p=job.dropout, enable_gqa=grouped
     )
-
-
-def _lower_right_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job) -> torch.Tensor:
-    """The same behind earlier keys on a CPU, where the mask would be a tensor [L, M]: blocks of rows at a time."""
-    earlier = k.shape[2] - q.shape[2]
-    parts = []
-    for start, block in zip(range(0, q.shape[2], _MASKED_ROWS), q.split(_MASKED_ROWS, 2), strict=True):
-        seen = earlier + start + block.shape[2]
-        mask = torch.ones(block.shape[2], seen, dtype=torch.bool).tril(earlier + start)
-        parts.append(_sdpa_kernel(block, k[:, :, :seen], v[:, :, :seen], job, mask))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _eager_kernel(

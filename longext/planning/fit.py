@@ -111,7 +111,8 @@ class TrainingPlan:
             return (
                 f"does not fit ({lacking}), and no other way does: more or larger GPUs, a smaller model, shorter rows"
             )
-        return f"does not fit as asked ({lacking}); the first way that does: {way.name}"
+        flags = f" ({way.flags})" if way.flags else ""
+        return f"does not fit as asked ({lacking}); the first way that does: {way.name}{flags}"
 
     def notes(self) -> list[str]:
         """Return what a reader must know besides the numbers, one line each."""
@@ -205,6 +206,13 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield f"{device.name} has no bfloat16 matrix units, and training in float16 is not offered: use --dtype float32"
     if setup.sequence_parallel > 1 and setup.length % setup.sequence_parallel:
         yield f"the length must be a multiple of --sequence-parallel {setup.sequence_parallel}"
+    if plan.config.kernels == "auto":
+        fused = dataclasses.replace(setup, kernels="liger")
+        cost = cost_of(plan.shape, fused, plan.machine, plan.config.utilisation)
+        yield (
+            f"planned without fused kernels; --kernels liger, where it is installed, makes it "
+            f"{cost.memory.needed / GIB:.1f} GiB a GPU and {cost.tokens_per_second:,.0f} tokens/s"
+        )
     if plan.config.kernels == "compile":
         yield "what --kernels compile saves is not known: planned as without"
     if seconds.pinning > 1:

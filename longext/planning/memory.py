@@ -274,7 +274,7 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
 
 
 def halo_bytes(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Return the bytes that a chunk hands to the next under S2-Attn: half a group of the shifted heads' keys and values.
+    """Return the bytes that a chunk hands to the next under S2-Attn: keys and values of half a group, shifted heads.
 
     The heads from floor(heads / 2) on are shifted; a key-value head that both halves use counts. Chunks that are not
     whole groups hand on at most a group of all heads, or all of themselves: an upper bound.
@@ -345,55 +345,69 @@ def _last_norm_bytes(shape: ModelShape, setup: TrainingSetup) -> int:
 
 
 def _layer_work(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Bytes of one layer's backward: what it computed again, gradients inside the MLP and of its two streams."""
-    casts = shape.layer_weights * setup.compute_bytes if setup.is_full and _is_mixed(setup) else 0
-    if setup.tile is not None:
-        return _tiled_work(shape, setup) + casts
+    """Bytes of one layer's backward: what it computed again, gradients inside the MLP and of its two streams.
+
+    If only every n-th layer is checkpointed, those behind the last of them are done when that one is computed again.
+    """
+    casts = float(shape.layer_weights * setup.compute_bytes if setup.is_full and _is_mixed(setup) else 0)
     gradients = _mlp_gradients(shape, setup) + 2 * shape.hidden_size * stream_bytes(setup)
-    again = layer_bytes(shape, setup) if setup.checkpointing else 0
-    return casts + max(float(setup.local_tokens * (again + gradients)), _attention_work(shape, setup))
+    if not setup.checkpointing:
+        return casts + setup.local_tokens * gradients
+    if setup.tile is not None:
+        work = _tiled_work(shape, setup)
+    else:
+        again = float(setup.local_tokens * (layer_bytes(shape, setup) + gradients))
+        work = max(again, _attention_work(shape, setup))
+    behind = (shape.num_layers - 1) % setup.checkpoint_every * setup.local_tokens * layer_bytes(shape, setup)
+    return casts + max(work - behind, float(setup.local_tokens * gradients) if behind else 0.0)
 
 
 def _attention_work(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Bytes of the backward pass of one layer's attention: gradients of its output, of q, k and v, and of the residual.
+    """Bytes of one checkpointed layer's backward while it is in its attention, the MLP behind it done.
 
-    In a sweep keys and values of earlier tokens have gradients too: flash kernels make one a query head, and sum it.
+    The larger of two moments: the backward pass of the output's adapter, which makes its input's gradient twice and
+    casts it; and that of the kernel, with gradients of its output, of q, k and v. In a sweep keys and values of earlier
+    tokens have gradients too: flash kernels make one a query head, and sum it.
     """
-    width, query, kv = setup.compute_bytes, shape.query_size, shape.kv_size
-    tiled = setup.tile and setup.tiles_norms
-    norm = 0 if tiled else _norm_bytes(shape, setup) // shape.layout.num_norms
-    again = _attention_bytes(shape, setup) + norm if setup.checkpointing else 0
-    gradients = width * (2 * query + 2 * kv) + shape.hidden_size * stream_bytes(setup)
+    width, stream = setup.compute_bytes, shape.hidden_size * stream_bytes(setup)
+    query, kv = shape.query_size, shape.kv_size
+    tiled = setup.tile is not None and setup.tiles_norms
+    norm = shape.hidden_size * width if tiled else _norm_bytes(shape, setup) // shape.layout.num_norms
+    again = setup.local_tokens * (_attention_bytes(shape, setup) + norm)
+    adapter = 0 if setup.is_full else query * (width + (FULL if _is_mixed(setup) else 0)) + shape.hidden_size * width
+    output = setup.local_tokens * (3 * stream + query * width + adapter)
     summed = query + (kv if kv < query else 0)
     earlier = 0 if setup.group else setup.batch_size * setup.swept_tokens * 2 * summed * width
-    return float(setup.local_tokens * (again + gradients) + earlier)
+    kernel = setup.local_tokens * (width * (2 * query + 2 * kv) + stream) + earlier
+    return float(again + max(output, kernel))
 
 
 def _mlp_gradients(shape: ModelShape, setup: TrainingSetup) -> int:
-    """Bytes per token of the gradients inside an MLP; the product is freed, its gradient lives; Liger works in place."""
+    """Bytes per token of gradients inside an MLP: the product is freed, its gradient lives. Liger works in place."""
     inner = (3 if shape.layout.gated else 2) - (1 if setup.is_full else 0)
     return (1 if setup.has_fused_kernels else inner) * shape.intermediate_size * setup.compute_bytes
 
 
 def _tiled_work(shape: ModelShape, setup: TrainingSetup) -> float:
-    """Bytes of one layer's backward if its MLP and its norms work on a tile at a time and keep their input alone.
+    """Bytes of one checkpointed layer's backward if MLP and norms work on a tile at a time and keep their input alone.
 
-    The largest moment is a tile's (beside the gradients of the MLP's output and input) or the attention's. If the norms are not tiled, it is the backward
-    pass of the second norm, which makes three float32 tensors and the gradient that comes in.
+    The largest moment is a tile's, beside the gradients of the MLP's output and input, or the attention's. Gradients of
+    the MLP's weights are there three times: a tile's, their sum, and what is added up. If the norms are not tiled, the
+    largest moment is the backward pass of the second: three float32 tensors and the gradient that comes in.
     """
     assert setup.tile is not None
     hidden, stream, tokens = shape.hidden_size, stream_bytes(setup), setup.local_tokens
     tile = min(setup.tile, tokens) * (_mlp_bytes(shape, setup) + _mlp_gradients(shape, setup))
-    attention = _attention_bytes(shape, setup) if setup.checkpointing else 0
+    attention = _attention_bytes(shape, setup)
     if not setup.tiles_norms:
-        again = attention + (_norm_bytes(shape, setup) if setup.checkpointing else 0)
+        again = attention + _norm_bytes(shape, setup)
         norm = hidden * (stream + normed_bytes(setup) + 3 * FULL)
         mlp = hidden * (normed_bytes(setup) + 2 * stream)
         return float(max(tokens * (again + norm), tokens * (again + mlp) + tile))
     norms = min(setup.tile, tokens) * (_norm_bytes(shape, setup) + 3 * hidden * FULL)
-    kept = _tiled_inputs(shape, setup) if setup.checkpointing else 0
-    mlp = attention + kept + 2 * hidden * stream
-    return max(_attention_work(shape, setup), float(tokens * mlp + max(tile, norms)))
+    mlp = attention + _tiled_inputs(shape, setup) + 2 * hidden * stream
+    weights = 3 * FULL * shape.mlp_weights if setup.is_full else 0
+    return weights + max(_attention_work(shape, setup), float(tokens * mlp + max(tile, norms)))
 
 
 def _tiled_inputs(shape: ModelShape, setup: TrainingSetup) -> int:

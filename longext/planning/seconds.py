@@ -1,4 +1,4 @@
-"""Seconds of a training step: matrix products, attention and memory-bound work at rates of their own, and the host's bus.
+"""Seconds of a training step: matrix products, attention and memory-bound work at rates of their own, and the bus.
 
 A step's matrix products run at MATRIX of the device's peak, its attention at ATTENTION of it, and everything that reads
 and writes tensors without computing much (norms, RoPE, residual sums, casts, adapters of low rank, the softmax of the
@@ -25,8 +25,8 @@ BANDWIDTH = 0.52  # of the memory's: fitted to one run
 BUS = 25e9  # bytes a second between a GPU and pinned host memory
 PINNING = 1.5e9  # bytes a second that the first step pins: fitted to one run
 
-# Bytes that a token reads and writes, forward and backward, for an element: as torch's operators do them one by one at 16
-# bits, and as Liger's kernels do. Counted operator by operator; tests/parity/test_plan_seconds.py counts again.
+# Bytes that a token reads and writes, forward and backward, for an element: as torch's operators do them one by one at
+# 16 bits, and as Liger's kernels do. Counted operator by operator; tests/parity/test_plan_traffic.py counts again.
 _NORM = {"frozen": (36, 85), "trained": (44, 115), "wide": (44, 133), "liger": (4, 6)}
 _ROPE = {"none": (20, 33), "liger": (8, 8)}
 _ACTIVATION = {"none": (10, 18), "liger": (6, 10)}
@@ -104,7 +104,11 @@ def layer_traffic(shape: ModelShape, setup: TrainingSetup) -> tuple[float, float
     heads = shape.query_size + shape.kv_size
     kernels = "liger" if setup.has_fused_kernels else "none"
     normed = shape.layout.num_norms * hidden + (heads if shape.layout.query_key_norm else 0)
-    work = [(normed, _NORM[_norm_kind(setup)]), (heads, _ROPE[kernels]), (hidden, _RESIDUAL)]
+    work: list[tuple[float, tuple[int, int]]] = [
+        (normed, _NORM[_norm_kind(setup)]),
+        (heads, _ROPE[kernels]),
+        (hidden, _RESIDUAL),
+    ]
     work.append((inner if shape.layout.gated else inner / 2, _ACTIVATION[kernels]))
     if not setup.is_full:
         outputs = heads + shape.kv_size  # of q, k and v

@@ -73,7 +73,7 @@ class TrainingSetup:
 
     @property
     def chunk(self) -> int | None:
-        """Tokens of a row whose graph exists at once, AUTO worked out; None if the row is not swept or has one chunk."""
+        """Tokens of a row whose graph exists at once, AUTO worked out; None if the row is not swept, or one chunk."""
         if self.sweep is None:
             return None
         unit = self.group or 1
@@ -192,4 +192,4 @@ def _sweep(text: str) -> int | None:
 def loss_tokens(vocab_size: int) -> int:
     """Return how many tokens' logits exist at once if nothing is said: what 512 MiB hold in float32, 128 to 4,096."""
     least, most = _LOSS_TOKENS
-    return max(least, min(most, _LOGITS // (4 * vocab_size)))
+    return max(least, min(most, _LOGITS // (4 * vocab_size) // least * least))

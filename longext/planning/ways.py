@@ -1,4 +1,4 @@
-"""Each way to train on rows of a length: what it needs of GPU, host and disk, how long a step takes, which limit binds."""
+"""Each way to train on rows of a length: what it needs of GPU, host and disk, its time, and which limit binds."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def decide_sharding(shape: ModelShape, wanted: TrainingSetup, device: Device) ->
 
 
 def decide_place(shape: ModelShape, setup: TrainingSetup, device: Device) -> TrainingSetup:
-    """Return `setup` with the GiB that a sweep under full attention keeps on the GPU: by default half of what is free."""
+    """Return `setup` with the GiB that a sweep under full attention keeps on the GPU, by default half of the free."""
     if setup.chunk is None or setup.group is not None:
         return dataclasses.replace(setup, kv_memory=None)
     allowed = setup.kv_memory
@@ -132,7 +132,7 @@ def longest_length(shape: ModelShape, wanted: TrainingSetup, machine: Machine) -
 def ways_for(
     shape: ModelShape, asked: TrainingSetup, machine: Machine, utilisation: float | None = None
 ) -> Iterator[Way]:
-    """Yield the ways to train as asked, and how else: all with the asked kernels, tiles, batch and chunks of the loss."""
+    """Yield the ways to train, the run as asked among them; all have its kernels, tiles and batch."""
     plain = dataclasses.replace(
         asked, checkpointing=True, checkpoint_every=1, nested=1, offload=False, sweep=None, kv_memory=None,
         sequence_parallel=1,
@@ -173,7 +173,7 @@ def _ways(shape: ModelShape, asked: TrainingSetup, plain: TrainingSetup) -> Iter
 
 
 def _sweeps(asked: TrainingSetup, plain: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
-    """Yield the sweeps of rows longer than one chunk; S2 with the asked group, or 8,192 if that would grow with rows."""
+    """Yield the sweeps of rows longer than a chunk; S2 in the asked groups, or of 8,192 if those grow with the row."""
     chunk = asked.sweep or AUTO
     group = asked.group_size or min(SWEPT, max(2, asked.length // 4 // 2 * 2))
     s2 = dataclasses.replace(plain, attention="s2", group_size=group, sweep=chunk)

@@ -254,8 +254,9 @@ class FinetuneRun(Run):
 
         On a CPU there is one memory. On a GPU, attention within groups leaves half a group of a chunk to the next one:
         little, but of every chunk, so it waits in host memory and GPU memory does not grow with the row. Under full
-        attention all is read again and again: it stays on the GPU as far as there is room, gradients, which are
-        written too, first.
+        attention every later chunk reads all of it, and adds to its gradient: both stay on the GPU as far as there is
+        room. Keys and values come first: a byte of them is read three times a chunk, one of a gradient is read and
+        written once.
 
         Args:
             gib: of GPU memory for them, None for half of what is free.
@@ -270,8 +271,8 @@ class FinetuneRun(Run):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         tokens = self.plan.row_length * self.plan.config.batch_size
-        gradients = 2 * 4 * tokens * width * text.num_hidden_layers  # float32 sums
-        return KeyValueStore(room=max(0.0, room - gradients), gradient_room=room)
+        wanted = 2 * (2 if self.autocast else 4) * tokens * width * text.num_hidden_layers
+        return KeyValueStore(room=room, gradient_room=max(0.0, room - wanted))
 
     @property
     def loss_chunk(self) -> int:
@@ -285,8 +286,12 @@ class FinetuneRun(Run):
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
         """
+        from peft.helpers import disable_input_dtype_casting
+
         config, extension = self.plan.config, self.plan.extension
-        with self.kernels.in_place(), preferred_kernels():
+        # autocast narrows what adapters read: peft would widen it to their float32 first, only for that
+        unwidened = disable_input_dtype_casting(self.model, active=self.autocast and not self.is_full)
+        with self.kernels.in_place(), preferred_kernels(), unwidened:
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)

@@ -593,3 +593,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Dry run" in result.output
     no_leftovers(tmp_path)
+
+
+def test_lean_layers_give_the_same_adapter(run, tmp_path):
+    """Tiles and nested checkpoints, float32 on a CPU: the losses and tensors of a run without, but for rounding."""
+    assert run("finetune", "books-5m", *QUICK, *WARM, "-o", "plain").exit_code == 0
+    lean = ("--tile", 100, "--nested", 3, "--set", "loss_chunk=64")
+    result = run("finetune", "books-5m", *QUICK, *WARM, *lean, "-o", "lean")
+    assert result.exit_code == 0, result.output
+    assert "one input kept for 3 layers; MLPs and norms 100 tokens at a time; loss 64 tokens" in result.output
+    assert list(losses(tmp_path / "lean").values()) == pytest.approx(
+        list(losses(tmp_path / "plain").values()), abs=1e-5
+    )
+    found = trained(tmp_path / "lean")
+    for name, expected in trained(tmp_path / "plain").items():
+        # Adam turns rounding into steps of the size of the learning rate
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-3)
+    record = json.loads((tmp_path / "lean" / "run.json").read_text())["finetune"]
+    assert record["kernels"] == "none"
+    assert record["memory"] == {
+        "checkpointing": True, "checkpoint_every": 1, "nested": 3, "offload": False, "tile": 100, "loss_chunk": 64,
+    }  # fmt: skip
+    again = run("finetune", "books-5m", *QUICK, *WARM, "--tile", 50, "-o", "lean", "--resume", "--num-steps", 5)
+    fails(again, 2, "was made with", "tile 100")

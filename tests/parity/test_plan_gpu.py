@@ -133,9 +133,10 @@ def test_the_longer_of_computation_and_transfers_counts():
 def show() -> None:
     """Print the table of docs/planning.md."""
     for name, row in ROWS.items():
-        seconds, measured = planned_seconds(row), row.setup.length / row.rate
-        memory = "" if row.gib is None else f"{row.gib} | {planned_peak(row) / GIB:.1f} | {planned_peak(row) / GIB / row.gib - 1:+.1%}"
-        print(f"| {name} | {measured:.2f} | {seconds:.2f} | {seconds / measured - 1:+.1%} | {memory or ' | |'} | {row.fitted} |")
+        seconds, measured, gib = planned_seconds(row), row.setup.length / row.rate, planned_peak(row) / GIB
+        time = f"{measured:.2f} | {seconds:.2f} | {seconds / measured - 1:+.1%}"
+        memory = f"{row.gib} | {gib:.1f} | {gib / row.gib - 1:+.1%}" if row.gib else "| |"
+        print(f"| {name} | {time} | {memory} | {row.fitted} |")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from steps import SPLIT, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 from longext.planning.seconds import layer_traffic, moved_bytes
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import shape_of
-from longext.training.tuning import norm_modules
 
 TOLERANCE = 0.10
 TOKENS = 1024  # enough that weights, read once a step, do not count
@@ -31,7 +29,11 @@ VIEWS = {
     "split", "split_with_sizes", "alias", "as_strided", "unbind", "empty", "empty_like", "new_empty_strided",
 }  # fmt: skip
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352, "vocab_size": 64, "pad_token_id": 0}
-FAMILIES = {"Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 40}, "Gemma": {"num_key_value_heads": 1, "head_dim": 32}}
+FAMILIES = {
+    "Llama": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 40},
+    "Gemma": {"num_key_value_heads": 1, "head_dim": 32},
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -55,28 +57,10 @@ def size(tensor: torch.Tensor) -> int:
     return torch.Size(shape).numel() * tensor.element_size()
 
 
-def narrow(_, __, output):
-    return output.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else output
-
-
 def model_of(name: str, method: str, layers: int, vocabulary: int = 64):
     sizes = {**SIZES, "num_hidden_layers": layers, "vocab_size": vocabulary}
     config = getattr(transformers, f"{name}Config")(**sizes, **FAMILIES[name])
-    dtype = torch.float32 if method == "full" else torch.bfloat16
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-    for module in (model.get_input_embeddings(), *map(model.get_submodule, norm_modules(model))):
-        module.register_forward_hook(narrow)
-    if method == "full":
-        return model, config
-    model.enable_input_require_grads()
-    saved = ["model.embed_tokens", *norm_modules(model)] if method == "longlora" else None
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = LoraConfig(r=RANK, target_modules=targets, modules_to_save=saved, ensure_weight_tying=False)
-    model = get_peft_model(model, lora)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model, config
+    return build(config, SPLIT, method, checkpointing=False, mixed=True), config
 
 
 def count(name: str, method: str, layers: int, vocabulary: int = 64) -> tuple[int, int]:

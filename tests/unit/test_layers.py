@@ -83,7 +83,9 @@ def liger(monkeypatch):
 
     calls = []
 
-    def to_llama(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None):
+    def to_llama(
+        rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None
+    ):
         calls.append({name: value for name, value in locals().items() if isinstance(value, bool)})
         modeling_llama.apply_rotary_pos_emb = "fused rope"
         modeling_llama.LlamaRMSNorm = type("LigerRMSNorm", (), {})
@@ -242,7 +244,8 @@ def test_sharded_weights_are_refused(monkeypatch, changes):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "tokens"), [(64, 4096), (32_000, 4096), (49_152, 2688), (128_256, 1024), (262_144, 512), (2**24, 128)]
+    ("vocabulary", "tokens"),
+    [(64, 4096), (32_000, 4096), (49_152, 2688), (128_256, 1024), (262_144, 512), (2**24, 128)],
 )
 def test_the_loss_chunk_by_default(vocabulary, tokens):
     assert chunk_for(vocabulary) == tokens
@@ -259,7 +262,11 @@ def test_what_changes_numbers_is_compared_on_resume(tmp_path):
         (checkpoint / name).write_text(name)
     mark_complete(checkpoint, before)
     assert check_fingerprint(checkpoint, now)["last_step"] == CONFIG.num_steps
-    for changes, key in (({"kernels": "compile"}, "kernels"), ({"tile": 64}, "tile"), ({"loss_chunk": 9}, "loss_chunk")):
+    for changes, key in (
+        ({"kernels": "compile"}, "kernels"),
+        ({"tile": 64}, "tile"),
+        ({"loss_chunk": 9}, "loss_chunk"),
+    ):
         changed = plan_finetune(dataclasses.replace(CONFIG, **changes)).fingerprint(data)
         with pytest.raises(ConfigError, match=f"was made with {key} None"):
             check_fingerprint(checkpoint, changed)

@@ -143,8 +143,9 @@ def test_full_training_is_offered_lora(llama):
 
 def test_a_run_that_does_not_fit_says_what_would(llama):
     plan = plan_training(config_for(llama, length=262144))
-    assert plan.verdict() == "does not fit as asked (GPU memory); the first way that does: S2 sweep, 8,192"
-    assert plan.way_out.flags == "--group-size 8192 --sweep auto"
+    flags = "--group-size 8192 --sweep auto"
+    assert plan.verdict() == f"does not fit as asked (GPU memory); the first way that does: S2 sweep, 8,192 ({flags})"
+    assert plan.way_out.flags == flags
     hopeless = plan_training(config_for(llama, gpus="T4-16GB"))
     assert "no other way does" in hopeless.verdict()
 

@@ -155,21 +155,28 @@ def _ways(plan: TrainingPlan) -> Table:
             f"{cost.storage.host / _GIB:,.0f}{marks[1]}",
             duration(cost.seconds.total),
             f"{cost.tokens_per_second:,.0f}",
-            f"{way.longest:,}" if way.longest else "none",
+            _short(way.longest) if way.longest else "none",
             way.limit.partition("+")[0],
         ]
-        rows.append(row if price is None else [*row, f"{price:,.2f}"])
+        rows.append(row if price is None else [*row, f"{price:,.2f}" if price < 100 else f"{price:,.0f}"])
         if way is plan.way_out:
             best.add((number, 0))
     columns = ["", "GPU", "host", "batch", "tok/s", "longest", "limit"]
     marked = "the first that fits is marked" if best else "none fits"
-    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits and what ends it, or what is too low; {marked}"
+    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits; what ends it or is too low; {marked}"
     if plan.config.price_per_hour is not None:
         columns.append("USD")
         tokens = plan.config.num_tokens
         caption += f"; USD of {f'{tokens:,} tokens' if tokens else 'a batch'}"
     title = f"Each way to train on {plan.setup.length:,} tokens, {plan.setup.num_gpus} x {plan.device.name}"
     return Table(title, columns, rows, frozenset(best), caption=caption)
+
+
+def _short(tokens: int) -> str:
+    """Return a length in three digits or so: 960, 224k, 4.06M; rounded down."""
+    if tokens < 1000:
+        return str(tokens)
+    return f"{tokens // 1000}k" if tokens < 10**6 else f"{tokens // 10**4 / 100:.3g}M"
 
 
 def _flags(plan: TrainingPlan) -> Table:
@@ -202,7 +209,7 @@ def probe_table(probe: Probe) -> Table:
 
 
 def memory_by_length(plan: TrainingPlan) -> Figure:
-    """Stacked bars: memory of one GPU by part, one bar per length; the device's memory as a line."""
+    """Stacked bars: memory of one GPU by part, one bar per length; the device's memory a line, the host's dots."""
     from longext.report import plots
 
     figure = plots.new_figure(7.8, 4.4)
@@ -215,7 +222,10 @@ def memory_by_length(plan: TrainingPlan) -> Figure:
         if any(heights):
             axes.bar(positions, heights, bottom=base, color=colour, width=0.72, label=name)
         base = [low + height for low, height in zip(base, heights, strict=True)]
-    _mark_capacity(axes, plan.device.name, plan.device.memory / _GIB, max(base))
+    pinned = [cost.storage.pinned / _GIB for cost in plan.by_length]
+    if any(pinned):
+        axes.plot(positions, pinned, color="#222222", marker="D", markersize=5, linewidth=1, label="pinned host memory")
+    _mark_capacity(axes, plan.device.name, plan.device.memory / _GIB, max(base + pinned))
     _label_bars(axes, positions, base)
     title = f"{plan.config.model}, {plan.setup.method}: memory of one GPU at the peak"
     plots.style(axes, title, "length (tokens)", "GiB")
