@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="texts to train on")
     parser.add_argument("--eval-data", required=True, help="texts to measure on, as long as the longest length")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="where the trained adapters go (default: --out)")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training steps")
     parser.add_argument("--lengths", default="8192,16384,32768,65536", help="the longest is trained")
     parser.add_argument("--method", default="yarn")
@@ -132,16 +133,17 @@ def main() -> None:
     target, started = lengths[-1], time.perf_counter()
     trained_length = read_model_rope(resolve_model(given.model)).spec.original_max_position_embeddings
     rope = {"method": given.method, "factor": target / trained_length}
-    probe = stage(given.out, "probe", lambda: train(given, target, PROBE_STEPS, given.out / "probe"))
+    work = given.work or given.out
+    probe = stage(given.out, "probe", lambda: train(given, target, PROBE_STEPS, work / "probe"))
     seconds = seconds_of_a_step(probe["result"]["metrics"], target)
     num_steps = max(1, int(60 * given.minutes / seconds))
     print(f"{seconds:.2f} s a step of {target:,} tokens: {num_steps} steps in {given.minutes:g} minutes", flush=True)
-    adapter = given.out / "adapter"
-    stages = {
-        BEFORE: stage(given.out, "before", lambda: measure(given, lengths, given.model)),
+    adapter = work / "adapter"
+    stages = {  # the most telling first, if the time of a machine runs out
         EXTENDED: stage(given.out, "extended", lambda: measure(given, lengths, given.model, **rope)),
         "training": stage(given.out, "training", lambda: train(given, target, num_steps, adapter)),
         TRAINED: stage(given.out, "trained", lambda: measure(given, lengths, str(adapter))),
+        BEFORE: stage(given.out, "before", lambda: measure(given, lengths, given.model)),
     }
     models = {name: stages[name]["result"] for name in (BEFORE, EXTENDED, TRAINED)}
     training = stages["training"]["result"]
