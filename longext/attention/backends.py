@@ -7,15 +7,13 @@ a mask is causal from the end: the last query sees all keys.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from longext.attention.layout import Boundaries, Bucket, Columns, Layout
@@ -101,17 +99,6 @@ def _has_flash() -> bool:
 def _has_varlen() -> bool:
     """True if torch has its variable-length kernel (2.10 and later), which runs on CUDA alone."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None and torch.cuda.is_available()
-
-
-@contextlib.contextmanager
-def preferred_kernels() -> Iterator[None]:
-    """While open, torch's SDPA asks cuDNN's kernel first where that is the fastest: on Hopper and later GPUs."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
-        yield
-        return
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(order, set_priority=True):
-        yield
 
 
 def _sdpa_kernel(

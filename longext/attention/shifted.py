@@ -174,6 +174,9 @@ def train_attention(
     Args:
         layer: number of the layer, which tells apart what a chunk keeps for later ones.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != value.dtype:  # as autocast does for SDPA; kernels do not
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     num_heads = query.shape[1]
     first, last = 0, num_heads
     if plan.sequence is not None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from longext.attention.backends import preferred_kernels
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -291,7 +290,7 @@ class FinetuneRun(Run):
         config, extension = self.plan.config, self.plan.extension
         # autocast narrows what adapters read: peft would widen it to their float32 first, only for that
         unwidened = disable_input_dtype_casting(self.model, active=self.autocast and not self.is_full)
-        with self.kernels.in_place(), preferred_kernels(), unwidened:
+        with self.kernels.in_place(), unwidened:
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)

@@ -184,18 +184,18 @@ def test_what_waits_in_host_memory_comes_back_as_it_was(variant, kind):
         assert worst(found, expected) < 1e-4
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("variant", SWEPT)
 @pytest.mark.parametrize("kind", ["whole", "packed"])
-def test_half_precision_kernels_behind_earlier_keys(variant, kind):
+def test_half_precision_kernels_behind_earlier_keys(variant, kind, device):
     """bfloat16 takes other kernels, aligned at the last key: not further from float32 than one graph is, twice over."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).cuda()
-    batch = {name: x.cuda() for name, x in batch_of(kind, length=256).items()}
+    model = LlamaForCausalLM(config).to(device)
+    batch = {name: x.to(device) for name, x in batch_of(kind, length=256).items()}
     _, exact = gradients(model, batch, variant, group=64)
     _, plain = gradients(model, batch, variant, group=64, autocast=True)
     _, swept = gradients(model, batch, variant, 64, group=64, autocast=True)
