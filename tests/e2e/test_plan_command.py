@@ -33,6 +33,17 @@ def test_a_plan_is_shown_and_nothing_is_written(run, llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["llama2-7b"]
 
 
+def test_a_built_in_size_needs_no_files(run):
+    result = run("plan", "llama3-8b", "--length", 1048576, "--gpus", "H200", "--price-per-hour", 3)
+    assert result.exit_code == 0, result.output
+    for shown in ("does not fit as asked (GPU memory); the first way that does: S2 sweep, 8,192", "built-in size",
+                  "a batch costs", "--group-size 8192 --sweep auto", "540.1!", "USD of a batch"):  # fmt: skip
+        assert shown in result.stdout
+    unknown = run("plan", "llama3-9b", "--length", 4096)
+    assert unknown.exit_code == 2
+    assert "Did you mean 'llama3-8b'?" in unknown.stderr
+
+
 def test_json_alone_on_standard_output(run, llama):
     result = run("plan", llama, "--length", 8192, "--method", "lora", "--json")
     record = json.loads(result.stdout)
