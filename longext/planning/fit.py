@@ -217,7 +217,7 @@ def _run_notes(plan: TrainingPlan) -> Iterator[str]:
         yield "what --kernels compile saves is not known: planned as without"
     if seconds.pinning > 1:
         yield f"the first step takes about {seconds.pinning:.0f} s longer: host memory is pinned"
-    if seconds.transfers > seconds.compute:
+    if seconds.transfers > seconds.compute or seconds.waiting > 0.5 * seconds.total:
         yield "the bus to host memory, not the GPU, sets the time of a step"
 
 

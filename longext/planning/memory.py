@@ -236,12 +236,14 @@ class HostBytes:
     Attributes:
         layer_inputs: offloaded hidden states.
         keys_and_values: what the chunks of a sweep hand on, gradients included.
-        moved: bytes to and from the GPU.
+        moved: layer inputs that go out and come back while the GPU computes.
+        awaited: keys, values and gradients that the GPU waits for.
     """
 
     layer_inputs: float
     keys_and_values: float
     moved: float
+    awaited: float = 0.0
 
     @property
     def total(self) -> float:
@@ -262,15 +264,13 @@ def host_bytes(shape: ModelShape, setup: TrainingSetup) -> HostBytes:
         return HostBytes(layer_inputs=inputs, keys_and_values=0.0, moved=moved)
     if setup.group is not None:
         halos = rows * halo_bytes(shape, setup)
-        return HostBytes(layer_inputs=inputs, keys_and_values=halos, moved=moved + 2 * halos)
+        return HostBytes(layer_inputs=inputs, keys_and_values=halos, moved=moved, awaited=2 * halos)
     there = carried_bytes(shape, setup) - _here(shape, setup)
     share = there / carried_bytes(shape, setup)
     width, passes = setup.compute_bytes, 3 if setup.checkpointing else 2
-    earlier = (
-        setup.batch_size * setup.chunk * rows * (rows - 1) // 2
-    )  # tokens that all chunks together have before them
+    earlier = setup.batch_size * setup.chunk * rows * (rows - 1) // 2  # tokens before each chunk, all chunks together
     read = 2 * shape.num_layers * shape.kv_size * earlier * (passes * width + 2 * FULL)
-    return HostBytes(layer_inputs=inputs, keys_and_values=there, moved=moved + share * read)
+    return HostBytes(layer_inputs=inputs, keys_and_values=there, moved=moved, awaited=share * read)
 
 
 def halo_bytes(shape: ModelShape, setup: TrainingSetup) -> float:

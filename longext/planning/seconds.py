@@ -2,10 +2,11 @@
 
 A step's matrix products run at MATRIX of the device's peak, its attention at ATTENTION of it, and everything that reads
 and writes tensors without computing much (norms, RoPE, residual sums, casts, adapters of low rank, the softmax of the
-loss) at BANDWIDTH of its memory's. What goes to and from host memory runs at BUS beside them; the longer of the two
-counts. Left out: communication of GPUs, the update, the first step's compilation and allocation but for `pinning`.
+loss) at BANDWIDTH of its memory's. Offloaded layer inputs go to host memory and back at BUS beside them, and the longer
+of the two counts; for a sweep's keys and values the GPU waits. Left out: communication of GPUs, the update, the first
+step's compilation and allocation but for `pinning`.
 
-The rates are fractions measured on one H200 and taken for all devices; which runs BANDWIDTH and PINNING were fitted to,
+The rates are fractions measured on H200s and taken for all devices; which runs BANDWIDTH and PINNING were fitted to,
 and how well the others are met, is in tests/parity/test_plan_gpu.py and docs/planning.md.
 """
 
@@ -19,11 +20,11 @@ from longext.planning.memory import FULL, host_bytes
 from longext.planning.setup import TrainingSetup
 from longext.planning.shape import ModelShape
 
-MATRIX = 0.797  # of the peak: 788 of 989 TFLOP/s, measured on large products
+MATRIX = 0.713  # of the peak: a step's matrix products at 32,768 tokens by the profiler, 1.70 s
 ATTENTION = 0.557  # of the peak: measured on attention alone
-BANDWIDTH = 0.52  # of the memory's: fitted to one run
+BANDWIDTH = 0.60  # of the memory's: fitted to one run
 BUS = 25e9  # bytes a second between a GPU and pinned host memory
-PINNING = 1.5e9  # bytes a second that the first step pins: fitted to one run
+PINNING = 3.3e9  # bytes a second that the first step pins: fitted to one run
 
 # Bytes that a token reads and writes, forward and backward, for an element: as torch's operators do them one by one at
 # 16 bits, and as Liger's kernels do. Counted operator by operator; tests/parity/test_plan_traffic.py counts again.
@@ -45,6 +46,7 @@ class StepSeconds:
         attention: scores and their product with the values.
         elementwise: work that the memory's bandwidth bounds.
         transfers: between GPU and host, while the GPU computes.
+        waiting: for transfers, in sweeps.
         pinning: what the first step takes longer: host memory is pinned.
     """
 
@@ -52,6 +54,7 @@ class StepSeconds:
     attention: float
     elementwise: float
     transfers: float
+    waiting: float
     pinning: float
 
     @property
@@ -61,8 +64,8 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        """One micro-batch: the longer of computation and transfers."""
-        return max(self.compute, self.transfers)
+        """One micro-batch: the longer of computation and transfers, and what the GPU waits for."""
+        return max(self.compute, self.transfers) + self.waiting
 
 
 def step_seconds(
@@ -85,6 +88,7 @@ def step_seconds(
         attention=flops.attention / (peak * (utilisation or ATTENTION)),
         elementwise=0.0 if utilisation else moved,
         transfers=host.moved / BUS,
+        waiting=host.awaited / BUS,
         pinning=host.total / PINNING,
     )
 

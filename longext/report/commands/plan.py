@@ -89,6 +89,8 @@ def _time(plan: TrainingPlan) -> str:
     text = ", ".join(f"{name} {part / seconds.compute:.0%}" for name, part in parts.items())
     if seconds.transfers:
         text += f"; {duration(seconds.transfers)} on the bus meanwhile"
+    if seconds.waiting > 0.01 * seconds.total:
+        text += f"; {duration(seconds.waiting)} waiting for host memory"
     return text
 
 
