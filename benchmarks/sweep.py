@@ -36,7 +36,7 @@ from longext.training.tuning import make_trainable
 
 
 def main() -> None:
-    """Measure, print two tables, and write result.json if a directory is given."""
+    """Measure, print two tables, and write sweep.json if a directory is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="../shared/models/books-27m")
     parser.add_argument("--lengths", default="8192,16384,65536")
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            (arguments.out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
