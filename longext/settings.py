@@ -200,6 +200,9 @@ def _checked(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    # YAML reads a bare `off` as false
+    switches = {field.name for field in dataclasses.fields(kind) if field.default == "off"}
+    values = {key: "off" if value is False and key in switches else value for key, value in values.items()}
     return {key: _convert(value, known[key], f"{where}: `{key}`") for key, value in values.items()}
 
 

@@ -76,3 +76,14 @@ def test_a_shipped_recipe_is_found_by_name():
     assert find_recipe("extend/books-5m-4k-yarn").name == "books-5m-4k-yarn.yaml"
     with pytest.raises(ConfigError, match="Did you mean 'extend/books-5m-4k-yarn'"):
         find_recipe("extend/books-5m-4k-yarm")
+
+
+@pytest.mark.parametrize(("written", "read"), [("off", "off"), ("'off'", "off"), ("auto", "auto"), ("4096", "4096")])
+def test_off_is_a_word_where_it_is_a_choice(written, read):
+    """YAML 1.1 reads a bare `off` as false."""
+    from longext.training.config import FinetuneConfig
+
+    settings = ["model=m", "data=d", f"sweep={written}"]
+    assert build_config(FinetuneConfig, None, settings, {}).sweep == read
+    with pytest.raises(ConfigError, match="`sweep` must be text"):
+        build_config(FinetuneConfig, None, [*settings, "sweep=on"], {})
