@@ -242,7 +242,7 @@ def steps(setting: Setting, length: int, *, whole: bool = False) -> list[int]:
     """Return the lengths of a measurement's rows: one warm-up, then two timed, one at 98k and beyond.
 
     Args:
-        whole: the warm-up row has the full length (what is compiled for a length needs that).
+        whole: the warm-up row has the full length (what is compiled for a length, or pins host memory, needs that).
     """
     timed = [length] if length > 2**16 else [length] * 2
     return [setting.tokens(n) for n in ([length] if whole or len(timed) > 1 else [_WARM_UP]) + timed]
@@ -309,7 +309,7 @@ def variants(setting: Setting, part: str = "variants", ways: Any = None) -> list
     return [
         measurement(
             setting, f"{part}/{length}/{name}", ours, "llama2-7b", length, rate=8000,
-            whole=options.get("kernels") == "compile", **options,
+            whole=options.get("kernels") == "compile" or "offload" in options or "sweep" in options, **options,
         )
         for length, named in (ways or VARIANTS).items()
         for name, options in named.items()
