@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import ConfigError
 from longext.models.head import decoder_of
 from longext.models.hf import held_rotation
+from longext.training.layers.replay import Surroundings
 
 AUTO, OFF = "auto", "off"
 _USUAL_CHUNK = 8192  # long enough to fill a GPU, short enough that a layer's work is small beside the weights
@@ -73,33 +74,16 @@ def run_sweep(steps: Steps) -> torch.Tensor:
 
     A step draws the same random numbers in both of its runs.
     """
-    states = []
+    surroundings = []
     with torch.no_grad():
         for t in range(steps.count - 1):
-            states.append(_random_state(steps.device))
+            surroundings.append(Surroundings(torch.empty(0, device=steps.device)))
             steps.write(t)
     losses = [steps.pull_back(steps.count - 1)]
     for t in reversed(range(steps.count - 1)):
-        with _drawing_from(states[t], steps.device):
+        with surroundings[t].again():
             losses.append(steps.pull_back(t))
     return torch.stack(losses).sum()
-
-
-State = tuple[torch.Tensor, "torch.Tensor | None"]
-
-
-def _random_state(device: torch.device) -> State:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _drawing_from(state: State, device: torch.device) -> Iterator[None]:
-    """Draw random numbers from a state again; afterwards they go on where they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield
 
 
 def sweep_rows(
