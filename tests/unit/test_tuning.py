@@ -50,7 +50,7 @@ def test_what_is_trained_is_saved_and_merged(tmp_path, norms):
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].self_attn.q_norm.weight - 1
     assert torch.allclose(moved, torch.full_like(moved, 0.1 if norms == "all" else 0.0), atol=1e-6)
     assert result.counts["norm replaced"][0] == (9 if norms == "all" else 5)
-    setup = setup_of(PlanConfig(model=str(base), length=64, lora_r=2), 1)
+    setup = setup_of(PlanConfig(model=str(base), length=64, lora_r=2), 1, read_shape(base))
     planned = setup.trainable(read_shape(base))
     lora = trainable.by_kind["lora"]
     if norms == "all":
