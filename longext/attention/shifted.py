@@ -90,38 +90,63 @@ def register_attention() -> None:
         AttentionMaskInterface.register(variant.implementation, lazy_mask)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> None:
     """Raise ConfigError if a layer of the model would not get the plan, and so not attend as it says.
 
-    A forward over two tokens, with an attention function that notes what reaches it, tells.
+    A forward over two tokens, with an attention function that notes what reaches it and returns zeros, tells.
+
+    Args:
+        swept, shared: rows are cut, by a sweep or over processes: tokens may meet in attention alone. What a sweep
+            keeps of a layer is found by its number, so that each attends once.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     seen: list[bool] = []
+    layers: list[int | None] = []
 
-    def note(_: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def note(module: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         seen.append(PLAN in kwargs)
+        layers.append(getattr(module, "layer_idx", None))
         return torch.zeros_like(query).transpose(1, 2), None
 
     AttentionInterface.register(_PROBE, note)
     AttentionMaskInterface.register(_PROBE, lazy_mask)
     text = model.config.get_text_config()
-    before, was_training = text._attn_implementation, model.training
+    before, was_training, logits = text._attn_implementation, model.training, None
     try:
         if getattr(model, "_supports_attention_backend", False):
             model.set_attn_implementation(_PROBE)
-            ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+            # rows that differ in their first token
+            ids = torch.tensor([[0, 1], [2, 1]], device=model.device)
             with torch.no_grad():
-                model.eval()(ids, use_cache=False, **{PLAN: AttentionPlan(Layout(1, 2), 2)})
+                logits = model.eval()(ids, use_cache=False, **{PLAN: AttentionPlan(Layout(2, 2), 2)}).logits
+    except (AttributeError, TypeError):  # the model wants a mask that is a tensor
+        seen.clear()
     finally:
         model.set_attn_implementation(before)
         model.train(was_training)
-    if len(seen) < text.num_hidden_layers or not all(seen):
+    if logits is None or len(seen) < text.num_hidden_layers or not all(seen):
         raise ConfigError(
             f"{type(model).__name__} does not run its attention through transformers' attention interface, so longext "
             "cannot train it with S2-Attn or packed documents. Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OLMo "
             "and most others do."
         )
+    if (swept or shared) and _meet_elsewhere(logits.float()):
+        raise ConfigError(
+            f"{type(model).__name__} mixes tokens outside attention too, so that its rows cannot be cut: leave --sweep "
+            "and --sequence-parallel out."
+        )
+    if swept and (None in layers or len(set(layers)) < len(layers)):
+        raise ConfigError(
+            f"{type(model).__name__} attends more than once in a layer or does not number its layers, which a sweep "
+            "needs to tell them apart: leave --sweep out."
+        )
+
+
+def _meet_elsewhere(logits: torch.Tensor) -> bool:
+    """True if, without attention, the last output [2, 2, V] of two rows depends on the token before it."""
+    first, last = (logits[0] - logits[1]).abs().amax(-1)
+    return bool(last > 1e-3 * first)
 
 
 def attention_forward(

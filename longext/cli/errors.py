@@ -33,8 +33,9 @@ _OUT_OF_MEMORY = (
 )
 _OUT_OF_MEMORY_IN_TRAINING = (
     "out of memory. Ask `longext plan MODEL --length N` what fits; then lower --batch-size or --target-length, keep "
-    "activation checkpointing on, add --offload (CUDA), --quantize nf4 or --sequence-parallel, or lower "
-    "--set loss_chunk=1024. Go on from the last checkpoint, if there is one, with --resume."
+    "activation checkpointing on, add --sweep auto (one part of a row at a time), --tile 2048, --offload (CUDA), "
+    "--quantize nf4 or --sequence-parallel, or lower --set loss_chunk=1024. Go on from the last checkpoint, if there "
+    "is one, with --resume."
 )
 _OUT_OF_MEMORY_WITH_MEMORIES = (
     "out of memory. Lower --batch-size, --segment or --set loss_chunk=1024, use --dtype bfloat16 and --gradient exact "

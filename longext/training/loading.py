@@ -27,6 +27,7 @@ from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
 from longext.training.processes import local_rank
+from longext.training.sweep import OFF
 from longext.training.tuning import norm_modules, quantisation
 
 
@@ -130,7 +131,7 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     check_tokens(tokenizer, model, extension.source)
     model.config.use_cache = False
     if config.context_parallel == 1:
-        check_model(model)
+        check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
     return model, tokenizer
 
 

@@ -166,6 +166,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     if config.sequence_parallel > 1:
         _check_sequence_parallel(config, extension, length)
     _check_rope(config, extension)
+    _check_router_loss(extension)
     plan = FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
     _ = plan.kernels  # refused now if it is
     return plan
@@ -188,6 +189,15 @@ def _check_sequence_parallel(config: FinetuneConfig, extension: Extension, lengt
         )
     text = extension.config.get("text_config", extension.config)
     check_heads(int(text["num_attention_heads"]), config.sequence_parallel)
+
+
+def _check_router_loss(extension: Extension) -> None:
+    """Refuse a model whose config adds a loss for its router: the loss that is trained is of the next token alone."""
+    if extension.config.get("text_config", extension.config).get("output_router_logits"):
+        raise ConfigError(
+            "config.json of this model has output_router_logits true, which adds a loss for balanced experts, and "
+            "longext trains on the next token alone: set it to false in a copy of the model."
+        )
 
 
 def _check_rope(config: FinetuneConfig, extension: Extension) -> None:
@@ -284,6 +294,7 @@ class FinetuneRun(Run):
 
         Raises:
             TrainingError: the RoPE is wrong (`check_first_loss`).
+            ConfigError: a sweep of a model whose own code has to make its loss.
         """
         from peft.helpers import disable_input_dtype_casting
 
@@ -294,6 +305,11 @@ class FinetuneRun(Run):
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
+                if not is_plain and self.plan.chunk is not None:
+                    raise ConfigError(
+                        f"--sweep makes the loss of each chunk from its logits, and longext does not know those of "
+                        f"{type(self.base).__name__}: leave --sweep out."
+                    )
                 scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
                 self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
             with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():

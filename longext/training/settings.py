@@ -166,6 +166,8 @@ def _check_sharing(config: FinetuneConfig) -> None:
         )
     if chunk_tokens(config.sweep, LENGTH, None) is not None:
         _check_sweep(config)
+    elif config.kv_memory is not None:
+        raise ConfigError("--kv-memory is for the keys and values of a sweep: add --sweep, or leave it out.")
     if config.sequence_parallel > 1 and config.context_parallel > 1:
         raise ConfigError("Give either --sequence-parallel or --context-parallel, not both.")
     sharded = is_sharded()

@@ -24,6 +24,7 @@ from longext.models.hf import held_rotation
 from longext.training.layers.replay import Surroundings
 
 AUTO, OFF = "auto", "off"
+_MOST_DIGITS = 19  # what Python makes a number of whatever its settings
 _USUAL_CHUNK = 8192  # long enough to fill a GPU, short enough that a layer's work is small beside the weights
 
 
@@ -42,7 +43,7 @@ def chunk_tokens(sweep: str, row_length: int, group_size: int | None) -> int | N
         return None
     if sweep == AUTO:
         chunk = _USUAL_CHUNK if group_size is None else -(-_USUAL_CHUNK // group_size) * group_size
-    elif sweep.isascii() and sweep.isdigit() and int(sweep) > 0:
+    elif sweep.isascii() and sweep.isdigit() and len(sweep) < _MOST_DIGITS and int(sweep) > 0:
         chunk = int(sweep)
     else:
         raise ConfigError(f"--sweep takes a number of tokens, auto or off, got '{sweep}'.")

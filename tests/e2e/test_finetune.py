@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from command_line import another_process, fails, no_leftovers
+from families import CONFIGS, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
@@ -263,6 +264,27 @@ def test_a_swept_run_is_the_run(run, tmp_path, args):
     assert objective in (tmp_path / "swept" / "README.md").read_text()
 
 
+def test_a_router_loss_is_not_dropped_in_silence(run, tmp_path):
+    config = CONFIGS["mixtral"]()
+    config.output_router_logits = True
+    save_tiny_model(config, tmp_path / "mixtral")
+    args = ("--data", "sample", "--target-length", 64, "-o", "out")
+    fails(run("finetune", "mixtral", *args), 2, "output_router_logits", "set it to false")
+
+
+def test_a_sweep_needs_logits_that_are_known(run, monkeypatch):
+    monkeypatch.setattr("longext.training.longlora.head_is_plain", lambda _: False)
+    fails(run("finetune", "books-5m", *QUICK, "--sweep", 64, "-o", "out"), 2, "logits", "leave --sweep out")
+
+
+def test_out_of_memory_says_what_takes_less(run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("longext.training.engine.AttentionEngine.forward_backward", full)
+    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 1, "longext plan", "--sweep auto", "--tile", "--offload")
+
+
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 LONG = (
@@ -470,6 +492,7 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--offload",), ("--offload", "CUDA")),
         (("--sweep", "half"), ("--sweep takes a number of tokens, auto or off", "half")),
         (("--sweep", 64, "--attention", "s2-wrapped"), ("--sweep needs attention without later tokens", "s2-wrapped")),
+        (("--kv-memory", 4), ("--kv-memory", "add --sweep")),
         (("--quantize", "nf4", "--tuning", "full"), ("quantised",)),
         (("--quantize", "nf4"), ("--quantize nf4 needs a CUDA device",)),
         (("--set", "lora_targets=[q_projj]"), ("no linear layers", "q_proj")),

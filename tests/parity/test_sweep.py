@@ -150,7 +150,7 @@ def test_chunk_sizes():
     assert chunk_tokens("auto", 10**6, None) == 8192
     assert chunk_tokens("auto", 8192, None) is None  # one chunk is the whole row
     assert chunk_tokens("4096", 10_000, None) == 4096
-    for wrong in ("0", "-1", "x", "1.5", ""):
+    for wrong in ("0", "-1", "x", "1.5", "", "9" * 5000):
         with pytest.raises(ConfigError, match="--sweep takes"):
             chunk_tokens(wrong, 10_000, None)
 

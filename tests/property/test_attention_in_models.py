@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CONFIGS, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longext.attention.layout import Layout, make_layout
 from longext.attention.shifted import AttentionPlan, check_model, register_attention
@@ -198,6 +198,29 @@ def test_layout_of_unpadded_rows_needs_no_index():
     assert make_layout(2, 8, torch.ones(2, 8), torch.zeros(2, 8, dtype=torch.int64)) == Layout(2, 8)
 
 
+def test_rows_are_cut_only_where_tokens_meet_in_attention_once_a_layer():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    twice = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    check_model(twice, shared=True)
+    with pytest.raises(ConfigError, match="DiffLlamaForCausalLM attends more than once"):
+        check_model(twice, swept=True)
+    mixing = tiny_model("llama")
+    mixing.model.layers[1].mlp.register_forward_hook(lambda _, __, out: out + out.roll(1, 1))
+    check_model(mixing)
+    for how in ("swept", "shared"):
+        with pytest.raises(ConfigError, match="mixes tokens outside attention"):
+            check_model(mixing, **{how: True})
+
+
+def test_a_model_that_computes_with_the_mask_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, __, kwargs: kwargs["attention_mask"].dtype, with_kwargs=True
+    )
+    with pytest.raises(ConfigError, match="attention interface"):
+        check_model(model)
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_families_are_known_to_take_the_plan_or_refused(family):
     model = tiny_model(family).train()
@@ -205,6 +228,6 @@ def test_families_are_known_to_take_the_plan_or_refused(family):
         with pytest.raises(ConfigError, match="attention interface"):
             check_model(model)
     else:
-        check_model(model)
+        check_model(model, swept=True, shared=True)
     assert model.training
     assert model.config.get_text_config()._attn_implementation == "eager"
