@@ -277,14 +277,6 @@ def test_a_sweep_needs_logits_that_are_known(run, monkeypatch):
     fails(run("finetune", "books-5m", *QUICK, "--sweep", 64, "-o", "out"), 2, "logits", "leave --sweep out")
 
 
-def test_out_of_memory_says_what_takes_less(run, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr("longext.training.engine.AttentionEngine.forward_backward", full)
-    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 1, "longext plan", "--sweep auto", "--tile", "--offload")
-
-
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 LONG = (
@@ -314,7 +306,7 @@ def wait_for_checkpoint(directory, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sweep", ["off", "40"])
+@pytest.mark.parametrize("sweep", ["off", "72"])
 def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, sweep):
     """kill -9 after the first checkpoint; the rest of the losses and every trained weight are bit for bit the same."""
     args = ("finetune", "books-5m", *LONG, "--set", "lora_dropout=0.1", *WARM, "--sweep", sweep)
@@ -568,7 +560,9 @@ def test_out_of_memory_says_what_to_change(run, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("longext.training.engine.Engine.compute_loss", explode)
-    fails(run("finetune", "books-5m", *QUICK, "-o", "out"), 1, "out of memory", "longext plan", "--offload")
+    fails(
+        run("finetune", "books-5m", *QUICK, "-o", "out"), 1, "out of memory", "longext plan", "--sweep auto", "--tile"
+    )
 
 
 def test_fsdp_on_a_cpu_is_refused(run, monkeypatch):

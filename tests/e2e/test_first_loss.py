@@ -71,8 +71,12 @@ def test_a_right_rope_passes_and_both_losses_are_those_of_plain_transformers(met
     assert not [warning for warning in recwarn if issubclass(warning.category, LongextWarning)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", CONFIGS)
+IN_HALF = ("llama", "gemma3", "gpt_neox", "olmo3")  # rotary modules of every kind: plain, nested, partial, two bases
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((name, torch.float32) for name in CONFIGS), *((name, torch.bfloat16) for name in IN_HALF)]
+)
 def test_no_family_is_stopped(family, dtype, tmp_path):
     """Random weights know nothing, so their loss is at the uniform guess; the rotation is what is looked at."""
     directory = save_tiny_model(CONFIGS[family](), tmp_path / "base")
