@@ -195,6 +195,10 @@ def _check_sweep(config: FinetuneConfig) -> None:
         raise ConfigError(
             f"--sweep needs attention without later tokens, and {attention} has some: use --attention s2."
         )
+    if config.kv_memory is not None and attention != "full":
+        raise ConfigError(
+            f"--kv-memory is for full attention: what chunks keep under {attention} waits in host memory. Leave it out."
+        )
     if config.sequence_parallel > 1 or config.context_parallel > 1:
         raise ConfigError(
             "--sweep has one chunk of a row on a GPU at a time: there is nothing to share with --sequence-parallel or "
