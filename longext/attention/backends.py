@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -291,13 +293,17 @@ def _flash_attn(
 def _varlen_attn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Boundaries, keys: Boundaries, job: Job
 ) -> torch.Tensor:
-    """torch's variable-length kernel on [T, H, D]; grouped heads are repeated, which torch 2.10 to 2.12 want."""
+    """torch's variable-length kernel on [T, H, D]; older ones want grouped heads repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    more: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        more["enable_gqa"] = True
+    else:
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     window = (-1 if job.window is None else job.window - 1, 0)  # to the left, to the right
     out = varlen_attn(
-        q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, scale=job.scale, window_size=window
+        q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, scale=job.scale, window_size=window, **more
     )
     assert isinstance(out, torch.Tensor)  # the log-sum-exp was not asked for
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import types
@@ -11,6 +12,7 @@ import torch
 from attention_reference import DEFINITIONS, LAYOUTS, reference
 from contributing import added_file
 
+from longext.attention.chunks import Chunk, KeyValueStore
 from longext.attention.layout import Layout, make_layout
 from longext.attention.shifted import AttentionPlan, train_attention
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -161,6 +163,52 @@ def test_flash_backend_calls_its_kernel_rightly(variant, name, monkeypatch):
     compare(variant, "flash", layout, rows, q, k, v)
     q, k, v, layout, rows = make_batch(name, 4, 2, torch.float32)
     compare(variant, "flash", layout, rows, q, k, v, window=5)
+
+
+def varlen_by_definition(q, k, v, ends, ends_k, window, scale):
+    """Causal attention of each run of queries, aligned to the last of its keys; [T, H, D], k and v with K heads."""
+    parts = []
+    for at in range(len(ends) - 1):
+        mine, keys = slice(ends[at], ends[at + 1]), slice(ends_k[at], ends_k[at + 1])
+        one = [x.transpose(0, 1) for x in (q[mine], k[keys], v[keys])]
+        one[1:] = [x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in one[1:]]
+        lengths = one[0].shape[1], one[1].shape[1]
+        distance = torch.arange(lengths[0])[:, None] + lengths[1] - lengths[0] - torch.arange(lengths[1])
+        mask = (distance >= 0) & (distance <= (window if window >= 0 else lengths[1]))
+        out = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("groups_heads", [False, True])
+def test_torchs_variable_length_kernel_is_called_rightly(groups_heads, monkeypatch):
+    """It runs on CUDA alone: a stand-in with torch 2.11's signature, or with 2.13's; whole rows, and rows in chunks."""
+
+    def varlen(q, k, v, ends, ends_k, longest, longest_k, *, scale=None, window_size=(-1, -1)):
+        assert k.shape[1] == q.shape[1]
+        assert (longest, longest_k) == (int(ends.diff().max()), int(ends_k.diff().max()))
+        assert window_size[1] == 0  # causal
+        return varlen_by_definition(q, k, v, ends.tolist(), ends_k.tolist(), window_size[0], scale)
+
+    def grouping(q, k, v, *ends, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa == (k.shape[1] != q.shape[1])
+        return varlen_by_definition(q, k, v, ends[0].tolist(), ends[1].tolist(), window_size[0], scale)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", grouping if groups_heads else varlen)
+    monkeypatch.setattr("longext.attention.backends._has_varlen", lambda: True)
+    for variant, name, options in (("s2", "documents", {}), ("full", "documents", {"window": 5}), ("s2", "whole", {})):
+        q, k, v, layout, rows = make_batch(name, 4, 2, torch.float64)
+        compare(variant, "flash", layout, rows, q, k, v, **options)
+        plan, whole = AttentionPlan(layout, 8, "flash"), (q.detach(), k.detach(), v.detach())
+        expected = train_attention(ATTENTION_VARIANTS[variant], plan, *whole, 0.3, sliding_window=options.get("window"))
+        store, found = KeyValueStore(), []
+        for number, start in enumerate(range(0, q.shape[2], 12)):
+            stop = min(start + 12, q.shape[2])
+            chunk = dataclasses.replace(plan, chunk=Chunk(number, start, stop, store))
+            part = [x[:, :, start:stop] for x in whole]
+            window = options.get("window")
+            found.append(train_attention(ATTENTION_VARIANTS[variant], chunk, *part, 0.3, sliding_window=window))
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_flash_backend_without_flash_attn_says_how_to_get_it(monkeypatch):
