@@ -250,9 +250,19 @@ def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
         "model": {},
         "protocol": {"id": record["kind"]},
         "data": run.get("data"),
-        "final_loss": record.get("final_loss"),
+        "losses": [{"name": _objective(run), "final_loss": record.get("final_loss")}],
         "perplexity": measured[-1].get("perplexity", {}),
     }
+
+
+def _objective(run: Mapping[str, Any]) -> str | None:
+    """Return what a run trained, None if it does not say: losses under two objectives are two quantities."""
+    if "objectives" in run:
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in run["objectives"].items())
+    attention = run.get("attention") or {}
+    group = f" in groups of {attention['group_size']:,}" if attention.get("group_size") else ""
+    objective = f"{attention.get('training')} attention{group}"
+    return str(attention.get("objective") or objective) if attention else None
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -325,10 +335,10 @@ _RUNS = Section(
     views=(
         Bars(
             "Loss of the last step (nats)",
-            of="final_loss",
+            of="losses.final_loss",
             unit="nats",
             lower_is_better=None,
-            columns=lambda score: "loss",
+            columns=lambda score: score.field("name") or "loss",  # two objectives are two quantities
             picture=NEVER,
         ),
         Lines(

@@ -233,6 +233,19 @@ def test_lm_eval_says_itself_which_way_is_better(tmp_path):
     assert best == {("m (a)", "", "arc acc"), ("m (a)", "", "wiki word_perplexity")}
 
 
+def test_losses_of_two_objectives_are_two_columns(tmp_path):
+    """S2-Attn in groups is not full attention; a record from before objectives were named says it by its settings."""
+    attention = {"training": "s2", "group_size": 8192, "objective": "s2 attention in groups of 8,192"}
+    runs = {"a": attention, "b": {"training": "s2", "group_size": 8192}, "c": {"training": "full", "group_size": None}}
+    records = {name: made.training() for name in runs}
+    for name, own in runs.items():
+        records[name]["finetune"] = {**records[name].get("finetune", {}), "attention": own}
+    values, _ = shown(report(tmp_path, **records), "training", "")
+    assert {(label, column) for label, _, column in values} == {
+        ("a", "s2 attention in groups of 8,192"), ("b", "s2 attention in groups of 8,192"), ("c", "full attention"),
+    }  # fmt: skip
+
+
 def test_training_runs_have_no_best(tmp_path):
     other = {**made.training(), "final_loss": 1.0}
     found = report(tmp_path, a=made.training(), b=other)
