@@ -21,7 +21,7 @@ from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import ConfigError
 from longext.models.head import decoder_of
 from longext.models.hf import held_rotation
-from longext.training.layers.replay import Surroundings
+from longext.training.layers.replay import RandomState
 
 AUTO, OFF = "auto", "off"
 _MOST_DIGITS = 19  # what Python makes a number of whatever its settings
@@ -75,14 +75,14 @@ def run_sweep(steps: Steps) -> torch.Tensor:
 
     A step draws the same random numbers in both of its runs.
     """
-    surroundings = []
+    states = []
     with torch.no_grad():
         for t in range(steps.count - 1):
-            surroundings.append(Surroundings(torch.empty(0, device=steps.device)))
+            states.append(RandomState(torch.empty(0, device=steps.device)))
             steps.write(t)
     losses = [steps.pull_back(steps.count - 1)]
     for t in reversed(range(steps.count - 1)):
-        with surroundings[t].again():
+        with states[t].again():  # the state alone: around autocast, its copies of weights would outlive their pass
             losses.append(steps.pull_back(t))
     return torch.stack(losses).sum()
 

@@ -9,6 +9,23 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
+class RandomState:
+    """The random states of the CPU and of a tensor's device."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._kind = tensor.device.type
+        self._cpu_state = torch.get_rng_state()
+        self._devices, self._device_states = get_device_states(tensor)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same numbers again; on leaving, random numbers go on where they were."""
+        with torch.random.fork_rng(self._devices, device_type=self._kind if self._devices else "cuda"):
+            torch.set_rng_state(self._cpu_state)
+            set_device_states(self._devices, self._device_states, device_type=self._kind)
+            yield
+
+
 class Surroundings:
     """What a forward pass depends on besides its inputs: autocast, and the random states of the CPU and of a device.
 
@@ -19,8 +36,7 @@ class Surroundings:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._kind = tensor.device.type
         self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
-        self._cpu_state = torch.get_rng_state()
-        self._devices, self._device_states = get_device_states(tensor)
+        self._random = RandomState(tensor)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -30,12 +46,7 @@ class Surroundings:
         dropped at both ends: a weight that was cast without a graph would take no gradient.
         """
         enabled, dtype = self._autocast
-        with (
-            torch.random.fork_rng(self._devices, device_type=self._kind if self._devices else "cuda"),
-            torch.autocast(self._kind, dtype=dtype, enabled=enabled),
-        ):
-            torch.set_rng_state(self._cpu_state)
-            set_device_states(self._devices, self._device_states, device_type=self._kind)
+        with self._random.again(), torch.autocast(self._kind, dtype=dtype, enabled=enabled):
             torch.clear_autocast_cache()
             try:
                 yield
