@@ -189,13 +189,13 @@ class CompressorEngine(Engine):
         self._checked: dict[str, float] = {}
         self._steps_summed = 0
 
-    def forward_backward(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Sweep over one batch of documents; returns its share of the step's loss."""
         compressor: Compressor = self.accelerator.unwrap_model(model)
         compressor.train()
         inputs = self._prepare_inputs(inputs)
         group = None if self.sequence is None else self.sequence.group
-        batch = self._batch(inputs, float(args[0] if args else kwargs["num_items_in_batch"]))
+        batch = self._batch(inputs, float(num_items_in_batch))
         if self._is_check_due():
             self._checked = compare_gradients(compressor, self.objectives, batch, group)
         parts = self.objectives.backward(compressor, batch, group)

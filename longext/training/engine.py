@@ -95,9 +95,9 @@ class Engine(Trainer):  # type: ignore[misc]
             )
         return loss
 
-    def forward_backward(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Add the gradient of one batch and return its loss; Trainer's own way unless overridden."""
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -148,10 +148,10 @@ class AttentionEngine(Engine):
         self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
         self.chunk, self.new_store = chunk, new_store
 
-    def forward_backward(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Add the gradient of one batch and return its loss: in one graph, or swept in chunks."""
         if self.chunk is None or self.chunk >= inputs["input_ids"].shape[1]:
-            return super().forward_backward(model, inputs, *args, **kwargs)
+            return super().forward_backward(model, inputs, num_items_in_batch)
         # DDP's own sum over processes waits for one backward pass of one forward: here there are many
         network = self.accelerator.unwrap_model(model)
         network.train()
@@ -161,7 +161,7 @@ class AttentionEngine(Engine):
             {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)},
             arguments[PLAN],
             self.chunk,
-            args[0] if args else kwargs["num_items_in_batch"],
+            num_items_in_batch,
             store=self.new_store(),
             autocast=self.accelerator.autocast,
         )
