@@ -352,6 +352,13 @@ def held_rotation(model: nn.Module, length: int) -> Iterator[None]:
             module.rope_type = kind
 
 
+def kv_numbers(config: Any) -> int:
+    """Return the numbers that keys and values of one position are, in all layers of a model of this text config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size)
+
+
 def load_language_model(
     config: RuntimeConfig, method: str | None = None, factor: float | None = None
 ) -> HFLanguageModel:

@@ -28,7 +28,7 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
-from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel
+from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel, kv_numbers
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
@@ -276,11 +276,8 @@ class FinetuneRun(Run):
         if variant.lower.first is not None and variant.upper.first is not None:
             return KeyValueStore(room=0)
         room = torch.cuda.mem_get_info(self.device)[0] / 2 if gib is None else gib * 2**30
-        text = self.base.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         tokens = self.plan.row_length * self.plan.config.batch_size
-        wanted = 2 * (2 if self.autocast else 4) * tokens * width * text.num_hidden_layers
+        wanted = kv_numbers(self.base.config.get_text_config()) * tokens * (2 if self.autocast else 4)
         return KeyValueStore(room=room, gradient_room=max(0.0, room - wanted))
 
     @property

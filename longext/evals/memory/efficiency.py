@@ -25,7 +25,7 @@ from longext.errors import ConfigError
 from longext.evals.base import Outcome, Work
 from longext.evals.memory.reconstruction import describe_compressor, open_compressor, read_spec
 from longext.manifest import result_record
-from longext.models.hf import load_language_model
+from longext.models.hf import kv_numbers, load_language_model
 from longext.planning.tracker import MemoryTracker
 
 if TYPE_CHECKING:
@@ -155,10 +155,7 @@ def ways_of(backbone: Backbone, compressor: Compressor | None, ratios: Sequence[
 
 def bytes_per_position(backbone: Backbone) -> int:
     """Return the bytes of keys and values of one position: 2 x layers x KV heads x head size x bytes of a number."""
-    config = backbone.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * len(backbone.layers) * heads * size * backbone.dtype.itemsize)
+    return int(kv_numbers(backbone.config) * backbone.dtype.itemsize)
 
 
 def _compressed_slots(compressor: Compressor, ratio: int, length: int) -> int:
