@@ -21,7 +21,7 @@ from longext.training.config import FinetuneConfig, TrainingConfig
 from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import attention_of, training_device
 from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
-from longext.training.sweep import chunk_tokens
+from longext.training.sweep import OFF, chunk_tokens
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 # Settings that decide which numbers come next: a checkpoint continues only a run that agrees on them.
@@ -164,7 +164,7 @@ def _check_sharing(config: FinetuneConfig) -> None:
             "--quantize nf4 needs a CUDA device: on a CPU bitsandbytes repacks 4-bit weights at the first evaluation, "
             "and gradients through them are wrong from then on. Leave --quantize out."
         )
-    if chunk_tokens(config.sweep, LENGTH, None) is not None:
+    if config.sweep != OFF:
         _check_sweep(config)
     elif config.kv_memory is not None:
         raise ConfigError("--kv-memory is for the keys and values of a sweep: add --sweep, or leave it out.")
@@ -190,6 +190,7 @@ def _check_sharing(config: FinetuneConfig) -> None:
 
 def _check_sweep(config: FinetuneConfig) -> None:
     """Raise ConfigError for what a sweep cannot do."""
+    chunk_tokens(config.sweep, LENGTH, None)  # refused now if it is no number
     attention = attention_of(config)
     if ATTENTION_VARIANTS[attention].leaks:
         raise ConfigError(
@@ -198,6 +199,10 @@ def _check_sweep(config: FinetuneConfig) -> None:
     if config.kv_memory is not None and attention != "full":
         raise ConfigError(
             f"--kv-memory is for full attention: what chunks keep under {attention} waits in host memory. Leave it out."
+        )
+    if config.kv_memory is not None and training_device(config).type != "cuda":
+        raise ConfigError(
+            "--kv-memory divides what a sweep keeps between a GPU and host memory: it needs a CUDA device."
         )
     if config.sequence_parallel > 1 or config.context_parallel > 1:
         raise ConfigError(

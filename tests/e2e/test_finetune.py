@@ -483,6 +483,7 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
         (("--dtype", "float16"), ("--dtype for training",)),
         (("--offload",), ("--offload", "CUDA")),
         (("--sweep", 64, "--kv-memory", 1), ("--kv-memory is for full attention", "host memory")),
+        (("--attention", "full", "--sweep", 64, "--kv-memory", 1), ("--kv-memory divides", "CUDA device")),
         (("--sweep", "half"), ("--sweep takes a number of tokens, auto or off", "half")),
         (("--sweep", 64, "--attention", "s2-wrapped"), ("--sweep needs attention without later tokens", "s2-wrapped")),
         (("--kv-memory", 4), ("--kv-memory", "add --sweep")),
