@@ -164,20 +164,22 @@ def _ways(plan: TrainingPlan) -> Table:
         if way is plan.way_out:
             best.add((number, 0))
     columns = ["", "GPU", "host", "batch", "tok/s", "longest", "limit"]
-    marked = "the first that fits is marked" if best else "none fits"
-    caption = f"GiB of a GPU and of the host (!: too much); longest row that fits; what ends it or is too low; {marked}"
+    marked = "first that fits marked" if best else "none fits"
+    caption = f"GiB, ! is too much; limit of longer rows; {marked}"  # with a price still 80 columns
     if plan.config.price_per_hour is not None:
         columns.append("USD")
         tokens = plan.config.num_tokens
-        caption += f"; USD of {f'{tokens:,} tokens' if tokens else 'a batch'}"
+        caption += f"; USD of {f'{_short(tokens)} tokens' if tokens else 'a batch'}"
     title = f"Each way to train on {plan.setup.length:,} tokens, {plan.setup.num_gpus} x {plan.device.name}"
     return Table(title, columns, rows, frozenset(best), caption=caption)
 
 
 def _short(tokens: int) -> str:
-    """Return a length in three digits or so: 960, 224k, 4.06M; rounded down."""
+    """Return a number of tokens in three digits or so: 960, 224k, 4.06M, 2B; rounded down."""
     if tokens < 1000:
         return str(tokens)
+    if tokens >= 10**9:
+        return f"{tokens // 10**7 / 100:.3g}B"
     return f"{tokens // 1000}k" if tokens < 10**6 else f"{tokens // 10**4 / 100:.3g}M"
 
 
