@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from longext.checkpoint.load import build_model, load_config
@@ -122,7 +122,7 @@ def _probe_length(shape: ModelShape, setup: TrainingSetup, device: torch.device)
 def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(psutil.virtual_memory().available)  # unused pages and those of the page cache that can be dropped
 
 
 def _measure(directory: Path, shape: ModelShape, setup: TrainingSetup, depth: int, device: torch.device) -> ProbeRun:
