@@ -201,8 +201,8 @@ def _install_checked(remapping: Remapping, kinds: dict[str | None, nn.Module]) -
 
 def _not_remappable(model: Any) -> ConfigError:
     return ConfigError(
-        f"{type(model).__name__} does not take its rotation and attention through transformers' interfaces, so that its "
-        "positions cannot be remapped. Llama, Mistral, Qwen, Gemma 3, Phi-3, GPT-NeoX, GLM and most others do."
+        f"{type(model).__name__} does not take its rotation and attention through transformers' interfaces, so that "
+        "its positions cannot be remapped. Llama, Mistral, Qwen, Gemma 3, Phi-3, GPT-NeoX, GLM and most others do."
     )
 
 
