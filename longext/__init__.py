@@ -35,6 +35,8 @@ _PUBLIC = {
     "CompareConfig": "longext.report.config",
     "Perplexity": "longext.evals.suites.ppl",
     "Passkey": "longext.evals.suites.passkey",
+    "REMAPS": "longext.attention.bands",
+    "attach": "longext.models.remap",
     "register_attention": "longext.attention.shifted",
     "extend_checkpoint": "longext.conversion.extend",
     "finetune_checkpoint": "longext.training.longlora",

@@ -76,7 +76,8 @@ def load(
 
     Args:
         model: a directory, Hub id or bundled name; an adapter directory; or the output of `compress`.
-        method: RoPE method to apply in memory, "yarn" or with its parameters "dynamic:alpha=4".
+        method: RoPE method to apply in memory, "yarn" or with its parameters "dynamic:alpha=4", or a method of
+            position remapping, "leaky-rerope:logn=true" (`longext.attach` for a model that transformers loaded).
         factor: target length / trained length of `method`.
         memory: read by segments with this memory, as `--memory` spells it.
         segment: tokens of a segment; a compressor has its own.

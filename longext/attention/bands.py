@@ -70,6 +70,12 @@ class RemapSpec:
         return REMAPS[self.method].bands(self)
 
     @property
+    def exact_length(self) -> int:
+        """The longest text that is read exactly as by the plain model."""
+        exact = REMAPS[self.method].exact(self) if self.temperature == 1 else 0
+        return min(exact, self.trained_length) if self.logn else exact
+
+    @property
     def formula(self) -> str:
         """What becomes of a distance, with the parameters that are used."""
         used = {**self.values, **({"logn": "on"} if self.logn else {}), "temperature": self.temperature}
@@ -93,6 +99,7 @@ class RemapMethod:
         defaults: (L, N, pairs, given parameters) -> all parameters; ours where the source names none.
         bands: spec -> its bands.
         parameters: its own, besides logn and temperature.
+        exact: spec -> the longest text in which all distances are as they are.
         colour: of its lines in charts.
         trains: whether training under it is meant: its positions are those that the model was trained on.
     """
@@ -103,6 +110,7 @@ class RemapMethod:
     defaults: Callable[[int, int, int, Mapping[str, Any]], Mapping[str, Any]]
     bands: Callable[[RemapSpec], Sequence[Band]]
     parameters: tuple[Parameter, ...] = ()
+    exact: Callable[[RemapSpec], int] = lambda spec: spec.window  # type: ignore[no-any-return]
     colour: str = ""
     trains: bool = False
 

@@ -39,6 +39,7 @@ class Remapping:
         self.model, self.spec = model, spec
         self.rotations: dict[str | None, Rotation] = {}
         self.is_plain = False  # distances stay as they are: what the self-check and texts in the window use
+        self.is_used = False  # a layer asked for attention over the whole text
         self._text = model.config.get_text_config()
         self._before: str = self._text._attn_implementation
         self._removers: list[Any] = []
@@ -129,6 +130,8 @@ def attach(
     first = next(iter(kinds.items()))
     num_pairs = _inv_freq(first[1], first[0]).numel()
     spec = remap_spec(method, length, target_length, num_pairs, parameters)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise _not_remappable(model)
     if getattr(text, "attn_logit_softcapping", None):
         raise ConfigError(f"{type(model).__name__} caps attention scores, which cannot be merged over bands.")
     remapping = Remapping(model, spec)
@@ -148,11 +151,15 @@ def _rotated_kinds(model: Any) -> dict[str | None, nn.Module]:
                 found[kind] = module
     types = set(getattr(text, "layer_types", None) or [])
     if len(modules) != len({id(module) for module in found.values()}) or not found or types and types <= windowed:
-        raise ConfigError(
-            f"{type(model).__name__} has no layer that rotates its queries and keys and sees the whole text, so that "
-            "there are no distances to remap: choose a method that `longext extend` knows."
-        )
+        raise _no_distances(model)
     return found
+
+
+def _no_distances(model: Any) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} has no layer that rotates its queries and keys and sees the whole text, so that "
+        "there are no distances to remap: choose a method that `longext extend` knows."
+    )
 
 
 def _inv_freq(module: nn.Module, kind: str | None) -> torch.Tensor:
@@ -187,6 +194,9 @@ def _install_checked(remapping: Remapping, kinds: dict[str | None, nn.Module]) -
             }
             found = model(ids, use_cache=False).logits.float()
             spread = float(expected.std())
+            if not remapping.is_used:
+                remapping.detach()
+                raise _no_distances(model)
             if float((found - expected).abs().max()) <= (1e-3 if model.dtype.itemsize >= 4 else 5e-2) * spread:
                 return
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
@@ -251,11 +261,14 @@ def attention_forward(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     remapping, type_ = current.remapping, current.remapping.kind_of(module)
     rotation = remapping.rotations.get(type_)
-    if rotation is None or sliding_window is not None or remapping.is_plain:
+    first, starts = _place(current, attention_mask, query)
+    longest = first + query.shape[2] - min(starts)
+    is_plain = remapping.is_plain or longest <= remapping.spec.exact_length
+    remapping.is_used |= sliding_window is None and rotation is not None
+    if rotation is None or sliding_window is not None or (is_plain and PLAN not in kwargs):
         if rotation is not None:
             query, key = _as_they_are(current, rotation, type_, query, key, attention_mask)
         return _by_sdpa(module, query, key, value, attention_mask, scale, sliding_window, kwargs)
-    first, starts = _place(current, attention_mask, query)
     key, value = (x[:, :, : first + query.shape[2]] for x in (key, value))  # a static cache is longer than its text
     place = (type_, query.device)
     if query.shape[2] == 1:

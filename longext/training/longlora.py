@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.bands import REMAPS
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -325,6 +326,12 @@ class FinetuneRun(Run):
             original_length=remap.original_length, **remap.parameters,
         )  # fmt: skip
 
+    @property
+    def _remapped_as(self) -> str:
+        """What of the objective the remapping is, in words."""
+        remap = self.plan.extension.remap
+        return f", distances of {remap.name}: {REMAPS[remap.name].formula}" if remap else ""
+
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
         plan, config = self.plan, self.plan.config
@@ -338,7 +345,7 @@ class FinetuneRun(Run):
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
-                "objective": f"{attention} attention{group}",
+                "objective": f"{attention} attention{group}{self._remapped_as}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,

@@ -30,6 +30,7 @@ REMAPS.register(
         ),
         defaults=lambda L, N, pairs, given: {"chunk": max(2, L * 3 // 4), "window": max(1, L // 8)},
         bands=_bands,
+        exact=lambda s: s.chunk - s.window,
         colour="#117733",
         trains=True,
     ),

@@ -15,6 +15,7 @@ REMAPS.register(
         ),
         defaults=lambda L, N, pairs, given: {"shift": max(1, L // 3), "window": min(128, L // 12)},
         bands=lambda s: near_and_far(s.shift, lambda i: i - s.shift + s.window, lambda j: j),
+        exact=lambda s: s.shift,
         colour="#56b4e9",
         trains=True,
     ),
