@@ -108,6 +108,12 @@ def _reload_here(request: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Figures are made but not drawn, which takes a fifth of a short run: where a test looks at none."""
+    monkeypatch.setattr("longext.report.plots.save_png", lambda figure, path: path.touch())
+
+
+@pytest.fixture
 def books() -> HFLanguageModel:
     """books-5m as it is; loading takes tens of milliseconds, and a fresh one cannot be spoilt by another test."""
     return load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
