@@ -15,6 +15,7 @@ from longext.compressor.checkpoint import load_compressor
 from longext.errors import CheckpointError
 from longext.training.callbacks import read_metrics
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--data", "sample", "--segment", 64, "--lora-r", 4, "--lora-alpha", 8, "--learning-rate", 2e-3)
 QUICK = (*SMALL, "--ratio", 8, "--document-length", 256, "--num-steps", 3, "--set", "warmup_steps=1")
 
