@@ -109,6 +109,12 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
         panel="Method",
     )
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
+    mixed_window: bool = option(
+        False, "Documents up to the trained length keep the original RoPE, longer ones get the new.", panel="Method"
+    )
+    short_share: float | None = option(
+        None, "mixed-window: share of rows cut to the trained length (default 0.3; sft: 0).", ge=0, le=1, panel="Method"
+    )
     attention: str | None = option(
         None, "In training (default: s2; pose: full)", names=lambda: ATTENTION_VARIANTS, panel="Method"
     )

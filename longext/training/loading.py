@@ -19,13 +19,23 @@ from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import fingerprint_weights
 from longext.conversion.config import ExtendConfig
-from longext.conversion.extend import extended_config, plan_extension, provenance
+from longext.conversion.extend import (
+    ExtensionPlan,
+    checked,
+    engine_notes,
+    exportable_parameters,
+    extended_config,
+    plan_extension,
+    provenance,
+)
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.models.methods import RemapRequest, remap_request
 from longext.models.remap import IMPLEMENTATION
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
+from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
@@ -58,6 +68,13 @@ class Extension:
         """The rope_type of the config (of its full-attention layers)."""
         return model_rope(self.config, self.source).rope_type
 
+    @property
+    def follows_length(self) -> bool:
+        """True if the frequencies depend on the length of the sequence."""
+        parameters = model_rope(self.config, self.source).parameters
+        is_one = self.rope_type == "longrope" and parameters["short_factor"] == parameters["long_factor"]
+        return self.rope_type in LENGTH_DEPENDENT and not is_one
+
 
 def plan_training_rope(config: FinetuneConfig) -> Extension:
     """Work out the RoPE of the run from config files alone.
@@ -72,15 +89,28 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     if config.method == "none" or remap:
         return _as_it_is(config, source, remap)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
-    plan = plan_extension(request)
+    plan = _plan_windows(request) if config.mixed_window else plan_extension(request)
     record = {**provenance(plan), "trained": True, "base_weights": fingerprint_weights(source)}
     original = plan.spec.original_max_position_embeddings
     return Extension(source, extended_config(plan), record, plan.new_length, original)
 
 
+def _plan_windows(request: ExtendConfig) -> ExtensionPlan:
+    """Return an extension under which texts of up to the trained length keep the RoPE of the weights."""
+    plan = plan_extension(replace(request, check=False))
+    spec = join_windows(plan.origin, plan.spec, plan.new_length)
+    parameters = exportable_parameters(plan.rope, spec)
+    return checked(replace(plan, config=request, spec=spec, parameters=parameters, warnings=engine_notes(parameters)))
+
+
 def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) -> Extension:
     raw = read_config(source)
     rope = model_rope(raw, source, config.trust_remote_code or None)
+    if config.mixed_window and rope.spec.method != "longrope":
+        raise ConfigError(
+            f"--mixed-window trains two RoPEs, and {config.model} has one ({rope.rope_type}): add --method (yarn, ...), "
+            "or give a checkpoint whose RoPE is longrope."
+        )
     if remap is not None:
         remap = replace(remap, original_length=remap.original_length or rope.spec.original_max_position_embeddings)
         length = remap.target(remap.original_length or 0)
