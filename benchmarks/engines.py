@@ -43,7 +43,7 @@ def make(out: Path) -> None:
     base = BUNDLED_MODELS["books-5m"]
     ids = load_tokenizer(base)(SAMPLE_DOCUMENT.read_text(encoding="utf-8"))["input_ids"][:LENGTH]
     (out / "ids.json").write_text(json.dumps(ids))
-    rising = [1 + i / 2 for i in range(16)]  # divisors of the 16 dimension pairs, beyond the trained length
+    rising = [1 + i / 4 for i in range(32)]  # divisors of the 32 dimension pairs, beyond the trained length
     (out / "factors.json").write_text(json.dumps({"long_factor": rising}))
     for name, settings in SETTINGS.items():
         if "factors" in settings:

@@ -229,6 +229,11 @@ def readers(kind: str) -> list[str]:
     return [each.title for each in ENGINES if each.reading(kind).verdict == RIGHT]
 
 
+def serving_engines() -> list[Engine]:
+    """Return the engines that are developed further, besides transformers."""
+    return [each for each in ENGINES if each.is_current and each.name != "transformers"]
+
+
 def engine_notes(parameters: Mapping[str, Any]) -> tuple[str, ...]:
     """Return one line on the engines that read these `rope_parameters` otherwise in silence; none if there are none."""
     kind = kind_of(parameters)
