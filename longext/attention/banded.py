@@ -8,9 +8,7 @@ Shape legend: B rows, H query heads, K key-value heads, n queries, M keys (those
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +40,11 @@ class Rotation:
         angles = positions * self.inv_freq.to(positions.device, torch.float64)
         cos, sin = ((part * self.scaling).to(like.device, like.dtype) for part in (angles.cos(), angles.sin()))
         return cos, sin
+
+    def plain_tables(self, numbers: Tensor, like: Tensor) -> Tables:
+        """Return cos and sin [..., pairs] of whole numbers [...], computed in float32 as transformers does."""
+        angles = numbers[..., None].float() * self.inv_freq.to(numbers.device).float()
+        return (angles.cos() * self.scaling).to(like.dtype), (angles.sin() * self.scaling).to(like.dtype)
 
     def turn(self, x: Tensor, tables: Tables) -> Tensor:
         """Return x [..., n, D] rotated by tables [..., n, pairs]; dimensions beyond the pairs stay."""
@@ -165,8 +168,10 @@ class StepPlan:
                 seen |= inside
             rows.append((positions, seen))
         positions = torch.stack([each for each, _ in rows])
-        self.keys = tuple(part[:, None] for part in self.rotation.tables(positions, self.like))
-        self.query = tuple(part[:, None, None] for part in self.rotation.tables(query[:, None], self.like))
+        cos, sin = self.rotation.tables(positions, self.like)
+        self.keys = cos[:, None], sin[:, None]
+        cos, sin = self.rotation.tables(query[:, None], self.like)
+        self.query = cos[:, None, None], sin[:, None, None]
         self.mask = torch.stack([seen for _, seen in rows])[:, None, None].to(self.like.device)
         scales = query_scales(self.spec, query, self.like)
         self.scales = None if scales is None else scales[:, None, None]

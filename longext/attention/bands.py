@@ -108,7 +108,7 @@ REMAPS: Registry[RemapMethod] = Registry(
 )
 
 SHARED = (
-    Parameter("logn", "true multiplies queries beyond the trained length by ln(i + 1) / ln L", choices=(True, False)),
+    Parameter("logn", "true multiplies queries beyond the trained length by ln(i + 1) / ln L"),
     Parameter("temperature", "multiplies queries and keys; yarn takes 0.1 ln(N / L) + 1", above=0),
 )
 _FRACTIONS = ("k", "temperature")  # all other numbers count tokens
@@ -156,8 +156,11 @@ def remap_spec(
     if target < 2:
         raise ConfigError(f"`target_length` must be >= 2, got {target}.")
     stretch = 0.1 * math.log(max(1.0, target / trained_length)) + 1.0  # YaRN's sqrt(1/t), arXiv 2309.00071, eq. 22
-    named = {"yarn": stretch, "true": True, "false": False}
-    values = {name: _number(known[name], named.get(value, value)) for name, value in given.items()}
+    words = {"yarn": stretch, "true": True, "false": False}
+    values = {
+        name: _number(known[name], words.get(value, value) if isinstance(value, str) else value)
+        for name, value in given.items()
+    }
     temperature = values.pop("temperature", 1.0)
     logn = values.pop("logn", False)
     settled = {**entry.defaults(trained_length, target, num_pairs, values), **values}
@@ -173,10 +176,15 @@ def _number(parameter: Parameter, value: Any) -> Any:
         ConfigError: not a number, or none that this parameter can have.
     """
     try:
-        numbers = [float(part) for part in value.split("-")] if isinstance(value, str) else [value]
-    except ValueError:
+        listed = value.split("-") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+        numbers: list[Any] = [float(each) for each in listed]
+    except (TypeError, ValueError):
         raise ConfigError(f"`{parameter.name}` cannot be '{value}': {parameter.help}.") from None
-    numbers = [int(number) if float(number).is_integer() and not isinstance(number, bool) else number for number in numbers]
+    if parameter.name == "logn":
+        if not isinstance(value, bool):
+            raise ConfigError(f"`logn` must be true or false, got '{value}'.")
+        return value
+    numbers = [int(each) if float(each).is_integer() else each for each in numbers]
     if parameter.name == "factors":
         return tuple(numbers)
     if len(numbers) > 1 or (parameter.name not in _FRACTIONS and not isinstance(numbers[0], int)):

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from longext.checkpoint import _built
 from longext.checkpoint.checks import (
     check_finite,
     check_ids,
@@ -41,13 +39,13 @@ from longext.models.decode import generate
 from longext.models.head import decoder_of, head_is_plain, scale_logits
 from longext.models.methods import method_request
 from longext.models.protocol import TokenScores
+from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rebuild_rope, reset_rotary, rope_type_of, rotary_modules
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
 from longext.options import RuntimeConfig
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that follow the length of the sequence
 
 
 class HFLanguageModel:
@@ -191,7 +189,7 @@ class HFLanguageModel:
         """
         if self.follows_length:
             for module in rotary_modules(self.model):
-                _reset(module)
+                reset_rotary(module)
 
     @contextlib.contextmanager
     def frozen_rope(self, length: int) -> Iterator[None]:
@@ -274,82 +272,6 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
     nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
     return TokenScores(nll, is_top1)
-
-
-def rope_type_of(model: Any) -> str:
-    """Return the rope_type of a model's text part: the one that follows the length, if any; else of full attention."""
-    parameters = model.config.get_text_config().rope_parameters
-    if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
-        return "default"  # HunYuan's fixed base under the name "dynamic"
-    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
-    kinds = [rope["rope_type"] for rope in nested or [parameters] if rope.get("rope_type")]
-    chosen = parameters.get("full_attention") or (nested or [parameters])[0]
-    kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
-    return kind
-
-
-def rotary_modules(model: Any) -> list[Any]:
-    """Return the rotary embedding modules of a transformers model's text part."""
-    return [module for module in _built.rotary_modules(model).values() if hasattr(module, "rope_type")]
-
-
-def _reset(module: Any) -> None:
-    originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
-    for name in originals:
-        prefix = name.removesuffix("original_inv_freq")
-        module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
-        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
-def rebuild_rope(model: Any, config: Any) -> None:
-    """Make a loaded model the one that `config` (a transformers config) builds; its weights stay.
-
-    A second model is built on the meta device; rotary modules, and plain values that constructors computed (softmax
-    scales, lengths), are taken over from there, module by module.
-    """
-    attention = model.config.get_text_config()._attn_implementation
-    with torch.device("meta"):
-        twin = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
-    modules, rotary = dict(model.named_modules()), _built.rotary_modules(twin)
-    for name, theirs in twin.named_modules():
-        if name in rotary:
-            parent, _, own_name = name.rpartition(".")
-            device = next(modules[name].buffers()).device
-            setattr(modules[parent], own_name, type(theirs)(config=theirs.config).to(device))
-        elif name in modules:
-            _take_values(modules[name], theirs)
-
-
-def _take_values(ours: nn.Module, theirs: nn.Module) -> None:
-    """Copy numbers and configs that the constructor left in a module; what belongs to a mode of use stays."""
-    for key, value in vars(theirs).items():
-        is_value = isinstance(value, (bool, int, float, str, type(None))) or key == "config"
-        if is_value and not key.startswith("_") and key not in ("training", "gradient_checkpointing", "name_or_path"):
-            setattr(ours, key, value)
-
-
-def hold_rope(model: nn.Module, length: int) -> None:
-    """Give every rotary module permanently the rotation that it has for a sequence of `length` tokens."""
-    for module in rotary_modules(model):
-        weight = next(model.parameters())
-        last = torch.tensor([[length - 1]], device=weight.device)
-        kind = module.rope_type
-        for layer_type in kind if isinstance(kind, dict) else [None]:
-            _built.rotate(module, last, layer_type)
-        # transformers updates by name: "default" is never updated
-        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
-
-
-@contextlib.contextmanager
-def held_rotation(model: nn.Module, length: int) -> Iterator[None]:
-    """While open, every rotary module has the rotation of a sequence of `length` tokens, whatever part it is given."""
-    kinds = [(module, module.rope_type) for module in rotary_modules(model)]
-    hold_rope(model, length)
-    try:
-        yield
-    finally:
-        for module, kind in kinds:
-            module.rope_type = kind
 
 
 def kv_numbers(config: Any) -> int:

@@ -28,7 +28,8 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
-from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel, kv_numbers
+from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine

@@ -19,13 +19,9 @@ ROTATION = Rotation(10000.0 ** (-torch.arange(PAIRS, dtype=torch.float64) / PAIR
 # distance that query i and key j are made to have, written from the papers' formulas, one token pair at a time
 DISTANCES = {
     "rerope": lambda i, j, p: min(i - j, p["window"]),
-    "leaky-rerope": lambda i, j, p: (
-        i - j if i - j < p["window"] else p["window"] + (i - j - p["window"]) / p["k"]
-    ),
+    "leaky-rerope": lambda i, j, p: i - j if i - j < p["window"] else p["window"] + (i - j - p["window"]) / p["k"],
     "selfextend": lambda i, j, p: (
-        i - j
-        if i - j < p["window"]
-        else i // p["group"] + p["window"] - p["window"] // p["group"] - j // p["group"]
+        i - j if i - j < p["window"] else i // p["group"] + p["window"] - p["window"] // p["group"] - j // p["group"]
     ),
     "string": lambda i, j, p: i - j if i - j < p["shift"] else i - j - p["shift"] + p["window"],
     "window": lambda i, j, p: i - j if i - j < p["window"] else (min(i, p["window"]) - j if j < p["sinks"] else None),

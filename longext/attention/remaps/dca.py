@@ -1,14 +1,20 @@
 """Dual chunk attention: positions within a chunk, of the chunk before, and one distance for all older chunks."""
 
-from longext.attention.bands import REMAPS, Band, Parameter, RemapMethod, RemapSpec
+from longext.attention.bands import REMAPS, Band, Numbers, RemapMethod, RemapSpec
+from longext.rope.spec import Parameter
 
 
 def _bands(s: RemapSpec) -> list[Band]:
     size = s.chunk - s.window  # S, at which keys start over
+    oldest = min(2 * size - 1, s.chunk)
+
+    def first(i: Numbers) -> Numbers:  # of the query's chunk
+        return i - i % size
+
     return [
-        Band(lambda i: i - i % size, lambda i: i + 1, lambda i: i % size, lambda j: j % size),
-        Band(lambda i: i - i % size - size, lambda i: i - i % size, lambda i: (i % size + size).clip(max=s.chunk), lambda j: j % size),
-        Band(lambda i: i * 0, lambda i: i - i % size - size, lambda i: i * 0 + min(2 * size - 1, s.chunk), lambda j: j % size),
+        Band(first, lambda i: i + 1, lambda i: i % size, lambda j: j % size),
+        Band(lambda i: first(i) - size, first, lambda i: (i % size + size).clip(max=s.chunk), lambda j: j % size),
+        Band(lambda i: i * 0, lambda i: first(i) - size, lambda i: i * 0 + oldest, lambda j: j % size),
     ]
 
 

@@ -2,7 +2,8 @@
 
 import math
 
-from longext.attention.bands import REMAPS, WINDOW, Parameter, RemapMethod, group_of, near_and_far, per_pair
+from longext.attention.bands import REMAPS, WINDOW, RemapMethod, group_of, near_and_far, per_pair
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "dpe",

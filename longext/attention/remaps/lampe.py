@@ -2,7 +2,8 @@
 
 import math
 
-from longext.attention.bands import REMAPS, WINDOW, Parameter, RemapMethod, near_and_far
+from longext.attention.bands import REMAPS, WINDOW, RemapMethod, near_and_far
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "lampe",

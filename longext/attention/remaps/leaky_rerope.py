@@ -1,6 +1,7 @@
 """Leaky ReRoPE: distances beyond a window grow by 1/k a token."""
 
-from longext.attention.bands import REMAPS, WINDOW, Parameter, RemapMethod, group_of, near_and_far
+from longext.attention.bands import REMAPS, WINDOW, RemapMethod, group_of, near_and_far
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "leaky-rerope",

@@ -2,7 +2,8 @@
 
 import math
 
-from longext.attention.bands import REMAPS, WINDOW, Parameter, RemapMethod, group_of, near_and_far
+from longext.attention.bands import REMAPS, WINDOW, RemapMethod, group_of, near_and_far
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "selfextend",

@@ -1,6 +1,7 @@
 """STRING: far distances are shifted back into those that training has seen often."""
 
-from longext.attention.bands import REMAPS, Parameter, RemapMethod, near_and_far
+from longext.attention.bands import REMAPS, RemapMethod, near_and_far
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "string",

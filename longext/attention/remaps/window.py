@@ -1,6 +1,7 @@
 """A window of the nearest tokens and the first few: the control that reads nothing far."""
 
-from longext.attention.bands import REMAPS, WINDOW, Band, Parameter, RemapMethod
+from longext.attention.bands import REMAPS, WINDOW, Band, RemapMethod
+from longext.rope.spec import Parameter
 
 REMAPS.register(
     "window",

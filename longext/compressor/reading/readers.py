@@ -26,13 +26,9 @@ from longext.compressor.reading.trails import CacheTrail, CompressorTrail, Strea
 from longext.errors import ConfigError
 from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
-from longext.models.hf import (
-    LENGTH_DEPENDENT,
-    HFLanguageModel,
-    load_language_model,
-    score_hidden,
-)
+from longext.models.hf import HFLanguageModel, load_language_model, score_hidden
 from longext.models.protocol import TokenScores
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
