@@ -95,6 +95,7 @@ def _readings(*right: str, evidence: str = READ, **others: Reading) -> dict[str,
 
 _OWN_TEMPERATURE = "takes YaRN's own temperature instead of attention_factor"
 _LONGROPE_TEMPERATURE = "takes LongRoPE's temperature, sqrt(1 + ln s / ln L), instead of attention_factor"
+_LATE_RAMP = "puts the ramp where the extended length has it, not the trained one"
 _HF_OVERRIDE = '{"max_position_embeddings": N, "rope_parameters": {...}}'
 
 ENGINES = (
@@ -154,8 +155,11 @@ ENGINES = (
         override="-c N with --rope-freq-base THETA (ntk, abf), --rope-scaling linear --rope-scale S, or "
         "--rope-scaling yarn --rope-scale S --yarn-orig-ctx L",
         readings=_readings(
-            *("default", "linear", "llama3", "yarn"),
+            *("default", "linear", "yarn"),
             evidence=RUN,
+            llama3=Reading(
+                RIGHT, evidence=RUN, source="Llama and its kin; graphs that do not read rope_freqs (Qwen) ignore it"
+            ),
             yarn_attention=Reading(
                 OTHER, "multiplies attention_factor by its own 0.1 ln s + 1 once more", RUN, "PR #17945 has its order"
             ),
@@ -173,7 +177,9 @@ ENGINES = (
             *("default", "linear", "llama3", "yarn"),
             evidence=RUN,
             yarn_attention=Reading(OTHER, _OWN_TEMPERATURE, RUN, "PR #1507 was closed"),
-            dynamic=Reading(OTHER, "rotates each cached key by the length when it was written", source="one pass is right"),
+            dynamic=Reading(
+                OTHER, "rotates each cached key by the length when it was written", source="one pass is right"
+            ),
             longrope_static=Reading(OTHER, _LONGROPE_TEMPERATURE, RUN),
             longrope=Reading(OTHER, "takes the long factors at every length"),
         ),
@@ -199,8 +205,8 @@ ENGINES = (
         is_current=False,
         readings=_readings(
             *("default", "linear", "llama3"),
-            yarn=Reading(OTHER, "puts the ramp of YaRN where the extended length has it, not the trained one"),
-            yarn_attention=Reading(OTHER, "puts the ramp of YaRN where the extended length has it, not the trained one"),
+            yarn=Reading(OTHER, _LATE_RAMP),
+            yarn_attention=Reading(OTHER, _LATE_RAMP),
             dynamic=Reading(OTHER, "ignores it: the base's RoPE"),
             longrope_static=Reading(OTHER, _LONGROPE_TEMPERATURE),
             longrope=Reading(OTHER, "takes the long factors for short texts too"),

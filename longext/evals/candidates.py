@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from longext.attention.bands import REMAPS, remap_spec
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.engines import REMAPPED, RIGHT, kind_of, serving_engines
@@ -18,13 +19,14 @@ from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, sum
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
 from longext.models.methods import described, method_request
-from longext.rope.spec import ROPE_METHODS, extension_methods
+from longext.rope.spec import RopeSpec, extension_methods
 
 if TYPE_CHECKING:
     from longext.models.hf import HFLanguageModel
 
 _MOST_SCORED = 1024  # tokens of a place
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_CONTROL = "window"  # it reads nothing far
 _PROMPTS = 2  # passkeys at each place
 _DEFINITION = (
     "the last tokens of each place with the trained length, half the target and the target as context; two passkeys "
@@ -41,12 +43,14 @@ class Choice:
         formula: in plain text.
         kind: what engines see of it (`engines.KINDS`), or `REMAPPED`.
         plan: the extension it is; None if it is no checkpoint.
+        remap: its own name and parameters, if it remaps positions inside attention.
     """
 
     name: str
     formula: str
     kind: str
     plan: ExtensionPlan | None = None
+    remap: tuple[str, dict[str, str]] | None = None
 
     @property
     def engines(self) -> list[str]:
@@ -54,17 +58,20 @@ class Choice:
         return [each.title for each in serving_engines() if each.reading(self.kind).verdict == RIGHT]
 
 
-def choices(config: Any, trained: int) -> tuple[list[Choice], list[str]]:
+def choices(config: Any, rope: RopeSpec) -> tuple[list[Choice], list[str]]:
     """Return the methods to try, and a line for each that cannot be: it needs something given, or this model cannot.
+
+    Args:
+        rope: the model's own.
 
     Raises:
         ConfigError: a method that the user named is unknown or impossible.
     """
-    factor = config.target_length / trained
+    factor = config.target_length / rope.original_max_position_embeddings
     found, left_out = list[Choice](), list[str]()
     for name in config.methods or _sensible(factor):
         try:
-            found.append(_choice(name, config, factor))
+            found.append(_choice(name, config, rope, factor))
         except (ConfigError, CheckpointError) as error:
             if config.methods:
                 raise
@@ -77,15 +84,21 @@ def choices(config: Any, trained: int) -> tuple[list[Choice], list[str]]:
 def _sensible(factor: float) -> list[str]:
     """Return every method with the parameters that its default leaves open for a model that is not trained further."""
     own = {"dynamic": f"dynamic:alpha={factor:g}"}  # the paper's alpha = 1 holds less far
-    return [own.get(name, name) for name in extension_methods()]
+    remaps = [name if name == _CONTROL else f"{name}:logn=true" for name in REMAPS]
+    return [*(own.get(name, name) for name in extension_methods()), *remaps]
 
 
-def _choice(name: str, config: Any, factor: float) -> Choice:
-    request = method_request(name, config.model, config.revision, factor)
+def _choice(text: str, config: Any, rope: RopeSpec, factor: float) -> Choice:
+    name, *settings = text.split(":")
+    if name in REMAPS:
+        given = {key.replace("-", "_"): value for key, _, value in (setting.partition("=") for setting in settings)}
+        remap_spec(name, rope.original_max_position_embeddings, config.target_length, rope.rotary_dim // 2, given)
+        return Choice(text, REMAPS[name].formula, REMAPPED, remap=(name, given))
+    request = method_request(text, config.model, config.revision, factor)
     if request.method == "none":
         raise ConfigError("`none` is what every method is compared with; it is always measured.")
     plan = plan_extension(request)
-    return Choice(name, described(plan.spec), kind_of(plan.parameters), plan)
+    return Choice(text, described(plan.spec), kind_of(plan.parameters), plan)
 
 
 @dataclass
@@ -102,7 +115,7 @@ class Trial:
     plain: dict[str, Any]
     trained: int
     windows: Sequence[Sequence[int]]
-    seconds: float = field(default=0.0, init=False)
+    _attached: Any = field(default=None, init=False)
 
     @property
     def scored(self) -> int:
@@ -117,8 +130,16 @@ class Trial:
 
     def apply(self, choice: Choice | None) -> None:
         """Give the model a method; None for the model as it is."""
-        plan = choice.plan if choice else None
-        self.model.set_rope(extended_config(plan) if plan else self.plain)
+        from longext.models.remap import attach
+
+        if self._attached:
+            self._attached.detach()
+        self.model.set_rope(extended_config(choice.plan) if choice and choice.plan else self.plain)
+        self._attached = None
+        if choice and choice.remap:
+            name, given = choice.remap
+            keywords: dict[str, Any] = {"original_length": self.trained, **given}
+            self._attached = attach(self.model.model, name, self.config.target_length, **keywords)
 
     def nll(self, place: int, length: int) -> float:
         """Return the mean NLL of the scored tokens of a place with `length` tokens, nats."""
@@ -185,15 +206,16 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     from longext.models.hf import load_language_model
 
     directory = resolve_model(config.model, config.revision)
-    trained = read_model_rope(directory, config.trust_remote_code).spec.original_max_position_embeddings
+    rope = read_model_rope(directory, config.trust_remote_code).spec
+    trained = rope.original_max_position_embeddings
     if config.target_length <= trained:
         raise ConfigError(f"--target-length must be above the trained length {trained}, got {config.target_length}.")
-    found, left_out = choices(config, trained)
+    found, left_out = choices(config, rope)
     documents = load_documents(config)
     model = load_language_model(config)
     trial = Trial(config, model, read_config(directory), trained, ())
     trial.windows = find_places(config, model, documents, trial.scored)
-    candidates = [Candidate(each.name, _rank(i, each), bool(each.engines)) for i, each in enumerate(found)]
+    candidates = [Candidate(each.name, _rank(each), bool(each.engines)) for each in found]
     base = Candidate("none", 0, False)
     started = time.perf_counter()
     tell(_estimate(trial, len(found)))
@@ -203,9 +225,9 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     return _record(trial, found, candidates, base, documents, measured, left_out)
 
 
-def _rank(place: int, choice: Choice) -> int:
-    """Return how much a method asks of its user: what more engines read is simpler, then what is listed earlier."""
-    return place - 1000 * len(choice.engines) + (10**6 if choice.kind == REMAPPED else 0)
+def _rank(choice: Choice) -> int:
+    """Return how much a method asks of its user: what more engines read is simpler, then what is a checkpoint."""
+    return 2 * (len(serving_engines()) - len(choice.engines)) + (choice.kind == REMAPPED)
 
 
 def _estimate(trial: Trial, count: int) -> str:
@@ -222,9 +244,9 @@ def _estimate(trial: Trial, count: int) -> str:
         "minutes."
     )
     return (
-        f"{count} methods at {trial.config.target_length:,} tokens: about {each:.1f} s for one method at one place with "
-        f"its {_PROMPTS} passkeys, so --minutes {trial.config.minutes:g} holds about {places} of {len(trial.windows)} "
-        f"places for all methods, more as methods drop out.{enough}"
+        f"{count} methods at {trial.config.target_length:,} tokens: about {each:.1f} s for one method at one place "
+        f"with its {_PROMPTS} passkeys, so --minutes {trial.config.minutes:g} holds about {places} of "
+        f"{len(trial.windows)} places for all methods, more as methods drop out.{enough}"
     )
 
 

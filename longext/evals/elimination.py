@@ -27,7 +27,7 @@ class Candidate:
 
     Attributes:
         name: as commands spell it.
-        rank: how much it asks of its user; of candidates that are not told apart the lowest is taken.
+        rank: how much it asks of its user; of candidates that are not told apart one of the lowest is taken.
         is_checkpoint: a serving engine reads it; these compete among themselves too.
         nll: mean NLL of the scored tokens at each place, by context length.
         found: 1 or 0 for each passkey prompt.
@@ -97,13 +97,16 @@ def best_of(candidates: Sequence[Candidate], length: int) -> tuple[Candidate, li
     """Return (the candidate to take, those not told apart from it).
 
     Most passkeys decide, then perplexity at `length`, then the lowest rank: each only among those that the measure
-    before does not tell apart from its best.
+    before does not tell apart from its best. With too few places to tell anything apart the best numbers are taken.
     """
+    if len(candidates[0].nll[length]) < FEWEST:
+        chosen = max(candidates, key=lambda each: (each.recall, -each.perplexity(length)))
+        return chosen, [each for each in candidates if each is not chosen]
     most = max(candidates, key=lambda each: each.recall)
     finders = [each for each in candidates if not is_worse_recall(each, most)]
     lowest = min(finders, key=lambda each: each.perplexity(length))
     tied = [each for each in finders if not is_worse_text(each, lowest, length)]
-    chosen = min(tied, key=lambda each: each.rank)
+    chosen = min(tied, key=lambda each: (each.rank, each.perplexity(length)))
     return chosen, [each for each in tied if each is not chosen]
 
 

@@ -89,14 +89,14 @@ def student_quantile(share: float, freedom: int) -> float:
 
     The expansion of Abramowitz and Stegun, 26.7.5.
     """
-    z = NormalDist().inv_cdf(share)
+    z: float = NormalDist().inv_cdf(share)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    return float(z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
 
 
 def paired_interval(differences: Any, num_looks: int = 1) -> tuple[float, float]:
@@ -116,8 +116,9 @@ def paired_interval(differences: Any, num_looks: int = 1) -> tuple[float, float]
 
 def sign_test(num_better: int, num_worse: int) -> float:
     """Return the two-sided p-value that pairs which differ fall as unevenly by chance (exact McNemar, 1947)."""
-    total, least = num_better + num_worse, min(num_better, num_worse)
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
+    total = num_better + num_worse
+    tail = sum(math.comb(total, k) for k in range(min(num_better, num_worse) + 1))
+    return min(1.0, 2.0 * tail / 2.0**total)
 
 
 Estimate = tuple[float, tuple[float, float] | None]  # a number and its 95 % interval

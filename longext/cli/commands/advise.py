@@ -32,7 +32,9 @@ def run(config: AdviseConfig, as_json: bool) -> None:
         figures=functools.partial(advice_figures, record),
         extra={"answer.txt": "\n".join([*advice.answer, "", *advice.commands, ""])},
     )
-    notes = [*(f"Left out: {text}" for text in record["left_out"]), *(f"Next: {text}" for text in advice.commands)]
+    left_out = [text.partition(":")[0] for text in record["left_out"]]
+    notes = [f"Left out (result.json says why): {', '.join(left_out)}."] if left_out else []
+    notes += [f"Next: {text}" for text in advice.commands]
     deliver(output, contents, as_json=as_json, lead=advice.answer, notes=notes)
 
 

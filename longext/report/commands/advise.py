@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from longext.conversion.engines import serving_engines
 from longext.evals.elimination import FEWEST
 from longext.report.tables import Table, number
 
@@ -76,13 +77,10 @@ def _for_engines(record: Mapping[str, Any], answer: Mapping[str, Any] | None) ->
     if answer is None:
         return "No serving engine reads any of the methods that were tried."
     row = _row(record, answer["method"])
-    readers = ", ".join(name.split(" ")[0] for name in row["engines"])
-    return f"For serving engines take {row['name']}: {_figures(record, row)} ({readers} read it){_tied(answer)}."
+    return f"For serving engines take {row['name']}: {_figures(record, row)}; {_readers(row)} read it{_tied(answer)}."
 
 
-def _for_transformers(
-    record: Mapping[str, Any], first: Mapping[str, Any] | None, second: Mapping[str, Any]
-) -> str:
+def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> str:
     name = second["method"]
     if first and name == first["method"]:
         return f"In transformers with longext nothing is told apart from {name} as better, so take it there too."
@@ -90,13 +88,18 @@ def _for_transformers(
     return f"{text}; no serving engine reads it." if first else f"{text}."
 
 
+def _readers(row: Mapping[str, Any]) -> str:
+    """Return the engines that read a method, without their versions."""
+    return ", ".join(name.rpartition(" ")[0] for name in row["engines"]) or "none"
+
+
 def _figures(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """Return perplexity, passkeys and price in words."""
     target, trained, passkey = record["target_length"], record["trained_length"], row["passkey"]
     found = f"{passkey['num_correct']} of {passkey['num_trials']} passkeys"
     return (
-        f"perplexity {number(_at(row, target)['ppl'])} and {found} at {target:,} tokens, {_price(row)} at the trained "
-        f"{trained:,}"
+        f"perplexity {number(_at(row, target)['ppl'])} and {found} at {target:,} tokens, {_price(row)} within the "
+        f"trained {trained:,}"
     )
 
 
@@ -111,7 +114,7 @@ def _tied(answer: Mapping[str, Any]) -> str:
         return ""
     more = f" and {len(others) - _FEW} more" if len(others) > _FEW else ""
     are = "is" if len(others) == 1 else "are"
-    return f"; {', '.join(others[:_FEW])}{more} {are} not told apart from it, and it is the simplest"
+    return f"; {', '.join(others[:_FEW])}{more} {are} not told apart from it, and nothing is simpler"
 
 
 def _open(record: Mapping[str, Any], name: str) -> list[str]:
@@ -119,15 +122,17 @@ def _open(record: Mapping[str, Any], name: str) -> list[str]:
     notes = []
     if not record["is_enough"]:
         notes.append(
-            f"Undecided: the time was up after {record['num_places']} place(s), and {FEWEST} are needed to tell methods "
-            "apart. Give more --minutes."
+            f"Undecided: the time was up after {record['num_places']} place(s), and {FEWEST} are needed to tell "
+            "methods apart. Give more --minutes."
         )
     change = _row(record, name)["against_window"]
     window = f"a window of the last {record['trained_length']:,} tokens by the model as it is"
     if change and "change_high" in change:
         span = f"{change['change_low']:+.1%} to {change['change_high']:+.1%}"
         if change["change_high"] < 0:
-            notes.append(f"The far text helps: {name} has {change['change']:+.1%} ({span}) perplexity against {window}.")
+            notes.append(
+                f"The far text helps: {name} has {change['change']:+.1%} ({span}) perplexity against {window}."
+            )
         else:
             notes.append(
                 f"The far text does not help to predict this data: {name} has {change['change']:+.1%} ({span}) "
@@ -203,10 +208,11 @@ def advice_tables(record: Mapping[str, Any]) -> list[Table]:
     engines = Table(
         "What reads it",
         ["method", "serving engines", "put aside for"],
-        [[row["name"], ", ".join(row["engines"]) or "none", row["beaten_by"] or "-"] for row in rows],
+        [[row["name"], _readers(row), row["beaten_by"] or "-"] for row in rows],
         best=best,
         left=frozenset({1, 2}),
-        caption="transformers reads every method; remapped attention needs longext there.",
+        caption="transformers reads every method; those that remap positions inside attention need longext there. "
+        f"Versions looked at: {', '.join(engine.title for engine in serving_engines())} (docs/engines.md).",
     )
     return [measured, engines]
 

@@ -1,10 +1,10 @@
-"""Serving engines as tables: which of them reads what longext writes, what the others make of it, and their commands."""
+"""Serving engines as tables: which of them reads what longext writes, what the others make of it, their commands."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from longext.conversion.engines import ENGINES, KINDS, OTHER, REFUSED, RIGHT, RUN, Engine, Reading, kind_of
+from longext.conversion.engines import ENGINES, KINDS, OTHER, REFUSED, RIGHT, RUN, Reading, kind_of
 from longext.report.tables import Table
 from longext.rope.spec import ROPE_METHODS, RopeSpec, extension_methods, rope_parameters
 
@@ -63,7 +63,12 @@ def methods_by_kind() -> dict[str, list[str]]:
 
 def _spec(method: str, values: dict[str, Any]) -> RopeSpec:
     """Return a spec of a usual size: only the kind of what it is written as is read."""
-    given: dict[str, Any] = {"rope_theta": 1e4, "rotary_dim": 64, "original_max_position_embeddings": 512, "factor": 8.0}
+    given: dict[str, Any] = {
+        "rope_theta": 1e4,
+        "rotary_dim": 64,
+        "original_max_position_embeddings": 512,
+        "factor": 8.0,
+    }
     return RopeSpec(method=method, **{**given, **values})
 
 
@@ -74,8 +79,6 @@ def _settings(example: Any) -> str:
 def _verdict(reading: Reading) -> str:
     word = _WORDS.get(reading.verdict, "?")
     return f"{word}*" if reading.evidence == RUN and reading.verdict in (RIGHT, OTHER) else word
-
-
 
 
 def _code(text: str) -> str:
