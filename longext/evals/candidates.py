@@ -15,7 +15,7 @@ from longext.conversion.extend import ExtensionPlan, extended_config, plan_exten
 from longext.data.documents import data_hash, load_documents
 from longext.errors import CheckpointError, ConfigError, DataError
 from longext.evals.base import Progress
-from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, summary
+from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
 from longext.models.methods import described, method_request
@@ -76,8 +76,10 @@ def choices(config: Any, rope: RopeSpec) -> tuple[list[Choice], list[str]]:
             if config.methods:
                 raise
             left_out.append(f"{name}: {error}")
-    if not found:
-        raise ConfigError("--methods needs at least one method, for example yarn,dynamic:alpha=8.")
+    if all(map(_is_control, found)):
+        raise ConfigError(
+            "--methods needs at least one method besides the control, for example yarn,leaky-rerope:logn=true."
+        )
     return found, left_out
 
 
@@ -215,7 +217,7 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     model = load_language_model(config)
     trial = Trial(config, model, read_config(directory), trained, ())
     trial.windows = find_places(config, model, documents, trial.scored)
-    candidates = [Candidate(each.name, _rank(each), bool(each.engines)) for each in found]
+    candidates = [Candidate(each.name, _rank(each), bool(each.engines), _is_control(each)) for each in found]
     base = Candidate("none", 0, False)
     started = time.perf_counter()
     tell(_estimate(trial, len(found)))
@@ -228,6 +230,10 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
 def _rank(choice: Choice) -> int:
     """Return how much a method asks of its user: what more engines read is simpler, then what is a checkpoint."""
     return 2 * (len(serving_engines()) - len(choice.engines)) + (choice.kind == REMAPPED)
+
+
+def _is_control(choice: Choice) -> bool:
+    return choice.remap is not None and choice.remap[0] == _CONTROL
 
 
 def _estimate(trial: Trial, count: int) -> str:
@@ -291,13 +297,11 @@ def _record(
         for each, choice in zip(candidates, found, strict=True)
     ]
     formulas = {choice.name: choice.formula for choice in found}
-    groups = {"engines": [each for each in candidates if each.is_checkpoint], "transformers": list(candidates)}
     answers = {}
-    for name, group in groups.items():
-        alive = [each for each in group if not each.beaten_by or name == "engines"]
-        if alive:
-            chosen, tied = best_of(alive, target)
-            answers[name] = {"method": chosen.name, "not_told_apart": [each.name for each in tied]}
+    for name, group in groups(candidates).items():
+        chosen, tied = best_of(group, target)
+        names = [each.name for each in sorted(tied, key=lambda each: (-each.recall, each.perplexity(target)))]
+        answers[name] = {"method": chosen.name, "not_told_apart": names}
     return result_record(
         "advise",
         trial.model.describe(),

@@ -29,6 +29,7 @@ class Candidate:
         name: as commands spell it.
         rank: how much it asks of its user; of candidates that are not told apart one of the lowest is taken.
         is_checkpoint: a serving engine reads it; these compete among themselves too.
+        is_control: it is measured to compare with, and never taken.
         nll: mean NLL of the scored tokens at each place, by context length.
         found: 1 or 0 for each passkey prompt.
         seconds: what it took.
@@ -38,6 +39,7 @@ class Candidate:
     name: str
     rank: int
     is_checkpoint: bool
+    is_control: bool = False
     nll: dict[int, list[float]] = field(default_factory=dict)
     found: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -86,7 +88,11 @@ def drop_beaten(candidates: Iterable[Candidate], length: int) -> list[Candidate]
     """
     alive = [each for each in candidates if not each.beaten_by]
     for one in alive:
-        rivals = [other for other in alive if other is not one and (other.is_checkpoint or not one.is_checkpoint)]
+        rivals = [
+            other
+            for other in alive
+            if other is not one and not other.is_control and (other.is_checkpoint or not one.is_checkpoint)
+        ]
         beaten = [other for other in rivals if is_beaten(one, other, length)]
         if beaten:
             one.beaten_by = best_of(beaten, length)[0].name
@@ -112,8 +118,14 @@ def best_of(candidates: Sequence[Candidate], length: int) -> tuple[Candidate, li
 
 def is_decided(candidates: Sequence[Candidate], length: int) -> bool:
     """True if what to take is told apart from all others, for engines and for everyone."""
-    groups = [[each for each in candidates if each.is_checkpoint], list(candidates)]
-    return all(not best_of(group, length)[1] for group in groups if group)
+    return all(not best_of(group, length)[1] for group in groups(candidates).values())
+
+
+def groups(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    """Return what is chosen from: what serving "engines" read, if there is any, and everything for "transformers"."""
+    alive = [each for each in candidates if not each.beaten_by and not each.is_control]
+    readable = [each for each in alive if each.is_checkpoint]
+    return {**({"engines": readable} if readable else {}), "transformers": alive}
 
 
 def eliminate(
@@ -152,6 +164,7 @@ def summary(each: Candidate, base: Candidate, lengths: Sequence[int], trained: i
     return {
         "name": each.name,
         "is_checkpoint": each.is_checkpoint,
+        "is_control": each.is_control,
         "perplexity": texts,
         "price": _change(each, base, trained, trained),
         "against_window": _change(each, base, max(lengths), trained),

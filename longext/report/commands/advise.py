@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from longext.report.outcome import Tables
 
+_COLOURS = {"serving engines read it": "#0072b2", "transformers only": "#d55e00", "put aside, or a control": "#9a9a9a"}
 _FEW = 3  # names that a sentence spells out
 
 
@@ -83,7 +84,10 @@ def _for_engines(record: Mapping[str, Any], answer: Mapping[str, Any] | None) ->
 def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> str:
     name = second["method"]
     if first and name == first["method"]:
-        return f"In transformers with longext nothing is told apart from {name} as better, so take it there too."
+        text = f"In transformers with longext nothing is told apart from {name} as better, so take it there too"
+        best = next((other for other in second["not_told_apart"] if _is_better(record, other, name)), None)
+        more = f" ({best} has better numbers: more --minutes may tell them apart)" if best else ""
+        return f"{text}{more}."
     text = f"In transformers with longext take {name}: {_figures(record, _row(record, name))}{_tied(second)}"
     return f"{text}; no serving engine reads it." if first else f"{text}."
 
@@ -91,6 +95,13 @@ def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None
 def _readers(row: Mapping[str, Any]) -> str:
     """Return the engines that read a method, without their versions."""
     return ", ".join(name.rpartition(" ")[0] for name in row["engines"]) or "none"
+
+
+def _is_better(record: Mapping[str, Any], one: str, other: str) -> bool:
+    """True if both numbers of `one` are at least as good."""
+    a, b, target = _row(record, one), _row(record, other), record["target_length"]
+    more = a["passkey"]["accuracy"] >= b["passkey"]["accuracy"]
+    return bool(more and _at(a, target)["ppl"] <= _at(b, target)["ppl"])
 
 
 def _figures(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -185,36 +196,40 @@ def advice_tables(record: Mapping[str, Any]) -> list[Table]:
     lengths = [each["length"] for each in rows[0]["perplexity"] if each["length"] > trained]
     chosen = {answer["method"] for answer in record["answers"].values()}
     best = frozenset((i, 0) for i, row in enumerate(rows) if row["name"] in chosen)
-    places = f"{record['num_places']} places of {record['data']['source']}"
     control = f"a window of the last {trained:,} tokens by the model as it is has {number(record['window_perplexity'])}"
     measured = Table(
         f"Methods at {record['target_length']:,} tokens",
-        ["method", *(f"ppl {length:,}" for length in reversed(lengths)), f"price {trained:,}", "passkeys", "places"],
+        ["method", *(f"ppl {length:,}" for length in reversed(lengths)), f"price {trained:,}", "passkeys"],
         [
             [
                 row["name"],
                 *(number(_at(row, length)["ppl"]) for length in reversed(lengths)),
                 f"{row['price']['change']:+.1%}",
                 f"{row['passkey']['num_correct']}/{row['passkey']['num_trials']}",
-                str(row["num_places"]),
             ]
             for row in rows
         ],
         best=best,
         caption=f"ppl: perplexity of the same tokens with that much text before them, lower is better ({control}). "
-        f"price: its change within the trained {trained:,} tokens. passkeys: hidden numbers that were found. "
-        f"places: {places}, until a method was told apart from a better one.",
+        f"price: its change within the trained {trained:,} tokens. passkeys: hidden numbers that were found.",
     )
     engines = Table(
         "What reads it",
         ["method", "serving engines", "put aside for"],
-        [[row["name"], _readers(row), row["beaten_by"] or "-"] for row in rows],
+        [[row["name"], _readers(row), _aside(row)] for row in rows],
         best=best,
         left=frozenset({1, 2}),
-        caption="transformers reads every method; those that remap positions inside attention need longext there. "
+        caption=f"{record['num_places']} places of {record['data']['source']} were measured; a method that is told "
+        "apart from a better one is put aside. transformers reads all; remapping inside attention needs longext there. "
         f"Versions looked at: {', '.join(engine.title for engine in serving_engines())} (docs/engines.md).",
     )
     return [measured, engines]
+
+
+def _aside(row: Mapping[str, Any]) -> str:
+    if row["is_control"]:
+        return "a control"
+    return f"{row['beaten_by']}, after {row['num_places']} places" if row["beaten_by"] else "-"
 
 
 def advice_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
@@ -222,7 +237,7 @@ def advice_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     from longext.report.plots import INK, new_figure, style
 
     rows = list(reversed(_sorted(record)))
-    figure = new_figure(7.4, 1.5 + 0.27 * len(rows))
+    figure = new_figure(7.4, 1.8 + 0.27 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     target, trained = record["target_length"], record["trained_length"]
     for y, row in enumerate(rows):
@@ -235,15 +250,18 @@ def advice_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     left.set_xscale("symlog", linthresh=20)
     left.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     right.set_xlim(-3, 103)
+    for name, colour in _COLOURS.items():
+        left.plot([], [], "o", color=colour, markersize=5, label=name)
+    figure.legend(loc="outside lower center", ncols=len(_COLOURS), frameon=False, fontsize=9)
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     return {"advice": figure}
 
 
 def _colour(row: Mapping[str, Any]) -> str:
-    """Return blue for what engines read, orange for what needs longext, grey for what was put aside."""
-    if row["beaten_by"]:
-        return "#9a9a9a"
-    return "#0072b2" if row["is_checkpoint"] else "#d55e00"
+    """Return the colour of a method, as the legend explains it."""
+    if row["beaten_by"] or row["is_control"]:
+        return _COLOURS["put aside, or a control"]
+    return _COLOURS["serving engines read it" if row["is_checkpoint"] else "transformers only"]
 
 
 def _dot(axes: Any, y: int, cell: Mapping[str, float], names: Sequence[str], colour: str) -> None:
