@@ -69,6 +69,12 @@ class RemapSpec:
         """The bands, which are disjoint."""
         return REMAPS[self.method].bands(self)
 
+    @property
+    def formula(self) -> str:
+        """What becomes of a distance, with the parameters that are used."""
+        used = {**self.values, **({"logn": "on"} if self.logn else {}), "temperature": self.temperature}
+        return f"{REMAPS[self.method].formula}; here {', '.join(f'{key} {value}' for key, value in used.items())}"
+
     def describe(self) -> dict[str, Any]:
         """Return what a result says of it."""
         shown = {key: list(value) if isinstance(value, tuple) else value for key, value in self.values.items()}
@@ -147,26 +153,33 @@ def remap_spec(
     Raises:
         ConfigError: unknown method or parameter, or a value out of bounds.
     """
-    entry = REMAPS[method]
-    known = {parameter.name: parameter for parameter in (*entry.parameters, *SHARED)}
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"`{method}` takes no `{name}`. It takes {', '.join(known)}, factor and target_length.")
+    known = check_parameters(method, given)
     target = target_length or 8 * trained_length
     if target < 2:
         raise ConfigError(f"`target_length` must be >= 2, got {target}.")
     stretch = 0.1 * math.log(max(1.0, target / trained_length)) + 1.0  # YaRN's sqrt(1/t), arXiv 2309.00071, eq. 22
-    words = {"yarn": stretch, "true": True, "false": False}
-    values = {
-        name: _number(known[name], words.get(value, value) if isinstance(value, str) else value)
-        for name, value in given.items()
-    }
+    values = {name: stretch if value == "yarn" else _number(known[name], value) for name, value in given.items()}
     temperature = values.pop("temperature", 1.0)
-    logn = values.pop("logn", False)
-    settled = {**entry.defaults(trained_length, target, num_pairs, values), **values}
+    logn = bool(values.pop("logn", False))
+    settled = {**REMAPS[method].defaults(trained_length, target, num_pairs, values), **values}
     for name, value in settled.items():
         known[name].check(value)
     return RemapSpec(method, trained_length, target, num_pairs, settled, logn, temperature)
+
+
+def check_parameters(method: str, given: Mapping[str, Any]) -> dict[str, Parameter]:
+    """Return the parameters that a method takes, by name.
+
+    Raises:
+        ConfigError: one is given that it does not take, or cannot have that value.
+    """
+    known = {parameter.name: parameter for parameter in (*REMAPS[method].parameters, *SHARED)}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"`{method}` takes no `{name}`. It takes {', '.join(known)}, factor and target_length.")
+        if name != "temperature" or value != "yarn":
+            _number(known[name], value)
+    return known
 
 
 def _number(parameter: Parameter, value: Any) -> Any:
@@ -175,15 +188,15 @@ def _number(parameter: Parameter, value: Any) -> Any:
     Raises:
         ConfigError: not a number, or none that this parameter can have.
     """
+    if parameter.name == "logn":
+        if str(value).lower() not in ("true", "false"):
+            raise ConfigError(f"`logn` must be true or false, got '{value}'.")
+        return str(value).lower() == "true"
     try:
         listed = value.split("-") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
         numbers: list[Any] = [float(each) for each in listed]
     except (TypeError, ValueError):
         raise ConfigError(f"`{parameter.name}` cannot be '{value}': {parameter.help}.") from None
-    if parameter.name == "logn":
-        if not isinstance(value, bool):
-            raise ConfigError(f"`logn` must be true or false, got '{value}'.")
-        return value
     numbers = [int(each) if float(each).is_integer() else each for each in numbers]
     if parameter.name == "factors":
         return tuple(numbers)

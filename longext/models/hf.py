@@ -37,8 +37,9 @@ from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
 from longext.models.decode import generate
 from longext.models.head import decoder_of, head_is_plain, scale_logits
-from longext.models.methods import method_request
+from longext.models.methods import RemapRequest, method_request, remap_request
 from longext.models.protocol import TokenScores
+from longext.models.remap import Remapping, attach
 from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rebuild_rope, reset_rotary, rope_type_of, rotary_modules
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
@@ -62,6 +63,7 @@ class HFLanguageModel:
 
     Attributes:
         asking: how questions are put to it: template variables, thoughts, control tokens.
+        remapping: the position remapping it is under, or None.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class HFLanguageModel:
         self.adapter = adapter
         self.extended_length = extended_length
         self.asking = Asking()
+        self.remapping: Remapping | None = None
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
 
@@ -211,8 +214,22 @@ class HFLanguageModel:
 
         Equals loading a checkpoint with that config: what a constructor computes from it is computed again.
         """
+        self.remap(None)
         rebuild_rope(self.model, build_model_config(config))
         self.config, self.extended_length = config, 0
+
+    def remap(self, request: RemapRequest | None) -> None:
+        """Put the model under a position remapping, in the place of the one before; None ends it."""
+        if self.remapping is not None:
+            self.remapping.detach()
+            self.remapping, self.extended_length = None, 0
+        if request is None:
+            return
+        trained = request.original_length or self.trained_length
+        self.extended_length = request.target(trained)
+        self.remapping = attach(
+            self.model, request.name, self.extended_length, original_length=trained, **request.parameters
+        )
 
     def weights_checksum(self) -> str:
         """Return a hash of every parameter in memory."""
@@ -228,6 +245,7 @@ class HFLanguageModel:
             "rope_parameters": text.rope_parameters,
             "max_position_embeddings": text.max_position_embeddings,
             "attention": f"full ({text._attn_implementation})",
+            **({"remapping": self.remapping.describe()} if self.remapping else {}),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
@@ -290,7 +308,7 @@ def load_language_model(
 
     Args:
         method: a name in `ROPE_METHODS`, with parameters as "dynamic:alpha=4", exactly as `longext extend` would write
-            it; None or "none" for the model as it is.
+            it; one in `REMAPS`, which changes attention; None or "none" for the model as it is.
         factor: the method's factor.
 
     Raises:
@@ -298,7 +316,8 @@ def load_language_model(
         ConfigError: unknown device, dtype or method, or a method for an adapter.
     """
     directory = resolve_model(config.model, config.revision)
-    method = None if method == "none" else method
+    remap = remap_request(method, factor) if method else None
+    method = None if method == "none" or remap else method
     merge = plan_adapter(config, method) if is_adapter(directory) else None
     weights = merge.base if merge else directory
     read_shards(weights)  # before minutes of loading
@@ -326,7 +345,9 @@ def load_language_model(
         check_finite(model, directory)
     facts = adapter_facts(merge) if merge else None
     length = plan.new_length if plan else 0
-    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
+    loaded = HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
+    loaded.remap(remap)
+    return loaded
 
 
 def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:
