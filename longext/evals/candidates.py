@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longext.attention.bands import REMAPS, remap_spec
@@ -18,7 +18,7 @@ from longext.evals.base import Progress
 from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
-from longext.models.methods import described, method_request
+from longext.models.methods import RemapRequest, described, method_request, remap_request
 from longext.rope.spec import RopeSpec, extension_methods
 
 if TYPE_CHECKING:
@@ -42,15 +42,13 @@ class Choice:
         name: as commands spell it, with its parameters.
         formula: in plain text.
         kind: what engines see of it (`engines.KINDS`), or `REMAPPED`.
-        plan: the extension it is; None if it is no checkpoint.
-        remap: its own name and parameters, if it remaps positions inside attention.
+        plan: the extension, or the remapping, that it is.
     """
 
     name: str
     formula: str
     kind: str
-    plan: ExtensionPlan | None = None
-    remap: tuple[str, dict[str, str]] | None = None
+    plan: ExtensionPlan | RemapRequest
 
     @property
     def engines(self) -> list[str]:
@@ -91,11 +89,10 @@ def _sensible(factor: float) -> list[str]:
 
 
 def _choice(text: str, config: Any, rope: RopeSpec, factor: float) -> Choice:
-    name, *settings = text.split(":")
-    if name in REMAPS:
-        given = {key.replace("-", "_"): value for key, _, value in (setting.partition("=") for setting in settings)}
-        remap_spec(name, rope.original_max_position_embeddings, config.target_length, rope.rotary_dim // 2, given)
-        return Choice(text, REMAPS[name].formula, REMAPPED, remap=(name, given))
+    remap = remap_request(text, factor)
+    if remap:
+        lengths = rope.original_max_position_embeddings, config.target_length, rope.rotary_dim // 2
+        return Choice(text, remap_spec(remap.name, *lengths, remap.parameters).formula, REMAPPED, remap)
     request = method_request(text, config.model, config.revision, factor)
     if request.method == "none":
         raise ConfigError("`none` is what every method is compared with; it is always measured.")
@@ -117,7 +114,6 @@ class Trial:
     plain: dict[str, Any]
     trained: int
     windows: Sequence[Sequence[int]]
-    _attached: Any = field(default=None, init=False)
 
     @property
     def scored(self) -> int:
@@ -132,16 +128,9 @@ class Trial:
 
     def apply(self, choice: Choice | None) -> None:
         """Give the model a method; None for the model as it is."""
-        from longext.models.remap import attach
-
-        if self._attached:
-            self._attached.detach()
-        self.model.set_rope(extended_config(choice.plan) if choice and choice.plan else self.plain)
-        self._attached = None
-        if choice and choice.remap:
-            name, given = choice.remap
-            keywords: dict[str, Any] = {"original_length": self.trained, **given}
-            self._attached = attach(self.model.model, name, self.config.target_length, **keywords)
+        plan = choice.plan if choice else None
+        self.model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else self.plain)
+        self.model.remap(plan if isinstance(plan, RemapRequest) else None)
 
     def nll(self, place: int, length: int) -> float:
         """Return the mean NLL of the scored tokens of a place with `length` tokens, nats."""
@@ -233,7 +222,7 @@ def _rank(choice: Choice) -> int:
 
 
 def _is_control(choice: Choice) -> bool:
-    return choice.remap is not None and choice.remap[0] == _CONTROL
+    return isinstance(choice.plan, RemapRequest) and choice.plan.name == _CONTROL
 
 
 def _estimate(trial: Trial, count: int) -> str:
