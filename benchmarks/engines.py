@@ -3,7 +3,6 @@
     python benchmarks/engines.py make out/engines                      # where longext is: checkpoints and a reference
     python benchmarks/engines.py measure out/engines --engine mlx      # where mlx-lm is (a CPU will do)
     python benchmarks/engines.py measure out/engines --engine transformers     # another version of transformers
-    python benchmarks/engines.py tables                                # those of docs/engines.md
 
 `make` extends books-5m by 8 under every setting of SETTINGS and scores 2,048 tokens of the bundled story in float32 in
 one pass with the transformers that is installed. `measure` needs no longext; it adds ENGINE-VERSION.json beside
@@ -123,15 +122,11 @@ def measure(out: Path, engine: str, file: str | None = None) -> None:
 def main() -> None:
     """Do what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["make", "measure", "tables"])
-    parser.add_argument("out", type=Path, nargs="?", default=Path("out/engines"))
+    parser.add_argument("step", choices=["make", "measure"])
+    parser.add_argument("out", type=Path)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="transformers")
     given = parser.parse_args()
-    if given.step == "tables":
-        from longext.report.commands.engines import engine_tables
-
-        print("\n".join(table.to_markdown() for table in engine_tables()), end="")
-    elif given.step == "make":
+    if given.step == "make":
         make(given.out)
     else:
         measure(given.out, given.engine)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from longext.attention.bands import REMAPS, SHARED
 from longext.conversion.engines import ENGINES, KINDS, OTHER, REMAPPED, RIGHT, RUN, engine_notes, kind_of, readers
-from longext.report.commands.engines import engine_tables, methods_by_kind
+from longext.report.commands.engines import methods_by_kind
 from longext.rope.spec import extension_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,10 +32,24 @@ def test_every_engine_says_something_of_every_kind():
             assert (reading.verdict == RIGHT) == (not reading.what), engine.name
 
 
-def test_the_page_has_the_tables():
-    page = (DOCS / "engines.md").read_text(encoding="utf-8")
-    for table in engine_tables():
-        assert table.to_markdown() in page, "python benchmarks/engines.py tables prints them"
+def test_the_pages_have_the_tables():
+    spec = importlib.util.spec_from_file_location("methods_benchmark", DOCS.parent / "benchmarks" / "methods.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for page, tables in module.pages().items():
+        text = page.read_text(encoding="utf-8")
+        for table in tables:
+            assert table.to_markdown() in text, "python benchmarks/methods.py --write puts it there"
+
+
+def test_every_parameter_of_a_remapping_is_documented():
+    text = (DOCS / "methods.md").read_text(encoding="utf-8").split("\n## Position remapping\n")[1].split("\n## ")[0]
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) - {"--method"} == set(REMAPS)
+    for name in REMAPS:
+        for parameter in REMAPS[name].parameters:
+            assert f"`{parameter.name}`" in rows[name], (name, parameter.name)
+    assert all(f"`{parameter.name}`" in text for parameter in SHARED)
 
 
 @pytest.mark.parametrize("name", ["mlx-0.32.2", "transformers-4.57.6"])

@@ -247,8 +247,10 @@ def advice_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     style(left, f"Perplexity at {target:,}", f"against a window of {trained:,} tokens, %", "")
     style(right, f"Passkeys at {target:,}", "found, %", "")
     left.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    left.set_xscale("symlog", linthresh=20)
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    if max(abs(row["against_window"]["change"]) for row in rows) > 1:
+        left.set_xscale("symlog", linthresh=20)
+        left.set_xticks([-10, 0, 10, 20, 100, 1000])
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:+,.0f}" if value else "0")
     right.set_xlim(-3, 103)
     for name, colour in _COLOURS.items():
         left.plot([], [], "o", color=colour, markersize=5, label=name)
