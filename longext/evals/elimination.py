@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from longext.evals.statistics import paired_interval, sign_test, wilson_interval
 
-FEWEST = 6  # places before anything is told apart
-ROUNDS = (6, 12, 24, 48)  # places after which candidates are dropped: each look costs confidence
+FEWEST = 6  # places before an answer is more than a guess
+ROUNDS = (3, 6, 12, 24, 48)  # places after which candidates are dropped: each look costs confidence
 _LOOKS = 2 * len(ROUNDS)  # two measures at each
 
 
@@ -64,7 +64,7 @@ def nll_difference(one: Candidate, other: Candidate, length: int) -> NDArray[np.
 def is_worse_text(one: Candidate, other: Candidate, length: int) -> bool:
     """True if `one` is told apart from `other` by a higher perplexity at `length`."""
     differences = nll_difference(one, other, length)
-    return len(differences) >= FEWEST and paired_interval(differences, _LOOKS)[0] > 0
+    return len(differences) >= ROUNDS[0] and paired_interval(differences, _LOOKS)[0] > 0
 
 
 def is_worse_recall(one: Candidate, other: Candidate) -> bool:
@@ -149,7 +149,7 @@ def eliminate(
             measure(each, place)
         if place + 1 in ROUNDS:
             alive = drop_beaten(alive, length)
-            if is_decided(alive, length):
+            if place + 1 >= FEWEST and is_decided(alive, length):
                 return place + 1
     return num_places
 
