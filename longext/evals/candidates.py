@@ -74,10 +74,6 @@ def choices(config: Any, rope: RopeSpec) -> tuple[list[Choice], list[str]]:
             if config.methods:
                 raise
             left_out.append(f"{name}: {error}")
-    if all(map(_is_control, found)):
-        raise ConfigError(
-            "--methods needs at least one method besides the control, for example yarn,leaky-rerope:logn=true."
-        )
     return found, left_out
 
 
@@ -205,6 +201,7 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     documents = load_documents(config)
     model = load_language_model(config)
     trial = Trial(config, model, read_config(directory), trained, ())
+    found = _that_apply(trial, found, left_out)
     trial.windows = find_places(config, model, documents, trial.scored)
     candidates = [Candidate(each.name, _rank(each), bool(each.engines), _is_control(each)) for each in found]
     base = Candidate("none", 0, False)
@@ -214,6 +211,28 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
         measured = _run(trial, found, candidates, base, advance, started + 60 * config.minutes)
     trial.apply(None)
     return _record(trial, found, candidates, base, documents, measured, left_out)
+
+
+def _that_apply(trial: Trial, found: Sequence[Choice], left_out: list[str]) -> list[Choice]:
+    """Return the methods that the loaded model takes; the others go to `left_out`.
+
+    Raises:
+        ConfigError: one that the user named is not taken, or none is left.
+    """
+    taken = []
+    for choice in found:
+        try:
+            trial.apply(choice)
+            taken.append(choice)
+        except ConfigError as error:
+            if trial.config.methods:
+                raise
+            left_out.append(f"{choice.name}: {error}")
+    trial.apply(None)
+    if all(map(_is_control, taken)):
+        why = f" {left_out[0]}" if left_out else ""
+        raise ConfigError(f"There is no method to try besides the control.{why} Name some: --methods yarn,rerope.")
+    return taken
 
 
 def _rank(choice: Choice) -> int:
