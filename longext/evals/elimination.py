@@ -91,7 +91,9 @@ def drop_beaten(candidates: Iterable[Candidate], length: int) -> list[Candidate]
         rivals = [
             other
             for other in alive
-            if other is not one and not other.is_control and (other.is_checkpoint or not one.is_checkpoint)
+            if other is not one
+            and not (other.is_control or other.beaten_by)
+            and (other.is_checkpoint or not one.is_checkpoint)
         ]
         beaten = [other for other in rivals if is_beaten(one, other, length)]
         if beaten:

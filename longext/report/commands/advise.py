@@ -78,7 +78,7 @@ def _for_engines(record: Mapping[str, Any], answer: Mapping[str, Any] | None) ->
     if answer is None:
         return "No serving engine reads any of the methods that were tried."
     row = _row(record, answer["method"])
-    return f"For serving engines take {row['name']}: {_figures(record, row)}; {_readers(row)} read it{_tied(answer)}."
+    return f"For serving engines take {row['name']}: {_figures(record, row)}; {_readers(row)} read it{_tied(record, answer)}."
 
 
 def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> str:
@@ -88,7 +88,7 @@ def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None
         best = next((other for other in second["not_told_apart"] if _is_better(record, other, name)), None)
         more = f" ({best} has better numbers: more --minutes may tell them apart)" if best else ""
         return f"{text}{more}."
-    text = f"In transformers with longext take {name}: {_figures(record, _row(record, name))}{_tied(second)}"
+    text = f"In transformers with longext take {name}: {_figures(record, _row(record, name))}{_tied(record, second)}"
     return f"{text}; no serving engine reads it." if first else f"{text}."
 
 
@@ -119,13 +119,14 @@ def _price(row: Mapping[str, Any]) -> str:
     return "no change" if abs(price) < 5e-4 else f"{price:+.1%}"
 
 
-def _tied(answer: Mapping[str, Any]) -> str:
+def _tied(record: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
     others = answer["not_told_apart"]
     if not others:
         return ""
     more = f" and {len(others) - _FEW} more" if len(others) > _FEW else ""
     are = "is" if len(others) == 1 else "are"
-    return f"; {', '.join(others[:_FEW])}{more} {are} not told apart from it, and nothing is simpler"
+    simple = ", and nothing is simpler" if record["is_enough"] else ""
+    return f"; {', '.join(others[:_FEW])}{more} {are} not told apart from it{simple}"
 
 
 def _open(record: Mapping[str, Any], name: str) -> list[str]:
