@@ -78,7 +78,8 @@ def _for_engines(record: Mapping[str, Any], answer: Mapping[str, Any] | None) ->
     if answer is None:
         return "No serving engine reads any of the methods that were tried."
     row = _row(record, answer["method"])
-    return f"For serving engines take {row['name']}: {_figures(record, row)}; {_readers(row)} read it{_tied(record, answer)}."
+    read = f"{_readers(row)} read it{_tied(record, answer)}"
+    return f"For serving engines take {row['name']}: {_figures(record, row)}; {read}."
 
 
 def _for_transformers(record: Mapping[str, Any], first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> str:
