@@ -134,9 +134,11 @@ def _open(record: Mapping[str, Any], name: str) -> list[str]:
     """Return what a reader has to know: too few places, no use of far context, the sample instead of own text."""
     notes = []
     if not record["is_enough"]:
+        measured = record["num_places"]
+        minutes = sum(row["seconds"] for row in record["methods"]) / measured * FEWEST / 60
         notes.append(
-            f"Undecided: the time was up after {record['num_places']} place(s), and {FEWEST} are needed to tell "
-            "methods apart. Give more --minutes."
+            f"Undecided: the time was up after {measured} place(s), and {FEWEST} are needed to tell methods apart: about "
+            f"{minutes:.0f} minutes at this speed. Give --minutes, or fewer --methods."
         )
     change = _row(record, name)["against_window"]
     window = f"a window of the last {record['trained_length']:,} tokens by the model as it is"
