@@ -121,6 +121,28 @@ _FRACTIONS = ("k", "temperature")  # all other numbers count tokens
 WINDOW = Parameter("window", "nearest tokens, whose distances stay as they are", least=1)
 
 
+def no_checkpoint(method: str) -> str:
+    """Return why a checkpoint cannot hold a method, if it is one of these, and what to use instead."""
+    name = method.partition(":")[0]
+    if name not in REMAPS:
+        return ""
+    return (
+        f"`{name}` remaps positions inside attention, which no checkpoint can hold: use it with --method of eval, "
+        f"passkey, compare and generate, or longext.attach(model, '{name}') in Python; for a checkpoint take yarn or "
+        "another method of `longext extend --help`."
+    )
+
+
+def is_remap(name: str | None) -> bool:
+    """Return True if a method, with or without parameters ("dca:chunk=384"), is a remapping."""
+    return name is not None and name.partition(":")[0] in REMAPS
+
+
+def trainable_remaps() -> list[str]:
+    """Return the methods under which a model can be trained."""
+    return [name for name in REMAPS if REMAPS[name].trains]
+
+
 def near_and_far(window: int, query: Callable[[Numbers], Positions], key: Callable[[Numbers], Positions]) -> list[Band]:
     """Return two bands: distances below `window` as they are, all others at the positions given."""
     near = Band(lambda i: i - (window - 1), lambda i: i + 1)

@@ -38,6 +38,7 @@ from longext.rope.spec import (
     methods_that,
     rope_parameters,
 )
+from longext.settings import check_names
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
@@ -104,6 +105,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         CheckpointError: the model cannot be read or extended, or would not compute what is planned.
         ConfigError: a parameter is out of range, or the model's existing RoPE cannot be combined with the method.
     """
+    check_names(config)
     ROPE_METHODS[config.method]
     source = resolve_model(config.model, config.revision)
     refuse_adapter(source)

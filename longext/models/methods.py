@@ -58,11 +58,11 @@ class RemapRequest:
         return self.target_length or round(trained_length * (self.factor or 1))
 
 
-def remap_request(text: str, factor: float | None = None) -> RemapRequest | None:
+def remap_request(text: str, factor: float | None = None, target_length: int | None = None) -> RemapRequest | None:
     """Return what "name:key=value" means if it names a method of position remapping, else None.
 
     Args:
-        factor: of a method that does not spell its own.
+        factor, target_length: of a method that does not spell its own.
 
     Raises:
         ConfigError: a parameter that the method does not take, or cannot have; no factor and no target length.
@@ -73,7 +73,7 @@ def remap_request(text: str, factor: float | None = None) -> RemapRequest | None
     lengths = [each for each in settings if each.partition("=")[0] in _LENGTHS]
     given = dict(each.partition("=")[::2] for each in settings if each not in lengths)
     is_spelled = any(each.startswith(("factor=", "target_length=")) for each in lengths)
-    typed = {} if factor is None or is_spelled else {"factor": factor}
+    typed = {} if is_spelled else {"factor": factor, "target_length": target_length}
     sized: RopeConfig = build_config(RopeConfig, None, lengths, typed)
     if sized.factor is None and sized.target_length is None:
         raise ConfigError(f"--method {text} needs --factor (target length / trained length, for example 8).")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from longext.attention.banded import BandPlan, Rotation, StepPlan
-from longext.attention.bands import REMAPS, RemapSpec, remap_spec
+from longext.attention.bands import RemapSpec, remap_spec
 from longext.attention.shifted import PLAN, LazyMask, lazy_mask
 from longext.checkpoint import _built
 from longext.errors import ConfigError
@@ -371,8 +371,3 @@ def _by_sdpa(
         module, query, key, value, mask.dense(), scaling=scale, sliding_window=sliding_window, **kwargs
     )
     return out, None
-
-
-def is_remap(name: str | None) -> bool:
-    """Return True if a method, with or without parameters ("dca:chunk=384"), is a remapping."""
-    return name is not None and name.partition(":")[0] in REMAPS

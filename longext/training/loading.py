@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longext.attention.bands import is_remap
 from longext.attention.shifted import check_model, register_attention
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
@@ -21,6 +22,8 @@ from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extended_config, plan_extension, provenance
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
+from longext.models.methods import RemapRequest, remap_request
+from longext.models.remap import IMPLEMENTATION
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
 from longext.training.config import TUNINGS, FinetuneConfig
@@ -48,6 +51,7 @@ class Extension:
     record: dict[str, Any]
     target_length: int
     trained_length: int
+    remap: RemapRequest | None = None
 
     @property
     def rope_type(self) -> str:
@@ -64,8 +68,9 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     """
     source = resolve_model(config.model, config.revision)
     rope = {field.name: getattr(config, field.name) for field in fields(RopeConfig)}
-    if config.method == "none":
-        return _as_it_is(config, source)
+    remap = remap_request(config.method, config.factor, config.target_length)
+    if config.method == "none" or remap:
+        return _as_it_is(config, source, remap)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
     plan = plan_extension(request)
     record = {**provenance(plan), "trained": True, "base_weights": fingerprint_weights(source)}
@@ -73,11 +78,15 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     return Extension(source, extended_config(plan), record, plan.new_length, original)
 
 
-def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
+def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) -> Extension:
     raw = read_config(source)
     rope = model_rope(raw, source, config.trust_remote_code or None)
-    length = config.target_length or rope.max_position_embeddings
-    if length > rope.max_position_embeddings and rope.rope_type != "dynamic":
+    if remap is not None:
+        remap = replace(remap, original_length=remap.original_length or rope.spec.original_max_position_embeddings)
+        length = remap.target(remap.original_length or 0)
+    else:
+        length = config.target_length or rope.max_position_embeddings
+    if remap is None and length > rope.max_position_embeddings and rope.rope_type != "dynamic":
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
@@ -104,7 +113,9 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "trained": True,
     }
     both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
-    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings)
+    if remap is not None:
+        record["remapping"] = asdict(remap)
+    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings, remap)
 
 
 def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:
@@ -143,8 +154,9 @@ def implementation_of(config: FinetuneConfig) -> str:
 
 
 def attention_of(config: FinetuneConfig) -> str:
-    """Return the attention variant to train with: S2-Attn if nothing is said, full for the short rows of PoSE."""
-    return config.attention or ("full" if config.positions == "pose" else "s2")
+    """Return the attention variant to train with: S2-Attn if nothing is said, full for PoSE and under a remapping."""
+    is_full = config.positions == "pose" or is_remap(config.method)
+    return config.attention or ("full" if is_full else "s2")
 
 
 def training_device(config: RuntimeConfig) -> torch.device:
@@ -211,18 +223,20 @@ def enable_checkpointing(model: Any, offload: bool, *, every: int = 1, nested: i
 def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator[None]:
     """Put `model` into eval mode under transformers' own full attention; undone on leaving.
 
+    A model that trains under a remapping of positions is used under it too, and stays there.
     Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
     """
     trained_with = model.config.get_text_config()._attn_implementation
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     was_training = model.training
-    model.set_attn_implementation("eager" if capped else "sdpa")
+    if trained_with != IMPLEMENTATION:
+        model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
     # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     # what every report says: no evaluation runs on a training variant
-    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager", IMPLEMENTATION)
     try:
         with stance, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield

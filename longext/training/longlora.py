@@ -29,6 +29,7 @@ from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.remap import attach
 from longext.models.rotary import LENGTH_DEPENDENT
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
@@ -309,9 +310,20 @@ class FinetuneRun(Run):
                         f"{type(self.base).__name__}: leave --sweep out."
                     )
                 scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
-                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-            with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
+                method = "none" if extension.remap else config.method
+                self.first_loss = check_first_loss(scorer, method, extension, self.rows[0])
+            with self._remapped(), chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
                 yield
+
+    def _remapped(self) -> contextlib.AbstractContextManager[Any]:
+        """Put the model under the run's remapping of positions, if it has one, until it is left."""
+        remap = self.plan.extension.remap
+        if remap is None:
+            return contextlib.nullcontext()
+        return attach(
+            self.base, remap.name, self.plan.extension.target_length,
+            original_length=remap.original_length, **remap.parameters,
+        )  # fmt: skip
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
