@@ -18,6 +18,7 @@ from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
+from longext.conversion.engines import engine_notes
 from longext.conversion.files import (
     mark_files,
     place_file,
@@ -157,20 +158,6 @@ def checked(plan: ExtensionPlan) -> ExtensionPlan:
         return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings)
     assert problem is not None
     raise problem
-
-
-def engine_notes(parameters: RopeParameters) -> tuple[str, ...]:
-    """Return what llama.cpp makes of these `rope_parameters` if that is not what transformers does."""
-    kind = parameters["rope_type"]
-    if kind == "dynamic":
-        return ("llama.cpp ignores dynamic NTK in silence: it runs this checkpoint with the base's RoPE.",)
-    if kind == "longrope":
-        return ("llama.cpp reads longrope for Phi-3 and MiniCPM alone; for other models it ignores it in silence.",)
-    if kind == "yarn" and parameters.get("attention_factor") is not None:
-        return (
-            "llama.cpp multiplies the attention_factor of this yarn RoPE by 0.1 ln s + 1 once more: its logits differ.",
-        )
-    return ()
 
 
 def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[RopeSpec, RopeSpec, str]:
