@@ -19,10 +19,10 @@ from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import fingerprint_weights
 from longext.conversion.config import ExtendConfig
+from longext.conversion.engines import engine_notes
 from longext.conversion.extend import (
     ExtensionPlan,
     checked,
-    engine_notes,
     exportable_parameters,
     extended_config,
     plan_extension,
