@@ -34,7 +34,7 @@ def trail(spec, model, chunk=CHUNK):
 
 
 def reader(spec, model, chunk=CHUNK):
-    opened, budget = open_policy(Backbone(model), spec, chunk)
+    opened, _, budget = open_policy(Backbone(model), spec, chunk)
     return Reader(HFLanguageModel("tiny", model, None, {}, Path()), spec, chunk, opened, size=budget.at)
 
 
@@ -215,7 +215,7 @@ def test_every_policy_is_its_definition(name, make):
     for row in range(2):
         close(ours[row], slow(model, ids[row : row + 1], 20, name)[0])
     heads, width = one.layers[0].held[0].shape[1::2]
-    assert one.num_held == 20 and one.num_bytes == 2 * 2 * heads * 20 * width * 8 * len(one.layers)
+    assert one.num_slots == 20 and one.num_bytes == 2 * 2 * heads * 20 * width * 8 * len(one.layers)
 
 
 @torch.no_grad()
@@ -368,7 +368,7 @@ def test_a_ratio_grows_with_the_text_up_to_the_window():
     sizes = []
     for tokens in random_ids(1, 70).split(CHUNK, 1):
         one.write(tokens)
-        sizes.append(one.num_held)
+        sizes.append(one.num_slots)
     assert sizes == [min(4 * (i + 1), 256 - CHUNK) for i in range(70)]
 
 

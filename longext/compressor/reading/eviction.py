@@ -145,7 +145,7 @@ class PolicyTrail(Trail):
         self.question: torch.Tensor | None = None
 
     @property
-    def num_held(self) -> int:
+    def num_slots(self) -> int:
         """Keys of a head that are kept, the most of any layer."""
         return max(layer.num_held for layer in self.layers)
 
@@ -190,7 +190,7 @@ class PolicyTrail(Trail):
                 layer.evict(layer.keys, *layer.states())  # no policy here looks at the queries
         finally:
             self.evicts, self.num_probes = False, 0
-        self.start = self.num_held
+        self.start = self.num_slots
         return hidden
 
     def _forget_chunk(self) -> None:

@@ -37,8 +37,13 @@ def policy_of(spec: str) -> KVPolicy:
     return kind(aware)
 
 
-def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[PolicyTrail], Budget]:
-    """Return (maker of trails, budget) of a policy in chunks of `segment` tokens.
+def policy_summary(spec: str) -> str:
+    """Return one line on a KV policy."""
+    return KV_POLICIES.summary(_parts(spec.partition(":")[0])[1])
+
+
+def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[PolicyTrail], KVPolicy, Budget]:
+    """Return (maker of trails, policy, budget) of a policy in chunks of `segment` tokens.
 
     Raises:
         ConfigError: no budget, no room for it, or a model whose attention or rotation cannot be used so.
@@ -66,7 +71,7 @@ def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[Po
             f"{type(backbone.model).__name__} does not run its attention through transformers' attention interface, so "
             f"--memory {name} cannot see its queries: {able} work."
         )
-    return partial(PolicyTrail, backbone, policy, budget, attends), budget
+    return partial(PolicyTrail, backbone, policy, budget, attends), policy, budget
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
 from longext.compressor.kv_policies import KV_POLICIES
 from longext.compressor.kv_policies.streaming import Streaming
-from longext.compressor.reading.budgets import SHAPES, Budget
+from longext.compressor.reading.budgets import Budget
 from longext.compressor.reading.eviction import QUESTION, PolicyTrail
-from longext.compressor.reading.kv_memory import AWARE, is_policy, open_policy, policy_of
+from longext.compressor.reading.kv_memory import is_policy, open_policy, policy_of, policy_summary
 from longext.compressor.reading.trails import CompressorTrail, Stream, Trail, WindowTrail
 from longext.compressor.schedule import Ratio
 from longext.compressor.spec import CompressorSpec
@@ -278,26 +278,23 @@ def load_reader(
             "with the length of the text: use window, or another RoPE method."
         )
     if is_kept:
-        opened, budget = open_policy(Backbone(plain.model), spec, length)
-        policy = opened.args[1]
-        facts = {
-            "kind": name,
-            "definition": policy_summary(name),
-            "reference": policy.reference,
-            "query_aware": policy.aware,
-            **{part: getattr(budget, part) or None for part in ("slots", "ratio", "most", "shape")},
-        }
-        return Reader(plain, spec, length, opened, size=budget.at, facts=facts)
+        return _policy_reader(plain, spec, length)
     kind = MEMORIES[name]
     open_trail, size = kind.open(Backbone(plain.model), argument, length)
     facts = {"kind": name, "definition": MEMORIES.summary(name), "reference": kind.reference, "size": size}
     return Reader(plain, spec, length, open_trail, size=size, facts=facts)
 
 
-def policy_summary(name: str) -> str:
-    """Return one line on a KV policy as `--memory` names it."""
-    inner = next((name.removeprefix(f"{shape}-") for shape in SHAPES if name.startswith(f"{shape}-")), name)
-    return KV_POLICIES.summary(inner.removesuffix(AWARE))
+def _policy_reader(plain: HFLanguageModel, spec: str, segment: int) -> Reader:
+    opened, policy, budget = open_policy(Backbone(plain.model), spec, segment)
+    facts = {
+        "kind": spec.partition(":")[0],
+        "definition": policy_summary(spec),
+        "reference": policy.reference,
+        "query_aware": policy.aware,
+        **{part: getattr(budget, part) or None for part in ("slots", "ratio", "most", "shape")},
+    }
+    return Reader(plain, spec, segment, opened, size=budget.at, facts=facts)
 
 
 def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
