@@ -72,7 +72,7 @@ class Continuations:
                 logits = run(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
                 targets = _row(continuation, logits.device)[0]
                 found.append(float(cross_entropy(logits, targets, reduction="sum")))
-                cache.crop(len(prompt) - 1)
+                cache.crop(-len(continuation))  # takes so many away: the one form that all versions know
                 if cache.get_seq_length() != len(prompt) - 1:
                     raise ValueError("the cache did not go back")
         return found

@@ -212,11 +212,7 @@ def haystack_prompt(
     Raises:
         ConfigError: `length` is too short for needles, question and answer.
     """
-    import numpy as np
-
-    # the depth enters the seed so that cells do not share their keys
-    place = -1 if depth is None else round(1000 * depth)
-    rng = np.random.default_rng([seed, length, place + 1, zlib.crc32(name.encode())])
+    rng = _cell_generator(seed, length, depth, name)
     names = Names(rng, str(task.key_type), str(task.value_type))
     needles, queries = _draw_needles(rng, names, task, depth)
     answers = [needle.value for key in queries for needle in needles if needle.key == key]
@@ -250,6 +246,14 @@ def haystack_prompt(
         (*start, *body, *opened),
         names.wrong(answers, NUM_WRONG),
     )
+
+
+def _cell_generator(seed: int, length: int, depth: float | None, name: str) -> np.random.Generator:
+    """Return a generator of its own for each cell: the depth enters the seed so that cells do not share their keys."""
+    import numpy as np
+
+    place = -1 if depth is None else round(1000 * depth)
+    return np.random.default_rng([seed, length, place + 1, zlib.crc32(name.encode())])
 
 
 def _draw_needles(
