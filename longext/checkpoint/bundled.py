@@ -1,4 +1,4 @@
-"""What ships inside the package: one tiny real checkpoint, one sample document, one set of questions."""
+"""What ships inside the package: one tiny real checkpoint, one sample document, one set of questions, one of facts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ SAMPLE_DOCUMENT = ASSETS / "sample.txt"
 
 # 70 paragraphs with 260 questions, written for this project: what RULER's qa tasks ask without a file.
 QUESTIONS = ASSETS / "questions.jsonl"
+
+# Facts and questions on them that share no word, written for this project: what `eval nolit` hides.
+FACTS = ASSETS / "facts.jsonl"
 
 
 def is_bundled(directory: Path) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Group = tuple[str, int, float | None]  # task, length, depth
 Groups = list[tuple[Group, list[Any]]]
+_OPEN = ("", "(", "[", "<")  # what stands right before an answer
 DEFINITION = (
     "each right answer is ranked among wrong ones by the log-likelihood of its tokens behind the prompt; score: the "
     "share of the right answers that all wrong ones are below (chance: 1 / number of candidates, for a model that "
@@ -73,7 +74,7 @@ def choices_of(
         prompt: beginning of the answer -> tokens of the whole prompt.
     """
     begun = opening.rstrip()
-    space = opening[len(begun) :] or (" " if begun else "")
+    space = opening[len(begun) :] or (" " if begun[-1:] not in _OPEN else "")
     input_ids = tuple(prompt(begun))
     right_ids, wrong_ids = (
         [_behind(encode, f"{space}{text}", bool(begun)) for text in texts] for texts in (right, wrong)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 Edges = Sequence[tuple[str, str]]
-_LINE = re.compile(r"final answer\s*:\s*\[(.*?)\]", re.IGNORECASE | re.DOTALL)
+_LINE = re.compile(r"Final Answer:\s*\[(.*)\]")
 _OPENING = "Final Answer: ["
 _NUM_WRONG, _WRONG_TRIES = 9, 200
 _WHERE = "The Hub dataset openai/graphwalks has them as parquet; datasets' `to_json` writes a file of rows."
@@ -91,18 +91,15 @@ WALKS.register(
 
 
 def read_nodes(answer: str) -> set[str] | None:
-    """Return the nodes of the last "Final Answer: [...]" in an answer, None if there is none."""
-    found = _LINE.findall(answer)
-    return {node for node in re.split(r"[\s,'\"]+", found[-1]) if node} if found else None
+    """Return the nodes of the last line with "Final Answer: [...]", None if there is none (lm-eval's flexible rule)."""
+    lines = [found[1] for line in answer.split("\n") if (found := _LINE.search(line))]
+    return {node.strip().strip("'\"") for node in lines[-1].split(",") if node.strip()} if lines else None
 
 
 def set_f1(expected: set[str], answer: set[str] | None) -> float:
-    """Return the F1 of two sets: 1 if both are empty, 0 if one is; 0 for no answer (None)."""
-    if answer is None:
-        return 0.0
-    if not expected and not answer:
-        return 1.0
-    return 2 * len(expected & answer) / (len(expected) + len(answer))
+    """Return the F1 of two sets as published: 0 if nothing is common, so also for an empty `expected`."""
+    common = len(expected & (answer or set()))
+    return 2 * common / (len(expected) + len(answer or ())) if common else 0.0
 
 
 @register("graphwalks")
@@ -237,8 +234,8 @@ class GraphWalks(RetrievalEval):
             "definition": "a list of directed edges and a question: the nodes at exactly a depth of a breadth-first "
             "search, or the parents of a node; greedy answers",
             "reference": "openai/graphwalks (Hub)",
-            "scoring": "F1 of the set in the last 'Final Answer: [...]', anywhere in the answer; no such line: 0; "
-            "empty against empty: 1",
+            "scoring": "F1 of the set in the last line with 'Final Answer: [...]' (lm-eval's flexible_f1); no such "
+            "line, nothing common, or no right node at all: 0 (as published)",
             "tasks": list(self.tasks),
             "lengths": sorted(self.lengths),
             "depths": list(self.depths),
@@ -268,8 +265,11 @@ def _build(
     nodes = sorted(names)
     edges = [(one, other) for one in nodes for other in rng.sample([each for each in nodes if each != one], degree)]
     rng.shuffle(edges)
-    asked, depth = rng.choice(edges)[task == "parents"], rng.choice(depths)
-    right, wrong = walk.nodes(edges, asked, depth), list[set[str]]()
+    depth, right, wrong = rng.choice(depths), set[str](), list[set[str]]()
+    while not right:
+        asked = rng.choice(nodes)
+        right = walk.nodes(edges, asked, depth)
+        depth = max(1, depth - 1) if not right else depth  # a small graph may not be so deep
     for _ in range(_WRONG_TRIES):
         other = walk.nodes(edges, rng.choice(nodes), depth)
         if len(wrong) < _NUM_WRONG and other and other != right and other not in wrong:
