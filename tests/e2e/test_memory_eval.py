@@ -14,6 +14,7 @@ from longext.compressor.checkpoint import find_base, load_backbone, save_compres
 from longext.compressor.spec import CompressorSpec
 from longext.evals.memory.controls import METHODS
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--max-tokens", 600, "--num-places", 3, "--num-bootstrap", 20)
 
 
