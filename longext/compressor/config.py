@@ -65,4 +65,6 @@ class GenerateConfig(RuntimeConfig, ChatConfig):
     max_new_tokens: int = option(64, "Tokens to write.", ge=0)
     temperature: float = option(0.0, "0 takes the best token each time, whatever the checkpoint sets.")
     top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
-    ratio: int | None = option(None, "Compression ratio (default: the first it was trained on).")
+    ratio: tuple[int, ...] = option(
+        (), "Compression ratio, or several by distance: 2,4,8 (default: the first it was trained on)."
+    )

@@ -53,7 +53,9 @@ def describe(generated: Generated) -> str:
     parts = [f"{generated.num_read:,} tokens read"]
     memory = generated.memory
     if memory is not None:
-        forgotten = f" (the first {memory['num_forgotten']:,} tokens forgotten)" if memory["num_forgotten"] else ""
+        lost = ("forgotten", "thinned")
+        counts = [f"{memory[f'num_{name}']:,} tokens {name}" for name in lost if memory.get(f"num_{name}")]
+        forgotten = f" (the first {', '.join(counts)})" if counts else ""
         size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}"
         parts.append(f"memory at {memory['ratio']}x: {size}{forgotten}")
     thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""

@@ -14,6 +14,7 @@ from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
 from longext.compressor.config import GenerateConfig
 from longext.compressor.reading.session import Session
+from longext.compressor.schedule import spelled
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
 from longext.models.answers import begins_thought
@@ -43,7 +44,7 @@ class Generated:
         tokens: all that is new.
         num_read: tokens before it.
         tokens_per_second: after the first new token.
-        memory: slots, bytes, ratio and forgotten tokens of a compressor's memory; None for a plain model.
+        memory: slots, bytes, ratio, thinned and forgotten tokens of a memory; None for a plain model.
         num_thought_tokens: of the thought that was taken off.
     """
 
@@ -51,7 +52,7 @@ class Generated:
     tokens: tuple[int, ...]
     num_read: int
     tokens_per_second: float
-    memory: dict[str, int] | None
+    memory: dict[str, Any] | None
     num_thought_tokens: int = 0
 
 
@@ -129,7 +130,7 @@ class TextStream:
         seconds = self.times[-1] - self.times[0] if self.times else 0.0
         return (len(self.times) - 1) / seconds if seconds else 0.0
 
-    def result(self, num_read: int, memory: dict[str, int] | None) -> Generated:
+    def result(self, num_read: int, memory: dict[str, Any] | None) -> Generated:
         """Return what was written."""
         text, count = self._decode(self.tokens[self.num_thought :]), self.num_thought
         return Generated(text, tuple(self.tokens), num_read, self.tokens_per_second, memory, count)
@@ -153,7 +154,7 @@ def check_generate_config(config: GenerateConfig) -> None:
         check_base_options(config)
         return
     names = ("memory", "save_memory", "ratio", "base")
-    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None)
+    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name))
     if wrong:
         raise ConfigError(
             f"{config.model} is a plain model, which takes no {wrong}: give the -o directory of "
@@ -292,9 +293,12 @@ class MemoryWriter(Writer):
         if config.memory:
             self._session = Session.load(Path(config.memory).expanduser(), loaded)
         else:
-            self._session = Session.of(loaded, ratio=config.ratio)
-        if config.ratio not in (None, self._session.ratio):
-            raise ConfigError(f"{config.memory} was written at --ratio {self._session.ratio}, not {config.ratio}.")
+            self._session = Session.of(loaded, ratio=config.ratio or None)
+        written = self._session.trail.schedule.ratios
+        if config.ratio and config.ratio != written:
+            raise ConfigError(
+                f"{config.memory} was written at --ratio {spelled(written)}, not {spelled(config.ratio)}."
+            )
         self._model = loaded.plain
         set_asking(self._model, config)
         self._context, self._prompt = self._tokens(context)
@@ -326,8 +330,14 @@ class MemoryWriter(Writer):
             session.save(Path(config.save_memory).expanduser())
         session.absorb(self._prompt, tell)
         advance(unread)
-        if gone := session.num_forgotten:
-            whole = session.num_tokens
+        gone, thin, whole = session.num_forgotten, session.num_thinned, session.num_tokens
+        if thin and not gone:
+            highest = max(session.trail.state.ratios)
+            self.notes = [
+                f"The memory is full: of {whole:,} tokens read the first {thin:,} ({thin / whole:.0%}) were thinned, "
+                f"to {highest}x at most. A higher --ratio keeps all text alike, a longer window more of it."
+            ]
+        if gone:
             self.notes = [
                 f"The memory is full: of {whole:,} tokens read the first {gone:,} ({gone / whole:.0%}) are forgotten, "
                 f"and only the last {whole - gone:,} can be used. A higher --ratio or a longer window keeps more."
@@ -345,5 +355,6 @@ class MemoryWriter(Writer):
             on_token=stream.add,
         )
         stream.end()
-        names = ("num_slots", "num_bytes", "num_forgotten", "ratio")
-        return stream.result(num_read, {name: getattr(session, name) for name in names})
+        names = ("num_slots", "num_bytes", "num_forgotten", "num_thinned")
+        memory = {name: getattr(session, name) for name in names}
+        return stream.result(num_read, {**memory, "ratio": spelled(session.ratio)})

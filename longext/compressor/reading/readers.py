@@ -23,16 +23,13 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
 from longext.compressor.reading.trails import CacheTrail, CompressorTrail, Stream, Trail, WindowTrail
+from longext.compressor.schedule import Ratio
 from longext.errors import ConfigError
 from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
-from longext.models.hf import (
-    LENGTH_DEPENDENT,
-    HFLanguageModel,
-    load_language_model,
-    score_hidden,
-)
+from longext.models.hf import HFLanguageModel, load_language_model, score_hidden
 from longext.models.protocol import TokenScores
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
@@ -69,7 +66,7 @@ class Reader:
         size: int | None = None,
         facts: dict[str, Any] | None = None,
         compressor: Compressor | None = None,
-        ratio: int = 0,
+        ratio: Ratio = 0,
     ) -> None:
         self.plain, self.spec, self.segment, self.open_trail = plain, spec, segment, open_trail
         self.size, self.facts, self.compressor, self.ratio = size, facts or {}, compressor, ratio
@@ -249,10 +246,10 @@ def load_reader(
     return Reader(plain, spec, length, open_trail, size=size, facts=facts)
 
 
-def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
+def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
     """Return (directory, ratio, overlap) if `spec` names a trained compressor, None if it names another memory.
 
-    Ratio and overlap are None if OUT comes alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
+    Ratio and overlap are None if OUT comes alone; OUT@RATIO, OUT@RATIO,RATIO,... (by distance) and +OVERLAP give them.
 
     Raises:
         ConfigError: it names neither.
@@ -264,20 +261,28 @@ def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
         return Path(spec).expanduser(), None, None
     directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
-        ratio, plus, overlap = sizes.partition("+")
-        if not ratio.isdecimal() or int(ratio) < 1 or (plus and not overlap.isdecimal()):
-            raise ConfigError(f"--memory {directory}@RATIO+OVERLAP takes whole numbers, got '{sizes}'.")
-        return Path(directory).expanduser(), int(ratio), int(overlap) if plus else None
+        return Path(directory).expanduser(), *read_sizes(f"{directory}@", sizes)
     hint, _, _ = did_you_mean(name, MEMORIES).rpartition("Available")
     forms = ", ".join(MEMORIES[known].form for known in MEMORIES)
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
-        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap for others."
+        "or the -o directory of `longext compress-train`, with @ratio, @2,4,8 (by distance) or @ratio+overlap for others."
     )
 
 
+def read_sizes(name: str, sizes: str) -> tuple[Ratio, int | None]:
+    """Return (ratio or several by distance, overlap or None) of RATIO[,RATIO...][+OVERLAP] (ConfigError if not so)."""
+    spelled_ratios, plus, overlap = sizes.partition("+")
+    ratios = spelled_ratios.split(",")
+    whole = [*ratios, *([overlap] if plus else [])]
+    if not all(number.isdecimal() for number in whole) or min(map(int, ratios)) < 1:
+        raise ConfigError(f"--memory {name}RATIO,RATIO,...+OVERLAP takes whole numbers, got '{sizes}'.")
+    numbers = tuple(map(int, ratios))
+    return numbers if len(numbers) > 1 else numbers[0], int(overlap) if plus else None
+
+
 def _compressor_reader(
-    config: RuntimeConfig, spec: str, directory: Path, ratio: int | None, overlap: int | None, segment: int | None
+    config: RuntimeConfig, spec: str, directory: Path, ratio: Ratio | None, overlap: int | None, segment: int | None
 ) -> Reader:
     # a base given under the name it was trained as keeps its revision
     is_named = config.model in ("", read_description(directory)["base_model"])
@@ -304,7 +309,7 @@ def _compressor_reader(
         "num_parameters": sum(p.numel() for p in compressor.parameters()),
         "weights_sha256": hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest(),
     }
-    open_trail = partial(CompressorTrail, compressor, ratio)
+    open_trail = partial(CompressorTrail, compressor, ratio, thins=compressor.nested)
     return Reader(loaded.plain, spec, length, open_trail, facts=facts, compressor=compressor, ratio=ratio)
 
 
