@@ -30,6 +30,7 @@ def weights_of(directory):
     return load_file(directory / "compressor.safetensors")
 
 
+@pytest.mark.pictures
 def test_trains_and_writes_everything(run, tmp_path):
     args = (*SMALL, "--ratio", "4,8,16", "--objectives", "lm:1,ae:0.5,distill:0.5", "--gradient", "window:1")
     rest = ("--document-length", 256, "--num-steps", 4, "--batch-size", 2, "--grad-check", 2, "-o", "out")

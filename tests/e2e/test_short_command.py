@@ -7,7 +7,6 @@ import json
 import pytest
 from command_line import fails, no_leftovers, ok, result_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--lengths", "64,128", "--max-tokens", 600, "--num-bootstrap", 50)
 
 
