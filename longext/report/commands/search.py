@@ -51,18 +51,19 @@ def curve_picture(found: Found) -> Figure:
 
     figure = plots.new_figure(7.4, 4.2)
     axes = figure.subplots()
-    pairs, space = range(space_pairs := found.space.num_pairs), found.space
+    space = found.space
+    pairs = range(space.num_pairs)
     colours = plots.METHOD_COLOURS
-    axes.plot(pairs, [1.0] * space_pairs, color="#777777", linewidth=1.5, label="original (short texts)")
+    axes.plot(pairs, [1.0] * space.num_pairs, color="#777777", linewidth=1.5, label="original (short texts)")
     yarn = f"YaRN, temperature {found.reference.attention_factor:.3g}"
     axes.plot(pairs, found.reference.factors, color=colours["yarn"], linewidth=2, label=yarn)
     own = f"found, temperature {found.candidate.attention_factor:.3g}"
     axes.plot(pairs, found.candidate.factors, color="#111111", linewidth=2, marker="o", markersize=3, label=own)
-    axes.axvline(space.critical_pair, color=plots.INK, linewidth=1, linestyle=plots.TRAINED_DASHES)
-    axes.annotate(f" no full turn in {space.trained_length:,}", (space.critical_pair, 1.02), fontsize=8, va="bottom")
+    theory = f"critical pair in theory: {space.critical_pair} (no full turn in {space.trained_length:,})"
+    axes.axvline(space.critical_pair, color=plots.INK, linewidth=1, linestyle=plots.TRAINED_DASHES, label=theory)
     if chosen := found.candidate.point.get("critical_pair"):
-        axes.axvline(chosen, color=plots.INK, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(f"critical pair {chosen:g} ", (chosen, 1.15), fontsize=8, va="bottom", ha="right")
+        dots = (0, (1, 2))
+        axes.axvline(chosen, color=plots.INK, linewidth=1, linestyle=dots, label=f"critical pair found: {chosen:g}")
     title = f"What frequencies are divided by, for {found.plan.new_length:,} tokens"
     plots.style(axes, title, "dimension pair (fast to slow)", "factor")
     plots.log_ticks(axes)
