@@ -95,9 +95,7 @@ def _plan_windows(request: ExtendConfig) -> ExtensionPlan:
     plan = plan_extension(replace(request, check=False))
     spec = join_windows(plan.origin, plan.spec, plan.new_length)
     parameters = exportable_parameters(plan.rope, spec)
-    return checked(
-        replace(plan, config=request, spec=spec, parameters=parameters, warnings=engine_notes(parameters))
-    )
+    return checked(replace(plan, config=request, spec=spec, parameters=parameters, warnings=engine_notes(parameters)))
 
 
 def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:

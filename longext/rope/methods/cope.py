@@ -47,7 +47,9 @@ ROPE_METHODS.register(
         check=_check,
         parameters=(
             Parameter("new_rope_theta", "the raised base", flag="rope_theta"),
-            Parameter("num_clipped", "how many of the slowest pairs are clipped (those of less than 1 rad in L)", least=0),
+            Parameter(
+                "num_clipped", "how many of the slowest pairs are clipped (those of less than 1 rad in L)", least=0
+            ),
             Parameter("clip", "fade out with a cosine (default) or set to 0", choices=("cosine", "hard")),
             ATTENTION_FACTOR,
         ),
