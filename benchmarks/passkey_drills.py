@@ -2,8 +2,8 @@
 
     python benchmarks/passkey_drills.py MODEL --books BOOKS --length 4096 --short 512 --rows 140 --out drills.jsonl
 
-Each row of --length tokens holds whole documents of one size with the tokenizer of MODEL (BOS and EOS included), so that
-rows cut from the file hold whole documents: of twenty rows, eight are one passkey drill of --length, two are two of
+Each row of --length tokens holds documents of one size with the tokenizer of MODEL (BOS and EOS included), so that rows
+cut from the file hold whole documents: of twenty rows, eight are one passkey drill of --length, two are two of
 half of it, one is four of a quarter, one is drills of --short tokens, six are pieces of books of --short tokens and two
 are one piece of a book of --length. Half of the drills hide the key in the landmark test's filler, half in the text of
 a book.

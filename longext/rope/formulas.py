@@ -120,7 +120,7 @@ def mscales(values: Mapping[str, Any]) -> RopeParameters:
     return {key: float(values[key]) for key in ("mscale", "mscale_all_dim") if values.get(key) is not None}
 
 
-def stop(spec: RopeSpec, inv_freq: Array, stopped: Array) -> Array:
+def stop(spec: RopeSpec, inv_freq: Array, stopped: Any) -> Array:
     """Return `inv_freq` where the pairs that `stopped` (booleans) names turn `VANISHING` times slower than unscaled."""
     import numpy as np
 

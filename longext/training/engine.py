@@ -7,6 +7,7 @@ and data whose order depends on the seed alone; for attention variants plans fro
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ class Engine(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             drop_after(Path(self.args.output_dir), checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        # Trainer reads config.json with the base class of all configs, which raises AttributeError for a yarn, llama3
+        # or longrope RoPE (transformers 5.23); it wants the version alone, so it is shown the other files
+        with tempfile.TemporaryDirectory() as folder:
+            for path in Path(resume_from_checkpoint).resolve().iterdir():
+                if path.name != "config.json":
+                    (Path(folder) / path.name).symlink_to(path)
+            super()._load_from_checkpoint(folder, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

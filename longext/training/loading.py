@@ -108,7 +108,7 @@ def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) 
     rope = model_rope(raw, source, config.trust_remote_code or None)
     if config.mixed_window and rope.spec.method != "longrope":
         raise ConfigError(
-            f"--mixed-window trains two RoPEs, and {config.model} has one ({rope.rope_type}): add --method (yarn, ...), "
+            f"--mixed-window trains two RoPEs, and {config.model} has one ({rope.rope_type}): add --method (yarn, ...) "
             "or give a checkpoint whose RoPE is longrope."
         )
     if remap is not None:

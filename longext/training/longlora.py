@@ -38,6 +38,7 @@ from longext.training.engine import AttentionEngine, Engine
 from longext.training.first_loss import check_first_loss
 from longext.training.layers.kernels import Kernels, choose_kernels, use_compile, use_liger
 from longext.training.layers.tiles import check_token_wise, token_wise_modules, use_tiles
+from longext.training.layers.windows import rotated_by_document
 from longext.training.loading import (
     Extension,
     attention_of,
@@ -55,7 +56,6 @@ from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
-from longext.training.windows import rotated_by_document
 
 SHORT_SHARE = 0.3  # of the rows of mixed windows: arXiv 2502.20082 trains on 3 B short tokens of 10 B
 

@@ -31,8 +31,8 @@ DECIDING = (
     "weight_decay", "max_grad_norm", "seed", "dtype", "sequence_parallel",
 )  # fmt: skip
 DECIDING_FINETUNE = (
-    "method", "task", "window", "positions", "mixed_window", "short_share", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
-    "quantize", "group_size", "group_ratio", "tile", "loss_chunk",
+    "method", "task", "window", "positions", "mixed_window", "short_share", "separate_documents", "tuning", "norms",
+    "lora_dropout", "lora_targets", "quantize", "group_size", "group_ratio", "tile", "loss_chunk",
     *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
 )  # fmt: skip
 

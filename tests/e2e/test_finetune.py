@@ -118,6 +118,36 @@ def test_pose_trains_short_windows_at_long_positions(run, tmp_path):
     assert record["num_tokens"] == 4 * 2 * 256
 
 
+def test_mixed_windows_end_in_a_checkpoint_that_keeps_short_texts(run, tmp_path):
+    """Short and long rows in one batch; resumed; merged as longrope, whose output is trained further as it is."""
+    mixed = ("--data", "sample", "--mixed-window", "--short-share", 0.5, "--batch-size", 2, "--accumulation", 1)
+    mixed = (*mixed, "--set", "save_every=1", "--set", "warmup_steps=0")
+    args = ("finetune", "books-5m", *mixed, "--method", "yarn", "--original-length", 64, "--target-length", 128)
+    assert run(*args, "--num-steps", 2, "-o", "out").exit_code == 0
+    assert run(*args, "--num-steps", 1, "-o", "cut").exit_code == 0
+    assert run(*args, "--num-steps", 2, "-o", "cut", "--resume").exit_code == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "result.json").read_text())["finetune"]
+    assert record["windows"] == {"length": 64, "share": 0.5}
+    assert run("merge", "out", "-o", "merged").exit_code == 0
+    rope = json.loads((tmp_path / "merged" / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["attention_factor"], rope["factor"]) == ("longrope", 1.0, 2.0)
+    assert rope["short_factor"] == [1.0] * 32 != rope["long_factor"]
+    assert run("finetune", "merged", *mixed, "--num-steps", 1, "-o", "more").exit_code == 0
+    again = json.loads((tmp_path / "more" / "config.json").read_text())["rope_parameters"]
+    assert again == rope
+
+
+def test_supervised_examples_of_mixed_windows_choose_by_their_length(run, tmp_path):
+    rows = [{"instruction": "Say it.", "output": "word " * count} for count in (20, 700, 30, 600)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("--data", "sft.jsonl", "--task", "sft", "--method", "yarn", "--target-length", 1024, "--mixed-window")
+    result = run("finetune", "books-5m", *args, *WARM, "--num-steps", 1, "--accumulation", 1, "-o", "out")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "result.json").read_text())["finetune"]
+    assert record["windows"] == {"length": 512, "share": 0.0}
+
+
 def test_supervised_fine_tuning_on_instructions(run, tmp_path):
     rows = [
         {"instruction": f"Repeat the number {n}.", "input": "word " * 60, "output": f"The number is {n}."}
@@ -495,6 +525,11 @@ def test_checkpoints_are_kept_as_asked(run, tmp_path):
             ("--positions pose cannot train dynamic",),
         ),
         (("--window", 64), ("--positions pose",)),
+        (("--short-share", 0.5), ("--short-share", "--mixed-window")),
+        (("--mixed-window",), ("--mixed-window trains two RoPEs", "has one (default)", "--method")),
+        (("--mixed-window", "--sweep", 64), ("--mixed-window", "leave --sweep out")),
+        (("--mixed-window", "--attention", "s2-wrapped"), ("--mixed-window", "s2-wrapped")),
+        (("--mixed-window", "--positions", "pose", "--window", 64), ("--mixed-window", "leave --positions pose out")),
         (("--learning-rate", 0), ("--learning-rate must be above 0",)),
         (("--group-ratio", 2), ("--group-ratio", "at most 1")),
         (("--num-steps", 0), ("`num_steps` must be >= 1",)),

@@ -29,7 +29,15 @@ COMPRESS = (
     "--lora-r", 4, "--lora-alpha", 8, "--num-steps", 3, "--learning-rate", 1e-3, "--set", "warmup_steps=1",
     "--objectives", "lm,ae:0.5", "--seed", 1, "-o", "out",
 )  # fmt: skip
-ONE = {"finetune": (*RUN, "--accumulation", 2), "compress": (*COMPRESS, "--accumulation", 2)}
+MIXED = (
+    *RUN, "--data", "sample", "--task", "pretrain", "--method", "yarn", "--original-length", 64, "--target-length", 128,
+    "--mixed-window", "--short-share", 0.5,
+)  # fmt: skip
+ONE = {
+    "finetune": (*RUN, "--accumulation", 2),
+    "mixed": (*MIXED, "--accumulation", 2),
+    "compress": (*COMPRESS, "--accumulation", 2),
+}
 SAVING = ("--accumulation", 1, "--save-every", 2, "--set", "lora_dropout=0.1")
 SHORT = (*RUN, "--num-steps", 1, "--accumulation", 1, "--save-every", 1)
 # what both processes run, one after the other
@@ -38,6 +46,7 @@ TWO = {
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
     "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 50)},
     "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 25, "--nested", 3)},
+    "mixed-data": {"args": (*MIXED, "--accumulation", 1)},  # one process has short rows alone, the other long ones
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
     "whole": {"args": (*RUN, *SAVING)},
@@ -101,7 +110,7 @@ def test_two_ranks_compute_what_one_does(place, kind):
     assert (place / "stdout").read_text().count(f"{kind} equal") == 2
 
 
-@pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("finetune", "compress"))])
+@pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("finetune", "mixed", "compress"))])
 def test_two_processes_equal_one_with_the_same_global_batch(place, name):
     """Rows (or documents): accumulated, dealt to two processes, swept in chunks there, each shared by two processes."""
     main, other = outcomes(place, name)
@@ -109,7 +118,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(place, name):
     assert (main["stdout"].count("Wrote out"), other["stdout"]) == (1, "")  # one process speaks
     one = name.partition("-")[0]
     assert losses(place, name) == pytest.approx(losses(place, one), abs=1e-5)
-    file = "adapter_model.safetensors" if one == "finetune" else "compressor.safetensors"
+    file = "compressor.safetensors" if one == "compress" else "adapter_model.safetensors"
     found = load_file(place / name / "out" / file)
     for key, expected in load_file(place / one / "out" / file).items():
         # Adam turns rounding into steps of the size of the learning rate

@@ -1,4 +1,4 @@
-"""Mixed windows: every document of a row is rotated as if it were alone, below L by one RoPE and above it by another."""
+"""Mixed windows: every document of a row is rotated as if it were alone, by one RoPE up to L, by another beyond it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from longext.data.packing import Windows, document_positions
 from longext.errors import ConfigError
 from longext.rope.spec import ROPE_METHODS, compute_inv_freq, rope_parameters
 from longext.rope.windows import join_windows, trained_window
+from longext.training.layers.windows import document_lengths, rotated_by_document
 from longext.training.tuning import make_trainable
-from longext.training.windows import document_lengths, rotated_by_document
 
 L, N = 12, 44
 ROWS = [[5, 12, 13, 14], [44], [11, 1, 12, 12, 8]]  # tokens of the documents of each row; the second is one long one

@@ -24,8 +24,8 @@ ROPE_METHODS.register(
         examples=({}, {"attention_factor": 1.2}),
         colour="#117733",
         caveat=(
-            "Without position embeddings the base model's weights are of no use: train them for it, at the original "
-            "length (`longext finetune -c finetune/books-27m-drope` is an example), before the model reads longer texts."
+            "Weights that lose their position embeddings have to be trained for it, at the original length, before the "
+            "model reads anything (`longext finetune -c finetune/books-27m-drope` is an example)."
         ),
         is_scaling=False,
     ),

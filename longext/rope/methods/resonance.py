@@ -14,7 +14,8 @@ _WAVES = ("yarn", "ntk", "linear", "none")
 def _inv_freq(spec: RopeSpec, _: int | None = None) -> Array:
     under = replace(spec, method=spec.waves)
     wavelengths: Array = 2 * math.pi / ROPE_METHODS[spec.waves].inv_freq(under, None)
-    return 2 * math.pi / wavelengths.round()
+    whole: Array = 2 * math.pi / wavelengths.round()
+    return whole
 
 
 def _attention_factor(spec: RopeSpec) -> float:
