@@ -238,7 +238,8 @@ def _hidden(text: Sequence[str], hidden: Sequence[str], depths: Sequence[float])
 def relative_length(by_length: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the base score (the best up to 1,024 tokens) and the longest length at 85 % of it.
 
-    `tokens_low` and `tokens_high` are those whose interval's ends reach it. None without a length up to 1,024 or with a base score of 0.
+    `tokens_low` and `tokens_high` are those whose interval's ends reach it. None without a length up to 1,024 or with a
+    base score of 0.
     """
     base = max((row["score"] for row in by_length if row["length"] <= _BASE_LENGTH), default=0.0)
 

@@ -138,8 +138,8 @@ class LongBench2(RetrievalEval):
         """Return what the record says of the protocol."""
         return {
             "id": "longbench2",
-            "definition": f"the authors' prompt without reasoning; longer ones lose their middle; greedy answers of up to "
-            f"{self.max_new_tokens} tokens (the authors draw at temperature 0.1)",
+            "definition": f"the authors' prompt without reasoning; longer ones lose their middle; greedy answers of up "
+            f"to {self.max_new_tokens} tokens (the authors draw at temperature 0.1)",
             "reference": "LongBench v2, arXiv 2412.15204",
             "scoring": "the letter of the first 'The correct answer is (X)'; an answer without one is wrong and counts "
             "(the authors leave empty responses out)",
