@@ -35,7 +35,7 @@ from longext.searching.searcher import SEARCHERS, Candidate, Searcher, Space, cr
 
 _HELD_OUT_SEED = 1_000_003  # added to the seed for the prompts of the judgement
 _MOST_TEMPERATURE = 1.5  # up to which the price on short texts is measured
-_SHORT_WINDOWS = 4  # of each document that is judged on
+_SHORT_WINDOWS = 2  # of each document that is judged on
 _NOTE = (
     "The long factors and the temperature were searched on text, see result.json. Up to L tokens the short factors "
     "(1, the original frequencies) hold; the temperature is one number for both, so a short text still feels it. A "
@@ -109,7 +109,8 @@ def search(
     started, cpu = time.perf_counter(), time.process_time()
     problem = _problem(model, plan, reference, searched, config, searcher, journal)
     _judged_windows(model, held_out, config)  # a text too short to judge on is told before the search
-    problem.measure_prices(_MOST_TEMPERATURE)
+    if problem.weights.short or config.short_price is not None:
+        problem.measure_prices(_MOST_TEMPERATURE)
     space = _space(plan, reference, problem, config, searcher)
     announce(_estimate(problem, searcher, space))
     with progress(f"search {config.searcher}", searcher.windows(space), "windows") as advance:
@@ -298,5 +299,6 @@ def _record(
 
 
 def _price_rows(problem: Problem) -> list[dict[str, float]]:
-    assert problem.prices is not None
+    if problem.prices is None:
+        return []
     return [{"temperature": a, "change": math.expm1(loss)} for a, loss in zip(*problem.prices, strict=True)]
