@@ -72,9 +72,15 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
     """
     if config.target_length is None:
         raise ConfigError("Give --target-length, for example 8 times the trained length.")
-    length = {"target_length": config.target_length, "original_length": config.original_length}
-    request = {"model": config.model, "revision": config.revision, **length}
-    yarn = plan_extension(ExtendConfig(method="yarn", **request, check=False))
+    request = ExtendConfig(
+        model=config.model,
+        method="yarn",
+        revision=config.revision,
+        target_length=config.target_length,
+        original_length=config.original_length,
+        check=False,
+    )
+    yarn = plan_extension(request)
     if yarn.spec.factor <= 1:
         raise ConfigError(f"--target-length must be above the trained length, got {config.target_length}.")
     inv_freq, temperature = compute_inv_freq(yarn.spec)
@@ -84,7 +90,7 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
         file = Path(scratch, "factors.json")
         values = {"long_factor": factors, "short_factor": [1.0] * len(factors), "attention_factor": temperature}
         file.write_text(json.dumps(values), encoding="utf-8")
-        plan = plan_extension(ExtendConfig(method="longrope", factors=str(file), **request))
+        plan = plan_extension(replace(request, method="longrope", factors=str(file), check=True))
     return replace(plan, config=replace(plan.config, factors="factors.json")), reference
 
 
@@ -219,15 +225,7 @@ def _judge(
     )
     model.set_rope(read_config(resolve_model(config.model, config.revision)))
     base = _perplexity(model, short_windows_)
-    yarn = plan_extension(
-        ExtendConfig(
-            model=config.model,
-            method="yarn",
-            revision=config.revision,
-            target_length=config.target_length,
-            original_length=config.original_length,
-        )
-    )
+    yarn = plan_extension(replace(plan.config, method="yarn", factors=None))
     rows = []
     total = 2 * (len(long_windows) + len(prompts.depths) * config.num_trials)
     with progress("judgement on held-out text", total, "windows") as advance:
