@@ -170,7 +170,8 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
         if config.original_length < 1:
             raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
         origin = replace(origin, original_max_position_embeddings=config.original_length)
-    is_plain = ROPE_METHODS[origin.method].is_exact_inside or origin.factor == 1
+    trained = ROPE_METHODS[origin.method]
+    is_plain = trained.is_exact_inside or (trained.is_scaling and origin.factor == 1)
     composes = origin.method == config.method and not is_plain
     if not (is_plain or composes or config.replace):
         raise ConfigError(

@@ -58,6 +58,7 @@ def trained(directory, name="adapter_model.safetensors"):
     return load_file(directory / name)
 
 
+@pytest.mark.pictures
 def test_extends_trains_and_writes_everything(run, tmp_path):
     args = ("--data", "sample", "--method", "linear", "--target-length", 1024, *QUICK[4:], *WARM)
     result = run("finetune", "books-5m", *args, "--eval-data", "sample", "-o", "out", "--set", "eval_documents=1")

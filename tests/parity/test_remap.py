@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from contributing import added_file
 from families import CONFIGS, LENGTH, tiny_model
 
 from longext.attention.bands import REMAPS
@@ -186,3 +187,18 @@ def test_kernels_of_a_gpu_give_the_same(dtype):
     with attach(model, "leaky-rerope", 256, window=20, logn=True):
         found = _logits(model, ids.cuda()).float().cpu()
     assert (found - expected).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * expected.norm()
+
+
+def test_a_file_in_the_folder_is_a_method(llama, tmp_path, monkeypatch):
+    import longext.attention.remaps
+
+    (tmp_path / "halves.py").write_text(added_file("longext/attention/remaps/halves.py"))
+    monkeypatch.setattr(longext.attention.remaps, "__path__", [*longext.attention.remaps.__path__, str(tmp_path)])
+    with attach(llama, "halves", window=20) as remapping:
+        expected = _own_forward(
+            llama, _ids(1, 50)[0], lambda i, j: i - j if i - j < 20 else 20 + (i - j - 20) / 2, False
+        )
+        assert torch.allclose(_logits(llama, _ids(1, 50))[0], expected, atol=1e-10)
+        assert remapping.describe()["window"] == 20
+    assert REMAPS.summary("halves") == "Distances beyond a window count half"
+    REMAPS.unregister("halves")

@@ -56,8 +56,9 @@ def describe(generated: Generated) -> str:
         lost = ("forgotten", "thinned")
         counts = [f"{memory[f'num_{name}']:,} tokens {name}" for name in lost if memory.get(f"num_{name}")]
         forgotten = f" (the first {', '.join(counts)})" if counts else ""
-        size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}"
-        parts.append(f"memory at {memory['ratio']}x: {size}{forgotten}")
+        size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}" if "num_slots" in memory else ""
+        name = f"memory at {memory['ratio']}x" if "ratio" in memory else f"memory {memory['spec']}"
+        parts.append(f"{name}{': ' if size else ''}{size}{forgotten}")
     thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""
     parts.append(f"{len(generated.tokens):,} written{thought}")
     if generated.tokens_per_second:

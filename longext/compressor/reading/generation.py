@@ -13,6 +13,7 @@ import torch
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
 from longext.compressor.config import GenerateConfig
+from longext.compressor.reading.readers import find_compressor, load_reader
 from longext.compressor.reading.session import Session
 from longext.compressor.schedule import spelled
 from longext.data.documents import SAMPLE
@@ -27,7 +28,7 @@ from longext.models.chat import (
     user_text,
     uses_template,
 )
-from longext.models.decode import check_sampling, generate
+from longext.models.decode import Sampler, check_sampling, continue_rows, generate
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.turns import split_thought
 from longext.untrusted import read_text
@@ -153,13 +154,15 @@ def check_generate_config(config: GenerateConfig) -> None:
     if is_compressor(config.model):
         check_base_options(config)
         return
-    names = ("memory", "save_memory", "ratio", "base")
+    names = ("save_memory", "ratio", "base")
     wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name))
     if wrong:
         raise ConfigError(
             f"{config.model} is a plain model, which takes no {wrong}: give the -o directory of "
             "`longext compress-train`."
         )
+    if config.memory:
+        find_compressor(config.memory)
 
 
 def _check_saving(config: GenerateConfig, path: Path) -> None:
@@ -195,7 +198,9 @@ def open_writer(config: GenerateConfig) -> Writer:
     """
     check_generate_config(config)
     context = read_context(config.context)
-    return MemoryWriter(config, context) if is_compressor(config.model) else Writer(config, context)
+    if is_compressor(config.model):
+        return MemoryWriter(config, context)
+    return ReaderWriter(config, context) if config.memory else Writer(config, context)
 
 
 class Writer:
@@ -275,6 +280,47 @@ class _Streamer:
     def end(self) -> None:
         """Tell the rest."""
         self._stream.end()
+
+
+class ReaderWriter(Writer):
+    """A model that reads a text of any length by segments, with a memory as `eval --memory` names it."""
+
+    def __init__(self, config: GenerateConfig, context: str) -> None:
+        assert config.memory
+        self._config = config
+        self._reader = load_reader(config, config.memory)
+        self._model = self._reader.plain
+        set_asking(self._model, config)
+        self._ids = _prompt_ids(self._model, config, context)
+        self.num_unread = len(self._ids)
+        if not self._ids:
+            raise ConfigError("There is nothing to continue: the text given has no tokens.")
+
+    def read(self, advance: Callable[[int], object]) -> None:
+        """Read context and prompt by segments."""
+        unread = self.num_unread
+
+        def tell(amount: int) -> None:
+            nonlocal unread
+            unread -= amount
+            advance(amount)
+
+        self._text = self._reader.stream(self._ids, tell)
+        advance(unread)
+
+    def write(self, on_text: OnText) -> Generated:
+        """Continue, going on by segments; `on_text` is told the text in pieces as it comes."""
+        config, stream, text = self._config, self._stream(on_text, self._ids), self._text
+
+        def take(token: torch.Tensor) -> None:
+            stream.add(int(token))
+            text.add(token)
+
+        choose = Sampler(config.temperature, config.top_p, config.seed)
+        continue_rows(text.next_logits, take, config.max_new_tokens, self._model.ending_tokens, choose)
+        stream.end()
+        kept = {name: getattr(text.trail, name) for name in ("num_slots", "num_bytes") if hasattr(text.trail, name)}
+        return stream.result(len(self._ids), {"spec": self._reader.spec, **kept})
 
 
 class MemoryWriter(Writer):

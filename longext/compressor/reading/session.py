@@ -280,8 +280,9 @@ class Session(Stream):
             raise ConfigError(f"Token id {wrong} is none of the model's {size:,}.")
         if self.limit is not None and self.num_tokens + len(tokens) > self.limit:
             raise ConfigError(
-                f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold documents of at "
-                f'most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make room (when_full="thin").'
+                f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
+                f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
+                'room (when_full="thin").'
             )
         return tokens
 

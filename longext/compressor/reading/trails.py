@@ -1,4 +1,4 @@
-"""What is kept of a text that is read segment by segment: raw tokens, a moving KV cache, or compressed memories.
+"""What is kept of a text that is read segment by segment: raw tokens, or compressed memories (keys: `eviction`).
 
 Shape legend: B texts, l tokens of a segment, n tokens read, D hidden size, k slots of a segment's memory.
 """
@@ -41,6 +41,16 @@ class Trail(ABC):
     def write(self, tokens: torch.Tensor) -> None:
         """Go past a whole segment, int64 [B, l]; it may be one that has just been read."""
 
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read a whole segment and go past it; return what `read` returns."""
+        hidden = self.read(tokens)
+        self.write(tokens)
+        return hidden
+
+    def ask(self, tokens: torch.Tensor) -> None:
+        """Learn the end of the prompt, int64 [B, n], before anything is read; most take no notice."""
+        return
+
 
 class WindowTrail(Trail):
     """The last `size` raw tokens, read again with every segment at positions from 0; nothing else is seen."""
@@ -64,49 +74,6 @@ class WindowTrail(Trail):
 
     def _with_past(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if self.past is None else torch.cat([self.past, tokens], 1)
-
-
-class CacheTrail(Trail):
-    """Keys and values of the first `num_sinks` and the last `size` tokens, evicted after every segment.
-
-    StreamingLLM (arXiv 2309.17453); a segment of one token is the paper's eviction after every token; without
-    sinks the segment recurrence of Transformer-XL (arXiv 1901.02860) with keys and values for its hidden states. A
-    token's states are computed once, when it is read; what it saw then may have been evicted since. Positions are
-    relative to the cache: kept keys are turned to 0, 1, ... from where they were computed, so each is rounded once.
-    """
-
-    def __init__(self, backbone: Backbone, num_sinks: int, size: int) -> None:
-        self.backbone, self.num_sinks, self.size = backbone, num_sinks, size
-        self.states: Memory = ()
-        self.positions = torch.zeros(0, dtype=torch.int64)  # that the keys in `states` are rotated to
-        self._read: tuple[torch.Tensor, Memory] | None = None
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Run the frozen model behind the cache."""
-        decoder, hidden = self.begin(tokens, 0)
-        self._read = tokens, decoder.states(len(self.positions))
-        return hidden
-
-    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
-        """Run the frozen model behind the cache."""
-        memory = self.backbone.rerotate(self.states, torch.arange(len(self.positions)) - self.positions)
-        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1] + room)
-        return decoder, decoder.feed(tokens)
-
-    def write(self, tokens: torch.Tensor) -> None:
-        """Add the segment's states, then evict the tokens between the sinks and the newest."""
-        if self._read is None or not torch.equal(self._read[0], tokens):
-            self.read(tokens)
-        assert self._read is not None
-        start = len(self.positions)
-        states = join([self.states, self._read[1]])
-        positions = torch.cat([self.positions, torch.arange(start, start + tokens.shape[1])])
-        self._read = None
-        total = len(positions)
-        newest = torch.arange(max(min(self.num_sinks, total), total - self.size), total)
-        stay = torch.cat([torch.arange(min(self.num_sinks, total)), newest])
-        self.positions = positions[stay]
-        self.states = states if len(stay) == total else tuple(t[..., stay.to(t.device), :] for t in states)
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,11 @@ class ReaderControls(Controls):
 
     def __init__(self, reader: Reader, texts: Texts) -> None:
         super().__init__(Backbone(reader.plain.model), texts)
-        assert reader.size is not None
-        self.reader, self.size = reader, reader.size
+        self.reader = reader
 
     def num_readable(self, length: int) -> int:
         """Return the tokens that stay readable."""
-        return min(length, self.size)
+        return self.reader.num_readable(length)
 
     def _alone(self) -> TokenScores:
         return self._raw(0, 0)
