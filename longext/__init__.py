@@ -16,6 +16,7 @@ _PUBLIC = {
     "compare": "longext.api",
     "advise": "longext.api",
     "extend": "longext.api",
+    "search": "longext.api",
     "finetune": "longext.api",
     "compress": "longext.api",
     "merge": "longext.api",

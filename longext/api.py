@@ -213,6 +213,33 @@ def extend(model: str | Path, method: str, *, output: str | Path | None = None, 
 
 
 @_python_errors
+def search(
+    model: str | Path, target_length: int | None = None, *, output: str | Path, progress: bool = False, **settings: Any
+) -> Path:
+    """Search RoPE frequencies on your own text, and write them with a checkpoint that has them.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        target_length: in tokens.
+        output: the directory to write; a search that was cut short goes on from the journal beside it.
+        progress: show progress bars on standard error.
+        settings: data, searcher, evaluations, and the other options of `longext search`.
+
+    Returns:
+        The directory: result.json, factors.json, curve.png, and `checkpoint`, a standard one.
+    """
+    from longext.evals.base import no_progress
+    from longext.report.commands.search import search_and_write
+    from longext.report.console import progress as progress_bar
+    from longext.searching.config import SearchConfig
+
+    given = {"model": str(model), "target_length": target_length, "output": str(output)}
+    config = build_config(SearchConfig, None, [], {**given, **settings})
+    search_and_write(config, Path(output), progress_bar if progress else no_progress, lambda line: None)
+    return Path(output)
+
+
+@_python_errors
 def finetune(
     model: str | Path, *, data: str | Path, output: str | Path, progress: bool = False, **settings: Any
 ) -> TrainingResult:

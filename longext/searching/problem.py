@@ -157,9 +157,9 @@ class Problem:
 
     def most_temperature(self, price: float | None) -> float:
         """Return the largest temperature that raises short perplexity by at most `price`; infinite without one."""
-        assert self.prices is not None
         if price is None:
             return math.inf
+        assert self.prices is not None
         grid = np.linspace(1, self.prices[0][-1], 1001)
         return float(max((a for a in grid if math.expm1(self.short_loss(a)) <= price), default=1.0))
 

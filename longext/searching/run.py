@@ -35,7 +35,7 @@ from longext.searching.searcher import SEARCHERS, Candidate, Searcher, Space, cr
 
 _HELD_OUT_SEED = 1_000_003  # added to the seed for the prompts of the judgement
 _MOST_TEMPERATURE = 1.5  # up to which the price on short texts is measured
-_SHORT_WINDOWS = 4  # of each document that is judged on
+_SHORT_WINDOWS = 2  # of each document that is judged on
 _NOTE = (
     "The long factors and the temperature were searched on text, see result.json. Up to L tokens the short factors "
     "(1, the original frequencies) hold; the temperature is one number for both, so a short text still feels it. A "
@@ -72,9 +72,15 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
     """
     if config.target_length is None:
         raise ConfigError("Give --target-length, for example 8 times the trained length.")
-    length = {"target_length": config.target_length, "original_length": config.original_length}
-    request = {"model": config.model, "revision": config.revision, **length}
-    yarn = plan_extension(ExtendConfig(method="yarn", **request, check=False))
+    request = ExtendConfig(
+        model=config.model,
+        method="yarn",
+        revision=config.revision,
+        target_length=config.target_length,
+        original_length=config.original_length,
+        check=False,
+    )
+    yarn = plan_extension(request)
     if yarn.spec.factor <= 1:
         raise ConfigError(f"--target-length must be above the trained length, got {config.target_length}.")
     inv_freq, temperature = compute_inv_freq(yarn.spec)
@@ -84,7 +90,7 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
         file = Path(scratch, "factors.json")
         values = {"long_factor": factors, "short_factor": [1.0] * len(factors), "attention_factor": temperature}
         file.write_text(json.dumps(values), encoding="utf-8")
-        plan = plan_extension(ExtendConfig(method="longrope", factors=str(file), **request))
+        plan = plan_extension(replace(request, method="longrope", factors=str(file), check=True))
     return replace(plan, config=replace(plan.config, factors="factors.json")), reference
 
 
@@ -109,7 +115,8 @@ def search(
     started, cpu = time.perf_counter(), time.process_time()
     problem = _problem(model, plan, reference, searched, config, searcher, journal)
     _judged_windows(model, held_out, config)  # a text too short to judge on is told before the search
-    problem.measure_prices(_MOST_TEMPERATURE)
+    if problem.weights.short or config.short_price is not None:
+        problem.measure_prices(_MOST_TEMPERATURE)
     space = _space(plan, reference, problem, config, searcher)
     announce(_estimate(problem, searcher, space))
     with progress(f"search {config.searcher}", searcher.windows(space), "windows") as advance:
@@ -218,15 +225,7 @@ def _judge(
     )
     model.set_rope(read_config(resolve_model(config.model, config.revision)))
     base = _perplexity(model, short_windows_)
-    yarn = plan_extension(
-        ExtendConfig(
-            model=config.model,
-            method="yarn",
-            revision=config.revision,
-            target_length=config.target_length,
-            original_length=config.original_length,
-        )
-    )
+    yarn = plan_extension(replace(plan.config, method="yarn", factors=None))
     rows = []
     total = 2 * (len(long_windows) + len(prompts.depths) * config.num_trials)
     with progress("judgement on held-out text", total, "windows") as advance:
@@ -298,5 +297,6 @@ def _record(
 
 
 def _price_rows(problem: Problem) -> list[dict[str, float]]:
-    assert problem.prices is not None
+    if problem.prices is None:
+        return []
     return [{"temperature": a, "change": math.expm1(loss)} for a, loss in zip(*problem.prices, strict=True)]

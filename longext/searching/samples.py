@@ -15,7 +15,7 @@ from longext.models.protocol import LanguageModel
 from longext.searching.config import SearchConfig
 
 _REPEATED = 48  # tokens of a passage that fills a sample by itself
-_NUM_SHORT = 16
+_NUM_SHORT = 8
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.conversion.extend import write_extension
 from longext.report.results import Contents, Written, write_result_files
 from longext.report.tables import Table
-from longext.staging import staged_directory
+from longext.settings import check_names
+from longext.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from longext.evals.base import Progress
     from longext.searching.config import SearchConfig
     from longext.searching.run import Found
 
@@ -89,3 +92,24 @@ def write_search(output: Path, config: SearchConfig, found: Found, journal: Path
         written = write_result_files(staging, contents)
     written.names.append(f"{CHECKPOINT}/")
     return written
+
+
+def journal_of(output: Path) -> Path:
+    """Return where a search keeps its measurements until its results are written."""
+    return output.with_name(f"{output.name}.search.jsonl")
+
+
+def search_and_write(
+    config: SearchConfig, output: Path, progress: Progress, announce: Callable[[str], None]
+) -> tuple[Found, Written]:
+    """Search and write the results; the journal beside the output goes once they are written."""
+    from longext.models.answer_file import remove_answers
+    from longext.searching.run import search
+
+    check_names(config)
+    check_output(output, config.force)
+    journal = journal_of(output)
+    found = search(config, progress, announce, journal)
+    written = write_search(output, config, found, journal)
+    remove_answers(journal)
+    return found, written

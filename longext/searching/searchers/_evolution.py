@@ -46,7 +46,7 @@ def fit(factors: Array, low: Array, high: Array) -> Array:
 
 def mutate(factors: Array, low: Array, high: Array, rate: float, rng: np.random.Generator) -> Array:
     """Return a copy in which each pair is redrawn, with probability `rate`, on the grid between its neighbours."""
-    changed = factors.copy()
+    changed: Array = factors.copy()
     for i in np.flatnonzero(rng.random(len(factors)) < rate):
         least = max(low[i], changed[i - 1] if i else low[i])
         most = min(high[i], changed[i + 1] if i + 1 < len(changed) else high[i])
@@ -57,7 +57,7 @@ def mutate(factors: Array, low: Array, high: Array, rate: float, rng: np.random.
 
 def cross(factors: Array, other: Array, rate: float, rng: np.random.Generator) -> Array:
     """Return a copy that takes each pair of `other` with probability `rate`, if it stays monotone."""
-    changed = factors.copy()
+    changed: Array = factors.copy()
     for i in np.flatnonzero(rng.random(len(factors)) < rate):
         is_above = i == 0 or other[i] >= changed[i - 1]
         is_below = i + 1 == len(changed) or other[i] <= changed[i + 1]
