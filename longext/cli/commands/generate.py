@@ -26,8 +26,8 @@ def run(config: GenerateConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.compressor.reading.generation import open_writer
     from longext.manifest import result_record
-    from longext.models.threads import set_threads
     from longext.report.console import progress, say
+    from longext.threads import set_threads
 
     set_threads(config.threads)
     writer = open_writer(config)

@@ -17,10 +17,10 @@ def run(config: SearchConfig, as_json: bool) -> None:
     """Search, write, show; an interrupted search keeps its journal, and the same command goes on from it."""
     from longext.cli.output import open_output, show
     from longext.models.answer_file import holds_answers
-    from longext.models.threads import set_threads
     from longext.report.commands.search import CHECKPOINT, journal_of, point_line, search_and_write, search_table
     from longext.report.console import progress, say
     from longext.report.results import output_directory
+    from longext.threads import set_threads
 
     output = output_directory(config.output, "search", config.model)
     open_output(output, config)
