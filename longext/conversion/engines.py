@@ -1,4 +1,4 @@
-"""What serving engines make of the RoPE that longext writes: the one table behind docs/engines.md, cards and `advise`.
+"""What serving engines make of an exported RoPE: the one table behind docs/engines.md, cards and `advise`.
 
 Every entry says how it is known: "run" (perplexity or logits beside transformers; `benchmarks/engines.py` and the
 sources named there) or "read" (in the code of the released version).

@@ -82,8 +82,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_folders_stay_small():
+    """But for those that a registry reads: there a file is an entry, and nothing else names it."""
+    entries = {PACKAGE / "cli" / "commands", PACKAGE / "evals" / "suites"}
     folders = {path.parent for path in modules()}
-    for folder in folders - {PACKAGE}:
+    for folder in folders - {PACKAGE} - entries:
         count = len([path for path in folder.glob("*.py") if path.stem != "__init__"])
         assert count <= MOST_MODULES, f"{folder.name}: {count} modules"
 

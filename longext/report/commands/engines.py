@@ -1,4 +1,4 @@
-"""Serving engines as tables: which of them reads what longext writes, what the others make of it, their commands."""
+"""Serving engines as tables: which of them reads which exported RoPE, what the others make of it, their commands."""
 
 from __future__ import annotations
 
