@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.errors import ConfigError
 from longext.models.head import decoder_of, scale_logits
-from longext.models.hf import LENGTH_DEPENDENT, hold_rope, rotary_modules
+from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rotary_modules
 from longext.training.losses import chunked_cross_entropy
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
@@ -210,13 +210,17 @@ class Backbone:
             return memory
         moved = list(memory)
         for layer, keys in enumerate(memory[::2]):
-            by = deltas.to(keys.device)  # rotary modules take positions from 0 on: a turn back is one with -sin
-            wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-            cos, sin = (part[:, None] for part in self.rotation(wide[:1, 0], by.abs(), layer))
-            # YaRN multiplies cos and sin by its attention factor: the keys have it already, and must not get it again
-            length = (cos**2 + sin**2).sqrt()
-            moved[2 * layer] = _turn(wide, cos / length, (sin / length) * by.sign()[:, None, :, None]).to(keys.dtype)
+            moved[2 * layer] = self.turn(keys, deltas[0], layer)
         return tuple(moved)
+
+    def turn(self, keys: torch.Tensor, delta: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return keys or queries [..., n, head_dim] of one layer rotated by int64 [n] (or [1]) positions more."""
+        by = delta.to(keys.device)[None]  # rotary modules take positions from 0 on: a turn back is one with -sin
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = (part[0] for part in self.rotation(wide.flatten(0, -3)[:1], by.abs(), layer))
+        # YaRN multiplies cos and sin by its attention factor: the keys have it already, and must not get it again
+        length = (cos**2 + sin**2).sqrt()
+        return _turn(wide, cos / length, (sin / length) * by.sign()[0, :, None]).to(keys.dtype)
 
     @torch.no_grad()
     def check_rotation(self) -> None:
@@ -347,7 +351,7 @@ def _additive(mask: torch.Tensor, num_slots: int, dtype: torch.dtype) -> torch.T
 
 
 def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of keys [B, H, n, d], as many as `cos` has, pairing i with i + half."""
+    """Rotate the first dimensions of keys [..., n, d], as many as `cos` has, pairing i with i + half."""
     size = cos.shape[-1]
     turned, rest = keys[..., :size], keys[..., size:]
     first, second = turned.chunk(2, -1)

@@ -15,9 +15,9 @@ from longext.compressor.adapters import Adapters
 from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
 from longext.compressor.memory import Memory
-from longext.compressor.schedule import Schedule
+from longext.compressor.schedule import Ratio, Schedule
 from longext.compressor.segments import REPEAT, Segment
-from longext.compressor.spec import CompressorSpec, check_ratio, check_spec
+from longext.compressor.spec import CompressorSpec, check_fading, check_ratio, check_spec
 from longext.models.turns import eos_of
 from longext.training.losses import IGNORED
 
@@ -78,15 +78,23 @@ class Compressor(nn.Module):
         """Return the slots that a segment's memory has."""
         return self.spec.segment // ratio
 
-    def find_ratio(self, ratio: int | None) -> int:
-        """Return the ratio to compress at: `ratio`, or the first of training if None (ConfigError as `check_ratio`)."""
+    def find_ratio(self, ratio: Ratio | None) -> Ratio:
+        """Return the ratio to compress at, or several by distance: `ratio`, or the first of training if None.
+
+        Raises:
+            ConfigError: as `check_ratio` and `check_fading`.
+        """
         chosen = self.spec.ratios[0] if ratio is None else ratio
+        if isinstance(chosen, tuple) and len(chosen) > 1:
+            check_fading(self.spec, chosen, self.backbone.window)
+            return chosen
+        chosen = chosen[0] if isinstance(chosen, tuple) else chosen
         check_ratio(self.spec, chosen, self.backbone.window)
         return chosen
 
-    def schedule(self, ratio: int, parts: int | None = None) -> Schedule:
-        """Return what segments read at one ratio in the model's window; `parts` as in `Schedule.of`."""
-        return Schedule.of(type(self), self.spec, ratio, self.backbone.window, parts)
+    def schedule(self, ratio: Ratio, *, parts: int | None = None, thins: bool = False) -> Schedule:
+        """Return what segments read at one ratio, or several by distance, in the model's window; as `Schedule.of`."""
+        return Schedule.of(type(self), self.spec, ratio, self.backbone.window, parts=parts, thins=thins)
 
     def initial_vectors(self, count: int) -> torch.Tensor:
         """Return `count` copies of the EOS embedding [count, D] to start from (float32 at least)."""

@@ -59,10 +59,16 @@ class GenerateConfig(RuntimeConfig, ChatConfig):
 
     prompt: str | None = option(None, "Text to continue, after the context.")
     context: str | None = option(None, "Text file to read first, or sample; a compressor says what its memory forgot.")
-    memory: str | None = option(None, "Go on from a memory that --save-memory wrote.", panel="Method")
+    memory: str | None = option(
+        None,
+        "Read with a memory, as eval --memory; of a compressor a file of --save-memory to go on from.",
+        panel="Method",
+    )
     save_memory: str | None = option(None, "Keep what the context became, as a .safetensors file.")
     base: str | None = option(None, "The compressor's model, if that has moved.")
     max_new_tokens: int = option(64, "Tokens to write.", ge=0)
     temperature: float = option(0.0, "0 takes the best token each time, whatever the checkpoint sets.")
     top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
-    ratio: int | None = option(None, "Compression ratio (default: the first it was trained on).")
+    ratio: tuple[int, ...] = option(
+        (), "Compression ratio, or several by distance: 2,4,8 (default: the first it was trained on)."
+    )

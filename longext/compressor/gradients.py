@@ -55,7 +55,8 @@ class Sweep:
         last, spec = self.segments[-1], self.compressor.spec
         # what stays readable is what the segments hold: none of it for auto-encoding
         spec = dataclasses.replace(spec, overlap=last.before.shape[1], sink=last.sink.shape[1])
-        self.schedule = Schedule.of(type(self.compressor), spec, [segment.ratio for segment in self.segments])
+        ratios = [segment.ratio for segment in self.segments]
+        self.schedule = Schedule.of(type(self.compressor), spec, ratios, by_distance=False)
         self.visible = [self.schedule.visible(t) for t in range(len(self.segments))]
         self.slots = [self.schedule.slots(t) for t in range(len(self.segments) - 1)]
 
@@ -80,7 +81,7 @@ class Sweep:
 
     def place(self, t: int) -> int:
         """Return the position of the first slot of memory t: nothing leaves, so it is the same for all readers."""
-        return self.schedule.places(0, t)[-1]
+        return self.schedule.place(t)
 
     @property
     def zero(self) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from longext.compressor.architectures import COMPRESSORS
-from longext.compressor.schedule import Schedule
+from longext.compressor.schedule import Ratio, Schedule
 from longext.errors import CheckpointError, ConfigError
 from longext.untrusted import build
 
@@ -52,7 +53,7 @@ class CompressorSpec:
             raise CheckpointError(f"{where} has counts that no compressor has ({counts}). Restore the file.")
         return spec
 
-    def schedule(self, window: int, ratio: int | None = None) -> Schedule:
+    def schedule(self, window: int, ratio: Ratio | None = None) -> Schedule:
         """Return what segments read in a model of `window` positions; None: at the ratio that makes most slots."""
         return Schedule.of(COMPRESSORS[self.arch], self, ratio or min(self.ratios), window)
 
@@ -121,4 +122,25 @@ def check_ratio(spec: CompressorSpec, ratio: int, window: int, *, larger: bool =
             f"--ratio {ratio} leaves no room for a memory of {spec.segment // ratio} slots next to sink {spec.sink}, "
             f"overlap {spec.overlap} and segment {spec.segment} in the model's {window:,} positions: raise the ratio, "
             "or extend the model first (longext extend)."
+        )
+
+
+def check_fading(spec: CompressorSpec, ratios: tuple[int, ...], window: int) -> None:
+    """Raise ConfigError unless a compressor of `spec` can read memories at these ratios by distance."""
+    spelled = ",".join(map(str, ratios))
+    if not COMPRESSORS[spec.arch].nested:
+        raise ConfigError(
+            f"Ratios by distance ({spelled}) need memories that can be thinned, and those of {spec.arch} cannot: give "
+            "one ratio, or train uio or anchor."
+        )
+    for ratio in ratios:
+        check_ratio(spec, ratio, window)
+    if any(later % ratio or later == ratio for ratio, later in itertools.pairwise(ratios)):
+        raise ConfigError(f"Ratios by distance must each be a multiple of the one before, as in 2,4,8; got {spelled}.")
+    near = 2 ** (len(ratios) - 1) - 1
+    if spec.schedule(window, ratios).capacity <= near:
+        raise ConfigError(
+            f"Ratios {spelled} by distance take {near * spec.segment:,} tokens before the last one is reached, and "
+            f"their slots do not fit the model's {window:,} positions next to sink {spec.sink}, overlap {spec.overlap} "
+            f"and segment {spec.segment}: leave out the first ratios, or extend the model first (longext extend)."
         )

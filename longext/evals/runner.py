@@ -62,7 +62,7 @@ def run_eval(
     data = task.load_data() if data is None else data
     limits = task.limits(data)
     if model is None:
-        from longext.models.threads import set_threads
+        from longext.threads import set_threads
 
         set_threads(task.threads)
         with loading(f"loading {task.model}"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.bands import is_remap
 from longext.attention.shifted import check_model, register_attention
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
@@ -18,10 +19,10 @@ from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import fingerprint_weights
 from longext.conversion.config import ExtendConfig
+from longext.conversion.engines import engine_notes
 from longext.conversion.extend import (
     ExtensionPlan,
     checked,
-    engine_notes,
     exportable_parameters,
     extended_config,
     plan_extension,
@@ -29,7 +30,9 @@ from longext.conversion.extend import (
 )
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
-from longext.models.hf import LENGTH_DEPENDENT
+from longext.models.methods import RemapRequest, remap_request
+from longext.models.remap import IMPLEMENTATION
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
 from longext.rope.windows import join_windows
@@ -58,6 +61,7 @@ class Extension:
     record: dict[str, Any]
     target_length: int
     trained_length: int
+    remap: RemapRequest | None = None
 
     @property
     def rope_type(self) -> str:
@@ -81,8 +85,9 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     """
     source = resolve_model(config.model, config.revision)
     rope = {field.name: getattr(config, field.name) for field in fields(RopeConfig)}
-    if config.method == "none":
-        return _as_it_is(config, source)
+    remap = remap_request(config.method, config.factor, config.target_length)
+    if config.method == "none" or remap:
+        return _as_it_is(config, source, remap)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
     plan = _plan_windows(request) if config.mixed_window else plan_extension(request)
     record = {**provenance(plan), "trained": True, "base_weights": fingerprint_weights(source)}
@@ -98,7 +103,7 @@ def _plan_windows(request: ExtendConfig) -> ExtensionPlan:
     return checked(replace(plan, config=request, spec=spec, parameters=parameters, warnings=engine_notes(parameters)))
 
 
-def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
+def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) -> Extension:
     raw = read_config(source)
     rope = model_rope(raw, source, config.trust_remote_code or None)
     if config.mixed_window and rope.spec.method != "longrope":
@@ -106,8 +111,12 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
             f"--mixed-window trains two RoPEs, and {config.model} has one ({rope.rope_type}): add --method (yarn, ...) "
             "or give a checkpoint whose RoPE is longrope."
         )
-    length = config.target_length or rope.max_position_embeddings
-    if length > rope.max_position_embeddings and rope.rope_type != "dynamic":
+    if remap is not None:
+        remap = replace(remap, original_length=remap.original_length or rope.spec.original_max_position_embeddings)
+        length = remap.target(remap.original_length or 0)
+    else:
+        length = config.target_length or rope.max_position_embeddings
+    if remap is None and length > rope.max_position_embeddings and rope.rope_type != "dynamic":
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
@@ -134,7 +143,9 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "trained": True,
     }
     both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
-    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings)
+    if remap is not None:
+        record["remapping"] = asdict(remap)
+    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings, remap)
 
 
 def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:
@@ -173,8 +184,9 @@ def implementation_of(config: FinetuneConfig) -> str:
 
 
 def attention_of(config: FinetuneConfig) -> str:
-    """Return the attention variant to train with: S2-Attn if nothing is said, full for the short rows of PoSE."""
-    return config.attention or ("full" if config.positions == "pose" else "s2")
+    """Return the attention variant to train with: S2-Attn if nothing is said, full for PoSE and under a remapping."""
+    is_full = config.positions == "pose" or is_remap(config.method)
+    return config.attention or ("full" if is_full else "s2")
 
 
 def training_device(config: RuntimeConfig) -> torch.device:
@@ -241,18 +253,20 @@ def enable_checkpointing(model: Any, offload: bool, *, every: int = 1, nested: i
 def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator[None]:
     """Put `model` into eval mode under transformers' own full attention; undone on leaving.
 
+    A model that trains under a remapping of positions is used under it too, and stays there.
     Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
     """
     trained_with = model.config.get_text_config()._attn_implementation
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     was_training = model.training
-    model.set_attn_implementation("eager" if capped else "sdpa")
+    if trained_with != IMPLEMENTATION:
+        model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
     # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     # what every report says: no evaluation runs on a training variant
-    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager", IMPLEMENTATION)
     try:
         with stance, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield

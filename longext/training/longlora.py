@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.bands import REMAPS
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -30,6 +31,7 @@ from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.remap import attach
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
@@ -326,9 +328,26 @@ class FinetuneRun(Run):
                         f"{type(self.base).__name__}: leave --sweep out."
                     )
                 scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
-                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-            with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
+                method = "none" if extension.remap else config.method
+                self.first_loss = check_first_loss(scorer, method, extension, self.rows[0])
+            with self._remapped(), chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
                 yield
+
+    def _remapped(self) -> contextlib.AbstractContextManager[Any]:
+        """Put the model under the run's remapping of positions, if it has one, until it is left."""
+        remap = self.plan.extension.remap
+        if remap is None:
+            return contextlib.nullcontext()
+        return attach(
+            self.base, remap.name, self.plan.extension.target_length,
+            original_length=remap.original_length, **remap.parameters,
+        )  # fmt: skip
+
+    @property
+    def _remapped_as(self) -> str:
+        """What of the objective the remapping is, in words."""
+        remap = self.plan.extension.remap
+        return f", distances of {remap.name}: {REMAPS[remap.name].formula}" if remap else ""
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
@@ -343,7 +362,7 @@ class FinetuneRun(Run):
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
-                "objective": f"{attention} attention{group}",
+                "objective": f"{attention} attention{group}{self._remapped_as}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,

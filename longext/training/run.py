@@ -20,7 +20,7 @@ import torch
 from longext.attention.sequence import make_sequence_group
 from longext.data.packing import collate_rows
 from longext.errors import ConfigError, TrainingStopped
-from longext.models.threads import set_threads
+from longext.threads import set_threads
 from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
 from longext.training.config import TrainingConfig

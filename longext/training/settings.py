@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
+from longext.attention.bands import is_remap
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
@@ -91,7 +92,26 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
     if config.separate_documents and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
+    _check_remap(config)
     _check_layers(config)
+
+
+def _check_remap(config: FinetuneConfig) -> None:
+    if not is_remap(config.method):
+        return
+    for flag, is_on in (
+        ("--attention", config.attention not in (None, "full")),
+        ("--positions pose", config.positions == "pose"),
+        ("--sweep", config.sweep != OFF),
+        ("--mixed-window", config.mixed_window),
+        ("--sequence-parallel", config.sequence_parallel > 1),
+        ("--context-parallel", config.context_parallel > 1),
+    ):
+        if is_on:
+            raise ConfigError(
+                f"--method {config.method} decides what attention sees of whole rows: leave {flag} out, or choose "
+                "another method."
+            )
 
 
 def _check_mixed_window(config: FinetuneConfig) -> None:

@@ -341,7 +341,7 @@ def test_a_closed_standard_output_is_no_traceback(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "out/config.json").is_file()
     reader, writer = os.pipe()
     os.close(reader)
-    done = longext(tmp_path, *words, "--force", stdout=writer, stderr=subprocess.PIPE)
+    done = longext(tmp_path, "plan", "books-5m", "--length", "1024", stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert done.returncode == 1 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
     no_leftovers(tmp_path, "out")

@@ -181,7 +181,7 @@ def test_two_documents_in_sequence_equal_each_alone(arch, memory):
 @pytest.mark.parametrize(("arch", "memory"), KINDS)
 def test_what_does_not_fit_slides_out(arch, memory):
     compressor, tokens = make(arch, memory, window=64), document(400)
-    session, sizes = Session(compressor), []
+    session, sizes = Session(compressor, when_full="forget"), []
     for part in tokens.split(16):
         session.absorb(part)
         sizes.append((session.num_bytes, session.num_slots))
@@ -189,7 +189,7 @@ def test_what_does_not_fit_slides_out(arch, memory):
         assert spec.sink + session.num_slots + spec.overlap + spec.segment <= 64
     assert max(sizes) == max(sizes[:14])
     assert (session.num_forgotten > 0) == (not compressor.reads_last)
-    at_once = Session(compressor)
+    at_once = Session(compressor, when_full="forget")
     at_once.absorb(tokens)
     assert (at_once.num_slots, at_once.num_forgotten) == (session.num_slots, session.num_forgotten)
     # transformers makes angles in float32: keys that moved differ from keys made in place by its rounding
@@ -198,7 +198,7 @@ def test_what_does_not_fit_slides_out(arch, memory):
 
 def test_keys_that_slide_are_rotated_and_values_are_not():
     compressor, tokens = make("uio", window=64), document(200)
-    session = Session(compressor)
+    session = Session(compressor, when_full="forget")
     length = next(n for n in range(17, 200, 16) if _absorbed(session, tokens, n).num_forgotten)
     before = _absorbed(session, tokens, length - 16).memory
     after = _absorbed(session, tokens, length).memory
@@ -221,7 +221,7 @@ def _absorbed(session, tokens, length):
 
 def test_an_error_names_the_longest_document_and_absorbs_nothing():
     compressor = make("uio", window=64)
-    session = Session(compressor, overflow="error")
+    session = Session(compressor, when_full="refuse")
     longest = compressor.schedule(4).max_segments * 16
     session.absorb(document(longest))
     with pytest.raises(ConfigError, match=str(longest)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longext.models import threads
-from longext.models.threads import free_cores, set_threads
+from longext import threads
+from longext.threads import free_cores, set_threads
 
 
 @pytest.fixture(autouse=True)

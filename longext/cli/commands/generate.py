@@ -26,8 +26,8 @@ def run(config: GenerateConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.compressor.reading.generation import open_writer
     from longext.manifest import result_record
-    from longext.models.threads import set_threads
     from longext.report.console import progress, say
+    from longext.threads import set_threads
 
     set_threads(config.threads)
     writer = open_writer(config)
@@ -53,9 +53,12 @@ def describe(generated: Generated) -> str:
     parts = [f"{generated.num_read:,} tokens read"]
     memory = generated.memory
     if memory is not None:
-        forgotten = f" (the first {memory['num_forgotten']:,} tokens forgotten)" if memory["num_forgotten"] else ""
-        size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}"
-        parts.append(f"memory at {memory['ratio']}x: {size}{forgotten}")
+        lost = ("forgotten", "thinned")
+        counts = [f"{memory[f'num_{name}']:,} tokens {name}" for name in lost if memory.get(f"num_{name}")]
+        forgotten = f" (the first {', '.join(counts)})" if counts else ""
+        size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}" if "num_slots" in memory else ""
+        name = f"memory at {memory['ratio']}x" if "ratio" in memory else f"memory {memory['spec']}"
+        parts.append(f"{name}{': ' if size else ''}{size}{forgotten}")
     thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""
     parts.append(f"{len(generated.tokens):,} written{thought}")
     if generated.tokens_per_second:

@@ -6,7 +6,7 @@ Shape legend: B rows, n new tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,24 @@ from longext.compressor.memory import Memory
 from longext.models.decode import continue_rows
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values at the start of a buffer with room behind them, so that a token more copies nothing."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
-        self._room = room
+        self.room = room
         self._buffers: list[torch.Tensor] = []
+
+    @property
+    def filled(self) -> int:
+        """Positions in the buffer."""
+        return 0 if not self._buffers else int(self.keys.shape[-2])
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states [B, num_kv_heads, n, head_dim] and return all so far."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        start = self.get_seq_length()
+        start = self.filled
         end = start + keys.shape[-2]
         if not self._buffers or end > self._buffers[0].shape[-2]:
             self._grow(keys, values, end)
@@ -41,7 +46,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
-        new = [t.new_empty((*t.shape[:-2], end + self._room, t.shape[-1])) for t in (keys, values)]
+        new = [t.new_empty((*t.shape[:-2], end + self.room, t.shape[-1])) for t in (keys, values)]
         for buffer, old in zip(new, self._buffers, strict=False):
             buffer[..., : old.shape[-2], :] = old
         self._buffers = new
@@ -57,6 +62,7 @@ class CachedDecoder:
         rows: input vectors [B, m, D] in front (sink and `soft` memory), fed with the first tokens.
         adapted: the adapters under which it runs; none for the model by itself.
         room: tokens to keep room for behind the first ones.
+        layers: a cache of its own kind, in place of prefix and room.
     """
 
     def __init__(
@@ -68,12 +74,13 @@ class CachedDecoder:
         rows: torch.Tensor | None = None,
         adapted: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         room: int = 0,
+        layers: Sequence[RoomyLayer] | None = None,
     ) -> None:
         self.backbone = backbone
         self._embed = embed or backbone.embed
         self._rows = rows
         self._adapted = adapted
-        self._layers = [_RoomyLayer(room) for _ in backbone.layers]
+        self._layers = [RoomyLayer(room) for _ in backbone.layers] if layers is None else list(layers)
         for layer, keys, values in zip(self._layers, prefix[::2], prefix[1::2], strict=False):
             layer.update(keys, values)
         self._cache = Cache(layers=self._layers)
@@ -87,11 +94,6 @@ class CachedDecoder:
     def num_bytes(self) -> int:
         """Bytes of the keys and values it keeps (room for more left out)."""
         return sum(states.nbytes for layer in self._layers for states in (layer.keys, layer.values))
-
-    def states(self, first: int = 0) -> Memory:
-        """Return keys and values of the positions from `first` on, [B, num_kv_heads, n, head_dim] each."""
-        states = (states for layer in self._layers for states in (layer.keys, layer.values))
-        return tuple(tensor[..., first:, :] for tensor in states)
 
     def truncate(self, length: int) -> None:
         """Forget all positions but the first `length`."""

@@ -13,7 +13,9 @@ import torch
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import check_base_options, is_compressor, load_compressor
 from longext.compressor.config import GenerateConfig
+from longext.compressor.reading.readers import find_compressor, load_reader
 from longext.compressor.reading.session import Session
+from longext.compressor.schedule import spelled
 from longext.data.documents import SAMPLE
 from longext.errors import ConfigError, DataError
 from longext.models.answers import begins_thought
@@ -26,7 +28,7 @@ from longext.models.chat import (
     user_text,
     uses_template,
 )
-from longext.models.decode import check_sampling, generate
+from longext.models.decode import Sampler, check_sampling, continue_rows, generate
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.turns import split_thought
 from longext.untrusted import read_text
@@ -43,7 +45,7 @@ class Generated:
         tokens: all that is new.
         num_read: tokens before it.
         tokens_per_second: after the first new token.
-        memory: slots, bytes, ratio and forgotten tokens of a compressor's memory; None for a plain model.
+        memory: slots, bytes, ratio, thinned and forgotten tokens of a memory; None for a plain model.
         num_thought_tokens: of the thought that was taken off.
     """
 
@@ -51,7 +53,7 @@ class Generated:
     tokens: tuple[int, ...]
     num_read: int
     tokens_per_second: float
-    memory: dict[str, int] | None
+    memory: dict[str, Any] | None
     num_thought_tokens: int = 0
 
 
@@ -129,7 +131,7 @@ class TextStream:
         seconds = self.times[-1] - self.times[0] if self.times else 0.0
         return (len(self.times) - 1) / seconds if seconds else 0.0
 
-    def result(self, num_read: int, memory: dict[str, int] | None) -> Generated:
+    def result(self, num_read: int, memory: dict[str, Any] | None) -> Generated:
         """Return what was written."""
         text, count = self._decode(self.tokens[self.num_thought :]), self.num_thought
         return Generated(text, tuple(self.tokens), num_read, self.tokens_per_second, memory, count)
@@ -152,13 +154,15 @@ def check_generate_config(config: GenerateConfig) -> None:
     if is_compressor(config.model):
         check_base_options(config)
         return
-    names = ("memory", "save_memory", "ratio", "base")
-    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None)
+    names = ("save_memory", "ratio", "base")
+    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(config, name))
     if wrong:
         raise ConfigError(
             f"{config.model} is a plain model, which takes no {wrong}: give the -o directory of "
             "`longext compress-train`."
         )
+    if config.memory:
+        find_compressor(config.memory)
 
 
 def _check_saving(config: GenerateConfig, path: Path) -> None:
@@ -194,7 +198,9 @@ def open_writer(config: GenerateConfig) -> Writer:
     """
     check_generate_config(config)
     context = read_context(config.context)
-    return MemoryWriter(config, context) if is_compressor(config.model) else Writer(config, context)
+    if is_compressor(config.model):
+        return MemoryWriter(config, context)
+    return ReaderWriter(config, context) if config.memory else Writer(config, context)
 
 
 class Writer:
@@ -276,6 +282,47 @@ class _Streamer:
         self._stream.end()
 
 
+class ReaderWriter(Writer):
+    """A model that reads a text of any length by segments, with a memory as `eval --memory` names it."""
+
+    def __init__(self, config: GenerateConfig, context: str) -> None:
+        assert config.memory
+        self._config = config
+        self._reader = load_reader(config, config.memory)
+        self._model = self._reader.plain
+        set_asking(self._model, config)
+        self._ids = _prompt_ids(self._model, config, context)
+        self.num_unread = len(self._ids)
+        if not self._ids:
+            raise ConfigError("There is nothing to continue: the text given has no tokens.")
+
+    def read(self, advance: Callable[[int], object]) -> None:
+        """Read context and prompt by segments."""
+        unread = self.num_unread
+
+        def tell(amount: int) -> None:
+            nonlocal unread
+            unread -= amount
+            advance(amount)
+
+        self._text = self._reader.stream(self._ids, tell)
+        advance(unread)
+
+    def write(self, on_text: OnText) -> Generated:
+        """Continue, going on by segments; `on_text` is told the text in pieces as it comes."""
+        config, stream, text = self._config, self._stream(on_text, self._ids), self._text
+
+        def take(token: torch.Tensor) -> None:
+            stream.add(int(token))
+            text.add(token)
+
+        choose = Sampler(config.temperature, config.top_p, config.seed)
+        continue_rows(text.next_logits, take, config.max_new_tokens, self._model.ending_tokens, choose)
+        stream.end()
+        kept = {name: getattr(text.trail, name) for name in ("num_slots", "num_bytes") if hasattr(text.trail, name)}
+        return stream.result(len(self._ids), {"spec": self._reader.spec, **kept})
+
+
 class MemoryWriter(Writer):
     """A compressor that reads a text of any length and keeps what its memory holds, or goes on from such a memory.
 
@@ -292,9 +339,12 @@ class MemoryWriter(Writer):
         if config.memory:
             self._session = Session.load(Path(config.memory).expanduser(), loaded)
         else:
-            self._session = Session.of(loaded, ratio=config.ratio)
-        if config.ratio not in (None, self._session.ratio):
-            raise ConfigError(f"{config.memory} was written at --ratio {self._session.ratio}, not {config.ratio}.")
+            self._session = Session.of(loaded, ratio=config.ratio or None)
+        written = self._session.trail.schedule.ratios
+        if config.ratio and config.ratio != written:
+            raise ConfigError(
+                f"{config.memory} was written at --ratio {spelled(written)}, not {spelled(config.ratio)}."
+            )
         self._model = loaded.plain
         set_asking(self._model, config)
         self._context, self._prompt = self._tokens(context)
@@ -326,8 +376,14 @@ class MemoryWriter(Writer):
             session.save(Path(config.save_memory).expanduser())
         session.absorb(self._prompt, tell)
         advance(unread)
-        if gone := session.num_forgotten:
-            whole = session.num_tokens
+        gone, thin, whole = session.num_forgotten, session.num_thinned, session.num_tokens
+        if thin and not gone:
+            highest = max(session.trail.state.ratios)
+            self.notes = [
+                f"The memory is full: of {whole:,} tokens read the first {thin:,} ({thin / whole:.0%}) were thinned, "
+                f"to {highest}x at most. A higher --ratio keeps all text alike, a longer window more of it."
+            ]
+        if gone:
             self.notes = [
                 f"The memory is full: of {whole:,} tokens read the first {gone:,} ({gone / whole:.0%}) are forgotten, "
                 f"and only the last {whole - gone:,} can be used. A higher --ratio or a longer window keeps more."
@@ -345,5 +401,6 @@ class MemoryWriter(Writer):
             on_token=stream.add,
         )
         stream.end()
-        names = ("num_slots", "num_bytes", "num_forgotten", "ratio")
-        return stream.result(num_read, {name: getattr(session, name) for name in names})
+        names = ("num_slots", "num_bytes", "num_forgotten", "num_thinned")
+        memory = {name: getattr(session, name) for name in names}
+        return stream.result(num_read, {**memory, "ratio": spelled(session.ratio)})

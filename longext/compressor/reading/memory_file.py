@@ -16,13 +16,13 @@ from longext.errors import CheckpointError
 from longext.staging import staged_file
 from longext.untrusted import fields, parse_json
 
-SCHEMA = "longext.memory/1"
+SCHEMA = "longext.memory/2"
 TOKENS = ("sink", "before", "tail")  # lists of token ids that a session needs as text
 _KEY = "longext"
 _ADVICE = "It is damaged, or not a memory that longext wrote (`longext generate --save-memory`)."
 _FIELDS = {
-    **{"schema": str, "spec": dict, "ratio": int, "base_weights": str, "compressor": str},
-    **{"num_segments": int, "num_tokens": int},
+    **{"schema": str, "spec": dict, "ratios": list, "base_weights": str, "compressor": str},
+    **{"num_segments": int, "num_tokens": int, "when_full": str, "first": int, "held": list},
 }
 
 
@@ -60,6 +60,9 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     values = fields(description, where, _FIELDS, CheckpointError, _ADVICE)
     if values["schema"] != SCHEMA or values["num_segments"] < 0 or values["num_tokens"] < 0:
         raise CheckpointError(f"{where} does not say {SCHEMA}, or counts below 0. {_ADVICE}")
+    numbers = [*values["ratios"], *values["held"]]
+    if not values["ratios"] or not all(type(number) is int and number > 0 for number in numbers):
+        raise CheckpointError(f"{where} must name ratios as whole numbers above 0. {_ADVICE}")
     count = sum(name.startswith("memory.") for name in header.tensors)
     expected = [*(f"memory.{i}" for i in range(count)), *TOKENS]
     for name in expected:
@@ -71,6 +74,12 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
         tensors = {name: file.get_tensor(name) for name in expected}
     memory = tuple(tensors[f"memory.{i}"] for i in range(count))
     return memory, {name: tensors[name].tolist() for name in TOKENS}, description
+
+
+def check_held(path: Path, held: tuple[int, ...], first: int, num_segments: int, segment: int) -> None:
+    """Refuse ratios of held memories that no session has: CheckpointError unless each divides a segment."""
+    if first < 0 or first + len(held) > num_segments or any(r < 1 or segment % r for r in held):
+        raise CheckpointError(f"{path}: {_KEY} names memories of ratios that cannot be. {_ADVICE}")
 
 
 def check_memory(path: Path, memory: Memory, compressor: Compressor, num_slots: int) -> None:

@@ -20,23 +20,28 @@ import torch
 
 from longext.checkpoint.load import MAPPED
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor
+from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import DESCRIPTION, WEIGHTS, is_compressor, load_compressor, read_description
-from longext.compressor.reading.trails import CacheTrail, CompressorTrail, Stream, Trail, WindowTrail
+from longext.compressor.kv_policies import KV_POLICIES
+from longext.compressor.kv_policies.streaming import Streaming
+from longext.compressor.reading.budgets import Budget
+from longext.compressor.reading.eviction import QUESTION, PolicyTrail
+from longext.compressor.reading.kv_memory import is_policy, open_policy, policy_of, policy_summary
+from longext.compressor.reading.trails import CompressorTrail, Stream, Trail, WindowTrail
+from longext.compressor.schedule import Ratio
+from longext.compressor.spec import CompressorSpec
 from longext.errors import ConfigError
 from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
-from longext.models.hf import (
-    LENGTH_DEPENDENT,
-    HFLanguageModel,
-    load_language_model,
-    score_hidden,
-)
+from longext.models.hf import HFLanguageModel, load_language_model, score_hidden
 from longext.models.protocol import TokenScores
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128
+THINNED = "thinned"
+_THINNED = "raw keys and values of each segment read by itself, one of every so many tokens kept"
 
 
 def _of_model(name: str) -> Any:
@@ -54,7 +59,7 @@ class Reader:
         spec: the memory as the user spelled it.
         segment: l.
         open_trail: makes the trail of a new batch of texts.
-        size: raw tokens that stay readable (for compressors: None).
+        size: raw tokens that stay readable, or how many of so many tokens do (for compressors: None).
         facts: what a result says of the memory.
         compressor, ratio: for compressors.
     """
@@ -66,10 +71,10 @@ class Reader:
         segment: int,
         open_trail: Callable[[], Trail],
         *,
-        size: int | None = None,
+        size: int | Callable[[int], int] | None = None,
         facts: dict[str, Any] | None = None,
         compressor: Compressor | None = None,
-        ratio: int = 0,
+        ratio: Ratio = 0,
     ) -> None:
         self.plain, self.spec, self.segment, self.open_trail = plain, spec, segment, open_trail
         self.size, self.facts, self.compressor, self.ratio = size, facts or {}, compressor, ratio
@@ -96,15 +101,16 @@ class Reader:
         ids = input_ids.to(self.device)
         last = ids.shape[1] - 1  # this token is only predicted
         trail = self.open_trail()
+        trail.ask(ids[:, max(0, first - QUESTION) : first])
         parts = []
         for start in range(0, last, self.segment):
             end = min(start + self.segment, last)
             tokens = ids[:, start:end]
             if end >= first:
                 skip = max(0, first - 1 - start)
-                hidden = self._read(trail, tokens)[:, skip:]
+                hidden = self._read(trail, tokens, advance=end < last)[:, skip:]
                 parts.append(score_hidden(self.plain.model, hidden, ids[:, start + skip + 1 : end + 1]))
-            if end < last:
+            elif end < last:
                 trail.write(tokens)
         return TokenScores(torch.cat([part.nll for part in parts], 1), torch.cat([part.is_top1 for part in parts], 1))
 
@@ -114,19 +120,30 @@ class Reader:
 
         A RoPE that follows the length of the text allows no cache: there each new token reads its own segment again.
         """
-        trail = self.open_trail()
-        stream = Stream(trail, self.segment, partial(self._read, trail) if self._follows_length else None)
-        stream.add(torch.tensor([list(input_ids)], device=self.device))
+        stream = self.stream(input_ids)
         return continue_rows(stream.next_logits, stream.add, max_new_tokens, self.ending_tokens)[0]
+
+    def stream(self, input_ids: Sequence[int], advance: Callable[[int], object] = lambda _: None) -> Stream:
+        """Return one text as it is read, its tokens so far taken; `advance` as in `Stream.add`."""
+        trail, tokens = self.open_trail(), torch.tensor([list(input_ids)], device=self.device)
+        trail.ask(tokens[:, -QUESTION:])
+        stream = Stream(trail, self.segment, partial(self._read, trail) if self._follows_length else None)
+        stream.add(tokens, advance)
+        return stream
+
+    def num_readable(self, length: int) -> int:
+        """Return the raw tokens or slots that stay readable of `length` tokens."""
+        assert self.size is not None
+        return min(length, self.size if isinstance(self.size, int) else self.size(length))
 
     @property
     def _follows_length(self) -> bool:
         return self.compressor is None and self.plain.rope_type in LENGTH_DEPENDENT
 
-    def _read(self, trail: Trail, tokens: torch.Tensor) -> torch.Tensor:
+    def _read(self, trail: Trail, tokens: torch.Tensor, *, advance: bool = False) -> torch.Tensor:
         if self.compressor is None:  # a compressor holds its model's rotation at one length
             self.plain.reset_rope()
-        return trail.read(tokens)
+        return trail.advance(tokens) if advance else trail.read(tokens)
 
 
 # --- kinds of memory --------------------------------------------------------------------------------------------------
@@ -180,6 +197,11 @@ def _window(backbone: Backbone, _: int, size: int) -> Trail:
     return WindowTrail(backbone, size)
 
 
+def _newest(backbone: Backbone, num_first: int, size: int) -> Trail:
+    budget = Budget(num_first + size, 0, num_first + size, len(backbone.layers))
+    return PolicyTrail(backbone, Streaming(num_sinks=num_first), budget, attends=False)
+
+
 MEMORIES: Registry[MemoryKind] = Registry("memory")
 MEMORIES.register("none", MemoryKind("control", "none", 0, _window), "the segment alone")
 MEMORIES.register(
@@ -189,13 +211,13 @@ MEMORIES.register(
 )
 MEMORIES.register(
     "streaming",
-    MemoryKind("StreamingLLM, arXiv 2309.17453", "streaming:4+N", 2, CacheTrail, moves=True),
+    MemoryKind("StreamingLLM, arXiv 2309.17453", "streaming:4+N", 2, _newest, moves=True),
     "keys and values of the first tokens and of the last N; evicted after every segment, positions in the cache",
 )
 MEMORIES.register(
     "transformer-xl",
     MemoryKind(
-        "Transformer-XL, arXiv 1901.02860, as a cache of a frozen model", "transformer-xl:N", 1, CacheTrail, moves=True
+        "Transformer-XL, arXiv 1901.02860, as a cache of a frozen model", "transformer-xl:N", 1, _newest, moves=True
     ),
     "keys and values of the last N tokens as earlier segments computed them, at positions 0 .. N - 1",
 )
@@ -216,7 +238,9 @@ def load_reader(
 
     Args:
         config: its `model` is the base model; for a compressor its directory now, or "" for that of training.
-        spec: none, window[:N], streaming:S+N, transformer-xl:N, or OUT[@ratio[+overlap]] with OUT a trained compressor.
+        spec: none, window[:N], streaming:S+N, transformer-xl:N, a KV policy (snapkv:N slots or snapkv:Rx), thinned:R
+            (raw keys, one of R tokens), or OUT[@R] with OUT a trained compressor; R may be several ratios by distance
+            and +OVERLAP raw tokens last: 2,4,8+256.
         segment: l (default 128; for a compressor its own, and no other).
         method, factor: a RoPE extension applied in memory first, as `load_language_model` does (no compressors).
 
@@ -232,52 +256,105 @@ def load_reader(
             raise ConfigError(f"--method {method} would change the model under a compressor that was trained on it.")
         return _compressor_reader(config, spec, *trained, segment)
     name, _, argument = spec.partition(":")
-    kind = MEMORIES[name]
     length = DEFAULT_SEGMENT if segment is None else segment
+    is_kept = is_policy(name) and not (name in MEMORIES and "+" in argument)
+    if is_kept:
+        policy_of(spec)  # before anything is loaded
     plain = load_language_model(config, method, factor)
     if not head_is_plain(plain.model):
         raise ConfigError(
             f"{type(plain.model).__name__} makes its logits in a way that longext cannot run by segments."
         )
-    if kind.moves and plain.rope_type in LENGTH_DEPENDENT:
+    if name == THINNED:
+        return _thinned_reader(plain, spec, argument, length)
+    moves = is_kept or MEMORIES[name].moves
+    if moves and plain.rope_type in LENGTH_DEPENDENT:
         raise ConfigError(
             f"--memory {name} keeps keys that are rotated already, and this model's {plain.rope_type} RoPE changes "
             "with the length of the text: use window, or another RoPE method."
         )
+    if is_kept:
+        return _policy_reader(plain, spec, length)
+    kind = MEMORIES[name]
     open_trail, size = kind.open(Backbone(plain.model), argument, length)
     facts = {"kind": name, "definition": MEMORIES.summary(name), "reference": kind.reference, "size": size}
     return Reader(plain, spec, length, open_trail, size=size, facts=facts)
 
 
-def find_compressor(spec: str) -> tuple[Path, int | None, int | None] | None:
+def _policy_reader(plain: HFLanguageModel, spec: str, segment: int) -> Reader:
+    opened, policy, budget = open_policy(Backbone(plain.model), spec, segment)
+    facts = {
+        "kind": spec.partition(":")[0],
+        "definition": policy_summary(spec),
+        "reference": policy.reference,
+        "query_aware": policy.aware,
+        **{part: getattr(budget, part) or None for part in ("slots", "ratio", "most", "shape")},
+    }
+    return Reader(plain, spec, segment, opened, size=budget.at, facts=facts)
+
+
+def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
     """Return (directory, ratio, overlap) if `spec` names a trained compressor, None if it names another memory.
 
-    Ratio and overlap are None if OUT comes alone; OUT@RATIO and OUT@RATIO+OVERLAP give them.
+    Ratio and overlap are None if OUT comes alone; OUT@RATIO, OUT@RATIO,RATIO,... (by distance) and +OVERLAP give them.
 
     Raises:
         ConfigError: it names neither.
     """
     name = spec.partition(":")[0]
-    if name in MEMORIES:
+    if name in MEMORIES or name == THINNED or is_policy(name):
         return None
     if is_compressor(spec):
         return Path(spec).expanduser(), None, None
     directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
-        ratio, plus, overlap = sizes.partition("+")
-        if not ratio.isdecimal() or int(ratio) < 1 or (plus and not overlap.isdecimal()):
-            raise ConfigError(f"--memory {directory}@RATIO+OVERLAP takes whole numbers, got '{sizes}'.")
-        return Path(directory).expanduser(), int(ratio), int(overlap) if plus else None
-    hint, _, _ = did_you_mean(name, MEMORIES).rpartition("Available")
-    forms = ", ".join(MEMORIES[known].form for known in MEMORIES)
+        return Path(directory).expanduser(), *read_sizes(f"{directory}@", sizes)
+    hint, _, _ = did_you_mean(name, [*MEMORIES, *KV_POLICIES, THINNED]).rpartition("Available")
+    forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{THINNED}:R"])
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
-        "or the -o directory of `longext compress-train`, with @ratio or @ratio+overlap for others."
+        f"a KV policy with its slots or ratio ({', '.join(KV_POLICIES)}; as in snapkv:256 or snapkv:8x), "
+        "or the -o directory of `longext compress-train`, with @ratio, @2,4,8 (by distance) or @ratio+overlap."
     )
 
 
+def read_sizes(name: str, sizes: str) -> tuple[Ratio, int | None]:
+    """Return (ratio or several by distance, overlap or None) of RATIO[,RATIO...][+OVERLAP] (ConfigError if not so)."""
+    spelled_ratios, plus, overlap = sizes.partition("+")
+    ratios = spelled_ratios.split(",")
+    whole = [*ratios, *([overlap] if plus else [])]
+    if not all(number.isdecimal() for number in whole) or min(map(int, ratios)) < 1:
+        raise ConfigError(f"--memory {name}RATIO,RATIO,...+OVERLAP takes whole numbers, got '{sizes}'.")
+    numbers = tuple(map(int, ratios))
+    return numbers if len(numbers) > 1 else numbers[0], int(overlap) if plus else None
+
+
+def _thinned_reader(plain: HFLanguageModel, spec: str, sizes: str, segment: int) -> Reader:
+    """Return the reader of raw keys and values, one of every so many tokens: an anchor that nothing was trained of."""
+    ratio, overlap = read_sizes(f"{THINNED}:", sizes)
+    ratios = (ratio if isinstance(ratio, int) else ratio[0],)
+    whole = CompressorSpec(arch="anchor", rank=1, alpha=1.0, segment=segment, ratios=ratios, overlap=overlap or 0)
+    compressor = build_compressor(Backbone(plain.model), whole)
+    facts = {"kind": THINNED, "definition": _THINNED, "reference": compressor.reference}
+    return _reader_of(plain, spec, compressor, ratio, facts)
+
+
+def _reader_of(
+    plain: HFLanguageModel, spec: str, compressor: Compressor, ratio: Ratio | None, facts: dict[str, Any]
+) -> Reader:
+    ratio = compressor.find_ratio(ratio)
+    facts = {
+        **facts,
+        "compressor": compressor.spec.to_json(),
+        "ratio": ratio if isinstance(ratio, int) else list(ratio),
+    }
+    open_trail = partial(CompressorTrail, compressor, ratio, thins=compressor.nested)
+    length = compressor.spec.segment
+    return Reader(plain, spec, length, open_trail, facts=facts, compressor=compressor, ratio=ratio)
+
+
 def _compressor_reader(
-    config: RuntimeConfig, spec: str, directory: Path, ratio: int | None, overlap: int | None, segment: int | None
+    config: RuntimeConfig, spec: str, directory: Path, ratio: Ratio | None, overlap: int | None, segment: int | None
 ) -> Reader:
     # a base given under the name it was trained as keeps its revision
     is_named = config.model in ("", read_description(directory)["base_model"])
@@ -294,18 +371,14 @@ def _compressor_reader(
     length = compressor.spec.segment
     if segment not in (None, length):
         raise ConfigError(f"--segment {segment}: the segments of {directory} have {length} tokens; leave it out.")
-    ratio = compressor.find_ratio(ratio)
     facts = {
         "kind": "compressor",
-        "compressor": compressor.spec.to_json(),
-        "ratio": ratio,
         "definition": compressor.summary,
         "reference": compressor.reference,
         "num_parameters": sum(p.numel() for p in compressor.parameters()),
         "weights_sha256": hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest(),
     }
-    open_trail = partial(CompressorTrail, compressor, ratio)
-    return Reader(loaded.plain, spec, length, open_trail, facts=facts, compressor=compressor, ratio=ratio)
+    return _reader_of(loaded.plain, spec, compressor, ratio, facts)
 
 
 def memory_defaults(spec: str) -> dict[str, Any]:

@@ -14,16 +14,23 @@ import torch
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import LoadedCompressor
 from longext.compressor.memory import Memory, num_bytes, num_slots
-from longext.compressor.reading.memory_file import TOKENS, check_memory, hash_weights, read_memory, write_memory
+from longext.compressor.reading.memory_file import (
+    TOKENS,
+    check_held,
+    check_memory,
+    hash_weights,
+    read_memory,
+    write_memory,
+)
 from longext.compressor.reading.trails import CompressorTrail, Stream, TrailState
+from longext.compressor.schedule import WHEN_FULL, Ratio, spelled
 from longext.compressor.segments import REPEAT
 from longext.compressor.spec import CompressorSpec
 from longext.errors import CheckpointError, ConfigError
 from longext.models.decode import Sampler, continue_rows
 from longext.models.turns import ending_tokens, named_ends
 
-_PARTS = 4  # one in so many memories makes room when the window is full: keys seldom move
-OVERFLOWS = ("slide", "error")
+_PARTS = 4  # memories that leave do so one in so many at once: keys seldom move
 
 
 class Session(Stream):
@@ -34,15 +41,16 @@ class Session(Stream):
 
     Args:
         compressor: a trained compressor.
-        ratio: of the memories, one it was trained on; any divisor of the segment if its ratios nest. None takes its
-            first.
-        overflow: when memories fill the model's window: "slide" forgets the oldest quarter and moves the others up,
-            "error" refuses the tokens.
+        ratio: of the memories, one it was trained on; any divisor of the segment, or several by distance (2, 4, 8), if
+            its ratios nest. None takes its first.
+        when_full: when memories fill the model's window: "thin" keeps every second slot of far memories, again and
+            again, and forgets the oldest only where one slot is left of each; "forget" drops the oldest quarter;
+            "refuse" refuses the tokens. None: "thin" if its ratios nest, else "forget".
         base_weights: hash of the frozen model's weights, needed to save.
         ends: tokens that end what is generated (default: those that the model itself names).
 
     Raises:
-        ConfigError: a ratio or overflow that cannot be.
+        ConfigError: a ratio or `when_full` that cannot be.
     """
 
     trail: CompressorTrail
@@ -51,25 +59,24 @@ class Session(Stream):
         self,
         compressor: Compressor,
         *,
-        ratio: int | None = None,
-        overflow: str = "slide",
+        ratio: Ratio | None = None,
+        when_full: str | None = None,
         base_weights: str = "",
         ends: Collection[int] | None = None,
     ) -> None:
-        if overflow not in OVERFLOWS:
-            raise ConfigError(f"overflow must be {' or '.join(OVERFLOWS)}, got '{overflow}'.")
         self.compressor = compressor
         self.ratio = compressor.find_ratio(ratio)
-        self.overflow = overflow
+        self.when_full = check_when_full(compressor, when_full)
         self.base_weights = base_weights
         self.eos = named_ends(compressor.backbone.model) if ends is None else frozenset(ends)
         self.reset()
 
     @classmethod
-    def of(cls, loaded: LoadedCompressor, *, ratio: int | None = None, overflow: str = "slide") -> Session:
+    def of(cls, loaded: LoadedCompressor, *, ratio: Ratio | None = None, when_full: str | None = None) -> Session:
         """Return an empty session of a compressor from disk."""
         ends = ending_tokens(loaded.compressor.backbone.model, loaded.tokenizer)
-        return cls(loaded.compressor, ratio=ratio, overflow=overflow, base_weights=loaded.base.weights, ends=ends)
+        weights = loaded.base.weights
+        return cls(loaded.compressor, ratio=ratio, when_full=when_full, base_weights=weights, ends=ends)
 
     @property
     def spec(self) -> CompressorSpec:
@@ -97,9 +104,15 @@ class Session(Stream):
         return 0 if self.compressor.reads_last else self.trail.state.first * self.segment
 
     @property
+    def num_thinned(self) -> int:
+        """Tokens whose memories were thinned, to a higher ratio than asked for, to make room."""
+        asked = self.trail.schedule.ratios[-1]
+        return sum(self.segment for ratio in self.trail.state.ratios if ratio > asked)
+
+    @property
     def limit(self) -> int | None:
-        """The most tokens that can be absorbed; None if the window slides or memory does not grow."""
-        if self.overflow == "slide" or self.compressor.reads_last:
+        """The most tokens that can be absorbed; None if memories make room or memory does not grow."""
+        if self.when_full != "refuse" or self.compressor.reads_last:
             return None
         return self.trail.schedule.max_segments * self.segment
 
@@ -107,7 +120,8 @@ class Session(Stream):
 
     def reset(self) -> None:
         """Forget everything and start a new document."""
-        super().__init__(CompressorTrail(self.compressor, self.ratio, parts=_PARTS), self.spec.segment)
+        trail = CompressorTrail(self.compressor, self.ratio, parts=_PARTS, thins=self.when_full == "thin")
+        super().__init__(trail, self.spec.segment)
         self.num_tokens = 0  # absorbed so far
 
     def absorb(self, ids: Sequence[int] | torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -210,7 +224,10 @@ class Session(Stream):
         state = self.trail.state
         description = {
             "spec": self.spec.to_json(),
-            "ratio": self.ratio,
+            "ratios": list(self.trail.schedule.ratios),
+            "when_full": self.when_full,
+            "first": state.first,
+            "held": list(state.ratios),
             "base_weights": self.base_weights,
             "compressor": hash_weights(self.compressor),
             "num_segments": state.num_segments,
@@ -221,7 +238,7 @@ class Session(Stream):
         write_memory(Path(path), state.memory, lists, description)
 
     @classmethod
-    def load(cls, path: str | Path, loaded: LoadedCompressor, *, overflow: str = "slide") -> Session:
+    def load(cls, path: str | Path, loaded: LoadedCompressor) -> Session:
         """Return the session that `save` wrote.
 
         Raises:
@@ -239,16 +256,18 @@ class Session(Stream):
                 f"{loaded.directory} ({expected.arch}, segments of {expected.segment}), or before it was trained "
                 "further: only the one that wrote a memory can read it."
             )
-        session = cls.of(loaded, ratio=description["ratio"], overflow=overflow)
-        schedule, count = session.trail.schedule, description["num_segments"]
-        first = schedule.first(count)
-        *places, end = schedule.places(first, count)
+        ratios, count = description["ratios"], description["num_segments"]
+        session = cls.of(loaded, ratio=tuple(ratios), when_full=description["when_full"])
+        schedule, first, held = session.trail.schedule, description["first"], tuple(description["held"])
+        check_held(Path(path), held, first, count, spec.segment)
+        end = schedule.places(held)[-1]
         check_memory(Path(path), memory, loaded.compressor, end if count else 0)
         sink, before, tail = (session._ids(session._checked(tokens[name])) for name in TOKENS)
         if count:
             backbone = loaded.compressor.backbone
             memory = tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory)
-            session.trail.state = TrailState(count, sink, before, memory, first, tuple(places))
+            positions = torch.arange(schedule.fixed, end)
+            session.trail.state = TrailState(count, sink, before, memory, first, held, positions)
         session.tail = tail if tail.shape[1] else None
         session.num_tokens = description["num_tokens"]
         return session
@@ -261,11 +280,27 @@ class Session(Stream):
             raise ConfigError(f"Token id {wrong} is none of the model's {size:,}.")
         if self.limit is not None and self.num_tokens + len(tokens) > self.limit:
             raise ConfigError(
-                f"At ratio {self.ratio} the model's {self.compressor.backbone.window:,} positions hold documents of at "
-                f'most {self.limit:,} tokens: raise the ratio, extend the model, or let it slide (overflow="slide").'
+                f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
+                f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
+                'room (when_full="thin").'
             )
         return tokens
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         """Return int64 [1, n] on the model's device."""
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self.compressor.backbone.device)
+
+
+def check_when_full(compressor: Compressor, when_full: str | None) -> str:
+    """Return what happens when memories fill the window; None for the default.
+
+    Raises:
+        ConfigError: an unknown name, or memories that cannot be thinned.
+    """
+    if when_full is None:
+        return "thin" if compressor.nested else "forget"
+    if when_full not in WHEN_FULL:
+        raise ConfigError(f"when_full must be {', '.join(WHEN_FULL[:-1])} or {WHEN_FULL[-1]}, got '{when_full}'.")
+    if when_full == "thin" and not compressor.nested:
+        raise ConfigError(f"Memories of {compressor.spec.arch} cannot be thinned: use when_full='forget' or 'refuse'.")
+    return when_full

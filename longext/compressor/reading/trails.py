@@ -1,4 +1,4 @@
-"""What is kept of a text that is read segment by segment: raw tokens, a moving KV cache, or compressed memories.
+"""What is kept of a text that is read segment by segment: raw tokens, or compressed memories (keys: `eviction`).
 
 Shape legend: B texts, l tokens of a segment, n tokens read, D hidden size, k slots of a segment's memory.
 """
@@ -16,6 +16,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory, join
 from longext.compressor.reading.decoder import CachedDecoder, last_logits, memory_decoder
+from longext.compressor.schedule import Ratio
 from longext.compressor.segments import Segment
 
 
@@ -39,6 +40,16 @@ class Trail(ABC):
     @abstractmethod
     def write(self, tokens: torch.Tensor) -> None:
         """Go past a whole segment, int64 [B, l]; it may be one that has just been read."""
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read a whole segment and go past it; return what `read` returns."""
+        hidden = self.read(tokens)
+        self.write(tokens)
+        return hidden
+
+    def ask(self, tokens: torch.Tensor) -> None:
+        """Learn the end of the prompt, int64 [B, n], before anything is read; most take no notice."""
+        return
 
 
 class WindowTrail(Trail):
@@ -65,49 +76,6 @@ class WindowTrail(Trail):
         return tokens if self.past is None else torch.cat([self.past, tokens], 1)
 
 
-class CacheTrail(Trail):
-    """Keys and values of the first `num_sinks` and the last `size` tokens, evicted after every segment.
-
-    StreamingLLM (arXiv 2309.17453); a segment of one token is the paper's eviction after every token; without
-    sinks the segment recurrence of Transformer-XL (arXiv 1901.02860) with keys and values for its hidden states. A
-    token's states are computed once, when it is read; what it saw then may have been evicted since. Positions are
-    relative to the cache: kept keys are turned to 0, 1, ... from where they were computed, so each is rounded once.
-    """
-
-    def __init__(self, backbone: Backbone, num_sinks: int, size: int) -> None:
-        self.backbone, self.num_sinks, self.size = backbone, num_sinks, size
-        self.states: Memory = ()
-        self.positions = torch.zeros(0, dtype=torch.int64)  # that the keys in `states` are rotated to
-        self._read: tuple[torch.Tensor, Memory] | None = None
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Run the frozen model behind the cache."""
-        decoder, hidden = self.begin(tokens, 0)
-        self._read = tokens, decoder.states(len(self.positions))
-        return hidden
-
-    def begin(self, tokens: torch.Tensor, room: int) -> tuple[CachedDecoder, torch.Tensor]:
-        """Run the frozen model behind the cache."""
-        memory = self.backbone.rerotate(self.states, torch.arange(len(self.positions)) - self.positions)
-        decoder = CachedDecoder(self.backbone, prefix=memory, room=tokens.shape[1] + room)
-        return decoder, decoder.feed(tokens)
-
-    def write(self, tokens: torch.Tensor) -> None:
-        """Add the segment's states, then evict the tokens between the sinks and the newest."""
-        if self._read is None or not torch.equal(self._read[0], tokens):
-            self.read(tokens)
-        assert self._read is not None
-        start = len(self.positions)
-        states = join([self.states, self._read[1]])
-        positions = torch.cat([self.positions, torch.arange(start, start + tokens.shape[1])])
-        self._read = None
-        total = len(positions)
-        newest = torch.arange(max(min(self.num_sinks, total), total - self.size), total)
-        stay = torch.cat([torch.arange(min(self.num_sinks, total)), newest])
-        self.positions = positions[stay]
-        self.states = states if len(stay) == total else tuple(t[..., stay.to(t.device), :] for t in states)
-
-
 @dataclass(frozen=True)
 class TrailState:
     """What is left of the segments gone past; replaced, never changed, so that an old one stays valid.
@@ -118,7 +86,8 @@ class TrailState:
         text: int64 [B, n], the newest tokens: the overlap, and the segments whose memories are not written yet.
         memory: [sink | memories `first` ...], the sink for `kv` alone.
         first: number of the oldest memory that is kept.
-        places: the position of the first slot of each, as its keys are rotated.
+        ratios: of each memory that is kept.
+        positions: of their slots, as their keys are rotated; int64 [slots].
     """
 
     num_segments: int = 0
@@ -126,32 +95,42 @@ class TrailState:
     text: torch.Tensor | None = None
     memory: Memory = ()
     first: int = 0
-    places: tuple[int, ...] = ()
+    ratios: tuple[int, ...] = ()
+    positions: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
     def last(self) -> int:
         """The number of the first memory that is not written."""
-        return self.first + len(self.places)
+        return self.first + len(self.ratios)
 
 
 class CompressorTrail(Trail):
-    """Memories of the segments before, [sink | memories | overlap | segment]; the oldest leave when the window is full.
+    """Memories of the segments before, [sink | memories | overlap | segment], as a `Schedule` says.
 
-    A memory is written at the positions it is read at; keys that move because older memories have left are turned from
-    where they were written, so each is rounded once. Memories that depend on no other are written when they are first
-    read, many at a time.
+    A memory is written at the ratio and positions it is read at; keys that move because older memories were thinned or
+    have left are turned from where they were written, so each is rounded once. Memories that depend on no other are
+    written when they are first read, many at a time.
 
     Args:
+        ratio: of all memories, or several by distance.
         past: int64 [B, t l], tokens already gone past; recurrent memories of them are not written.
         parts: memories leave in blocks, one of so many parts at once, and keys then stay as they were turned: what is
             kept is all there is to save. None: one by one.
+        thins: when the window is full, far memories are thinned out before any leaves.
     """
 
     def __init__(
-        self, compressor: Compressor, ratio: int, past: torch.Tensor | None = None, parts: int | None = None
+        self,
+        compressor: Compressor,
+        ratio: Ratio,
+        past: torch.Tensor | None = None,
+        parts: int | None = None,
+        *,
+        thins: bool = False,
     ) -> None:
-        self.compressor, self.backbone, self.ratio = compressor, compressor.backbone, ratio
-        self.schedule = compressor.schedule(ratio, parts)
+        self.compressor, self.backbone = compressor, compressor.backbone
+        self.schedule = compressor.schedule(ratio, parts=parts, thins=thins)
+        self.ratio = self.schedule.ratios[0]
         self.state = TrailState()
         self.settles = parts is not None
         self._may_turn = False
@@ -200,12 +179,12 @@ class CompressorTrail(Trail):
             return
         for part in tokens.split(self.schedule.segment, 1):
             t = self.state.num_segments
-            span = self.schedule.writer_span(t)
-            segment, memory = self._segment(part), self._at(*span)
-            place = self.schedule.places(span[0], t)[-1]
+            first, last = self.schedule.writer_span(t)
+            segment, memory = self._segment(part), self._at(first, last)
+            place = self.schedule.places(self._wanted(first, t))[-1]
             written = self.compressor.write(segment, memory, place)
             self._go_past(part)
-            self._add([written], [place])
+            self._add([written], [self.ratio], place)
             advance(self.schedule.segment)
 
     def settle(self, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -218,42 +197,68 @@ class CompressorTrail(Trail):
         return self._at(*self.schedule.span(self.state.num_segments))
 
     def _at(self, first: int, last: int, advance: Callable[[int], object] = lambda _: None) -> Memory:
-        """Return [sink | memories first .. last - 1] at the positions of a segment that reads from `first` on."""
+        """Return [sink | memories first .. last - 1] at the ratios and positions of a segment that reads them."""
         self._drop(first)
+        wanted = self._wanted(self.state.first, max(last, self.state.last))
+        self._thin(wanted)
         if not self.compressor.recurrent:
-            self._encode(last, advance)
-        places = self.schedule.places(first, self.state.last)[:-1]
-        memory = self._turned(places)
+            self._encode(last, wanted, advance)
+        memory = self._turned()
         if self.settles:
-            self.state = dataclasses.replace(self.state, memory=memory, places=tuple(places))
-        end = self.schedule.places(first, last)[-1]
+            positions = self.num_fixed + torch.arange(len(self.state.positions))
+            self.state = dataclasses.replace(self.state, memory=memory, positions=positions)
+        end = self.schedule.places(wanted[: last - self.state.first])[-1]
         return tuple(tensor[..., :end, :] for tensor in memory)
 
-    def _turned(self, places: list[int]) -> Memory:
-        """Return [sink | memories] with the first slot of each memory at one of `places`."""
+    def _wanted(self, first: int, last: int) -> list[int]:
+        """Return the ratios of memories first .. last - 1 for the next segment; a memory is never made denser."""
+        state, reader = self.state, self.state.num_segments
+        read = dict(zip(range(*self.schedule.span(reader)), self.schedule.ratios_at(reader), strict=True))
+        held = dict(zip(range(state.first, state.last), state.ratios, strict=True))
+        return [max(read.get(s, self.ratio), held.get(s, 1)) for s in range(first, last)]
+
+    def _thin(self, wanted: list[int]) -> None:
+        """Keep of every memory the slots that it has at its wanted ratio: the last of each stretch of slots."""
+        state, length = self.state, self.schedule.segment
+        if state.ratios == tuple(wanted[: len(state.ratios)]):
+            return
+        kept, start = [torch.arange(0)], 0
+        for ratio, new in zip(state.ratios, wanted, strict=False):
+            stride, end = new // ratio, start + length // ratio
+            kept.append(torch.arange(start + stride - 1, end, stride))
+            start = end
+        stay = torch.cat(kept)
+        fixed = torch.arange(self.num_fixed)
+        places = torch.cat([fixed, self.num_fixed + stay])
+        memory = tuple(tensor[..., places.to(tensor.device), :] for tensor in state.memory)
+        ratios = tuple(wanted[: len(state.ratios)])
+        self.state = dataclasses.replace(state, memory=memory, ratios=ratios, positions=state.positions[stay])
+
+    def _turned(self) -> Memory:
+        """Return [sink | memories] with the slots at the positions behind the sink, in a row."""
         state = self.state
-        deltas = [place - now for place, now in zip(places, state.places, strict=True)]
-        if self.compressor.is_soft or not any(deltas):
+        deltas = self.num_fixed + torch.arange(len(state.positions)) - state.positions
+        if self.compressor.is_soft or not bool(deltas.any()):
             return state.memory
         if not self._may_turn:
             self.backbone.check_rotation()
             self._may_turn = True
-        slots = [self.num_fixed, *(self.schedule.slots(s) for s in range(state.first, state.last))]
-        return self.backbone.rerotate(state.memory, torch.tensor([0, *deltas]).repeat_interleave(torch.tensor(slots)))
+        return self.backbone.rerotate(state.memory, torch.cat([torch.zeros(self.num_fixed, dtype=torch.int64), deltas]))
 
     def _drop(self, first: int) -> None:
         """Forget the memories before `first`; the others keep their rotation."""
         state = self.state
-        gone = min(first - state.first, len(state.places))
+        gone = min(first - state.first, len(state.ratios))
         if gone > 0:
-            start = self.schedule.places(state.first, state.first + gone)[-1]
+            start = self.schedule.places(state.ratios[:gone])[-1]
             sink = tuple(tensor[..., : self.num_fixed, :] for tensor in state.memory)
             memory = join([sink, tuple(tensor[..., start:, :] for tensor in state.memory)])
-            self.state = dataclasses.replace(state, memory=memory, places=state.places[gone:], first=first)
-        elif first > state.first:
+            positions = state.positions[start - self.num_fixed :]
+            state = dataclasses.replace(state, memory=memory, ratios=state.ratios[gone:], positions=positions)
+        if first > state.first:
             self.state = dataclasses.replace(state, first=first)
 
-    def _encode(self, last: int, advance: Callable[[int], object]) -> None:
+    def _encode(self, last: int, wanted: list[int], advance: Callable[[int], object]) -> None:
         """Write the memories before `last` that are not there, in batches; they depend on no other."""
         state, length = self.state, self.schedule.segment
         if state.last >= last:
@@ -262,17 +267,24 @@ class CompressorTrail(Trail):
         nothing = state.text[:, :0]
         end = state.text.shape[1] - (state.num_segments - last) * length
         texts = state.text[:, end - (last - state.last) * length : end].split(length, 1)
-        places = self.schedule.places(state.first, last)[len(state.places) : -1]
+        there = len(state.ratios)
+        ratios, places = wanted[there:], self.schedule.places(wanted)[there:-1]
+        segments = [Segment(t, t, nothing, nothing, ratio) for t, ratio in zip(texts, ratios, strict=True)]
         memories = []
-        for memory in self.compressor.write_all([Segment(t, t, nothing, nothing, self.ratio) for t in texts], places):
+        for memory in self.compressor.write_all(segments, places):
             memories.append(memory)
             advance(length)
-        self._add(memories, places)
+        self._add(memories, ratios, places[0])
 
-    def _add(self, memories: list[Memory], places: list[int]) -> None:
-        """Keep new memories; joining copies them, so that nothing larger is kept alive."""
+    def _add(self, memories: list[Memory], ratios: list[int], place: int) -> None:
+        """Keep new memories, whose slots stand in a row from `place` on; joining copies them, so that nothing larger
+        is kept alive.
+        """
         state = self.state
-        state = dataclasses.replace(state, memory=join([state.memory, *memories]), places=(*state.places, *places))
+        new = place + torch.arange(sum(self.schedule.segment // ratio for ratio in ratios))
+        memory, ratios_now = join([state.memory, *memories]), (*state.ratios, *ratios)
+        positions = torch.cat([state.positions, new])
+        state = dataclasses.replace(state, memory=memory, ratios=ratios_now, positions=positions)
         self.state = dataclasses.replace(state, text=self._needed(state))
 
     def _go_past(self, tokens: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory
 from longext.compressor.reading.readers import Reader
 from longext.compressor.reading.trails import CompressorTrail
+from longext.compressor.schedule import Ratio
 from longext.errors import ConfigError
 from longext.models.hf import score_hidden
 from longext.models.protocol import TokenScores
@@ -117,12 +118,11 @@ class ReaderControls(Controls):
 
     def __init__(self, reader: Reader, texts: Texts) -> None:
         super().__init__(Backbone(reader.plain.model), texts)
-        assert reader.size is not None
-        self.reader, self.size = reader, reader.size
+        self.reader = reader
 
     def num_readable(self, length: int) -> int:
         """Return the tokens that stay readable."""
-        return min(length, self.size)
+        return self.reader.num_readable(length)
 
     def _alone(self) -> TokenScores:
         return self._raw(0, 0)
@@ -143,12 +143,15 @@ class CompressorControls(Controls):
     turned to the positions it has for them.
     """
 
-    def __init__(self, compressor: Compressor, ratio: int, texts: Texts) -> None:
+    def __init__(self, compressor: Compressor, ratio: Ratio, texts: Texts) -> None:
         super().__init__(compressor.backbone, texts)
-        self.compressor, self.ratio, self.schedule = compressor, ratio, compressor.schedule(ratio)
+        self.compressor, self.ratio = compressor, ratio
+        self.schedule = compressor.schedule(ratio, thins=compressor.nested)
         self._longest: Memory | None = None
         self._current: tuple[int, Memory] = (0, ())
-        self._is_shared = not compressor.recurrent and (compressor.is_soft or _turns(compressor.backbone))
+        is_thinned = self.schedule.is_thinned(self.contexts.shape[1] // self.schedule.segment)
+        turns = compressor.is_soft or _turns(compressor.backbone)
+        self._is_shared = not compressor.recurrent and turns and not is_thinned
 
     def num_readable(self, length: int) -> int:
         """Return the positions of sink, memories and overlap."""
@@ -204,7 +207,7 @@ class CompressorControls(Controls):
     def _written(self, length: int) -> Memory:
         parts = []
         for rows in self._batches(0):
-            trail = CompressorTrail(self.compressor, self.ratio)
+            trail = CompressorTrail(self.compressor, self.ratio, thins=self.compressor.nested)
             for tokens in self._context(rows, length).split(self.compressor.spec.segment, 1):
                 trail.write(tokens)
             parts.append(trail.memory())

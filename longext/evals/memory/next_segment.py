@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from longext.compressor.base import Compressor
 from longext.compressor.reading.readers import Reader
+from longext.compressor.schedule import Ratio
 from longext.data.documents import Document, data_hash
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, Work
@@ -172,7 +173,7 @@ def evaluate_memory(
     num_places: int = 12,
     seed: int = 0,
     *,
-    ratio: int | None = None,
+    ratio: Ratio | None = None,
     methods: Sequence[str] = METHODS,
     num_bootstrap: int = 1000,
     on_progress: Progress | None = None,
@@ -184,7 +185,7 @@ def evaluate_memory(
         documents: token ids of each; those without room for the largest context and a segment are left out.
         lengths: of context in tokens, multiples of the segment; 0 for none.
         num_places: in each document.
-        ratio: of the memories, for a compressor (default: its first).
+        ratio: of the memories, or several by distance, for a compressor (default: its first).
         methods: of `METHODS`; a reader without training has no constant prefix.
         on_progress: called with the number of tokens just scored.
 
@@ -218,7 +219,7 @@ def evaluate_memory(
     return results
 
 
-def _controls(subject: Compressor | Reader, ratio: int | None, texts: Texts) -> Controls:
+def _controls(subject: Compressor | Reader, ratio: Ratio | None, texts: Texts) -> Controls:
     if isinstance(subject, Reader):
         if subject.compressor is None:
             return ReaderControls(subject, texts)

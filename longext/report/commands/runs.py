@@ -10,10 +10,10 @@ from typing import Any
 
 from longext.errors import ConfigError
 from longext.evals.base import Progress
-from longext.models.threads import set_threads
 from longext.report.commands.training import TrainingReport
 from longext.report.results import Written
 from longext.staging import replace_directory
+from longext.threads import set_threads
 from longext.training import processes
 from longext.training.callbacks import Measure
 from longext.training.directory import check_directories, finished_run, kept_once_started, open_run

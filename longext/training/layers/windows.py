@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longext.models.hf import rotary_modules
+from longext.models.rotary import rotary_modules
 
 
 @contextmanager
