@@ -26,12 +26,16 @@ def join_windows(original: RopeSpec, new: RopeSpec, target_length: int) -> RopeS
     Raises:
         ConfigError: one of the two follows the length of the sequence, or they have different temperatures.
     """
+    import numpy as np
+
     for spec in (original, new):
         if ROPE_METHODS[spec.method].follows_length and not (spec is new and spec.method == "longrope"):
             static = methods_that(lambda method: not method.follows_length)
             raise ConfigError(
                 f"Two windows need one RoPE each, and `{spec.method}` follows the length: choose one of {static}."
             )
+    if original.num_rotated is not None:
+        raise ConfigError("Two windows are written as longrope, which proportional RoPE (Gemma 4) cannot be.")
     short, temperature = compute_inv_freq(original)
     long, _ = compute_inv_freq(new, target_length)
     if new.attention_factor not in (None, temperature):
@@ -39,6 +43,9 @@ def join_windows(original: RopeSpec, new: RopeSpec, target_length: int) -> RopeS
             f"Two windows share one temperature, that of the original RoPE ({temperature:g}), got --attention-factor "
             f"{new.attention_factor:g}: leave it out."
         )
+    factors = (base_inv_freq(original) / short).tolist()
+    if new.short_factor is not None and not np.allclose(new.short_factor, factors, rtol=1e-6):
+        raise ConfigError("Two windows keep the original RoPE for short texts: leave `short_factor` out of --factors.")
     window = trained_window(original)
     return RopeSpec(
         method="longrope",
@@ -49,7 +56,6 @@ def join_windows(original: RopeSpec, new: RopeSpec, target_length: int) -> RopeS
         attention_factor=temperature,
         mscale=original.mscale,
         mscale_all_dim=original.mscale_all_dim,
-        num_rotated=original.num_rotated,
-        short_factor=tuple((base_inv_freq(original) / short).tolist()),
+        short_factor=tuple(factors),
         long_factor=tuple((base_inv_freq(original) / long).tolist()),
     )

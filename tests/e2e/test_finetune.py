@@ -139,13 +139,15 @@ def test_mixed_windows_end_in_a_checkpoint_that_keeps_short_texts(run, tmp_path)
 
 
 def test_supervised_examples_of_mixed_windows_choose_by_their_length(run, tmp_path):
-    rows = [{"instruction": "Say it.", "output": "word " * count} for count in (20, 700, 30, 600)]
+    rows = [{"instruction": "Say it.", "output": "word " * count} for count in (20, 150, 30, 120)]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ("--data", "sft.jsonl", "--task", "sft", "--method", "yarn", "--target-length", 1024, "--mixed-window")
-    result = run("finetune", "books-5m", *args, *WARM, "--num-steps", 1, "--accumulation", 1, "-o", "out")
+    args = ("--data", "sft.jsonl", "--task", "sft", "--method", "yarn", "--original-length", 64, "--target-length", 256)
+    result = run(
+        "finetune", "books-5m", *args, "--mixed-window", *WARM, "--num-steps", 1, "--accumulation", 1, "-o", "out"
+    )
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "result.json").read_text())["finetune"]
-    assert record["windows"] == {"length": 512, "share": 0.0}
+    assert record["windows"] == {"length": 64, "share": 0.0}
 
 
 def test_supervised_fine_tuning_on_instructions(run, tmp_path):

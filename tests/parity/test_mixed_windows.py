@@ -191,6 +191,11 @@ def test_a_model_trained_with_a_scaled_rope_keeps_that_in_its_own_window():
     ("method", "keys", "text"),
     [
         ("dynamic", {}, "Two windows need one RoPE each, and `dynamic` follows the length"),
+        (
+            "longrope",
+            {"short_factor": (2.0,) * 32, "long_factor": (8.0,) * 32},
+            "leave `short_factor` out of --factors",
+        ),
         ("yarn", {"attention_factor": 1.2}, "Two windows share one temperature, that of the original RoPE \\(1\\)"),
     ],
 )
