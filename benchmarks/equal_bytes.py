@@ -86,7 +86,7 @@ def main() -> None:
         "num_places": len(places),
         "bytes_per_position": bytes_per_position(Backbone(plain.model)),
     }
-    record["arguments"]["data"] = Path(arguments.data).name
+    record["arguments"] |= {"model": Path(arguments.model).name, "data": Path(arguments.data).name}
     rows = {row["memory"]: row for row in record["rows"]}
     for spec in methods(arguments):
         name = spec.replace(str(Path(spec.partition("@")[0]).parent) + "/", "") if "/" in spec else spec

@@ -98,6 +98,7 @@ def test_the_examples_of_the_python_api_run(tmp_path, monkeypatch):
 
 def test_every_choice_of_compression_is_documented():
     from longext.compressor.architectures import COMPRESSORS
+    from longext.compressor.kv_policies import KV_POLICIES
     from longext.compressor.policies import OBJECTIVES, POLICIES
     from longext.compressor.reading.readers import MEMORIES
     from longext.evals.memory.controls import METHODS
@@ -107,6 +108,7 @@ def test_every_choice_of_compression_is_documented():
     assert listed == {*COMPRESSORS, *POLICIES, *OBJECTIVES}
     listed = set(table("evaluation.md"))
     assert {*CONTENTS, *METHODS, *(MEMORIES[name].form for name in MEMORIES)} <= listed
+    assert {*KV_POLICIES} - {"streaming"} <= listed
 
 
 def test_every_method_is_documented_with_its_paper_its_type_and_its_parameters():
