@@ -219,13 +219,16 @@ class HFLanguageModel:
         self.config, self.extended_length = config, 0
 
     def remap(self, request: RemapRequest | None) -> None:
-        """Put the model under a position remapping, in the place of the one before; None ends it."""
+        """Put the model under a position remapping, in the place of the one before; None ends it.
+
+        Its trained length is that of the config's positions: a model whose RoPE was extended in training reads them all.
+        """
         if self.remapping is not None:
             self.remapping.detach()
             self.remapping, self.extended_length = None, 0
         if request is None:
             return
-        trained = request.original_length or self.trained_length
+        trained = request.original_length or int(self.model.config.get_text_config().max_position_embeddings)
         self.extended_length = request.target(trained)
         self.remapping = attach(
             self.model, request.name, self.extended_length, original_length=trained, **request.parameters

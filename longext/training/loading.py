@@ -112,7 +112,7 @@ def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) 
             "or give a checkpoint whose RoPE is longrope."
         )
     if remap is not None:
-        remap = replace(remap, original_length=remap.original_length or rope.spec.original_max_position_embeddings)
+        remap = replace(remap, original_length=remap.original_length or rope.max_position_embeddings)
         length = remap.target(remap.original_length or 0)
     else:
         length = config.target_length or rope.max_position_embeddings
