@@ -93,6 +93,7 @@ class Problem:
         self.reference, self.weights, self.journal = reference, weights, journal
         self.advance: Advance = silent
         self.best: tuple[float, Candidate] | None = None
+        self.asked: dict[tuple[str, int], None] = {}  # what this search measured or found in the journal, in order
         self._set = ""
         self.prices: tuple[list[float], list[float]] | None = None
 
@@ -118,8 +119,9 @@ class Problem:
             text = None if sample.text is None else float(nll[sample.text].mean())
             kept = Measured(float(nll[answer].mean()), text, bool(scores.is_top1[0, answer].all()))
             self.journal.add(candidate, number, kept)
-        best = f"best {self.best[0]:.3f}" if self.best else ""
-        self.advance(1, best)
+        if (candidate.key, number) not in self.asked:
+            self.asked[candidate.key, number] = None
+            self.advance(1, f"best {self.best[0]:.3f}" if self.best else "")
         return kept
 
     def ask(self, candidate: Candidate, num_samples: int) -> float:

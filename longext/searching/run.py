@@ -257,7 +257,7 @@ def _record(
     documents: tuple[Sequence[Document], Sequence[Document]],
 ) -> dict[str, Any]:
     journal = problem.journal
-    kept = {key for key, number in journal.measured if number == len(problem.samples) - 1}
+    whole = {key for key, number in problem.asked if number == len(problem.samples) - 1}
     right = [journal.measured[candidate.key, number].right for number in range(len(problem.samples))]
     searched, held_out = documents
     return result_record(
@@ -287,9 +287,9 @@ def _record(
         yarn=record_of(space.yarn),
         short_prices=_price_rows(problem),
         most_temperature=space.most_temperature if math.isfinite(space.most_temperature) else None,
-        num_candidates=len(journal.candidates) - 1,
-        num_whole=len(kept),
-        num_windows=len(journal.measured),
+        num_candidates=len({key for key, _ in problem.asked} - {problem.reference.key}),
+        num_whole=len(whole - {problem.reference.key}),
+        num_windows=len(problem.asked),
         num_right=int(np.sum(right)),
         seconds=seconds,
         results=rows,
