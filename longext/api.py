@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
+    from longext.report.commands.advise import Advice
     from longext.report.commands.runs import Trainer
     from longext.report.outcome import Comparison, Result
     from longext.training.run import TrainingResult
@@ -76,7 +77,8 @@ def load(
 
     Args:
         model: a directory, Hub id or bundled name; an adapter directory; or the output of `compress`.
-        method: RoPE method to apply in memory, "yarn" or with its parameters "dynamic:alpha=4".
+        method: RoPE method to apply in memory, "yarn" or with its parameters "dynamic:alpha=4", or a method of
+            position remapping, "leaky-rerope:logn=true" (`longext.attach` for a model that transformers loaded).
         factor: target length / trained length of `method`.
         memory: read by segments with this memory, as `--memory` spells it.
         segment: tokens of a segment; a compressor has its own.
@@ -160,6 +162,32 @@ def compare(
     chosen = {} if methods is None else {"methods": tuple(methods)}
     config = build_config(CompareConfig, None, [], {"model": str(model), **chosen, **settings})
     return compare_methods(config, progress_bar if progress else no_progress)
+
+
+@_python_errors
+def advise(model: str | Path, target_length: int, *, progress: bool = False, **settings: Any) -> Advice:
+    """Try methods on your own text and say which one to take for a length.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        target_length: tokens that the model should reach.
+        progress: show the estimate and a progress bar on standard error.
+        settings: the options of `longext advise`: data, methods, minutes, num_places, ...
+
+    Returns:
+        An `Advice`: `answer`, `method()` as `load` takes it, `commands`, `table()`, `plot()`, `record`.
+    """
+    from longext.evals.base import no_progress
+    from longext.evals.candidates import try_methods
+    from longext.report.commands.advise import Advice
+    from longext.report.config import AdviseConfig
+    from longext.report.console import progress as progress_bar
+    from longext.report.console import say
+
+    given = {"model": str(model), "target_length": target_length, **settings}
+    config = build_config(AdviseConfig, None, [], given)
+    show, tell = (progress_bar, lambda text: say(text, aside=True)) if progress else (no_progress, lambda text: None)
+    return Advice(try_methods(config, show, tell))
 
 
 @_python_errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -36,7 +37,12 @@ _REPORTED = ("torch", "transformers", "tokenizers", "numpy")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, longext and the libraries that numbers depend on (none is imported)."""
-    installed = {"python": platform.python_version(), "longext": longext.__version__}
+    return {"python": platform.python_version(), "longext": longext.__version__, **_installed()}
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    installed = {}
     for name in _REPORTED:
         try:
             installed[name] = importlib.metadata.version(name)

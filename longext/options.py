@@ -29,6 +29,10 @@ class RopeConfig:
     low_freq_factor: float | None = option(None, parameter_help("low_freq_factor"), panel="Method")
     high_freq_factor: float | None = option(None, parameter_help("high_freq_factor"), panel="Method")
     factors: str | None = option(None, parameter_help("factors"), panel="Method")
+    num_clipped: int | None = option(None, parameter_help("num_clipped"), panel="Method")
+    clip: str | None = option(None, parameter_help("clip"), panel="Method")
+    waves: str | None = option(None, parameter_help("waves"), panel="Method")
+    rotary_share: float | None = option(None, parameter_help("rotary_share"), panel="Method")
     replace: bool = option(
         False, "Start from the bare base theta of a model trained with another RoPE.", panel="Method"
     )

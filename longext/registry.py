@@ -27,9 +27,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """A table of named entries.
 
-    With a `package`, every module in that folder is an entry: `ntk_by_parts.py` is "ntk-by-parts" and registers itself
-    under that name when it is imported, which happens on first use. Names and summaries are listed without an import,
-    so that `--help` needs no torch.
+    With a `package`, every module in that folder and its subfolders is an entry: `ntk_by_parts.py` is "ntk-by-parts"
+    and registers itself under that name when it is imported, which happens on first use. Names and summaries are listed
+    without an import, so that `--help` needs no torch.
 
     Args:
         kind: what an entry is called in messages, for example "method".
@@ -101,5 +101,6 @@ class Registry(Generic[T]):
         if not self.package:
             return {}
         paths = importlib.import_module(self.package).__path__
-        stems = [module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")]
-        return {stem.replace("_", "-"): f"{self.package}.{stem}" for stem in stems}
+        found = pkgutil.walk_packages(paths, f"{self.package}.")
+        names = {each.name: each.name.rpartition(".")[2] for each in found if not each.ispkg}
+        return {stem.replace("_", "-"): name for name, stem in names.items() if not stem.startswith("_")}

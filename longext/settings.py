@@ -33,7 +33,9 @@ class Option:
 
     Attributes:
         help: one sentence.
-        names: what the value may be; listed behind the help, and completed by the shell.
+        names: what the value may be, parameters behind a colon left out; listed behind the help, and completed by the
+            shell.
+        elsewhere: a name that is none of them -> where it belongs, or nothing.
         spellings: of the flag, `--field-name` if empty.
         ge, le: bounds of the value, or of each value of a tuple.
         panel: heading in the help.
@@ -45,6 +47,7 @@ class Option:
 
     help: str = ""
     names: Callable[[], Iterable[str]] | None = None
+    elsewhere: Callable[[str], str] = lambda name: ""
     spellings: tuple[str, ...] = ()
     ge: float | None = None
     le: float | None = None
@@ -133,9 +136,10 @@ def build_config(
 def check_names(config: Any) -> None:
     """Raise ConfigError for a setting of `config` that is none of the names its option lists."""
     for field in dataclasses.fields(config):
-        names, value = option_of(field).names, getattr(config, field.name)
-        if names is not None and value is not None and value not in names():
-            raise ConfigError(f"Unknown {field.name} '{value}'. {did_you_mean(value, names())}")
+        own, value = option_of(field), getattr(config, field.name)
+        if own.names is None or value is None or value.partition(":")[0] in own.names():
+            continue
+        raise ConfigError(own.elsewhere(value) or f"Unknown {field.name} '{value}'. {did_you_mean(value, own.names())}")
 
 
 def find_recipe(name: str) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import gc
 import json
 import os
 import shutil
@@ -44,6 +46,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs the Hub"))
 
 
+def pytest_collection_finish():
+    """Take what the imports made, a million objects that stay, out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()
+
+
 for helpers in ("command_line", "harness_tasks"):
     pytest.register_assert_rewrite(helpers)
 torch.set_num_threads(1)
@@ -57,6 +65,26 @@ with contextlib.suppress(ValueError):  # only the main thread may
 
 # Building the 22 commands out of their signatures takes 60 ms: once, not for every command that a test runs.
 typer.testing._get_command = functools.cache(typer.testing._get_command)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_reading_of_the_tokenizer():
+    """Commands on books-5m get copies of its tokenizer: building it out of its file takes twice as long."""
+    from transformers import AutoTokenizer
+
+    load = AutoTokenizer.from_pretrained
+    directory, kept = str(BUNDLED_MODELS["books-5m"]), {}
+
+    def from_pretrained(name, *args, **keys):
+        if str(name) != directory or args:
+            return load(name, *args, **keys)
+        options = repr(sorted(keys.items()))
+        if options not in kept:
+            kept[options] = load(name, **keys)
+        return copy.deepcopy(kept[options])
+
+    with mock.patch.object(AutoTokenizer, "from_pretrained", from_pretrained):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -101,9 +129,23 @@ def _reload_here(request: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def books() -> HFLanguageModel:
-    """books-5m as it is; loading takes tens of milliseconds, and a fresh one cannot be spoilt by another test."""
+def no_pictures(request, monkeypatch):
+    """Figures are made but not drawn, which takes a fifth of a short run; drawn for tests marked `pictures`."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("longext.report.plots.save_png", lambda figure, path: path.touch())
+        monkeypatch.setattr("longext.report.page._svg", lambda picture, name, size: "")
+
+
+@pytest.fixture(scope="session")
+def loaded_books() -> HFLanguageModel:
+    """books-5m, loaded once and never run: `books` is a copy."""
     return load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
+
+
+@pytest.fixture
+def books(loaded_books) -> HFLanguageModel:
+    """books-5m as it is: a copy of its own, which cannot be spoilt by another test."""
+    return copy.deepcopy(loaded_books)
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ class LazyMask:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function of our variants (transformers calls it once per forward): keep the arguments."""
-    return LazyMask(arguments)
+    offset = arguments.get("q_offset", 0)  # of a static cache its own counter, which layers raise before we read it
+    return LazyMask({**arguments, "q_offset": offset.clone() if isinstance(offset, torch.Tensor) else offset})
 
 
 def register_attention() -> None:

@@ -1,4 +1,4 @@
-"""What ships inside the package: one tiny real checkpoint and one sample document."""
+"""What ships inside the package: one tiny real checkpoint, one sample document, one set of questions, one of facts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ BUNDLED_MODELS = {"books-5m": ASSETS / "books-5m"}
 
 # The story behind `--data sample`, written for this project.
 SAMPLE_DOCUMENT = ASSETS / "sample.txt"
+
+# 70 paragraphs with 260 questions, written for this project: what RULER's qa tasks ask without a file.
+QUESTIONS = ASSETS / "questions.jsonl"
+
+# Facts and questions on them that share no word, written for this project: what `eval nolit` hides.
+FACTS = ASSETS / "facts.jsonl"
 
 
 def is_bundled(directory: Path) -> bool:

@@ -24,7 +24,7 @@ _TRACEBACK = ("--traceback", "--debug")
 _HELP = "Extend, train and evaluate long-context Hugging Face checkpoints."
 _EVAL_HELP = "Evaluate a model under named protocols"
 _ORDER = (
-    "extend finetune merge convert compress-train generate plan inspect verify eval passkey compare report"
+    "extend finetune merge convert compress-train generate plan inspect verify eval passkey advise compare report"
 ).split()
 COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER)
 
@@ -32,8 +32,12 @@ COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER
 class _Group(TyperGroup):
     """A group whose commands are built when they are asked for; its help lists their summaries and imports none."""
 
-    def names(self) -> Iterator[tuple[str, str]]:
-        """Yield (name, summary) of each command in the order of the help."""
+    def names(self) -> Iterator[str]:
+        """Yield the names of the commands in the order of the help."""
+        raise NotImplementedError
+
+    def summary(self, name: str) -> str:
+        """Return one line on a command (its file is read: not for every command that runs)."""
         raise NotImplementedError
 
     def build(self, name: str) -> Any:
@@ -42,7 +46,7 @@ class _Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """List the commands in the order a user meets them."""
-        return [name for name, _ in self.names()]
+        return list(self.names())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, None if there is none of that name."""
@@ -57,7 +61,7 @@ class _Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the name and summary of each command."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(self.names()))
+            formatter.write_dl([(name, self.summary(name)) for name in self.names()])
 
 
 class _Root(_Group):
@@ -65,12 +69,14 @@ class _Root(_Group):
 
     _shows_traceback = False
 
-    def names(self) -> Iterator[tuple[str, str]]:
+    def names(self) -> Iterator[str]:
         """Yield the commands, and `eval` in its place among them."""
-        listed = dict.fromkeys([*_ORDER, *COMMANDS])
-        for name in listed:
-            if name == "eval" or name in COMMANDS:
-                yield name, _EVAL_HELP if name == "eval" else COMMANDS.summary(name)
+        found = list(COMMANDS)
+        yield from (name for name in dict.fromkeys([*_ORDER, *found]) if name == "eval" or name in found)
+
+    def summary(self, name: str) -> str:
+        """Return one line on a command."""
+        return _EVAL_HELP if name == "eval" else COMMANDS.summary(name)
 
     def build(self, name: str) -> Any:
         """Return a command, or the group of evaluations."""
@@ -110,10 +116,13 @@ class _Root(_Group):
 class _Evals(_Group):
     """`longext eval`: every registered evaluation, and the comparison of two results."""
 
-    def names(self) -> Iterator[tuple[str, str]]:
+    def names(self) -> Iterator[str]:
         """Yield the evaluations."""
-        yield from ((name, EVALS.summary(name)) for name in EVALS)
-        yield "diff", COMMANDS.summary("diff")
+        yield from (*EVALS, "diff")
+
+    def summary(self, name: str) -> str:
+        """Return one line on an evaluation."""
+        return (COMMANDS if name == "diff" else EVALS).summary(name)
 
     def build(self, name: str) -> Any:
         """Return the command of an evaluation."""

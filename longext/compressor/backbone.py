@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.errors import ConfigError
 from longext.models.head import decoder_of, scale_logits
-from longext.models.hf import LENGTH_DEPENDENT, hold_rope, rotary_modules
+from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rotary_modules
 from longext.training.losses import chunked_cross_entropy
 
 _CACHE_NAMES = ("past_key_values", "layer_past")

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from longext.checkpoint.source import HUB_ID
+from longext.conversion.engines import kind_of, readers
 from longext.errors import CheckpointError
 from longext.manifest import command_line, versions
 from longext.rope.spec import ROPE_METHODS
@@ -49,6 +50,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 `config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
 readers). With vLLM, state the length: `vllm serve DIR --max-model-len $served`.
+Engines that read it as transformers does: $engines.
 `longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
 $links
 
@@ -138,6 +140,7 @@ def model_card(
         reference=record["reference"],
         trap=trap,
         served=served,
+        engines=", ".join(readers(kind_of(record["rope_parameters"]))),
         command=command_line(),
         version=versions()["longext"],
     )

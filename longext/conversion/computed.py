@@ -276,7 +276,7 @@ def formula_problem(
             expected = np.where(places < 0, 0.0, formula[places])
             turning = expected > 0
             count += measured.size
-            worst = max(worst, float(np.abs(measured[turning] / expected[turning] - 1).max()))
+            worst = max(worst, float(np.abs(measured[turning] / expected[turning] - 1).max(initial=0.0)))
     return None, count, worst
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.attention.bands import no_checkpoint
 from longext.options import RopeConfig
 from longext.rope.spec import ROPE_METHODS, extension_methods
 from longext.settings import option, shown_name
@@ -14,7 +15,7 @@ class ExtendConfig(RopeConfig):
     """`longext extend`: one checkpoint, one method, one length."""
 
     model: str = option(help="Directory, Hub id, or books-5m (bundled).", argument=True)
-    method: str = option(names=extension_methods, panel="Method")
+    method: str = option(names=extension_methods, elsewhere=no_checkpoint, panel="Method")
     output: str | None = option(None, "Directory to write.", "--output", "-o", panel="Output")
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
     copy: bool = option(False, "Copy the weights instead of hard-linking them.")

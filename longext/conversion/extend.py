@@ -18,6 +18,7 @@ from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
+from longext.conversion.engines import engine_notes
 from longext.conversion.files import (
     mark_files,
     place_file,
@@ -37,6 +38,7 @@ from longext.rope.spec import (
     methods_that,
     rope_parameters,
 )
+from longext.settings import check_names
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
@@ -103,6 +105,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         CheckpointError: the model cannot be read or extended, or would not compute what is planned.
         ConfigError: a parameter is out of range, or the model's existing RoPE cannot be combined with the method.
     """
+    check_names(config)
     ROPE_METHODS[config.method]
     source = resolve_model(config.model, config.revision)
     refuse_adapter(source)
@@ -157,20 +160,6 @@ def checked(plan: ExtensionPlan) -> ExtensionPlan:
     raise problem
 
 
-def engine_notes(parameters: RopeParameters) -> tuple[str, ...]:
-    """Return what llama.cpp makes of these `rope_parameters` if that is not what transformers does."""
-    kind = parameters["rope_type"]
-    if kind == "dynamic":
-        return ("llama.cpp ignores dynamic NTK in silence: it runs this checkpoint with the base's RoPE.",)
-    if kind == "longrope":
-        return ("llama.cpp reads longrope for Phi-3 and MiniCPM alone; for other models it ignores it in silence.",)
-    if kind == "yarn" and parameters.get("attention_factor") is not None:
-        return (
-            "llama.cpp multiplies the attention_factor of this yarn RoPE by 0.1 ln s + 1 once more: its logits differ.",
-        )
-    return ()
-
-
 def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[RopeSpec, RopeSpec, str]:
     """Return (the new RoPE, the RoPE the weights were trained with, how the two relate).
 
@@ -181,7 +170,8 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
         if config.original_length < 1:
             raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
         origin = replace(origin, original_max_position_embeddings=config.original_length)
-    is_plain = ROPE_METHODS[origin.method].is_exact_inside or origin.factor == 1
+    trained = ROPE_METHODS[origin.method]
+    is_plain = trained.is_exact_inside or (trained.is_scaling and origin.factor == 1)
     composes = origin.method == config.method and not is_plain
     if not (is_plain or composes or config.replace):
         raise ConfigError(

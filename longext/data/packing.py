@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,40 @@ _PACKING_WINDOW = 1024  # examples that are packed together; larger wastes less 
 Row = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What rows of mixed windows are (arXiv 2502.20082, section 3.3): documents apart, some rows of short pieces alone.
+
+    Attributes:
+        length: L, the most tokens of a short document.
+        share: of the rows whose documents are cut into pieces of at most `length` tokens, 0 to 1.
+    """
+
+    length: int
+    share: float
+
+    def is_short(self, index: int) -> bool:
+        """True for the rows that are cut: any n in a row hold n * share of them, rounded up or down."""
+        return int((index + 1) * self.share) > int(index * self.share)
+
+    def place(self, row: Row, *, short: bool) -> Row:
+        """Return `row` with the position of each token in its document, in pieces of at most L tokens if `short`."""
+        positions = document_positions(row["document_ids"])
+        if short:
+            positions = positions % self.length
+            begins = positions == 0
+            row["document_ids"] = begins.cumsum(0) - 1
+            row["labels"] = row["labels"].masked_fill(begins, IGNORED)  # nothing in its piece predicts it
+        return {**row, "position_ids": positions}
+
+
 class TokenRows(Dataset[Row]):
     """Exactly `num_rows` rows of `length` tokens, row i a pure function of (seed, i).
 
     Every epoch of `num_available` rows is a seeded permutation of the same rows. A row is int64 tensors [length]:
     `input_ids`; `labels`, the same ids with -100 if a token is not trained on (not shifted); `document_ids`,
-    0, 0, 1, ... by document within the row and -1 for padding; and `position_ids` if positions are "pose".
+    0, 0, 1, ... by document within the row and -1 for padding; and `position_ids` if positions are "pose" or windows
+    are mixed.
 
     Args:
         cache: the tokens.
@@ -42,6 +71,7 @@ class TokenRows(Dataset[Row]):
         num_rows: rows served, over as many epochs as it takes.
         positions: "plain" (the model counts) or "pose" (`pose_positions`).
         target_length: with "pose", the length that positions reach.
+        windows: of a run with mixed windows, else None.
 
     Raises:
         ConfigError: unknown `positions`, or a `target_length` below `length`.
@@ -57,8 +87,10 @@ class TokenRows(Dataset[Row]):
         *,
         positions: str = "plain",
         target_length: int | None = None,
+        windows: Windows | None = None,
     ) -> None:
         check_positions(positions, length, target_length)
+        self.windows = windows
         self.cache, self.length, self.seed, self.num_rows = cache, length, seed, num_rows
         self.target_length = target_length if positions == "pose" else None
         self._epoch = -1
@@ -77,6 +109,8 @@ class TokenRows(Dataset[Row]):
         if self.target_length is not None:
             generator = np.random.default_rng([self.seed, index, _POSE_STREAM])
             row["position_ids"] = pose_positions(self.length, self.target_length, generator)
+        if self.windows is not None:
+            row = self.windows.place(row, short=self.windows.is_short(index))
         return row
 
     @property
@@ -301,6 +335,14 @@ def check_positions(positions: str, length: int, target_length: int | None) -> N
     if positions == "pose" and (target_length is None or target_length < length):
         described = "no target_length" if target_length is None else f"target_length {target_length:,}"
         raise ConfigError(f"positions 'pose' needs a target_length of at least the window {length:,}, got {described}.")
+
+
+def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token in its document, int64 [N], from the documents of a row [N]."""
+    places = torch.arange(len(document_ids))
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[1:] = document_ids[1:] != document_ids[:-1]
+    return places - places.masked_fill(~begins, 0).cummax(0).values
 
 
 def pose_positions(

@@ -13,7 +13,7 @@ from typing import Any
 from longext.data.cache import TokenCache, TokenizedText, build_token_cache, open_token_cache, read_meta
 from longext.data.config import RowsConfig
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
-from longext.data.packing import PackedExamples, PackedRows, TokenRows, check_positions
+from longext.data.packing import PackedExamples, PackedRows, TokenRows, Windows, check_positions
 from longext.data.sft import ExampleEncoder
 from longext.errors import ConfigError, DataError
 from longext.models.tokens import LONG, control_tokens, count_controls, encode_text
@@ -32,12 +32,14 @@ def open_rows(
     *,
     length: int,
     num_rows: int,
+    windows: Windows | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenRows:
     """Return the `num_rows` training rows of `length` tokens that `config` asks for.
 
     Args:
         length: tokens in a row; with PoSE the window, while `config.target_length` is what positions reach.
+        windows: of a run with mixed windows.
         on_progress: called with the number of tokens so far while they are made; never for tokens found in the cache.
 
     Raises:
@@ -46,10 +48,10 @@ def open_rows(
     """
     check_positions(config.positions, length, config.target_length)  # before minutes of tokenising
     cache = cached_tokens(config, tokenizer, length=length, on_progress=on_progress)
-    places: dict[str, Any] = {"positions": config.positions, "target_length": config.target_length}
+    places: dict[str, Any] = {"positions": config.positions, "target_length": config.target_length, "windows": windows}
     if config.task == "sft":
         return PackedExamples(cache, length, config.seed, num_rows, **places)
-    separate = config.separate_documents
+    separate = config.separate_documents or windows is not None
     return PackedRows(cache, length, config.seed, num_rows, separate_documents=separate, **places)
 
 

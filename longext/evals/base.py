@@ -19,7 +19,10 @@ from longext.settings import MANY, build_config, option, shown_name
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
-_ORDER = ("ppl short passkey effective needle longeval babilong longbench harness reconstruction efficiency").split()
+_ORDER = (
+    "ppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 harness "
+    "reconstruction efficiency"
+).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
@@ -19,7 +19,8 @@ from longext.evals.passkey_prompts import (
     longlora_prompt,
     yarn_prompt,
 )
-from longext.evals.retrieval import first_choices
+from longext.evals.ranks import Choices, Rank, rank_questions, ranked_tables
+from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_choices, mean_at
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
@@ -187,17 +188,58 @@ def _record(
     )
 
 
+def rank_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[Rank]:
+    """Return how likely each key is found beside other keys of its kind."""
+    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
+    questions = [
+        RankedKey(
+            "passkey",
+            length,
+            depth,
+            Choices(
+                prompt.input_ids,
+                (prompt.answer_ids,),
+                tuple(tokens.answer(prompt.question, key) for key in prompt.wrong),
+            ),
+        )
+        for length in sorted(config.lengths)
+        for depth in config.places
+        for prompt in _prompts(config, tokens, filler, length, depth)
+    ]
+    return rank_questions(model, questions, advance)
+
+
+class RankedKey(NamedTuple):
+    """A question for `rank_questions`."""
+
+    task: str
+    length: int
+    depth: float | None
+    choices: Choices
+
+
 def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
-    num_prompts = len(task.lengths) * len(task.places) * task.num_trials
+    cells: list[dict[str, Any]] = []
+    ranks: list[Rank] = []
+    num_prompts = len(task.lengths) * len(task.places) * task.num_trials * (2 if task.answers == BOTH else 1)
     with work.progress(f"passkey {task.protocol}", num_prompts, "prompts") as advance:
-        cells = evaluate_passkey(model, task, advance)
+        if task.answers != LIKELIHOOD:
+            cells = evaluate_passkey(model, task, advance)
+        if task.answers != GENERATE:
+            ranks = rank_passkey(model, task, advance)
 
     def accuracy(_: str | None, length: str | None) -> float:
+        if not cells:
+            return mean_at(ranks)(None, length) or 0.0
         chosen = [cell for cell in cells if length in (None, str(cell["length"]))]
         correct: int = sum(cell["num_correct"] for cell in chosen)
         trials: int = sum(cell["num_trials"] for cell in chosen)
         return correct / trials
 
-    return Outcome(record=_record(model, task, cells, time.perf_counter() - started), score_at=accuracy)
+    record = _record(model, task, cells, time.perf_counter() - started)
+    if ranks:
+        record["protocol"].update(answers=task.answers, answers_definition=ANSWERS[task.answers])
+        record.update(ranked_tables(ranks, ("by_length",)))
+    return Outcome(record=record, score_at=accuracy)

@@ -26,6 +26,7 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 NAMED_NEEDLE = "The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}."
 NAMED_QUESTION = "What is the pass key of {name}? The pass key of {name} is"
+NUM_WRONG = 9  # keys that the right one is ranked among
 NAMES = ("Arthur", "Beatrice", "Charles", "Dorothea", "Edmund", "Frances", "George", "Harriet", "Isaac", "Julia")
 _PUBLISHED_MAX_KEY = 50_000  # keys of one to five digits; NumPy's randint (LongLoRA) stops before it, Python's does not
 
@@ -39,12 +40,16 @@ class NeedlePrompt:
         answer_ids: the tokens of the answer as they would follow the prompt.
         key: the number asked for.
         depth: where the asked needle stands, 0 (start) to 1 (end) of the filler.
+        question: what the answer follows.
+        wrong: other keys, those of the text first.
     """
 
     input_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     key: int
     depth: float
+    question: str = QUESTION
+    wrong: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,10 @@ class PromptTokens:
         return tuple(full[same:])
 
 
-def draw_keys(rng: np.random.Generator, count: int, num_digits: int) -> list[int]:
-    """Return `count` different keys of exactly `num_digits` digits."""
+def draw_keys(rng: np.random.Generator, count: int, num_digits: int, first: Sequence[int] = ()) -> list[int]:
+    """Return `count` different keys of exactly `num_digits` digits, those of `first` first."""
     low = 10 ** (num_digits - 1)
-    keys: list[int] = []
+    keys = list(first)
     while len(keys) < count:
         key = int(rng.integers(low, 10 * low))
         if key not in keys:
@@ -130,7 +135,8 @@ def exact_prompt(
         previous = cut
     input_ids = (*head, *body, *filler_ids[previous:room], *tail)
     assert len(input_ids) + len(answer) == length
-    return NeedlePrompt(input_ids, answer, keys[0], depth)
+    wrong = draw_keys(rng, num_needles + NUM_WRONG, num_digits, keys)[1 : NUM_WRONG + 1]
+    return NeedlePrompt(input_ids, answer, keys[0], depth, question, tuple(wrong))
 
 
 def published_text(num_filler_characters: int, prefix_characters: int, key: int) -> str:
@@ -154,7 +160,8 @@ def longlora_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePr
             f"The longlora protocol counts filler in steps of 1,024 characters: give lengths >= 274, got {length}."
         )
     prefix = int(rng.randint(0, num_characters))
-    return _published(tokens, num_characters, prefix, int(rng.randint(1, _PUBLISHED_MAX_KEY)))
+    key = int(rng.randint(1, _PUBLISHED_MAX_KEY))
+    return _published(tokens, num_characters, prefix, key, _wrong(np.random.default_rng([seed, length]), key))
 
 
 def yarn_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePrompt:
@@ -163,9 +170,10 @@ def yarn_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePrompt
 
     rng = np.random.default_rng([seed, length])
     key, share = int(rng.integers(1, _PUBLISHED_MAX_KEY + 1)), float(rng.random())
+    wrong = _wrong(rng, key)
 
     def prompt(steps: int) -> NeedlePrompt:
-        return _published(tokens, 128 * steps, int(share * 128 * steps), key)
+        return _published(tokens, 128 * steps, int(share * 128 * steps), key, wrong)
 
     low, high = 0, 1
     while len(prompt(high).input_ids) < length:
@@ -178,7 +186,17 @@ def yarn_prompt(tokens: PromptTokens, *, length: int, seed: int) -> NeedlePrompt
     return prompt(low)
 
 
-def _published(tokens: PromptTokens, num_characters: int, prefix: int, key: int) -> NeedlePrompt:
+def _wrong(rng: np.random.Generator, key: int) -> tuple[int, ...]:
+    """Return keys drawn as the published ones are, all different."""
+    drawn = {key: None}
+    while len(drawn) <= NUM_WRONG:
+        drawn[int(rng.integers(1, _PUBLISHED_MAX_KEY))] = None
+    return tuple(drawn)[1:]
+
+
+def _published(
+    tokens: PromptTokens, num_characters: int, prefix: int, key: int, wrong: tuple[int, ...]
+) -> NeedlePrompt:
     text = published_text(num_characters, prefix, key)
     input_ids = (*tokens.prefix, *tokens.encode(text))
-    return NeedlePrompt(input_ids, tokens.answer(QUESTION, key), key, prefix / num_characters)
+    return NeedlePrompt(input_ids, tokens.answer(QUESTION, key), key, prefix / num_characters, QUESTION, wrong)

@@ -1,4 +1,7 @@
-"""Evaluations whose answers are right, wrong or partly right: questions, scores, cells with intervals, the record."""
+"""Evaluations whose answers are right, wrong or partly right: questions, scores, cells with intervals, the record.
+
+An answer is generated and scored, or the right one is ranked among wrong ones by their likelihood, or both.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,24 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from longext.data.json_lines import text_fields
+from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, Outcome, QuestionEval, Work, fail_under, silent
-from longext.evals.limits import ALL, PLACES, Place, PlaceLimit, place_limits
+from longext.evals.limits import PLACES, Place, PlaceLimit, place_limits
+from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, rank_questions, ranked_tables
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.batching import batched_by
-from longext.models.chat import asked_facts, chat_tokens, user_text, uses_template
+from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
+from longext.registry import Registry
+from longext.settings import option
+from longext.untrusted import is_a, json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +49,8 @@ class Question:
         expected: the right answers.
         score: text of an answer -> share of `expected` that it holds, 0 to 1.
         max_new_tokens, stop: where the answer ends at the latest.
+        choices: right and wrong answers for likelihood; None if the question has none.
+        asked: the question itself, if the score of an answer depends on it.
     """
 
     id: str
@@ -50,6 +62,8 @@ class Question:
     score: Callable[[str], float] = field(compare=False)
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    choices: Choices | None = None
+    asked: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,27 @@ class QuestionScore:
     depth: float | None
     score: float
     num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenAnswers:
+    """Answers of a file, scored.
+
+    Attributes:
+        facts: what else the record says of them.
+        notes: what a reader of the scores has to know.
+    """
+
+    scores: Sequence[QuestionScore]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+GENERATE, LIKELIHOOD, BOTH = "generate", "likelihood", "both"
+ANSWERS: Registry[str] = Registry("way of answering")
+ANSWERS.register(GENERATE, "answers are generated and scored")
+ANSWERS.register(LIKELIHOOD, f"nothing is generated: {DEFINITION}")
+ANSWERS.register(BOTH, f"answers are generated and scored; besides, {DEFINITION}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +112,72 @@ class RetrievalEval(QuestionEval):
     pools: ClassVar[tuple[str, ...]] = ()
     limit_form: ClassVar[str] = PLACES
 
+    answers: str = option(
+        GENERATE, "Answers are generated, the right one is ranked by likelihood, or", names=lambda: ANSWERS
+    )
+    predictions: str | None = option(
+        None, "Score this file of answers (answers.jsonl of a run, or the authors'); no model is run.", panel="Output"
+    )
     fail_under: tuple[str, ...] = fail_under()
 
     def check(self) -> None:
-        """Raise ConfigError for a method that cannot be applied."""
+        """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked."""
         check_method(self.method, self.factor)
+        ANSWERS[self.answers]
+        if self.predictions is not None and self.answers != GENERATE:
+            raise ConfigError("--predictions has answers that were generated: leave --answers out.")
+
+    @property
+    def generates(self) -> bool:
+        """True if answers are generated."""
+        return self.answers != LIKELIHOOD
+
+    @property
+    def ranks(self) -> bool:
+        """True if the right answers are ranked among wrong ones."""
+        return self.answers != GENERATE
+
+    @property
+    def subject(self) -> str:
+        """Return the model, or the file of answers."""
+        return self.model or Path(str(self.predictions)).stem
+
+    def open_model(self) -> LanguageModel | None:
+        """Return the model, None if answers are given."""
+        return None if self.predictions is not None else super().open_model()
+
+    def answers_path(self, output: Path) -> Path | None:
+        """Return where answers are kept, None if none are generated."""
+        return super().answers_path(output) if self.generates and self.predictions is None else None
+
+    def load_data(self) -> Any:
+        """Return what questions are made of, or the scores of --predictions."""
+        return self.read_data() if self.predictions is None else self.read_answers(Path(self.predictions).expanduser())
+
+    def read_data(self) -> Any:
+        """Return what questions are made of."""
+        return None
+
+    def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
+        """Return the score of an answer, 0 to 1."""
+        raise NotImplementedError
+
+    def read_answers(self, path: Path) -> GivenAnswers:
+        """Return the scores of a file of answers: JSON lines as `answers.jsonl` of a run has them.
+
+        Raises:
+            ConfigError, DataError: no such file, or a line of another form, with its number.
+        """
+        if not path.is_file():
+            raise ConfigError(f"--predictions must be a file of answers, got '{path}'.")
+        scores = [self.given_score(where, row) for where, row in json_lines(path)]
+        if not scores:
+            raise DataError(f"{path} holds no answer.")
+        return GivenAnswers(scores=scores)
+
+    def given_score(self, where: str, row: Any) -> QuestionScore:
+        """Return the score of one line of a file of answers."""
+        return own_score(self.rate, where, row)
 
     def places(self, data: Any) -> list[Place]:
         """Return every task and length that is measured, lengths as users spell them."""
@@ -95,15 +191,15 @@ class RetrievalEval(QuestionEval):
         """Return every `Question`."""
         raise NotImplementedError
 
-    def protocol(self, model: LanguageModel) -> dict[str, Any]:
-        """Return what the record says of the protocol, besides how the model was asked."""
+    def protocol(self, model: Any) -> dict[str, Any]:
+        """Return what the record says of the protocol, besides how the model was asked; no model: answers are given."""
         raise NotImplementedError
 
     def data_facts(self, data: Any) -> dict[str, Any] | None:
         """Return what the record says of the data."""
         return None
 
-    def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
+    def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
         """Return what a reader of the scores has to know, besides what spoilt answers."""
         return []
 
@@ -116,9 +212,24 @@ class RetrievalEval(QuestionEval):
         text = user_text(model, text)
         return tuple(chat_tokens(model, text) if self.uses_chat(model) else model.encode(f"{text}{opening}"))
 
+    def choices(
+        self, model: LanguageModel, text: str, opening: str, right: Sequence[str], wrong: Sequence[str]
+    ) -> Choices | None:
+        """Return the candidates behind a question; None if nothing is ranked.
+
+        Args:
+            opening: the beginning of the answer, which also a chat model is given, behind the assistant's header.
+        """
+        if not self.ranks:
+            return None
+        encode = partial(model.encode, add_bos=False)
+        return choices_of(encode, partial(opened_tokens, model, self.uses_chat(model), text), opening, right, wrong)
+
     def limits(self, data: Any) -> list[PlaceLimit]:
         """Return the limits of --fail-under."""
-        return place_limits(self.fail_under, self.places(data), form=self.limit_form)
+        given = data.scores if isinstance(data, GivenAnswers) else None
+        places = self.places(data) if given is None else [(each.task, self.spell(each.length)) for each in given]
+        return place_limits(self.fail_under, places, form=self.limit_form)
 
     def ask(
         self,
@@ -141,41 +252,91 @@ class RetrievalEval(QuestionEval):
         answers = {prediction.id: prediction for prediction in predictions}
         return [score_of(each, each.score(answers[each.id].text)) for each in questions], answers
 
+    def tables(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
+        """Return the tables of a record: every task, length and depth under "results", and the pools."""
+        pools = {name: cells_of(scores, by_task=name == "by_task", by_depth=False) for name in self.pools}
+        return {"results": cells_of(scores), **pools}
+
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
-        """Return the record: every question asked and scored."""
+        """Return the record: every question asked and scored, its right answers ranked, or answers scored."""
+        if isinstance(data, GivenAnswers):
+            return self._outcome_of(data)
         from longext.models.answers import answer_notes
 
         started = time.perf_counter()
         questions = self.questions(model, data)
-        with work.progress(self.name, len(questions), self.unit) as advance:
-            scores, answers = self.ask(model, questions, work.answers, advance)
+        scores, answers, ranks = list[QuestionScore](), dict[str, Any](), list[Rank]()
+        with work.progress(self.name, len(questions) * (self.generates + self.ranks), self.unit) as advance:
+            if self.generates:
+                scores, answers = self.ask(model, questions, work.answers, advance)
+            if self.ranks:
+                ranks = rank_questions(model, questions, advance)
         seconds = time.perf_counter() - started
-        notes = [*self.notes(model, data, scores), *(answer_notes(answers.values()) if answers else [])]
+        notes = [*self.notes(model, data, scores or ranks), *(answer_notes(answers.values()) if answers else [])]
         is_chat = self.uses_chat(model)
         record = result_record(
             self.kind,
             model.describe(),
             {
                 **self.protocol(model),
+                **({"answers": self.answers, "answers_definition": ANSWERS[self.answers]} if self.ranks else {}),
                 "chat_template": is_chat,
                 **asked_facts(model, is_chat, (tokens_hash(each.input_ids) for each in questions)),
             },
             self.data_facts(data),
             seconds=seconds,
-            results=cells_of(scores),
-            **{name: cells_of(scores, by_task=name == "by_task", by_depth=False) for name in self.pools},
+            **self.tables(scores),
+            **(ranked_tables(ranks, self.pools) if ranks else {}),
             notes=notes,
         )
         files = {"answers.jsonl": _answer_lines(questions, scores, answers)} if answers else {}
-        return Outcome(record=record, score_at=mean_at(scores, self.spell), notes=notes, files=files)
+        return Outcome(record=record, score_at=mean_at(scores or ranks, self.spell), notes=notes, files=files)
 
-    def window_notes(self, model: LanguageModel, scores: Sequence[QuestionScore]) -> list[str]:
+    def _outcome_of(self, given: GivenAnswers) -> Outcome:
+        record = result_record(
+            self.kind,
+            {"id": self.model or None, "answers_from": self.predictions},
+            {**self.protocol(None), "chat_template": None},
+            {"data": self.predictions, "num_cases": len(given.scores), "sha256": None},
+            **self.tables(given.scores),
+            **given.facts,
+            notes=list(given.notes),
+        )
+        return Outcome(record=record, score_at=mean_at(given.scores, self.spell), notes=given.notes)
+
+    def window_notes(self, model: LanguageModel, scores: Sequence[Any]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
         longest, window = max(each.num_tokens for each in scores), model.context_length
         if self.memory or longest <= window:
             return []
         over = sum(each.num_tokens > window for each in scores)
         return [f"{over} of {len(scores)} prompts are longer than the model's {window:,} positions, up to {longest:,}."]
+
+
+def opened_tokens(model: LanguageModel, is_chat: bool, text: str, opening: str) -> tuple[int, ...]:
+    """Return a question and the beginning of its answer as tokens, that behind the assistant's header of a template."""
+    text = user_text(model, text)
+    if not is_chat:
+        return tuple(model.encode(f"{text}{opening}"))
+    rendered = render_chat(model, [{"role": "user", "content": text}])
+    return tuple(with_prefix(model, model.encode(f"{rendered}{opening}", add_bos=False)))
+
+
+def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore:
+    """Return the score of a line of `answers.jsonl`.
+
+    Raises:
+        DataError: it is none.
+    """
+    task, answer = text_fields(where, row, ("task", "answer"), "answer")
+    expected, length, depth = row.get("expected"), row.get("length"), row.get("depth")
+    if not isinstance(expected, list) or not expected or not all(isinstance(text, str) for text in expected):
+        raise DataError(f"{where} is no answer: no list of texts under 'expected'.")
+    if not is_a(length, int) or not (depth is None or is_a(depth, float)):
+        raise DataError(f"{where} is no answer: no whole number under 'length', or another 'depth' than a number.")
+    tokens = row.get("num_prompt_tokens")
+    score = rate(task, tuple(expected), answer, str(row.get("asked", "")))
+    return QuestionScore(task, length, depth, score, tokens if is_a(tokens, int) else 0)
 
 
 def score_of(question: Question, score: float) -> QuestionScore:
@@ -203,7 +364,7 @@ def first_choices(
 
 
 def mean_at(
-    scores: Sequence[QuestionScore], spell: Callable[[int], str] = str
+    scores: Sequence[Any], spell: Callable[[int], str] = str
 ) -> Callable[[str | None, str | None], float | None]:
     """Return what gives the mean score at (task, length), None for all of them; None without a question there.
 
@@ -231,13 +392,8 @@ def cells_of(scores: Sequence[QuestionScore], *, by_task: bool = True, by_depth:
         by_task: False for all tasks together, every question counted once.
         by_depth: False for all depths together.
     """
-    tasks = list(dict.fromkeys(each.task for each in scores)) if by_task else [ALL]
-    groups: dict[tuple[str, int, float | None], list[QuestionScore]] = {}
-    for each in scores:
-        key = (each.task if by_task else ALL, each.length, each.depth if by_depth else None)
-        groups.setdefault(key, []).append(each)
-    order = sorted(groups, key=lambda key: (tasks.index(key[0]), key[1], -1 if key[2] is None else key[2]))
-    return [_cell(task, length, depth, groups[task, length, depth]) for task, length, depth in order]
+    groups = grouped(scores, by_task=by_task, by_depth=by_depth)
+    return [_cell(*key, rows) for key, rows in groups]
 
 
 def _cell(task: str, length: int, depth: float | None, scores: Sequence[QuestionScore]) -> dict[str, Any]:
@@ -278,6 +434,10 @@ def _answer_lines(
         answer = answers[question.id]
         row = {
             "id": question.id,
+            "task": question.task,
+            "length": question.length,
+            "depth": question.depth,
+            **({"asked": question.asked} if question.asked else {}),
             "expected": list(question.expected),
             "answer": answer.text,
             "score": score.score,

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from longext.checkpoint import _built
 from longext.checkpoint.checks import (
     check_finite,
     check_ids,
@@ -39,15 +37,16 @@ from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
 from longext.models.decode import generate
 from longext.models.head import decoder_of, head_is_plain, scale_logits
-from longext.models.methods import method_request
+from longext.models.methods import RemapRequest, method_request, remap_request
 from longext.models.protocol import TokenScores
+from longext.models.remap import Remapping, attach
+from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rebuild_rope, reset_rotary, rope_type_of, rotary_modules
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
 from longext.options import RuntimeConfig
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that follow the length of the sequence
 
 
 class HFLanguageModel:
@@ -64,6 +63,7 @@ class HFLanguageModel:
 
     Attributes:
         asking: how questions are put to it: template variables, thoughts, control tokens.
+        remapping: the position remapping it is under, or None.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class HFLanguageModel:
         self.adapter = adapter
         self.extended_length = extended_length
         self.asking = Asking()
+        self.remapping: Remapping | None = None
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
 
@@ -191,7 +192,7 @@ class HFLanguageModel:
         """
         if self.follows_length:
             for module in rotary_modules(self.model):
-                _reset(module)
+                reset_rotary(module)
 
     @contextlib.contextmanager
     def frozen_rope(self, length: int) -> Iterator[None]:
@@ -213,8 +214,22 @@ class HFLanguageModel:
 
         Equals loading a checkpoint with that config: what a constructor computes from it is computed again.
         """
+        self.remap(None)
         rebuild_rope(self.model, build_model_config(config))
         self.config, self.extended_length = config, 0
+
+    def remap(self, request: RemapRequest | None) -> None:
+        """Put the model under a position remapping, in the place of the one before; None ends it."""
+        if self.remapping is not None:
+            self.remapping.detach()
+            self.remapping, self.extended_length = None, 0
+        if request is None:
+            return
+        trained = request.original_length or self.trained_length
+        self.extended_length = request.target(trained)
+        self.remapping = attach(
+            self.model, request.name, self.extended_length, original_length=trained, **request.parameters
+        )
 
     def weights_checksum(self) -> str:
         """Return a hash of every parameter in memory."""
@@ -230,6 +245,7 @@ class HFLanguageModel:
             "rope_parameters": text.rope_parameters,
             "max_position_embeddings": text.max_position_embeddings,
             "attention": f"full ({text._attn_implementation})",
+            **({"remapping": self.remapping.describe()} if self.remapping else {}),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
@@ -276,82 +292,6 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     return TokenScores(nll, is_top1)
 
 
-def rope_type_of(model: Any) -> str:
-    """Return the rope_type of a model's text part: the one that follows the length, if any; else of full attention."""
-    parameters = model.config.get_text_config().rope_parameters
-    if parameters.get("alpha") and any(module.rope_type == "ntk_alpha" for module in rotary_modules(model)):
-        return "default"  # HunYuan's fixed base under the name "dynamic"
-    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
-    kinds = [rope["rope_type"] for rope in nested or [parameters] if rope.get("rope_type")]
-    chosen = parameters.get("full_attention") or (nested or [parameters])[0]
-    kind: str = next((kind for kind in kinds if kind in LENGTH_DEPENDENT), chosen["rope_type"])
-    return kind
-
-
-def rotary_modules(model: Any) -> list[Any]:
-    """Return the rotary embedding modules of a transformers model's text part."""
-    return [module for module in _built.rotary_modules(model).values() if hasattr(module, "rope_type")]
-
-
-def _reset(module: Any) -> None:
-    originals = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]
-    for name in originals:
-        prefix = name.removesuffix("original_inv_freq")
-        module.register_buffer(f"{prefix}inv_freq", getattr(module, name).clone(), persistent=False)
-        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
-def rebuild_rope(model: Any, config: Any) -> None:
-    """Make a loaded model the one that `config` (a transformers config) builds; its weights stay.
-
-    A second model is built on the meta device; rotary modules, and plain values that constructors computed (softmax
-    scales, lengths), are taken over from there, module by module.
-    """
-    attention = model.config.get_text_config()._attn_implementation
-    with torch.device("meta"):
-        twin = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
-    modules, rotary = dict(model.named_modules()), _built.rotary_modules(twin)
-    for name, theirs in twin.named_modules():
-        if name in rotary:
-            parent, _, own_name = name.rpartition(".")
-            device = next(modules[name].buffers()).device
-            setattr(modules[parent], own_name, type(theirs)(config=theirs.config).to(device))
-        elif name in modules:
-            _take_values(modules[name], theirs)
-
-
-def _take_values(ours: nn.Module, theirs: nn.Module) -> None:
-    """Copy numbers and configs that the constructor left in a module; what belongs to a mode of use stays."""
-    for key, value in vars(theirs).items():
-        is_value = isinstance(value, (bool, int, float, str, type(None))) or key == "config"
-        if is_value and not key.startswith("_") and key not in ("training", "gradient_checkpointing", "name_or_path"):
-            setattr(ours, key, value)
-
-
-def hold_rope(model: nn.Module, length: int) -> None:
-    """Give every rotary module permanently the rotation that it has for a sequence of `length` tokens."""
-    for module in rotary_modules(model):
-        weight = next(model.parameters())
-        last = torch.tensor([[length - 1]], device=weight.device)
-        kind = module.rope_type
-        for layer_type in kind if isinstance(kind, dict) else [None]:
-            _built.rotate(module, last, layer_type)
-        # transformers updates by name: "default" is never updated
-        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
-
-
-@contextlib.contextmanager
-def held_rotation(model: nn.Module, length: int) -> Iterator[None]:
-    """While open, every rotary module has the rotation of a sequence of `length` tokens, whatever part it is given."""
-    kinds = [(module, module.rope_type) for module in rotary_modules(model)]
-    hold_rope(model, length)
-    try:
-        yield
-    finally:
-        for module, kind in kinds:
-            module.rope_type = kind
-
-
 def kv_numbers(config: Any) -> int:
     """Return the numbers that keys and values of one position are, in all layers of a model of this text config."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -368,7 +308,7 @@ def load_language_model(
 
     Args:
         method: a name in `ROPE_METHODS`, with parameters as "dynamic:alpha=4", exactly as `longext extend` would write
-            it; None or "none" for the model as it is.
+            it; one in `REMAPS`, which changes attention; None or "none" for the model as it is.
         factor: the method's factor.
 
     Raises:
@@ -376,7 +316,8 @@ def load_language_model(
         ConfigError: unknown device, dtype or method, or a method for an adapter.
     """
     directory = resolve_model(config.model, config.revision)
-    method = None if method == "none" else method
+    remap = remap_request(method, factor) if method else None
+    method = None if method == "none" or remap else method
     merge = plan_adapter(config, method) if is_adapter(directory) else None
     weights = merge.base if merge else directory
     read_shards(weights)  # before minutes of loading
@@ -404,7 +345,9 @@ def load_language_model(
         check_finite(model, directory)
     facts = adapter_facts(merge) if merge else None
     length = plan.new_length if plan else 0
-    return HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
+    loaded = HFLanguageModel(config.model, model.eval(), tokenizer, raw, directory, facts, length)
+    loaded.remap(remap)
+    return loaded
 
 
 def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) -> ExtensionPlan:

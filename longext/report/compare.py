@@ -18,7 +18,7 @@ from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
-from longext.models.methods import described, method_request
+from longext.models.methods import RemapRequest, described, method_request, remap_request
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
 from longext.report.results import Contents, Written, write_result_files
@@ -33,8 +33,8 @@ _PERPLEXITY = ("id", "stride", "definition", "weighting", "bos")
 _PASSKEY = ("id", "definition", "scoring", "filler", "num_needles", "num_digits", "prompts_sha256")
 
 
-def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
-    """Return the extension plan of every method, by the name the user gave it; None for the model as it is.
+def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | RemapRequest | None]:
+    """Return the plan of every method, by the name the user gave it; None for the model as it is.
 
     Raises:
         ConfigError: unknown, repeated or impossible method.
@@ -43,8 +43,13 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | None]:
         raise ConfigError("--methods needs at least one method, for example none,linear,yarn.")
     if len(set(config.methods)) != len(config.methods):
         raise ConfigError(f"--methods names one method twice: {','.join(config.methods)}.")
-    requests = {name: method_request(name, config.model, config.revision, config.factor) for name in config.methods}
-    return {name: None if request.method == "none" else plan_extension(request) for name, request in requests.items()}
+    plans: dict[str, ExtensionPlan | RemapRequest | None] = {}
+    for name in config.methods:
+        plans[name] = remap_request(name, config.factor)
+        if plans[name] is None:
+            request = method_request(name, config.model, config.revision, config.factor)
+            plans[name] = None if request.method == "none" else plan_extension(request)
+    return plans
 
 
 def compare_methods(
@@ -78,7 +83,8 @@ def compare_methods(
     methods = []
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
-        model.set_rope(plain if plan is None else extended_config(plan))
+        model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else plain)
+        model.remap(plan if isinstance(plan, RemapRequest) else None)
         measured = {
             key: run_eval(
                 _with_method(task, name, config, key),
@@ -88,9 +94,10 @@ def compare_methods(
             )
             for key, task in tasks.items()
         }
-        rope, spec = (base.parameters, base.spec) if plan is None else (plan.parameters, plan.spec)
+        rope, spec = (plan.parameters, plan.spec) if isinstance(plan, ExtensionPlan) else (base.parameters, base.spec)
+        formula = model.remapping.spec.formula if model.remapping else described(spec)
         seconds = time.perf_counter() - started
-        methods.append(_method_record(name, rope, described(spec), measured, seconds))
+        methods.append(_method_record(name, rope, formula, measured, seconds))
         results += [Result(own) for own in measured.values()]
         if announce:
             announce(_one_line(methods[-1]))

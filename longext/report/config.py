@@ -1,4 +1,4 @@
-"""Settings of `compare`, `report` and `eval diff`."""
+"""Settings of `compare`, `advise`, `report` and `eval diff`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ class CompareConfig(RuntimeConfig, DataConfig):
     batch_tokens: int | None = option(
         None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig(RuntimeConfig, DataConfig):
+    """`longext advise`: methods on the user's own text until one is told apart, or the time is up."""
+
+    target_length: int = option(help="Length in tokens that the model should reach.", ge=2, le=LENGTH)
+    methods: tuple[str, ...] = option(
+        (), "Methods to try, comma-separated; parameters as name:key=value (default: all that need nothing else)."
+    )
+    minutes: float = option(10.0, "Most minutes to measure; it ends earlier if the answer is clear.", ge=0, le=MANY)
+    num_places: int = option(48, "Most places of the text, each with two passkey prompts.", ge=1, le=MANY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,10 +98,21 @@ def rope_dimensions(rows: Sequence[Any], *, trained: int, target: int, title: st
     )
     if has_method:
         bottom = panels[1]
-        bottom.plot(index, [row.stretch for row in rows], color="#009e73", linewidth=2, marker="o", markersize=3)
+        drawn = [float("nan") if row.is_stopped else row.stretch for row in rows]
+        bottom.plot(index, drawn, color="#009e73", linewidth=2, marker="o", markersize=3)
+        stopped = [row.index for row in rows if row.is_stopped]
+        for at in stopped:
+            bottom.axvspan(at - 0.5, at + 0.5, color=INK, alpha=0.12, linewidth=0)
+        bottom.set_xlim(top.get_xlim())
         bottom.axhline(target / trained, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         bottom.axhline(1, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         style(bottom, "", "dimension pair (fast to slow)", f"wavelength stretch for {target:,}")
+        if max(row.stretch for row in rows if not row.is_stopped or len(stopped) == len(rows)) > 4 * target / trained:
+            bottom.set_yscale("log")
+            bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if stopped:
+            note = f"{len(stopped)} of {len(rows)} pairs stopped (grey)"
+            bottom.annotate(note, (0.01, 0.93), xycoords="axes fraction", va="top", fontsize=8.5, color=INK)
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from longext.rope.formulas import turns_in_window
+from longext.rope.formulas import VANISHING, turns_in_window
 from longext.rope.spec import RopeSpec, compute_inv_freq
 
 
@@ -33,8 +33,15 @@ class DimensionRow:
         return self.turns >= 1.0
 
     @property
+    def is_stopped(self) -> bool:
+        """True if the method gives this pair the frequency 0, as it is written (`formulas.VANISHING`)."""
+        return self.stretch > 0.5 * VANISHING
+
+    @property
     def treatment(self) -> str:
-        """How the method treats this dimension: kept, stretched (by how much), or interpolated in full."""
+        """How the method treats this dimension: kept, stretched (by how much), or stopped."""
+        if self.is_stopped:
+            return "stopped"
         return "kept" if abs(self.stretch - 1) < 1e-9 else f"stretched {self.stretch:.2f}x"
 
 

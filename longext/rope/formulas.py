@@ -9,9 +9,12 @@ from typing import Any
 from longext.errors import ConfigError
 from longext.rope.spec import ROPE_METHODS, Array, Parameter, RopeParameters, RopeSpec
 
+# A frequency of 0 is written as one 1e15 times as slow: no engine divides by infinity, and over a million positions it
+# turns by 1e-9 rad at most, which float32 and float64 of any use cannot tell from 0.
+VANISHING = 1e15
 RAMP_FORMULA = "inv_freq_i = (1 - g_i) * theta_i / s + g_i * theta_i"
 ATTENTION_FACTOR = Parameter(
-    "attention_factor", "multiplier of cos and sin (the default of yarn is 0.1 ln s + 1)", above=0
+    "attention_factor", "multiplier of cos and sin (yarn and resonance: 0.1 ln s + 1, else 1)", above=0
 )
 RAMP_PARAMETERS = (
     Parameter("beta_fast", "turns in L from which a dimension is kept (32)"),
@@ -115,6 +118,13 @@ def default_type(spec: RopeSpec) -> str:
 def mscales(values: Mapping[str, Any]) -> RopeParameters:
     """Return DeepSeek's pair, two temperatures that grow with the factor, as far as `values` have it."""
     return {key: float(values[key]) for key in ("mscale", "mscale_all_dim") if values.get(key) is not None}
+
+
+def stop(spec: RopeSpec, inv_freq: Array, stopped: Array) -> Array:
+    """Return `inv_freq` where the pairs that `stopped` (booleans) names turn `VANISHING` times slower than unscaled."""
+    import numpy as np
+
+    return np.where(stopped, base_inv_freq(spec) / VANISHING, inv_freq)
 
 
 def bake_as_longrope(spec: RopeSpec, inv_freq: Array, attention_factor: float) -> RopeParameters:

@@ -41,6 +41,7 @@ class RopeSpec:
         ramp: None takes the method's own default, and so does attention_factor.
         mscale, mscale_all_dim: yarn only: DeepSeek's pair, two multipliers of 0.1 ln s; cos and sin get the quotient of
             their temperatures, and multi-head latent attention the square of the second one as softmax scale.
+        num_clipped, rotary_share: None takes the method's own default, from the lengths.
         num_rotated: how many dimension pairs have a frequency, if the others have 0 (Gemma 4's proportional RoPE).
     """
 
@@ -61,6 +62,10 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     new_rope_theta: float | None = None
+    num_clipped: int | None = None
+    clip: str = "cosine"
+    waves: str = "yarn"
+    rotary_share: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
 

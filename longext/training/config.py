@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longext.attention.bands import REMAPS, trainable_remaps
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.data.config import RowsConfig
 from longext.options import RopeConfig, RuntimeConfig
@@ -86,6 +87,15 @@ class TrainingConfig(RuntimeConfig):
     stop_grace: int = option(600, "Seconds that processes have to save and stop.", ge=0, panel=_PROCESSES)
 
 
+def _not_trained(method: str) -> str:
+    if method.partition(":")[0] not in REMAPS:
+        return ""
+    return (
+        f"--method {method} gives most tokens positions that training makes no better: train under "
+        f"{' or '.join(trainable_remaps())}, whose distances the model has seen, or use it without training."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     """`longext finetune`: extend a checkpoint and train it at the new length (LongLoRA)."""
@@ -93,11 +103,18 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     target_length: int | None = override(RopeConfig, "target_length")
     method: str = option(
         "none",
-        "RoPE method; none trains the RoPE the model has",
-        names=lambda: ("none", *extension_methods()),
+        "RoPE method; none trains the RoPE the model has; dca and string remap positions inside attention",
+        names=lambda: ("none", *extension_methods(), *trainable_remaps()),
+        elsewhere=_not_trained,
         panel="Method",
     )
     window: int | None = option(None, "pose: row length in tokens.", ge=2, le=LENGTH, panel="Method")
+    mixed_window: bool = option(
+        False, "Documents up to the trained length keep the original RoPE, longer ones get the new.", panel="Method"
+    )
+    short_share: float | None = option(
+        None, "mixed-window: share of rows cut to the trained length (default 0.3; sft: 0).", ge=0, le=1, panel="Method"
+    )
     attention: str | None = option(
         None, "In training (default: s2; pose: full)", names=lambda: ATTENTION_VARIANTS, panel="Method"
     )

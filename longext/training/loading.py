@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longext.attention.bands import is_remap
 from longext.attention.shifted import check_model, register_attention
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_tokens
@@ -18,11 +19,23 @@ from longext.checkpoint.rope_config import model_rope, write_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import fingerprint_weights
 from longext.conversion.config import ExtendConfig
-from longext.conversion.extend import extended_config, plan_extension, provenance
+from longext.conversion.engines import engine_notes
+from longext.conversion.extend import (
+    ExtensionPlan,
+    checked,
+    exportable_parameters,
+    extended_config,
+    plan_extension,
+    provenance,
+)
 from longext.errors import ConfigError
 from longext.manifest import read_manifest
+from longext.models.methods import RemapRequest, remap_request
+from longext.models.remap import IMPLEMENTATION
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
+from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
@@ -48,11 +61,19 @@ class Extension:
     record: dict[str, Any]
     target_length: int
     trained_length: int
+    remap: RemapRequest | None = None
 
     @property
     def rope_type(self) -> str:
         """The rope_type of the config (of its full-attention layers)."""
         return model_rope(self.config, self.source).rope_type
+
+    @property
+    def follows_length(self) -> bool:
+        """True if the frequencies depend on the length of the sequence."""
+        parameters = model_rope(self.config, self.source).parameters
+        is_one = self.rope_type == "longrope" and parameters["short_factor"] == parameters["long_factor"]
+        return self.rope_type in LENGTH_DEPENDENT and not is_one
 
 
 def plan_training_rope(config: FinetuneConfig) -> Extension:
@@ -64,20 +85,38 @@ def plan_training_rope(config: FinetuneConfig) -> Extension:
     """
     source = resolve_model(config.model, config.revision)
     rope = {field.name: getattr(config, field.name) for field in fields(RopeConfig)}
-    if config.method == "none":
-        return _as_it_is(config, source)
+    remap = remap_request(config.method, config.factor, config.target_length)
+    if config.method == "none" or remap:
+        return _as_it_is(config, source, remap)
     request = ExtendConfig(model=config.model, method=config.method, revision=config.revision, **rope)
-    plan = plan_extension(request)
+    plan = _plan_windows(request) if config.mixed_window else plan_extension(request)
     record = {**provenance(plan), "trained": True, "base_weights": fingerprint_weights(source)}
     original = plan.spec.original_max_position_embeddings
     return Extension(source, extended_config(plan), record, plan.new_length, original)
 
 
-def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
+def _plan_windows(request: ExtendConfig) -> ExtensionPlan:
+    """Return an extension under which texts of up to the trained length keep the RoPE of the weights."""
+    plan = plan_extension(replace(request, check=False))
+    spec = join_windows(plan.origin, plan.spec, plan.new_length)
+    parameters = exportable_parameters(plan.rope, spec)
+    return checked(replace(plan, config=request, spec=spec, parameters=parameters, warnings=engine_notes(parameters)))
+
+
+def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) -> Extension:
     raw = read_config(source)
     rope = model_rope(raw, source, config.trust_remote_code or None)
-    length = config.target_length or rope.max_position_embeddings
-    if length > rope.max_position_embeddings and rope.rope_type != "dynamic":
+    if config.mixed_window and rope.spec.method != "longrope":
+        raise ConfigError(
+            f"--mixed-window trains two RoPEs, and {config.model} has one ({rope.rope_type}): add --method (yarn, ...), "
+            "or give a checkpoint whose RoPE is longrope."
+        )
+    if remap is not None:
+        remap = replace(remap, original_length=remap.original_length or rope.spec.original_max_position_embeddings)
+        length = remap.target(remap.original_length or 0)
+    else:
+        length = config.target_length or rope.max_position_embeddings
+    if remap is None and length > rope.max_position_embeddings and rope.rope_type != "dynamic":
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
@@ -104,7 +143,9 @@ def _as_it_is(config: FinetuneConfig, source: Path) -> Extension:
         "trained": True,
     }
     both = write_rope(raw, rope, rope.spec, rope.parameters, rope.max_position_embeddings)  # in both spellings
-    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings)
+    if remap is not None:
+        record["remapping"] = asdict(remap)
+    return Extension(source, both, record, length, rope.spec.original_max_position_embeddings, remap)
 
 
 def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any, Any]:
@@ -143,8 +184,9 @@ def implementation_of(config: FinetuneConfig) -> str:
 
 
 def attention_of(config: FinetuneConfig) -> str:
-    """Return the attention variant to train with: S2-Attn if nothing is said, full for the short rows of PoSE."""
-    return config.attention or ("full" if config.positions == "pose" else "s2")
+    """Return the attention variant to train with: S2-Attn if nothing is said, full for PoSE and under a remapping."""
+    is_full = config.positions == "pose" or is_remap(config.method)
+    return config.attention or ("full" if is_full else "s2")
 
 
 def training_device(config: RuntimeConfig) -> torch.device:
@@ -211,18 +253,20 @@ def enable_checkpointing(model: Any, offload: bool, *, every: int = 1, nested: i
 def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator[None]:
     """Put `model` into eval mode under transformers' own full attention; undone on leaving.
 
+    A model that trains under a remapping of positions is used under it too, and stays there.
     Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
     """
     trained_with = model.config.get_text_config()._attn_implementation
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     was_training = model.training
-    model.set_attn_implementation("eager" if capped else "sdpa")
+    if trained_with != IMPLEMENTATION:
+        model.set_attn_implementation("eager" if capped else "sdpa")
     model.eval()
     # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     # what every report says: no evaluation runs on a training variant
-    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    assert model.config.get_text_config()._attn_implementation in ("sdpa", "eager", IMPLEMENTATION)
     try:
         with stance, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             yield

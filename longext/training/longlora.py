@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longext.attention.bands import REMAPS
 from longext.attention.chunks import KeyValueStore
 from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
@@ -25,10 +26,12 @@ from longext.checkpoint.source import HUB_ID
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import read_shards
 from longext.conversion.adapter_base import describe_adapter, write_base
+from longext.data.packing import Windows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
-from longext.models.hf import LENGTH_DEPENDENT, HFLanguageModel, kv_numbers
+from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.remap import attach
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
@@ -52,6 +55,9 @@ from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
+from longext.training.windows import rotated_by_document
+
+SHORT_SHARE = 0.3  # of the rows of mixed windows: arXiv 2502.20082 trains on 3 B short tokens of 10 B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,15 @@ class FinetunePlan(RunPlan):
         return self.config.group_size or max(2, round(self.row_length * self.config.group_ratio))
 
     @property
+    def windows(self) -> Windows | None:
+        """The rows of a run with mixed windows."""
+        config = self.config
+        if not config.mixed_window:
+            return None
+        usual = 0.0 if config.task == "sft" else SHORT_SHARE
+        return Windows(self.extension.trained_length, usual if config.short_share is None else config.short_share)
+
+    @property
     def chunk(self) -> int | None:
         """Tokens of a chunk of the sweep, None if a row is one graph."""
         group = None if attention_of(self.config) == "full" else self.group_size
@@ -95,7 +110,10 @@ class FinetunePlan(RunPlan):
         """Return the rows of the whole run; the main process tokenises, the others then find its cache."""
         resolved = dataclasses.replace(self.config, target_length=self.extension.target_length)
         with main_process_first():
-            rows = open_rows(resolved, tokenizer, length=self.row_length, num_rows=self.num_rows, on_progress=on_tokens)
+            rows = open_rows(
+                resolved, tokenizer, length=self.row_length, num_rows=self.num_rows, windows=self.windows,
+                on_progress=on_tokens,
+            )  # fmt: skip
         text = self.extension.config.get("text_config", self.extension.config)
         check_token_cache(rows.cache, text.get("vocab_size"), tokenizer, str(self.config.data))
         return rows
@@ -202,12 +220,12 @@ def _check_router_loss(extension: Extension) -> None:
 
 def _check_rope(config: FinetuneConfig, extension: Extension) -> None:
     """Refuse to train a length-dependent RoPE if the sequence that it sees is not the one it will see in use."""
-    if extension.rope_type not in LENGTH_DEPENDENT:
+    if not extension.follows_length:
         return
     for flag, is_on in (
         ("--sequence-parallel", config.sequence_parallel > 1),
         ("--positions pose", config.positions == "pose"),
-        ("--task sft", config.task == "sft"),
+        ("--task sft", config.task == "sft" and not config.mixed_window),
     ):
         if is_on:
             raise ConfigError(
@@ -251,7 +269,7 @@ class FinetuneRun(Run):
             model=self.model,
             group_size=self.plan.group_size,
             backend=config.backend,
-            separate_documents=config.separate_documents or config.task == "sft",
+            separate_documents=config.separate_documents or config.task == "sft" or config.mixed_window,
             describe=None if self.is_full else functools.partial(self.describe, state="checkpoint"),
             chunk=self.plan.chunk,
             new_store=functools.partial(self.new_store, config.kv_memory),
@@ -297,8 +315,10 @@ class FinetuneRun(Run):
 
         config, extension = self.plan.config, self.plan.extension
         # autocast narrows what adapters read: peft would widen it to their float32 first, only for that
+        windows = self.plan.windows
+        by_document = rotated_by_document(self.base, windows.length) if windows else contextlib.nullcontext()
         unwidened = disable_input_dtype_casting(self.model, active=self.autocast and not self.is_full)
-        with self.kernels.in_place(), unwidened:
+        with self.kernels.in_place(), unwidened, by_document:
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
@@ -308,9 +328,26 @@ class FinetuneRun(Run):
                         f"{type(self.base).__name__}: leave --sweep out."
                     )
                 scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
-                self.first_loss = check_first_loss(scorer, config.method, extension, self.rows[0])
-            with chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
+                method = "none" if extension.remap else config.method
+                self.first_loss = check_first_loss(scorer, method, extension, self.rows[0])
+            with self._remapped(), chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
                 yield
+
+    def _remapped(self) -> contextlib.AbstractContextManager[Any]:
+        """Put the model under the run's remapping of positions, if it has one, until it is left."""
+        remap = self.plan.extension.remap
+        if remap is None:
+            return contextlib.nullcontext()
+        return attach(
+            self.base, remap.name, self.plan.extension.target_length,
+            original_length=remap.original_length, **remap.parameters,
+        )  # fmt: skip
+
+    @property
+    def _remapped_as(self) -> str:
+        """What of the objective the remapping is, in words."""
+        remap = self.plan.extension.remap
+        return f", distances of {remap.name}: {REMAPS[remap.name].formula}" if remap else ""
 
     def record(self, seconds: float, metrics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the "finetune" part of run.json."""
@@ -325,7 +362,7 @@ class FinetuneRun(Run):
             "tuning": dataclasses.asdict(self.trainable),
             "attention": {
                 "training": attention,
-                "objective": f"{attention} attention{group}",
+                "objective": f"{attention} attention{group}{self._remapped_as}",
                 "definition": ATTENTION_VARIANTS[attention].summary,
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
@@ -335,6 +372,7 @@ class FinetuneRun(Run):
             "target_length": plan.extension.target_length,
             "trained_length": plan.extension.trained_length,
             "positions": config.positions,
+            **({"windows": dataclasses.asdict(plan.windows)} if plan.windows else {}),
             "kernels": self.kernels.name,
             "memory": self._memory(),
             "data": self.rows.report,

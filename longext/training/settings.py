@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from longext.attention.backends import BACKENDS
+from longext.attention.bands import is_remap
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.options import DataConfig, RopeConfig
@@ -30,7 +31,7 @@ DECIDING = (
     "weight_decay", "max_grad_norm", "seed", "dtype", "sequence_parallel",
 )  # fmt: skip
 DECIDING_FINETUNE = (
-    "method", "task", "window", "positions", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
+    "method", "task", "window", "positions", "mixed_window", "short_share", "separate_documents", "tuning", "norms", "lora_dropout", "lora_targets",
     "quantize", "group_size", "group_ratio", "tile", "loss_chunk",
     *(field.name for field in dataclasses.fields(RopeConfig)), *DECIDING,
 )  # fmt: skip
@@ -84,13 +85,51 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("--window is the row length of --positions pose: add it, or leave --window out.")
     if config.positions == "pose" and config.sequence_parallel > 1:
         raise ConfigError("--positions pose has short rows: sequence parallelism has nothing to share there.")
+    _check_mixed_window(config)
     if config.quantize != "none" and config.tuning == "full":
         raise ConfigError("--tuning full cannot train quantised weights: use --quantize none or a LoRA tuning.")
     if config.task == "sft" and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped needs rows without padding or documents: use --attention s2 for sft.")
     if config.separate_documents and attention_of(config) == "s2-wrapped":
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
+    _check_remap(config)
     _check_layers(config)
+
+
+def _check_remap(config: FinetuneConfig) -> None:
+    if not is_remap(config.method):
+        return
+    for flag, is_on in (
+        ("--attention", config.attention not in (None, "full")),
+        ("--positions pose", config.positions == "pose"),
+        ("--sweep", config.sweep != OFF),
+        ("--mixed-window", config.mixed_window),
+        ("--sequence-parallel", config.sequence_parallel > 1),
+        ("--context-parallel", config.context_parallel > 1),
+    ):
+        if is_on:
+            raise ConfigError(
+                f"--method {config.method} decides what attention sees of whole rows: leave {flag} out, or choose "
+                "another method."
+            )
+
+
+def _check_mixed_window(config: FinetuneConfig) -> None:
+    """Raise ConfigError for what cannot go with rows of several windows."""
+    if not config.mixed_window:
+        if config.short_share is not None:
+            raise ConfigError("--short-share says how many rows of --mixed-window are short: add it, or leave it out.")
+        return
+    for flag, is_on in (
+        ("--positions pose", config.positions == "pose"),
+        ("--sweep", config.sweep != OFF),
+        ("--sequence-parallel", config.sequence_parallel > 1),
+        ("--context-parallel", config.context_parallel > 1),
+        ("--attention s2-wrapped", attention_of(config) == "s2-wrapped"),
+        ("--task sft with --short-share", config.task == "sft" and bool(config.short_share)),
+    ):
+        if is_on:
+            raise ConfigError(f"--mixed-window needs whole documents in one piece of a row: leave {flag} out.")
 
 
 def _check_layers(config: FinetuneConfig) -> None:

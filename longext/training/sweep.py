@@ -20,7 +20,7 @@ from longext.attention.chunks import Chunk, KeyValueStore
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import ConfigError
 from longext.models.head import decoder_of
-from longext.models.hf import held_rotation
+from longext.models.rotary import held_rotation
 from longext.training.layers.replay import RandomState
 
 AUTO, OFF = "auto", "off"

@@ -20,6 +20,7 @@ from longext.conversion.merge import merge_adapter
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 BOOKS = BUNDLED_MODELS["books-5m"]
 TRAIN = ("--data", "sample", "--method", "linear", "--target-length", "1024", "--positions", "pose", "--window", "64")
 STEPS = ("--num-steps", "2", "--accumulation", "1", "--save-every", "1", "--learning-rate", "1e-2")

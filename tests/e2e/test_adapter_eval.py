@@ -17,6 +17,7 @@ from longext.conversion.merge import merge_adapter
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 BOOKS = BUNDLED_MODELS["books-5m"]
 CPU = RuntimeConfig(model="", device="cpu")
 

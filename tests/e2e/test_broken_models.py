@@ -19,6 +19,7 @@ from longext.models.answers import Request, generate_predictions
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 PPL = ("eval", "ppl", "model", "--lengths", 64, "--stride", 32, "--max-tokens", 200, "--num-bootstrap", 0)
 TRAIN = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0")
 FINETUNE = ("finetune", "model", *TRAIN, "--target-length", 64, "-o", "out")

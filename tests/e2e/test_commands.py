@@ -155,6 +155,7 @@ def test_compare_writes_report_csv_and_pictures(run, tmp_path):
     assert "report.html" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_leaves_a_result_of_every_method_and_evaluation(run, tmp_path):
     args = ("--methods", "none,dynamic:alpha=4", "--factor", 4, "--stride", 32, *SMALL, "--depths", 0.5)
     ok(run("compare", "books-5m", *args, "--num-trials", 1, "-o", "c"))
@@ -170,6 +171,7 @@ def test_compare_leaves_a_result_of_every_method_and_evaluation(run, tmp_path):
     assert [own["result"] for own in result_of(tmp_path / "all")["results"]] == ["again", "c"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_equals_the_single_commands(run, tmp_path):
     """The same documents, seeds and protocol: one number, whichever command prints it."""
     shared = ("--stride", 32, *SMALL)
@@ -218,6 +220,7 @@ def test_compare_equals_the_single_commands(run, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_none_is_the_model_as_it_is_also_where_it_was_trained_with_scaling(run, tmp_path):
     """A Llama-3.1-like model: `none` keeps its trained ramp, other methods are refused unless told to replace it."""
     base = tmp_path / "base"
@@ -290,6 +293,7 @@ def test_every_finetune_recipe_is_a_run_that_could_start(name):
         assert rows == 64
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_quick_finetune_recipe_runs(run, tmp_path):
     ok(run("finetune", "-c", "finetune/books-5m-quick", "-o", "out"))
     record = result_of(tmp_path / "out")

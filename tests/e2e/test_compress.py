@@ -15,8 +15,9 @@ from longext.compressor.checkpoint import load_compressor
 from longext.errors import CheckpointError
 from longext.training.callbacks import read_metrics
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--data", "sample", "--segment", 64, "--lora-r", 4, "--lora-alpha", 8, "--learning-rate", 2e-3)
-QUICK = (*SMALL, "--ratio", 8, "--document-length", 256, "--num-steps", 3, "--set", "warmup_steps=1")
+QUICK = (*SMALL, "--ratio", 8, "--document-length", 192, "--num-steps", 3, "--set", "warmup_steps=1")
 
 
 def lines_of(directory):
@@ -29,6 +30,7 @@ def weights_of(directory):
     return load_file(directory / "compressor.safetensors")
 
 
+@pytest.mark.pictures
 def test_trains_and_writes_everything(run, tmp_path):
     args = (*SMALL, "--ratio", "4,8,16", "--objectives", "lm:1,ae:0.5,distill:0.5", "--gradient", "window:1")
     rest = ("--document-length", 256, "--num-steps", 4, "--batch-size", 2, "--grad-check", 2, "-o", "out")
@@ -113,7 +115,7 @@ def test_the_gradient_is_checked_once_a_step(run, tmp_path, monkeypatch):
 
 def test_a_recurrent_memory_trains_beyond_an_overlap_of_whole_segments(run, tmp_path):
     """The first memory is read by segment 2 then; documents are long enough by default."""
-    args = [x for x in QUICK if x not in ("--document-length", 256)]
+    args = [x for x in QUICK if x not in ("--document-length", 192)]
     result = run("compress-train", "books-5m", "--arch", "beacon", *args, "--overlap", 64, "-o", "out")
     assert result.exit_code == 0, result.output
     assert "832 tokens, 13 segments" in (tmp_path / "out" / "table.md").read_text().replace("  ", " ")
@@ -123,7 +125,8 @@ def test_a_recurrent_memory_trains_beyond_an_overlap_of_whole_segments(run, tmp_
 def test_evaluation_while_training_changes_nothing(run, tmp_path):
     args = ("compress-train", "books-5m", *QUICK, "--objectives", "lm,ae")
     assert run(*args, "-o", "plain").exit_code == 0
-    result = run(*args, "--eval-data", "sample", "--eval-every", 1, "--eval-lengths", "64,128", "-o", "measured")
+    (tmp_path / "short.txt").write_text("The keeper climbed the stairs every night. " * 60)
+    result = run(*args, "--eval-data", "short.txt", "--eval-every", 1, "--eval-lengths", "64,128", "-o", "measured")
     assert result.exit_code == 0, result.output
     plain, measured = lines_of(tmp_path / "plain"), lines_of(tmp_path / "measured")
     assert [line["loss"] for line in measured if "loss" in line] == [line["loss"] for line in plain]
@@ -135,7 +138,7 @@ def test_evaluation_while_training_changes_nothing(run, tmp_path):
 def test_dry_run_trains_nothing(run, tmp_path):
     result = run("compress-train", "books-5m", *QUICK, "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "256 tokens, 4 segments" in result.output
+    assert "192 tokens, 3 segments" in result.output
     no_leftovers(tmp_path)
 
 
@@ -296,6 +299,8 @@ def test_a_compressor_is_refused_on_an_extended_copy_of_its_model(run, tmp_path)
 
 def test_a_compressor_of_an_extended_model_has_its_window(run, tmp_path):
     assert run("extend", "books-5m", "--method", "yarn", "--factor", 4, "-o", "longer").exit_code == 0
-    result = run("compress-train", "longer", *QUICK, "--document-length", 4096, "--num-steps", 1, "-o", "out")
+    args = (*QUICK, "--segment", 256, "--ratio", 2, "--document-length", 1024, "--num-steps", 1)
+    fails(run("compress-train", "books-5m", *args, "-o", "out"), 2, "at most 512 tokens fit")
+    result = run("compress-train", "longer", *args, "-o", "out")
     assert result.exit_code == 0, result.output
     assert load_compressor(tmp_path / "out", device="cpu").compressor.backbone.window == 2048

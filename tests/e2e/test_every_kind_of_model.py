@@ -14,6 +14,7 @@ from command_line import ok
 from harness_tasks import CHOICES, write_answers, write_choices
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 TRAIN = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0")
 COMPRESSOR = ("--segment", 32, "--ratio", 8, "--document-length", 128, "--lora-r", 4, "--lora-alpha", 8)
 # kind -> the arguments that name it

@@ -8,6 +8,7 @@ import pytest
 from command_line import fails, no_leftovers, ok, result_of
 from harness_tasks import STORY, harness, write_task
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 BOOKS = "books-5m"
 PPL = ("--lengths", "64,128", "--stride", 32, "--max-tokens", 300, "--num-bootstrap", 5)
 PASSKEY = ("--lengths", "128,192", "--num-trials", 2, "--depths", 0)

@@ -22,8 +22,30 @@ from longext.errors import ConfigError
 from longext.training.callbacks import read_metrics
 from longext.training.checkpoints import complete_checkpoints
 
-QUICK = ("--data", "sample", "--target-length", 256, "--num-steps", 4, "--accumulation", 2, "--learning-rate", 1e-3)
+pytestmark = pytest.mark.usefixtures("no_pictures")
+QUICK = ("--data", "sample", "--target-length", 128, "--num-steps", 4, "--accumulation", 2, "--learning-rate", 1e-3)
 WARM = ("--set", "warmup_steps=1")
+
+
+@pytest.fixture(scope="module")
+def kept_runs(tmp_path_factory):
+    """Arguments of finished runs -> where a copy of their output is."""
+    return tmp_path_factory.mktemp("runs"), {}
+
+
+@pytest.fixture
+def run_once(run, tmp_path, kept_runs):
+    """run_once(name, *args): the output of a run that several tests start from, trained once and copied."""
+    root, kept = kept_runs
+
+    def train(name, *args):
+        if args not in kept:
+            assert run(*args, "-o", name).exit_code == 0
+            kept[args] = shutil.copytree(tmp_path / name, root / str(len(kept)))
+        else:
+            shutil.copytree(kept[args], tmp_path / name)
+
+    return train
 
 
 def losses(directory):
@@ -36,6 +58,7 @@ def trained(directory, name="adapter_model.safetensors"):
     return load_file(directory / name)
 
 
+@pytest.mark.pictures
 def test_extends_trains_and_writes_everything(run, tmp_path):
     args = ("--data", "sample", "--method", "linear", "--target-length", 1024, *QUICK[4:], *WARM)
     result = run("finetune", "books-5m", *args, "--eval-data", "sample", "-o", "out", "--set", "eval_documents=1")
@@ -115,9 +138,9 @@ def test_trained_with_full_attention_equals_a_plain_trainer_loop(run, tmp_path):
     from longext.options import RuntimeConfig
     from longext.training.config import FinetuneConfig
 
-    config = FinetuneConfig(model="books-5m", data="sample", target_length=256)
+    config = FinetuneConfig(model="books-5m", data="sample", target_length=128)
     loaded = load_language_model(RuntimeConfig(model="books-5m", device="cpu"))
-    rows = open_rows(config, loaded.tokenizer, length=256, num_rows=8)
+    rows = open_rows(config, loaded.tokenizer, length=128, num_rows=8)
     model = loaded.model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     expected = []
@@ -188,7 +211,7 @@ def test_rows_with_uneven_answers_count_by_token(run, tmp_path):
     """Two rows at once, or one after the other: the loss is the mean over tokens either way."""
     rows = [{"instruction": "tell " * (150 - 20 * n), "output": "so " * (8 + 20 * n)} for n in range(8)]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ("finetune", "books-5m", *QUICK, *WARM, "--data", "uneven.jsonl", "--task", "sft")
+    args = ("finetune", "books-5m", *QUICK, *WARM, "--data", "uneven.jsonl", "--task", "sft", "--target-length", 256)
     assert run(*args, "-o", "apart").exit_code == 0
     assert run(*args, "--accumulation", 1, "--batch-size", 2, "-o", "together").exit_code == 0
     a, b = losses(tmp_path / "apart"), losses(tmp_path / "together")
@@ -214,8 +237,8 @@ def test_a_short_run_is_logged_and_learns(run, tmp_path, monkeypatch):
     assert list(losses(tmp_path / "out")) == [1]
 
 
-def test_a_model_with_a_head_of_its_own_uses_its_own_loss(run, tmp_path, monkeypatch):
-    assert run("finetune", "books-5m", *QUICK, *WARM, "-o", "chunked").exit_code == 0
+def test_a_model_with_a_head_of_its_own_uses_its_own_loss(run, run_once, tmp_path, monkeypatch):
+    run_once("chunked", "finetune", "books-5m", *QUICK, *WARM)
     monkeypatch.setattr("longext.training.longlora.head_is_plain", lambda _: False)
     result = run("finetune", "books-5m", *QUICK, *WARM, "-o", "own")
     assert result.exit_code == 0, result.output
@@ -246,7 +269,7 @@ def test_evaluation_runs_full_attention_in_eval_mode(run, tmp_path, monkeypatch)
 @pytest.mark.parametrize("args", [("--attention", "full"), ("--tuning", "full"), ("--method", "dynamic")])
 def test_a_swept_run_is_the_run(run, tmp_path, args):
     """Chunks of a quarter row, with accumulation: the losses of one graph, and the record says what was trained."""
-    target = ("--target-length", 640) if "--method" in args else ()
+    target = ("--target-length", 640 if "--method" in args else 256)
     args = (*QUICK, "--num-steps", 2, *WARM, *target, "--set", "group_size=64", *args, "--set", "max_tokens=9000")
     assert run("finetune", "books-5m", *args, "-o", "whole").exit_code == 0
     result = run("finetune", "books-5m", *args, "--sweep", 128, "-o", "swept")
@@ -389,10 +412,10 @@ def test_a_prolonged_run_keeps_the_warm_up_it_began_with(run, tmp_path):
         assert [line[key] for line in found] == [line[key] for line in expected]
 
 
-def unfinished(run, tmp_path, *extra):
-    """Leave an unfinished run of one complete checkpoint behind."""
-    args = ("finetune", "books-5m", *LONG, *WARM, *extra)
-    assert run(*args, "-o", "out").exit_code == 0
+@pytest.fixture
+def unfinished(run_once, tmp_path):
+    """An unfinished run with complete checkpoints."""
+    run_once("out", "finetune", "books-5m", *LONG, *WARM)
     (tmp_path / "out").rename(tmp_path / "out.running")
 
 
@@ -400,9 +423,8 @@ def tree(directory):
     return {path.relative_to(directory): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def test_a_refused_resume_changes_nothing(run, tmp_path):
+def test_a_refused_resume_changes_nothing(run, unfinished, tmp_path):
     """Refused for other settings, and while another process is at work; then the run goes on."""
-    unfinished(run, tmp_path)
     checkpoints = tmp_path / "out.running/checkpoints"
     (checkpoints / "checkpoint-99").mkdir()  # as one that is being written
     before = tree(tmp_path / "out.running")
@@ -420,8 +442,7 @@ def test_a_refused_resume_changes_nothing(run, tmp_path):
     no_leftovers(tmp_path, "out")
 
 
-def test_unfinished_runs_are_not_overwritten(run, tmp_path):
-    unfinished(run, tmp_path)
+def test_unfinished_runs_are_not_overwritten(run, unfinished):
     fails(run("finetune", "books-5m", *LONG, "-o", "out"), 2, "unfinished run", "--resume", "another -o")
     fails(run("finetune", "books-5m", *LONG, "-o", "other", "--resume"), 2, "Nothing to resume")
     assert run("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--force").exit_code == 0
@@ -586,7 +607,7 @@ def test_accelerate_that_starts_one_process_of_many_is_refused(run, monkeypatch)
     ("args", "texts"),
     [
         (("--num-processes", 3, "--sequence-parallel", 3, "--target-length", 255), ("attention heads", "got 3")),
-        (("--num-processes", 3, "--sequence-parallel", 3), ("row length 256",)),
+        (("--num-processes", 3, "--sequence-parallel", 3), ("row length 128",)),
         (("--num-processes", 3, "--sequence-parallel", 2), ("a number of processes that it divides",)),
         (("--num-processes", 2, "--method", "linear", "--target-length", 65536), ("22,7",)),
         (("--num-processes", 2, "--data", "nowhere.txt"), ("No data at 'nowhere.txt'",)),
@@ -599,9 +620,8 @@ def test_what_can_be_refused_is_refused_before_processes_start(run, tmp_path, mo
     no_leftovers(tmp_path)
 
 
-def test_another_split_is_refused_before_processes_start(run, tmp_path, monkeypatch):
+def test_another_split_is_refused_before_processes_start(run, unfinished, monkeypatch):
     monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
-    unfinished(run, tmp_path)
     args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume", "--num-processes", 2)
     fails(run(*args), 2, "processes 1, this run has 2")
     fails(run(*args, "--set", "max_tokens=4000"), 2, "was made with data")
@@ -614,9 +634,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
     no_leftovers(tmp_path)
 
 
-def test_lean_layers_give_the_same_adapter(run, tmp_path):
+def test_lean_layers_give_the_same_adapter(run, run_once, tmp_path):
     """Tiles and nested checkpoints, float32 on a CPU: the losses and tensors of a run without, but for rounding."""
-    assert run("finetune", "books-5m", *QUICK, *WARM, "-o", "plain").exit_code == 0
+    run_once("plain", "finetune", "books-5m", *QUICK, *WARM)
     lean = ("--tile", 100, "--nested", 3, "--set", "loss_chunk=64")
     result = run("finetune", "books-5m", *QUICK, *WARM, *lean, "-o", "lean")
     assert result.exit_code == 0, result.output

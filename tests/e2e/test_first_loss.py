@@ -21,6 +21,7 @@ from longext.training.config import FinetuneConfig
 from longext.training.first_loss import FirstLoss, check_first_loss, loss_problem, measure_first_loss, plan_ropes
 from longext.training.loading import plan_training_rope
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 QUICK = ("--data", "sample", "--num-steps", 1, "--accumulation", 1, "--set", "warmup_steps=0", "--set", "save_every=")
 METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
 

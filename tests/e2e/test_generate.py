@@ -20,13 +20,20 @@ from longext.options import RuntimeConfig
 PROMPT = ("--prompt", "The old lighthouse", "--max-new-tokens", 12)
 
 
-@pytest.fixture
-def compressor(tmp_path):
+@pytest.fixture(scope="module")
+def made_compressor(tmp_path_factory):
     """An untrained compressor on books-5m."""
     model = load_language_model(RuntimeConfig(model="books-5m", device="cpu")).model
     spec = CompressorSpec(arch="uio", segment=64, ratios=(8, 16), rank=4, alpha=8)
-    (tmp_path / "uio").mkdir()
-    save_compressor(tmp_path / "uio", build_compressor(Backbone(model), spec), find_base("books-5m"))
+    directory = tmp_path_factory.mktemp("made")
+    save_compressor(directory, build_compressor(Backbone(model), spec), find_base("books-5m"))
+    return directory
+
+
+@pytest.fixture
+def compressor(made_compressor, tmp_path):
+    """A copy of it in the working directory."""
+    shutil.copytree(made_compressor, tmp_path / "uio")
     return "uio"
 
 

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return Folder(tmp_path_factory.mktemp("golden") / "work")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_a_command_leaves_what_it_left_before(run, folder, monkeypatch, name):
     monkeypatch.chdir(folder.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,13 +15,20 @@ from longext.compressor.checkpoint import find_base, load_backbone, save_compres
 from longext.compressor.spec import CompressorSpec
 from longext.evals.memory.controls import METHODS
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--max-tokens", 600, "--num-places", 3, "--num-bootstrap", 20)
 
 
-@pytest.fixture
-def uio(tmp_path):
+@pytest.fixture(scope="module")
+def made_uio(tmp_path_factory):
     """An untrained compressor of books-5m, segment 32, ratios 8 and 16."""
-    return make(tmp_path / "uio", "uio", (8, 16))
+    return make(tmp_path_factory.mktemp("made") / "uio", "uio", (8, 16))
+
+
+@pytest.fixture
+def uio(made_uio, tmp_path):
+    """A copy of it in the working directory."""
+    return shutil.copytree(made_uio, tmp_path / "uio")
 
 
 def make(directory, arch, ratios, memory="kv"):
@@ -51,6 +59,7 @@ def refused(outcome, *texts):
         assert text in lines[0], lines[0]
 
 
+@pytest.mark.pictures
 def test_a_compressor_needs_no_model_and_brings_its_segment(run, tmp_path, uio):
     record, out = result_of(run, tmp_path / "p", "--memory", "uio@16", "--lengths", "0,64,128", *SMALL)
     assert record["protocol"]["id"] == "ppl/next-segment"

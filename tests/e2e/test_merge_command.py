@@ -23,6 +23,7 @@ from longext.conversion.verify import verify_checkpoint
 from longext.errors import ConfigError
 from longext.settings import build_config
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 BOOKS = BUNDLED_MODELS["books-5m"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -14,42 +15,41 @@ from longext.rope.spec import ROPE_METHODS
 # interpolated, then wavelengths rounded to whole positions, the idea of Resonance RoPE
 TOY = added_file("longext/rope/methods/whole_waves.py")
 RUN = """
-import sys
+import json, sys
 import longext.rope.methods
-longext.rope.methods.__path__.append(sys.argv.pop(1))  # a folder of methods that are not longext's own
-from longext.__main__ import main
-main()
+longext.rope.methods.__path__.append(sys.argv[1])  # a folder of methods that are not longext's own
+from typer.testing import CliRunner
+from longext.cli import app
+for words in json.loads(sys.argv[2]):
+    done = CliRunner().invoke(app, words)
+    print(json.dumps([done.exit_code, done.output]))
 """
+COMMANDS = (
+    ("extend", "--help"),
+    ("extend", "books-5m", "--method", "whole-waves", "--factor", "4", "-o", "out"),
+    ("verify", "out", "--json"),
+    ("inspect", "books-5m", "--method", "whole-waves", "--factor", "4"),
+    ("extend", "books-5m", "--method", "whole-waves", "--factor", "4", "--alpha", "2", "-o", "other"),
+)
 
 
-@pytest.fixture
-def longext(tmp_path):
-    """longext(*args) runs a command that knows the methods of tmp_path/methods, and returns (exit code, output)."""
+def test_a_file_in_the_folder_is_a_method_everywhere(tmp_path):
+    """In one new interpreter, which finds the file as it finds longext's own."""
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/whole_waves.py").write_text(TOY)
-
-    def run(*args):
-        command = [sys.executable, "-c", RUN, str(tmp_path / "methods"), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
-
-
-def test_a_file_in_the_folder_is_a_method_everywhere(longext):
-    code, text = longext("extend", "--help")
-    assert code == 0
-    words = " ".join(text.split())
+    command = [sys.executable, "-c", RUN, str(tmp_path / "methods"), json.dumps(COMMANDS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    help_page, extended, verified, inspected, refused = (json.loads(line) for line in done.stdout.splitlines())
+    assert help_page[0] == 0
+    words = " ".join(help_page[1].split())
     assert "whole-waves" in words
     assert "ntk-by-parts, whole-waves, yarn: turns in L below which" in words
-    code, text = longext("extend", "books-5m", "--method", "whole-waves", "--factor", 4, "-o", "out")
-    assert code == 0, text
-    code, text = longext("verify", "out", "--json")
-    assert code == 0, text
-    assert "whole-waves" in longext("inspect", "books-5m", "--method", "whole-waves", "--factor", 4)[1]
-    code, text = longext("extend", "books-5m", "--method", "whole-waves", "--factor", 4, "--alpha", 2, "-o", "other")
-    assert code == 2
-    assert "`whole-waves` has no parameter `alpha`: it takes beta_slow." in text
+    assert extended[0] == 0, extended[1]
+    assert verified[0] == 0, verified[1]
+    assert "whole-waves" in inspected[1]
+    assert refused[0] == 2
+    assert "`whole-waves` has no parameter `alpha`: it takes beta_slow." in refused[1]
 
 
 def test_a_method_registered_at_run_time_goes_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,16 +15,22 @@ from longext.compressor.spec import CompressorSpec
 SMALL = ("--num-samples", 6, "--num-bootstrap", 20, "--max-tokens", 600)
 
 
-@pytest.fixture
-def compressor(tmp_path):
+@pytest.fixture(scope="module")
+def made_compressor(tmp_path_factory):
     """A directory with an untrained UIO on books-5m: segments of 32, ratios 4 and 8."""
     base = find_base("books-5m")
     backbone, _ = load_backbone(base, device="cpu")
     torch.manual_seed(0)
     made = build_compressor(backbone, CompressorSpec(segment=32, ratios=(4, 8), rank=4, alpha=8.0))
-    (tmp_path / "uio").mkdir()
-    save_compressor(tmp_path / "uio", made, base)
-    return tmp_path / "uio"
+    directory = tmp_path_factory.mktemp("made")
+    save_compressor(directory, made, base)
+    return directory
+
+
+@pytest.fixture
+def compressor(made_compressor, tmp_path):
+    """A copy of it in the working directory."""
+    return shutil.copytree(made_compressor, tmp_path / "uio")
 
 
 def test_tables_json_and_picture(run, tmp_path, compressor):

@@ -100,6 +100,7 @@ def test_a_report_on_a_folder_of_results(results, tmp_path):
     assert f"{own[256]['ppl']:.2f}" in (folder / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_comparison_and_the_same_run_alone_share_a_table(run, tmp_path):
     methods = ("--methods", "none,yarn", "--factor", 4, "--depths", "0,1", "--num-trials", 1)
     ok(run("compare", "books-5m", *SMALL, *methods, "-o", "all"))
@@ -113,6 +114,7 @@ def test_a_comparison_and_the_same_run_alone_share_a_table(run, tmp_path):
     assert values["yarn 4x (all)", "", 256] == values["yarn 4x (alone)", "", 256]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_is_not_comparable_is_apart_and_said(results, tmp_path):
     ok(results(*PPL, "--stride", 32, "-o", "results/other"))
     out = ok(results("report", "results", "-o", "report"))
@@ -122,6 +124,7 @@ def test_what_is_not_comparable_is_apart_and_said(results, tmp_path):
     assert not any(row["best"] for row in tables[0]["rows"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_csv_has_a_row_for_every_number(results, tmp_path):
     ok(results("report", "results", "-o", "report"))
     rows = list(csv.DictReader((tmp_path / "report/results.csv").read_text().splitlines()))
@@ -134,6 +137,7 @@ def test_the_csv_has_a_row_for_every_number(results, tmp_path):
     assert scores == {f"results[length={n}].{key}" for n in (128, 256) for key in ("ppl", "nll", "accuracy")}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_json_alone_and_the_recipe_makes_it_again(results, tmp_path):
     record = json.loads(ok(results("report", "results", "-o", "one", "--json")))
     assert record == result_of(tmp_path / "one")
@@ -141,6 +145,7 @@ def test_json_alone_and_the_recipe_makes_it_again(results, tmp_path):
     assert result_of(tmp_path / "two")["tables"] == record["tables"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_default_directory_is_no_result_of_the_next_report(results, tmp_path):
     ok(results("report", "results"))
     (folder,) = (tmp_path / "results").glob("report-*")
@@ -165,6 +170,7 @@ def test_bad_input_ends_in_one_line(run, tmp_path):
     assert (tmp_path / "a/result.json").is_file()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_numbers_of_the_documentation_are_those_of_its_results(run, tmp_path):
     names = ("demo", "books-27m", "compressor/eval-8", "compressor/eval-16", "compressor/eval-16+256")
     documented = {name: json.loads((DOCUMENTED / name / "result.json").read_text()) for name in names}

@@ -9,6 +9,7 @@ from command_line import fails, no_leftovers, ok
 
 from longext.data.json_lines import repeated_note
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 ROW = {"input": "Where is Mary?", "context": "Mary went to the garden.", "answers": ["garden"], "length": 5}
 FACT = {"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}
 LINE = {"prompt": "line a-b: REGISTER_CONTENT is <7>\n", "expected_number": 7, "random_idx": ["a-b", 0]}

@@ -14,6 +14,8 @@ from longbench_data import TASKS, write_data
 from longext.evals.harness import model as harness_model
 from longext.models import answers as predictions
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class PowerCut(BaseException):
     """Ends a run; what was on the disk is kept apart, whatever the run tidies up on its way out."""

@@ -109,10 +109,6 @@ CASES: dict[str, Case] = {
     "needle-exact-depths": Case(f"{NEEDLE} --scoring exact --tasks single,multikey --depths 0,1 --key-type numbers"),
     "needle-match": Case(f"{NEEDLE} --tasks single,multivalue --haystack noise --max-new-tokens 20 --seed 1"),
     "needle-match-depths": Case(f"{NEEDLE} --tasks single --depths 0,1 --max-new-tokens 12 {YARN}"),
-    "needle-niah": Case(
-        "eval needle books-5m --tasks niah_single_1,niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery "
-        "--lengths 384 --num-trials 1 --scoring exact"
-    ),
     "needle-memory-window": Case(
         f"{NEEDLE} --tasks single,multiquery --scoring exact --memory window:128 --segment 64"
     ),

@@ -21,23 +21,23 @@ from longext.training.callbacks import read_metrics
 from longext.training.checkpoints import complete_checkpoints, read_marker
 
 RUN = (
-    "finetune", "books-5m", "--data", "../uneven.jsonl", "--task", "sft", "--target-length", 512, "--num-steps", 3,
+    "finetune", "books-5m", "--data", "../uneven.jsonl", "--task", "sft", "--target-length", 128, "--num-steps", 3,
     "--learning-rate", 1e-3, "--set", "warmup_steps=1", "--seed", 1, "-o", "out",
 )  # fmt: skip
 COMPRESS = (
-    "compress-train", "books-5m", "--data", "sample", "--segment", 64, "--ratio", 8, "--document-length", 300,
+    "compress-train", "books-5m", "--data", "sample", "--segment", 32, "--ratio", 8, "--document-length", 150,
     "--lora-r", 4, "--lora-alpha", 8, "--num-steps", 3, "--learning-rate", 1e-3, "--set", "warmup_steps=1",
     "--objectives", "lm,ae:0.5", "--seed", 1, "-o", "out",
 )  # fmt: skip
 ONE = {"finetune": (*RUN, "--accumulation", 2), "compress": (*COMPRESS, "--accumulation", 2)}
 SAVING = ("--accumulation", 1, "--save-every", 2, "--set", "lora_dropout=0.1")
-SHORT = (*RUN, "--target-length", 128, "--num-steps", 1, "--accumulation", 1, "--save-every", 1)
+SHORT = (*RUN, "--num-steps", 1, "--accumulation", 1, "--save-every", 1)
 # what both processes run, one after the other
 TWO = {
     "finetune-data": {"args": (*RUN, "--accumulation", 1)},
     "finetune-sequence": {"args": (*RUN, "--accumulation", 2, "--sequence-parallel", 2)},
-    "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 200)},
-    "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 100, "--nested", 3)},
+    "finetune-swept": {"args": (*RUN, "--accumulation", 1, "--sweep", 50)},
+    "finetune-tiled": {"args": (*RUN, "--accumulation", 1, "--tile", 25, "--nested", 3)},
     "compress-data": {"args": (*COMPRESS, "--accumulation", 1)},
     "compress-segments": {"args": (*COMPRESS, "--accumulation", 2, "--sequence-parallel", 2)},
     "whole": {"args": (*RUN, *SAVING)},
@@ -58,8 +58,8 @@ CHECKS = ("sequence", "fsdp", "segments")
 
 
 def write_uneven_examples(directory):
-    """One example a row, with 8 to 288 answer words: a mean of means would differ from the mean over tokens."""
-    rows = [{"instruction": "tell " * (320 - 40 * n), "output": "so " * (8 + 40 * n)} for n in range(8)]
+    """One example a row, with 2 to 72 answer words: a mean of means would differ from the mean over tokens."""
+    rows = [{"instruction": "tell " * (80 - 10 * n), "output": "so " * (2 + 10 * n)} for n in range(8)]
     (directory / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

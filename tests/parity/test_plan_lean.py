@@ -113,8 +113,8 @@ def test_the_peak_with_fewer_or_more_checkpoints(lean):
 
 @pytest.mark.parametrize(("method", "mixed"), list(itertools.product(["longlora", "full"], [False, True])))
 def test_the_peak_of_a_sweep_of_groups(method, mixed):
-    """Four times the row: the halos alone grow, as planned."""
-    steps = [Step(method=method, mixed=mixed, sweep=CHUNK, length=length) for length in (1024, 4096)]
+    """Twice the row: the halos alone grow, as planned."""
+    steps = [Step(method=method, mixed=mixed, sweep=CHUNK, length=length) for length in (1024, 2048)]
     peaks = [step.peak() for step in steps]
     for step, peak in zip(steps, peaks, strict=True):
         assert step.planned_peak() == pytest.approx(peak, rel=TOLERANCE)
@@ -122,7 +122,7 @@ def test_the_peak_of_a_sweep_of_groups(method, mixed):
     assert peaks[1] - peaks[0] == pytest.approx(hosts[1] - hosts[0], rel=0.02)
 
 
-@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("length", [512, 1024])
 @pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, {"num_key_value_heads": 4}])
 def test_the_peak_of_a_sweep_of_full_attention(heads, length):
     """Eight layers: in the first to be swept again gradients are still at 16 bits, which is not planned."""

@@ -101,6 +101,12 @@ def test_a_method_is_what_it_says_of_itself(name):
         ("yarn", {"ramp": "codes"}, "`ramp` must be 'code' or 'paper', got 'codes'."),
         ("yarn", {"beta_slow": 0.0}, "`beta_fast` must be above `beta_slow` and both above 0, got 32 and 0."),
         ("llama3", {"low_freq_factor": 4.0}, "`high_freq_factor` must be above `low_freq_factor` and both above 0"),
+        ("cope", {"num_clipped": 33}, "`num_clipped` must be at most 32 (pairs), got 33."),
+        ("cope", {"num_clipped": -1}, "`num_clipped` must be >= 0, got -1."),
+        ("cope", {"new_rope_theta": 100.0}, "--rope-theta must not be below the model's own 10000, got 100."),
+        ("cope", {"clip": "soft"}, "`clip` must be 'cosine' or 'hard', got 'soft'."),
+        ("resonance", {"waves": "abf"}, "`waves` must be 'yarn' or 'ntk' or 'linear' or 'none', got 'abf'."),
+        ("p-rope", {"rotary_share": 1.5}, "`rotary_share` must be at most 1 (all pairs turn), got 1.5."),
         ("longrope", {"long_factor": (1.0,)}, "`short_factor` must have 32 numbers (rotary dimensions / 2), got 1."),
         (
             "yarn",
@@ -149,6 +155,47 @@ def test_default_yarn_is_the_authors_code_and_by_parts_the_papers_equation(head_
         by_parts, unit = compute_inv_freq(spec_for("ntk-by-parts", head_dim, theta, factor))
         np.testing.assert_allclose(by_parts, by_parts_paper_inv_freq(head_dim, theta, LENGTH, factor), rtol=1e-12)
         assert unit == 1.0
+
+
+def test_cope_is_the_authors_code():
+    """Values of github.com/hrlics/CoPE at ed52ba5 (float32, run on Llama 3 8B's shape): 20 pairs are theirs too."""
+    soft, _ = compute_inv_freq(spec_for("cope", 128, 5e5, 8.0, 8192, new_rope_theta=1e7))
+    hard, _ = compute_inv_freq(spec_for("cope", 128, 5e5, 8.0, 8192, new_rope_theta=1e7, clip="hard"))
+    theirs = [1.9809568e-5, 1.5399264e-5, 1.1889217e-5, 8.6408158e-7, 1.1284762e-9]
+    np.testing.assert_allclose(soft[[43, 44, 45, 53, 62]], theirs, rtol=2e-6)
+    assert soft[63] < 1e-20
+    np.testing.assert_allclose(hard[:44], soft[:44], rtol=0)
+    assert (hard[44:] < 1e-18).all()
+
+
+def test_resonance_is_the_authors_code():
+    """Wavelengths of github.com/sheryc/resonance_rope at 4a7f5a7 (float32, run): with YaRN, with NTK, alone."""
+    pairs = [0, 1, 10, 20, 30, 40, 63]
+    waves = {
+        "yarn": [6, 7, 26, 112, 710, 6078, 435281],
+        "ntk": [6, 7, 37, 216, 1268, 7440, 435281],
+        "none": [6, 7, 26, 112, 471, 1987, 54410],
+    }
+    for under, expected in waves.items():
+        inv_freq, temperature = compute_inv_freq(spec_for("resonance", 128, 1e4, 8.0, waves=under))
+        np.testing.assert_allclose(2 * np.pi / inv_freq[pairs], expected, rtol=1e-12)
+        assert temperature == pytest.approx(1.2079442 if under == "yarn" else 1.0)
+
+
+def test_pairs_that_stop_are_those_that_make_no_turn_in_training():
+    """64 dimensions, L = 512, base 10,000: the critical pair is 16 (arXiv 2502.20082), and p = 1/4 keeps 8."""
+    plain, _ = compute_inv_freq(spec_for("none", 64, 1e4, 1.0, 512))
+    for kept, share in ((16, None), (8, 0.25), (0, 0.0), (32, 1.0)):
+        inv_freq, _ = compute_inv_freq(spec_for("p-rope", 64, 1e4, 8.0, 512, rotary_share=share))
+        assert (inv_freq[:kept] == plain[:kept]).all()
+        assert (inv_freq[kept:] < 1e-14).all()
+
+
+def test_a_stopped_pair_does_not_turn_in_float32_a_million_positions_on():
+    module = LlamaRotaryEmbedding(llama_config(spec_for("drope", 64, 1e4, 32.0)))
+    cos, sin = module(torch.zeros(1), torch.tensor([[0, 1, 32 * LENGTH, 10**6]]))
+    assert torch.equal(cos, torch.ones_like(cos))
+    assert sin.abs().max() < 2e-9
 
 
 def test_the_two_ramps_are_different_methods():

@@ -22,7 +22,7 @@ ANSWERS = SHARED / "longeval/lines/predictions/longchat-13b-16k"
 @pytest.mark.parametrize(("size", "accuracy"), [(200, 0.96), (300, 0.94)])
 def test_published_answers_score_as_published(size, accuracy):
     found = score_published(ANSWERS / f"{size}_response.txt")
-    assert sum(each.score for each in found.scores) / len(found.scores) == accuracy == found.stated
+    assert sum(each.score for each in found.scores) / len(found.scores) == accuracy == found.facts["stated_accuracy"]
     assert {(each.task, each.length) for each in found.scores} == {("lines", size)}
     assert len(found.scores) == 50
 
@@ -94,7 +94,7 @@ def test_topic_answers_in_lmsys_form_are_scored(tmp_path):
         ("topics", 5, 1.0, 70),
         ("topics", 5, 0.0, 71),
     ]
-    assert found.stated is None
+    assert found.facts["stated_accuracy"] is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_broken_answers_name_file_and_line(tmp_path, text, message):
 )
 def test_babilong_verdicts(task, answer, question, target, verdict):
     row = babilong.BABILongRow("i", task, 0, "", question, target)
-    assert babilong.share_right(row, answer) == verdict
+    assert babilong.share_right(row.task, row.question, row.target, answer) == verdict
 
 
 def test_babilong_prompts_have_the_parts_that_were_asked_for():
@@ -159,7 +159,7 @@ def test_real_rows_can_be_right():
     rows = babilong.read_rows(str(SHARED / "babilong"), tuple(babilong.BABILONG_TASKS), (), None)
     assert len(rows) == 1500
     assert {row.length for row in rows} == {0, 1000, 4000}
-    assert all(babilong.share_right(row, row.target) for row in rows)
+    assert all(babilong.share_right(row.task, row.question, row.target, row.target) for row in rows)
     assert len({row.id for row in rows}) == 1500
 
 

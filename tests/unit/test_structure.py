@@ -12,7 +12,7 @@ import longext
 PACKAGE = Path(longext.__file__).parent
 LAYERS = (
     "errors registry untrusted signals checksums settings manifest staging rope options attention "
-    "checkpoint conversion models data training compressor planning evals report api cli"
+    "checkpoint conversion models data training compressor planning evals searching report api cli"
 ).split()
 MOST_MODULES = 15
 

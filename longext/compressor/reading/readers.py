@@ -33,13 +33,9 @@ from longext.compressor.spec import CompressorSpec
 from longext.errors import ConfigError
 from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
-from longext.models.hf import (
-    LENGTH_DEPENDENT,
-    HFLanguageModel,
-    load_language_model,
-    score_hidden,
-)
+from longext.models.hf import HFLanguageModel, load_language_model, score_hidden
 from longext.models.protocol import TokenScores
+from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
@@ -261,7 +257,7 @@ def load_reader(
         return _compressor_reader(config, spec, *trained, segment)
     name, _, argument = spec.partition(":")
     length = DEFAULT_SEGMENT if segment is None else segment
-    is_kept = is_policy(name) and not (name in MEMORIES and "+" in argument)
+    is_kept = is_policy(name) and name not in MEMORIES
     if is_kept:
         policy_of(spec)  # before anything is loaded
     plain = load_language_model(config, method, factor)

@@ -33,7 +33,8 @@ HEAD = (
 NEEDLE = "\nOne of the special magic {kinds} for {key} is: {value}."
 QUESTION = "\nWhat {are_all} the special magic {kind} for {keys} mentioned in the provided text?"
 ANSWER = " The special magic {kind} for {keys} mentioned in the provided text {verb}"
-NOISE, TEXT, NEEDLES = "noise", "text", "needles"
+NOISE, NEEDLES = "noise", "needles"
+NUM_WRONG = 9  # candidates that a right answer is ranked among, besides itself
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class NeedleTask:
 
     Attributes:
         keys, values, queries: needles with different keys, values of each key, keys asked for; None for --num-needles.
-        haystack: noise, text or needles; None for --haystack.
+        haystack: noise, needles or a text; None for --haystack.
         key_type, value_type: words, numbers or uuids; None for --key-type and --value-type.
     """
 
@@ -60,18 +61,6 @@ NEEDLE_TASKS.register("single", NeedleTask("one needle, asked for"))
 NEEDLE_TASKS.register("multikey", NeedleTask("several needles with different keys, one asked for", keys=None))
 NEEDLE_TASKS.register("multivalue", NeedleTask("one key with several values, all asked for", values=None))
 NEEDLE_TASKS.register("multiquery", NeedleTask("several keys, all asked for", keys=None, queries=None))
-_RULER = {  # RULER's eight: keys, values, queries, haystack, keys are, values are
-    "niah_single_1": (1, 1, 1, NOISE, "words", "numbers"),
-    "niah_single_2": (1, 1, 1, TEXT, "words", "numbers"),
-    "niah_single_3": (1, 1, 1, TEXT, "words", "uuids"),
-    "niah_multikey_1": (4, 1, 1, TEXT, "words", "numbers"),
-    "niah_multikey_2": (1, 1, 1, NEEDLES, "words", "numbers"),
-    "niah_multikey_3": (1, 1, 1, NEEDLES, "uuids", "uuids"),
-    "niah_multivalue": (1, 4, 1, TEXT, "words", "numbers"),
-    "niah_multiquery": (4, 1, 4, TEXT, "words", "numbers"),
-}
-for _name, _parts in _RULER.items():
-    NEEDLE_TASKS.register(_name, NeedleTask("as RULER configures it", *_parts))
 
 
 @dataclass(frozen=True)
@@ -86,6 +75,8 @@ class HaystackPrompt:
         ends: where in `answer_ids` each value ends.
         depth: where the first needle asked for stands, 0 (start) to 1 (end) of the haystack, before it is moved to
             the nearest end of a sentence.
+        question: the text that the answer follows; `opened_ids` is the prompt that ends with it.
+        wrong: values that are not asked for: others of the text first.
     """
 
     input_ids: tuple[int, ...]
@@ -93,6 +84,9 @@ class HaystackPrompt:
     answers: tuple[str, ...]
     ends: tuple[int, ...]
     depth: float
+    question: str
+    opened_ids: tuple[int, ...]
+    wrong: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,6 +138,12 @@ class Names:
     def key(self) -> str:
         """Return a new key."""
         return draw_different(partial(self._keys.draw, self._rng), self._taken_keys, self._keys.most)
+
+    def wrong(self, answers: Sequence[str], number: int) -> tuple[str, ...]:
+        """Return values that are no answers: drawn ones in a random order, then new ones."""
+        drawn = sorted(self._taken_values - set(answers))
+        chosen = [drawn[i] for i in self._rng.permutation(len(drawn))[:number]]
+        return (*chosen, *(self.value() for _ in range(number - len(chosen))))
 
     def value(self) -> str:
         """Return a new value."""
@@ -212,17 +212,14 @@ def haystack_prompt(
     Raises:
         ConfigError: `length` is too short for needles, question and answer.
     """
-    import numpy as np
-
-    # the depth enters the seed so that cells do not share their keys
-    place = -1 if depth is None else round(1000 * depth)
-    rng = np.random.default_rng([seed, length, place + 1, zlib.crc32(name.encode())])
+    rng = _cell_generator(seed, length, depth, name)
     names = Names(rng, str(task.key_type), str(task.value_type))
     needles, queries = _draw_needles(rng, names, task, depth)
     answers = [needle.value for key in queries for needle in needles if needle.key == key]
-    head, asking, opening = _frame(str(task.value_type), queries, len(answers) == 1)
+    head, asking, opening = frame(str(task.value_type), queries, len(answers) == 1)
     question = f"{asking}{tokens.after}{opening}"
-    tail = continuing(tokens.encode, question if tokens.opens else f"{asking}{tokens.after}")
+    opened = continuing(tokens.encode, question)
+    tail = opened if tokens.opens else continuing(tokens.encode, f"{asking}{tokens.after}")
     answer_ids, ends = _answer(tokens, question, answers)
     budget = len(answer_ids) if max_new_tokens is None else max_new_tokens
     hidden = [
@@ -239,7 +236,24 @@ def haystack_prompt(
     input_ids = (*start, *body, *tail)
     assert len(input_ids) + budget == length
     first = next(needle for needle in needles if needle.key == queries[0])
-    return HaystackPrompt(input_ids, answer_ids, tuple(answers), ends, first.depth if depth is None else depth)
+    return HaystackPrompt(
+        input_ids,
+        answer_ids,
+        tuple(answers),
+        ends,
+        first.depth if depth is None else depth,
+        question,
+        (*start, *body, *opened),
+        names.wrong(answers, NUM_WRONG),
+    )
+
+
+def _cell_generator(seed: int, length: int, depth: float | None, name: str) -> np.random.Generator:
+    """Return a generator of its own for each cell: the depth enters the seed so that cells do not share their keys."""
+    import numpy as np
+
+    place = -1 if depth is None else round(1000 * depth)
+    return np.random.default_rng([seed, length, place + 1, zlib.crc32(name.encode())])
 
 
 def _draw_needles(
@@ -256,7 +270,7 @@ def _draw_needles(
     return sorted(needles, key=lambda needle: needle.depth), queries
 
 
-def _frame(value_type: str, queries: Sequence[str], is_single: bool) -> tuple[str, str, str]:
+def frame(value_type: str, queries: Sequence[str], is_single: bool) -> tuple[str, str, str]:
     """Return the task line, the question, and the beginning of its answer."""
     kind, verb = (value_type.removesuffix("s"), "is") if is_single else (value_type, "are")
     keys = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"

@@ -16,6 +16,7 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import Place
+from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
     Question,
     QuestionScore,
@@ -179,6 +180,7 @@ class BABILong(RetrievalEval):
                 ),
                 pooled("BABILong accuracy by length, all tasks together", spell=_folder),
                 task_map("BABILong accuracy by length", "results.score", spell=_folder),
+                ranked_view("ranked", "length of the text", spell=_folder),
             ),
         ),
     )
@@ -198,7 +200,7 @@ class BABILong(RetrievalEval):
         PROMPTS[self.prompt]
         super().check()
 
-    def load_data(self) -> list[BABILongRow]:
+    def read_data(self) -> list[BABILongRow]:
         """Return the rows."""
         return read_rows(self.data, self.tasks, self.lengths, self.num_cases)
 
@@ -219,11 +221,23 @@ class BABILong(RetrievalEval):
                 length=row.length,
                 input_ids=self.prompt_tokens(model, prompt_text(row, self.prompt), "\nAnswer:"),
                 expected=(row.target,),
-                score=partial(share_right, row),
+                score=partial(self.rate, row.task, (row.target,), asked=row.question),
                 max_new_tokens=self.max_new_tokens,
+                choices=self.choices(
+                    model,
+                    prompt_text(row, self.prompt),
+                    "\nAnswer:",
+                    [row.target],
+                    sorted(BABILONG_TASKS[row.task].labels - {row.target}),
+                ),
+                asked=row.question,
             )
             for row in data
         ]
+
+    def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
+        """Return the authors' verdict, 1 or 0."""
+        return share_right(task, asked, expected[0], answer)
 
     def protocol(self, model: LanguageModel) -> dict[str, Any]:
         """Return what the record says of the protocol."""
@@ -324,7 +338,7 @@ def prompt_text(row: BABILongRow, prompt: str) -> str:
     return "\n\n".join([*parts, text])
 
 
-def share_right(row: BABILongRow, answer: str) -> float:
+def share_right(task: str, question: str, target: str, answer: str) -> float:
     """Return the authors' verdict, 1 or 0: the target is the one possible answer that the first sentence names.
 
     Case is ignored; possible answers that the question names itself do not count.
@@ -332,6 +346,6 @@ def share_right(row: BABILongRow, answer: str) -> float:
     text = answer.lower()
     for end in _ENDS:
         text = text.split(end)[0]
-    labels = {label.lower() for label in BABILONG_TASKS[row.task].labels}
-    named = {label for label in labels if label in text and label not in row.question.lower()}
-    return float(named == {row.target.lower()})
+    labels = {label.lower() for label in BABILONG_TASKS[task].labels}
+    named = {label for label in labels if label in text and label not in question.lower()}
+    return float(named == {target.lower()})

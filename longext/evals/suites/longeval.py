@@ -7,6 +7,7 @@ Published answers: longext eval longeval --predictions 200_response.txt
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
-from longext.evals.base import Outcome, Work, check_tasks, fail_under, register
+from longext.evals.base import check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
+from longext.evals.ranks import Choices, ranked_view
 from longext.evals.retrieval import (
     MEAN_TOKENS,
+    GivenAnswers,
     Question,
     QuestionScore,
     RetrievalEval,
     by_task,
-    cells_of,
-    mean_at,
     text_hash,
 )
 from longext.evals.ruler.words import NUM_NAMES, draw_different, draw_name
 from longext.evals.views import Detail, Section
-from longext.manifest import result_record
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.settings import MANY, option
@@ -47,6 +47,8 @@ _PUBLISHED_LINE = re.compile(r"^Label: (.*?), Predict: (.*?)(?:, Parsed: (-?\d+)
 _KIND = "case of LongEval"
 _WHERE = "LMSYS's are in longeval/evaluation of github.com/DachengLi1/LongChat; lines can be generated (no --data)."
 LINES, TOPICS = "lines", "topics"
+_LINE_NUMBER = re.compile(r"REGISTER_CONTENT is <(\d+)>")
+_MOST_OTHERS = 9  # candidates that the right number or topic is ranked among
 _MAX_NUMBER = 50_000  # the published cases hold numbers of one to five digits
 _TASK_LINE = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -68,6 +70,7 @@ class LongEvalCase:
         prompt: the text a user sends.
         expected: the number, or the first topic.
         key: the line asked for; "" for topics.
+        others: further numbers or topics of the case.
     """
 
     task: str
@@ -75,6 +78,7 @@ class LongEvalCase:
     prompt: str
     expected: str
     key: str
+    others: tuple[str, ...] = ()
 
 
 def _last_integer(expected: str, answer: str) -> float:
@@ -133,6 +137,7 @@ class LongEval(RetrievalEval):
                     heading="size",
                     details=(MEAN_TOKENS, Detail("cases", "num_trials")),
                 ),
+                ranked_view("ranked", "number of lines or topics", heading="size"),
             ),
         ),
     )
@@ -141,7 +146,6 @@ class LongEval(RetrievalEval):
     data: str | None = option(
         None, "Folder with <n>_lines.jsonl, <n>_topics.jsonl (default: lines are generated).", panel="Data"
     )
-    predictions: str | None = option(None, "Score this file of answers; no model is run.", panel="Output")
     tasks: tuple[str, ...] = option((LINES, TOPICS), "Of lines and topics, comma-separated.")
     sizes: tuple[int, ...] = option(
         (), "Numbers of lines or topics, comma-separated (default: all in --data; generated: 20,50,100).", ge=1
@@ -149,11 +153,6 @@ class LongEval(RetrievalEval):
     num_cases: int = option(50, "Cases of each size, at most.", ge=1, le=MANY)
     complete: bool = option(False, "Give the beginning of the answer, for models that only continue.")
     fail_under: tuple[str, ...] = fail_under(_FORM)
-
-    @property
-    def subject(self) -> str:
-        """Return the model, or the file of answers."""
-        return self.model or Path(str(self.predictions)).stem
 
     def check(self) -> None:
         """Raise ConfigError for an unknown task, or options that exclude each other."""
@@ -165,14 +164,12 @@ class LongEval(RetrievalEval):
             )
         super().check()
 
-    def load_data(self) -> list[LongEvalCase] | PublishedAnswers:
-        """Return the cases of --data, generated lines without it, or the answers of --predictions.
+    def read_data(self) -> list[LongEvalCase]:
+        """Return the cases of --data, or generated lines.
 
         Raises:
-            ConfigError, DataError: as `read_cases` and `score_published`; or topics without data.
+            ConfigError, DataError: as `read_cases`; or topics without data.
         """
-        if self.predictions is not None:
-            return score_published(Path(self.predictions).expanduser())
         if self.data is not None:
             return read_cases(self.data, self.tasks, self.sizes, self.num_cases)
         if LINES not in self.tasks:
@@ -180,19 +177,17 @@ class LongEval(RetrievalEval):
         sizes = sorted(set(self.sizes or _GENERATED_SIZES))
         return [case for size in sizes for case in generate_lines(size, self.num_cases, self.seed)]
 
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and sizes of cases or answers."""
-        if isinstance(data, PublishedAnswers):
-            return [(score.task, str(score.length)) for score in data.scores]
+    def places(self, data: Sequence[LongEvalCase]) -> list[Place]:
+        """Return the tasks and sizes of cases."""
         return [(case.task, str(case.size)) for case in data]
 
-    def open_model(self) -> LanguageModel | None:
-        """Return the model, None if answers are given."""
-        return None if self.predictions is not None else super().open_model()
+    def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
+        """Return 1 for a right answer, else 0."""
+        return LONGEVAL_TASKS[task].score(expected[0], answer)
 
-    def answers_path(self, output: Path) -> Path | None:
-        """Return where answers are kept, None if they are given."""
-        return None if self.predictions is not None else super().answers_path(output)
+    def read_answers(self, path: Path) -> GivenAnswers:
+        """Return the scores of a file as LMSYS's script writes it, or of answers.jsonl of a run."""
+        return super().read_answers(path) if path.suffix == ".jsonl" else score_published(path)
 
     def uses_chat(self, model: LanguageModel) -> bool:
         """Return True if questions go through the chat template; a completion is asked for without."""
@@ -211,12 +206,20 @@ class LongEval(RetrievalEval):
                     length=case.size,
                     input_ids=self.prompt_tokens(model, prompt_text(case, self.complete)),
                     expected=(case.expected,),
-                    score=partial(task.score, case.expected),
+                    score=partial(self.rate, case.task, (case.expected,)),
                     max_new_tokens=_COMPLETION_TOKENS if self.complete else task.max_new_tokens,
                     stop=("\n",) if self.complete else (),
+                    choices=self._choices(model, case),
                 )
             )
         return questions
+
+    def _choices(self, model: LanguageModel, case: LongEvalCase) -> Choices | None:
+        """Return the number or topic and the others of its case, behind the beginning of the answer."""
+        opening = LONGEVAL_TASKS[case.task].opening.format(key=case.key)
+        form = "<{}>" if case.task == LINES else "{}"
+        wrong = [form.format(other) for other in case.others[:_MOST_OTHERS]]
+        return self.choices(model, case.prompt, opening, [form.format(case.expected)], wrong) if wrong else None
 
     def protocol(self, model: LanguageModel | None) -> dict[str, Any]:
         """Return what the record says of the protocol."""
@@ -250,36 +253,8 @@ class LongEval(RetrievalEval):
         repeated = repeated_note((f"{case.size} {case.task}", case.prompt) for case in data)
         return [*absent, *repeated, *self.window_notes(model, scores)]
 
-    def measure(self, model: Any, data: Any, work: Work) -> Outcome:
-        """Return the record of questions that are asked, or of published answers."""
-        if not isinstance(data, PublishedAnswers):
-            return super().measure(model, data, work)
-        record = result_record(
-            self.kind,
-            {"id": self.model or None, "answers_from": self.predictions},
-            {**self.protocol(None), "chat_template": None},
-            {"data": self.predictions, "num_cases": len(data.scores), "sha256": None},
-            results=cells_of(data.scores),
-            stated_accuracy=data.stated,
-        )
-        notes = [] if data.stated is None else [f"The file itself states an accuracy of {data.stated:g}."]
-        return Outcome(record=record, score_at=mean_at(data.scores), notes=notes)
 
-
-@dataclass(frozen=True)
-class PublishedAnswers:
-    """Answers in a file as LMSYS's script writes them.
-
-    Attributes:
-        scores: how each was scored here; their length is 0 if the name of the file does not say it.
-        stated: the accuracy on the last line of the file, None if there is none.
-    """
-
-    scores: list[QuestionScore]
-    stated: float | None
-
-
-def score_published(path: Path) -> PublishedAnswers:
+def score_published(path: Path) -> GivenAnswers:
     """Return the scores of a file of lines "Label: ..., Predict: ..., Parsed: ..., prompt length: ...".
 
     Lines of topics have no "Parsed".
@@ -305,7 +280,8 @@ def score_published(path: Path) -> PublishedAnswers:
         scores.append(QuestionScore(task, size, None, score, int(length)))
     if not scores:
         raise DataError(f"{path} holds no answer.")
-    return PublishedAnswers(scores, stated)
+    notes = [] if stated is None else [f"The file itself states an accuracy of {stated:g}."]
+    return GivenAnswers(scores=scores, facts={"stated_accuracy": stated}, notes=notes)
 
 
 def _accuracy(line: str, where: str) -> float:
@@ -361,11 +337,22 @@ def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
 def _case(value: Any, where: str, task: str, size: int) -> LongEvalCase:
     (prompt,) = text_fields(where, value, ("prompt",), _KIND)
     if task == TOPICS:
-        return LongEvalCase(task, size, prompt, _first_text(where, value, "topics"), "")
+        first = _first_text(where, value, "topics")
+        others = (topic for topic in value["topics"] if isinstance(topic, str) and topic != first)
+        return LongEvalCase(task, size, prompt, first, "", tuple(dict.fromkeys(others)))
     number = value.get("expected_number")
     if not str(number).isdecimal():
         raise DataError(f"{where} is no {_KIND}: no whole number under 'expected_number'.")
-    return LongEvalCase(task, size, prompt, str(int(str(number))), _first_text(where, value, "random_idx"))
+    expected = str(int(str(number)))
+    return LongEvalCase(
+        task, size, prompt, expected, _first_text(where, value, "random_idx"), _others(prompt, expected)
+    )
+
+
+def _others(prompt: str, expected: str) -> tuple[str, ...]:
+    """Return the numbers of the other lines, in an order that says nothing of the text's."""
+    others = set(_LINE_NUMBER.findall(prompt)) - {expected}
+    return tuple(sorted(others, key=lambda number: hashlib.sha256(f"{prompt}{number}".encode()).digest()))
 
 
 def _first_text(where: str, value: dict[str, Any], name: str) -> str:
@@ -393,4 +380,5 @@ def _generate(size: int, rng: np.random.Generator) -> LongEvalCase:
     asked = int(rng.integers(size))
     record = "".join(f"line {key}: REGISTER_CONTENT is <{number}>\n" for key, number in zip(keys, numbers, strict=True))
     prompt = _TASK_LINE + record + _QUESTION.format(key=keys[asked])
-    return LongEvalCase(LINES, size, prompt, str(numbers[asked]), keys[asked])
+    expected = str(numbers[asked])
+    return LongEvalCase(LINES, size, prompt, expected, keys[asked], _others(prompt, expected))

@@ -5,7 +5,6 @@ Example: longext eval needle MODEL --lengths 4096,16384 --haystack essays.txt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -17,6 +16,7 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, check_tasks, register, silent
 from longext.evals.limits import Place, check_lengths
 from longext.evals.passkey_prompts import PromptTokens
+from longext.evals.ranks import Choices, ranked_view
 from longext.evals.retrieval import (
     Question,
     QuestionScore,
@@ -34,7 +34,6 @@ from longext.evals.ruler.haystacks import (
     NEEDLE_TASKS,
     NEEDLES,
     NOISE,
-    TEXT,
     HaystackPrompt,
     NeedleTask,
     Sentences,
@@ -43,6 +42,7 @@ from longext.evals.ruler.haystacks import (
     noise_sentences,
     text_sentences,
 )
+from longext.evals.ruler.tasks import match_all
 from longext.evals.views import NEVER, ONE, SEVERAL, Section
 from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 _BOOK = "book"
-_UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 
 SCORINGS: Registry[str] = Registry("scoring")
 SCORINGS.register(
@@ -68,7 +67,6 @@ SCORINGS.register(
     "one forward pass over prompt and expected answer; score: the share of the expected values all of whose tokens are "
     "the first choice, given the prompt and the values before; whole: greedy decoding gives exactly the answer",
 )
-_REACHED = 0.856  # Llama-2-7B-chat at 4K over RULER's 13 tasks: up to where a model reaches it is its effective length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,6 @@ class Needle(RetrievalEval):
                 by_task("Needles found by prompt length", "by_task.score", picture=SEVERAL),
                 pooled(
                     "Needles found by prompt length, all tasks together",
-                    note=f"RULER counts a length as reached at {_REACHED:.1%} over all of its 13 tasks",
                 ),
                 task_map("Needles found by prompt length", "by_task.score"),
                 depth_map(
@@ -105,13 +102,14 @@ class Needle(RetrievalEval):
                     table=NEVER,
                     picture=ONE,
                 ),
+                ranked_view(),
             ),
         ),
     )
 
     tasks: tuple[str, ...] = option(
         ("single", "multikey", "multivalue", "multiquery"),
-        "single, multikey, multivalue, multiquery, or RULER's own niah_single_1 ... niah_multiquery, comma-separated.",
+        "single, multikey, multivalue, multiquery, comma-separated (RULER's own: `eval ruler`).",
     )
     lengths: tuple[int, ...] = option(
         (512, 1024, 2048, 4096), "Tokens of prompt and answer budget together, comma-separated.", le=LENGTH
@@ -151,7 +149,7 @@ class Needle(RetrievalEval):
         return [(task, str(length)) for task in self.tasks for length in sorted(self.lengths)]
 
     def answers_path(self, output: Path) -> Path | None:
-        """Return where answers are kept, None for exact scoring, which generates none."""
+        """Return where answers are kept, None if none are generated (exact scoring)."""
         return super().answers_path(output) if self.scoring == "match" else None
 
     def questions(self, model: LanguageModel, data: Any) -> list[NeedleQuestion]:
@@ -187,12 +185,27 @@ class Needle(RetrievalEval):
                                 depth=depth,
                                 input_ids=prompt.input_ids,
                                 expected=prompt.answers,
-                                score=partial(match_share, prompt.answers),
+                                score=partial(self.rate, name, prompt.answers),
                                 max_new_tokens=self.max_new_tokens,
                                 prompt=prompt,
+                                choices=self._choices(tokens, prompt),
                             )
                         )
         return questions
+
+    def _choices(self, tokens: PromptTokens, prompt: HaystackPrompt) -> Choices | None:
+        """Return the values asked for and others, behind the beginning of the answer; None if nothing is ranked."""
+        if not self.ranks:
+            return None
+        right, wrong = (
+            tuple(tokens.answer(prompt.question, value) for value in values)
+            for values in (prompt.answers, prompt.wrong)
+        )
+        return Choices(prompt.opened_ids, right, wrong)
+
+    def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
+        """Return RULER's string_match_all of one prompt: the share of `expected` in the answer, case ignored."""
+        return match_all(expected, answer)
 
     def _tokens(self, model: LanguageModel) -> PromptTokens:
         """Return the tokenizer of prompts, with what the chat template puts around them."""
@@ -222,8 +235,6 @@ class Needle(RetrievalEval):
         """Return a task with the options in place of what it leaves open."""
         task = NEEDLE_TASKS[name]
         haystack = task.haystack or self.haystack
-        if haystack == TEXT:  # RULER's own task wants some text, whatever haystack the others have
-            haystack = _BOOK if self.haystack in (NOISE, NEEDLES) else self.haystack
         return replace(
             task,
             keys=task.keys or self.num_needles,
@@ -268,7 +279,7 @@ class Needle(RetrievalEval):
             "key_type": self.key_type,
             "value_type": self.value_type,
             "max_new_tokens": self.max_new_tokens if self.scoring == "match" else None,
-            "answer_prefix": self.opens_answer(model),
+            "answer_prefix": self.answer_prefix if model is None else self.opens_answer(model),
             "seed": self.seed,
         }
 
@@ -300,9 +311,3 @@ def _sentences(model: LanguageModel, tokens: PromptTokens, haystack: str, value_
     if not text.strip():
         raise DataError(f"--haystack {path} is empty.")
     return text_sentences(tokens.encode, user_text(model, text))
-
-
-def match_share(expected: Sequence[str], answer: str) -> float:
-    """Return the share of `expected` that is in `answer`, case ignored (RULER's string_match_all of one prompt)."""
-    text = _UNPRINTABLE.sub("\n", answer.strip()).lower()
-    return sum(value.lower() in text for value in expected) / len(expected)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.errors import ConfigError
 from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, fail_under, register
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
-from longext.evals.retrieval import MEAN_TOKENS, depth_map, depths_of
+from longext.evals.ranks import ranked_view
+from longext.evals.retrieval import ANSWERS, MEAN_TOKENS, RetrievalEval, depth_map, depths_of
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
-from longext.settings import LENGTH, MANY, option
+from longext.settings import LENGTH, MANY, option, override
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -102,6 +103,7 @@ class Passkey(ReadingConfig, Eval):
                     of="results.accuracy",
                     table=ONE,
                 ),
+                ranked_view("ranked_by_length", panel=None),
             ),
         ),
     )
@@ -117,6 +119,9 @@ class Passkey(ReadingConfig, Eval):
     filler: str = option("landmark", "landmark, book (the bundled story) or a text file.")
     num_needles: int = option(1, "Needles in the text; one of them is asked for.", ge=1, le=10)
     num_digits: int = option(5, "Digits of a key.", ge=2, le=12)
+    answers: str = override(
+        RetrievalEval, "answers", help="Answers are scored, the right one is ranked by likelihood, or"
+    )
     fail_under: tuple[str, ...] = fail_under(_FORM)
 
     @property
@@ -137,6 +142,7 @@ class Passkey(ReadingConfig, Eval):
     def check(self) -> None:
         """Raise ConfigError for an unknown protocol or a value out of range."""
         rules = self.rules
+        ANSWERS[self.answers]
         check_lengths(self.lengths, minimum=64)
         check_method(self.method, self.factor)
         if not self.depths or len({round(depth * 100) for depth in self.depths}) < len(self.depths):

@@ -60,7 +60,9 @@ def dimension_table(rows: Sequence[DimensionRow], trained: int, target: int | No
             f"{row.turns:.3g}",
             "yes" if row.completes_a_turn else "never",
         ]
-        cells.append([*line, row.treatment, f"{row.turns_at_target:.3g}"] if target else line)
+        cells.append(
+            [*line, row.treatment, "0" if row.is_stopped else f"{row.turns_at_target:.3g}"] if target else line
+        )
     return Table(title, columns, cells, left=frozenset({3, 4}))
 
 

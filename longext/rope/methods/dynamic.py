@@ -34,8 +34,8 @@ ROPE_METHODS.register(
         colour="#56b4e9",
         caveat=(
             "Dynamic NTK changes with the sequence length: `max_position_embeddings` stays at the trained length on "
-            "purpose, keys cached before the length grew keep their old rotation (generate with `use_cache=False`, or "
-            "choose a static method), and vLLM applies one static factor instead."
+            "purpose, and keys cached before the length grew keep their old rotation (generate with `use_cache=False`, "
+            "or choose a static method)."
         ),
         is_scaling=False,
         follows_length=True,

@@ -1,0 +1,1 @@
+"""Suites that read the published rows of a benchmark from local files."""

@@ -1,0 +1,1 @@
+"""One file per way to search: dropped in here, it is a `--searcher` of that name."""
