@@ -257,7 +257,7 @@ def load_reader(
         return _compressor_reader(config, spec, *trained, segment)
     name, _, argument = spec.partition(":")
     length = DEFAULT_SEGMENT if segment is None else segment
-    is_kept = is_policy(name) and not (name in MEMORIES and "+" in argument)
+    is_kept = is_policy(name) and name not in MEMORIES
     if is_kept:
         policy_of(spec)  # before anything is loaded
     plain = load_language_model(config, method, factor)
