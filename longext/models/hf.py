@@ -221,7 +221,7 @@ class HFLanguageModel:
     def remap(self, request: RemapRequest | None) -> None:
         """Put the model under a position remapping, in the place of the one before; None ends it.
 
-        Its trained length is that of the config's positions: a model whose RoPE was extended in training reads them all.
+        Its trained length is that of the config: a model whose RoPE was extended in training reads all of it.
         """
         if self.remapping is not None:
             self.remapping.detach()
