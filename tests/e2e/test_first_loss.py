@@ -72,6 +72,18 @@ def test_a_right_rope_passes_and_both_losses_are_those_of_plain_transformers(met
     assert not [warning for warning in recwarn if issubclass(warning.category, LongextWarning)]
 
 
+def test_weights_that_lose_their_positions_may_know_less_than_a_guess(story, monkeypatch):
+    """DroPE before its training: its rotation is held to the formula (all still), its loss to nothing."""
+    model, extension = loaded("books-5m", "drope", 8)
+    monkeypatch.setattr("longext.training.first_loss._loss", lambda model, ids: next(losses))
+    losses = iter([12.0, 3.0])
+    found, problem = look(model, "drope", extension, story)
+    assert (problem, found.extended, found.num_frequencies) == (None, 12.0, 2 * 2 * 32)
+    losses = iter([12.0, 3.0])
+    model, extension = loaded("books-5m", "yarn", 8)
+    assert "above the 9.01 of a uniform guess" in look(model, "yarn", extension, story)[1]
+
+
 IN_HALF = ("llama", "gemma3", "gpt_neox", "olmo3")  # rotary modules of every kind: plain, nested, partial, two bases
 
 
