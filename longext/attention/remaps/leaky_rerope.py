@@ -12,7 +12,7 @@ REMAPS.register(
         parameters=(WINDOW, Parameter("k", "divisor of distances beyond the window", least=1)),
         defaults=lambda L, N, pairs, given: {
             "window": (W := given.get("window") or max(1, L // 4)),
-            "k": group_of(L, N, W, 1.0),
+            "k": group_of(L, N, W, 0.9),
         },
         bands=lambda s: near_and_far(s.window, lambda i: (i + s.window * (s.k - 1)) / s.k, lambda j: j / s.k),
         colour="#d55e00",
