@@ -104,7 +104,7 @@ def test_json_is_alone_on_standard_output(run, compressor, story):
     held = record["memory"]
     assert held["num_slots"] == (record["num_read"] + 12 - 1) // 64 * 4
     assert held["num_bytes"] == (held["num_slots"] + 1) * 4 * 2 * 2 * 64 * 4  # layers, K and V, heads, width, float32
-    assert (held["ratio"], held["num_forgotten"]) == ("16", 0)
+    assert (held["ratio"], held["num_forgotten"]) == (16, 0)
 
 
 def test_a_saved_memory_stands_for_its_context(run, compressor, tmp_path):

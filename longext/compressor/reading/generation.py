@@ -403,4 +403,5 @@ class MemoryWriter(Writer):
         stream.end()
         names = ("num_slots", "num_bytes", "num_forgotten", "num_thinned")
         memory = {name: getattr(session, name) for name in names}
-        return stream.result(num_read, {**memory, "ratio": spelled(session.ratio)})
+        ratio = session.ratio if isinstance(session.ratio, int) else spelled(session.ratio)
+        return stream.result(num_read, {**memory, "ratio": ratio})

@@ -19,6 +19,7 @@ from longext.untrusted import fields, parse_json
 SCHEMA = "longext.memory/2"
 TOKENS = ("sink", "before", "tail")  # lists of token ids that a session needs as text
 _KEY = "longext"
+_MOST_SEGMENTS = 2**18
 _ADVICE = "It is damaged, or not a memory that longext wrote (`longext generate --save-memory`)."
 _FIELDS = {
     **{"schema": str, "spec": dict, "ratios": list, "base_weights": str, "compressor": str},
@@ -58,8 +59,8 @@ def read_memory(path: Path) -> tuple[Memory, dict[str, list[int]], dict[str, Any
     where = f"{path}: {_KEY}"
     description = parse_json(header.metadata[_KEY], where, CheckpointError, want=dict, advice=_ADVICE)
     values = fields(description, where, _FIELDS, CheckpointError, _ADVICE)
-    if values["schema"] != SCHEMA or values["num_segments"] < 0 or values["num_tokens"] < 0:
-        raise CheckpointError(f"{where} does not say {SCHEMA}, or counts below 0. {_ADVICE}")
+    if values["schema"] != SCHEMA or not 0 <= values["num_segments"] <= _MOST_SEGMENTS or values["num_tokens"] < 0:
+        raise CheckpointError(f"{where} does not say {SCHEMA}, or has counts that no session has. {_ADVICE}")
     numbers = [*values["ratios"], *values["held"]]
     if not values["ratios"] or not all(type(number) is int and number > 0 for number in numbers):
         raise CheckpointError(f"{where} must name ratios as whole numbers above 0. {_ADVICE}")
