@@ -4,7 +4,7 @@
     python benchmarks/methods.py --write    # put them into the pages, in the place of the old ones
 
 Names, ideas and sources are the registries'; engines are those of docs/engines.md; price and reach are of books-27m at
-factor 8, from docs/results/books-27m and docs/results/bands (`benchmarks/bands.py`), "not run" if neither has them.
+factor 8, from docs/results/books-27m and bands/books-27m (`benchmarks/bands.py`), "not run" if neither has them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def measured() -> dict[str, tuple[float, int | None]]:
     plain = _at_trained(record["methods"][0])
     for method in record["methods"]:
         found[method["name"]] = _at_trained(method) / plain - 1, _reach(method["passkey_by_length"])
-    summary = RESULTS / "bands" / "summary.json"
+    summary = RESULTS / "bands" / "books-27m" / "summary.json"
     for row in json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []:
         found.setdefault(row["name"], (row["price"]["change"], _reach(row["passkey_by_length"])))
     return found
