@@ -108,14 +108,20 @@ def main() -> None:
             "per_place": scores.mean(1).tolist(),
         }
         record["rows"] = list(rows.values())
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n")
-        print_table(record, owners, scores.shape[1], only=name)
-    print_table(record, owners, arguments.segment - 1)
+        print_table(record, owners, only=name)
+        save(record, output)
+    print_table(record, owners)
+    save(record, output)
 
 
-def print_table(record: dict, owners: np.ndarray, tokens: int, only: str | None = None) -> None:
-    """Print perplexities and the differences from the raw window of equal bytes, intervals over books."""
+def save(record: dict, output: Path) -> None:
+    """Write the record, so that a run that is stopped goes on where it was."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def print_table(record: dict, owners: np.ndarray, only: str | None = None) -> None:
+    """Add to each row its perplexity and difference from the raw window of equal bytes, over books, and print it."""
     rows = {row["memory"]: row for row in record["rows"]}
     window = np.array(rows.get(f"window:{record['arguments']['slots']}", record["rows"][0])["per_place"])
     for name, row in rows.items():

@@ -11,7 +11,7 @@ Shape legend: B rows, H query heads, K key-value heads, N queries, M keys, D hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,9 @@ class _Merged(torch.autograd.Function):
                 rests.append(rest)
         merged = out.to(first.dtype)
         ctx.save_for_backward(v, merged, total, *tensors)
-        ctx.parts, ctx.rests, ctx.scale, ctx.kernel = parts, rests, scale, kernel
+        # without their tensors, which would outlive those that are saved
+        ctx.parts = [replace(part, query=None, key=None) for part in parts]  # type: ignore[arg-type]
+        ctx.rests, ctx.scale, ctx.kernel = rests, scale, kernel
         return merged
 
     @staticmethod

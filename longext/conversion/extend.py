@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longext.attention.bands import no_checkpoint
 from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.ranges import MAX_FACTOR
@@ -38,7 +39,6 @@ from longext.rope.spec import (
     methods_that,
     rope_parameters,
 )
-from longext.settings import check_names
 from longext.staging import check_output, staged_directory
 from longext.untrusted import fields, is_a
 
@@ -105,7 +105,8 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         CheckpointError: the model cannot be read or extended, or would not compute what is planned.
         ConfigError: a parameter is out of range, or the model's existing RoPE cannot be combined with the method.
     """
-    check_names(config)
+    if elsewhere := no_checkpoint(config.method):
+        raise ConfigError(elsewhere)
     ROPE_METHODS[config.method]
     source = resolve_model(config.model, config.revision)
     refuse_adapter(source)
