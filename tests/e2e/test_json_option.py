@@ -37,14 +37,31 @@ COMMANDS = {
     "eval longeval": (BOOKS, "--sizes", 3, "--num-cases", 1, "--complete"),
     "eval babilong": (BOOKS, "--data", "facts", "--tasks", "qa1", "--max-new-tokens", 2),
     "eval longbench": (BOOKS, "--data", "bench", "--tasks", "hotpotqa", "--max-length", 60),
+    "eval ruler": (BOOKS, "--lengths", 400, "--num-trials", 1, "--tasks", "niah_single_1", "--answers", "likelihood"),
+    "eval nolit": (
+        BOOKS,
+        "--lengths",
+        300,
+        "--num-trials",
+        1,
+        "--tasks",
+        "one_hop",
+        "--depths",
+        0,
+        "--max-new-tokens",
+        2,
+    ),
+    "eval mrcr": (BOOKS, "--lengths", 1024, "--num-trials", 1, "--needles", 2, "--max-new-tokens", 16),
+    "eval graphwalks": (BOOKS, "--lengths", 256, "--num-trials", 1, "--tasks", "parents", "--max-new-tokens", 16),
+    "eval longbench2": (BOOKS, "--data", "rows.json", "--max-length", 200, "--answers", "likelihood"),
     "eval harness": (BOOKS, "--tasks", "choices", "--include-path", "tasks"),
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
     "eval diff": ("a.json", "a.json"),
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
-# need an adapter, results, a second process: tests of their own
-ELSEWHERE = {"merge", "convert", "report", "verify", *SAME}
+# need an adapter, results, a second process, a minute: tests of their own
+ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
 
 
 def with_json():
@@ -64,6 +81,19 @@ def prepared(run, tmp_path, request):
         (tmp_path / "facts/0k").mkdir(parents=True)
         row = {"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}
         (tmp_path / "facts/0k/qa1.jsonl").write_text(json.dumps(row))
+    elif name == "eval longbench2":
+        row = {
+            "_id": "1",
+            "domain": "x",
+            "sub_domain": "y",
+            "difficulty": "easy",
+            "length": "short",
+            "question": "Who?",
+        }
+        choices = {f"choice_{letter}": f"person {letter}" for letter in "ABCD"}
+        (tmp_path / "rows.json").write_text(
+            json.dumps([{**row, **choices, "answer": "B", "context": "person B. " * 99}])
+        )
     elif name == "eval longbench":
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}

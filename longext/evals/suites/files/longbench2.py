@@ -18,7 +18,6 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place
-from longext.evals.longbench.run import cut_middle, default_max_length
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, cells_of, text_hash
 from longext.evals.views import ONE, SEVERAL, Section
@@ -101,6 +100,8 @@ class LongBench2(RetrievalEval):
     def _question(self, model: LanguageModel, row: dict[str, str], number: int) -> Question:
         letters = {letter: row[f"choice_{letter}"].strip() for letter in _LETTERS}
         text = _PROMPT.format(context=row["context"].strip(), question=row["question"].strip(), **letters)
+        from longext.evals.longbench.run import cut_middle, default_max_length
+
         limit = self.max_length if self.memory else self.max_length or default_max_length(model.context_length)
         text, _ = cut_middle(text, limit, model.encode, model.decode)
         opening = _OPENING if self.uses_chat(model) else f"\n\n{_OPENING}"
