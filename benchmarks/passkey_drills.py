@@ -1,18 +1,20 @@
 """Training text of short and long documents for mixed windows: books and passkey drills, in whole rows.
 
-    python benchmarks/passkey_drills.py MODEL --books BOOKS --length 4096 --short 512 --rows 140 --out drills.jsonl
+    python benchmarks/passkey_drills.py MODEL --books BOOKS --rows 140 --out drills.jsonl
+    python benchmarks/passkey_drills.py MODEL --books BOOKS --rows 32 --mix "drill:1*6 book:1*4" --edges 0.4 \\
+        --seed 7 --out second.jsonl
 
 Each row of --length tokens holds documents of one size with the tokenizer of MODEL (BOS and EOS included), so that rows
-cut from the file hold whole documents: of twenty rows, eight are one passkey drill of --length, two are two of
-half of it, one is four of a quarter, one is drills of --short tokens, six are pieces of books of --short tokens and two
-are one piece of a book of --length. Half of the drills hide the key in the landmark test's filler, half in the text of
-a book.
+cut from the file hold whole documents. --mix says which, in turn: "drill:2*3" is three rows of two drills, "book:8*6"
+six rows of eight pieces of books. Half of the drills hide the key in the landmark test's filler, half in the text of a
+book, at any depth; --edges is the share of those at the beginning or the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from longext.checkpoint.load import load_tokenizer
 from longext.checkpoint.source import resolve_model
 from longext.evals.passkey_prompts import FILLER, NEEDLE, QUESTION, TASK, draw_keys
 
+MIX = "drill:1*8 drill:2*2 drill:4*1 drill:8*1 book:8*6 book:1*2"
 _ENDS = 2  # BOS and EOS
 
 
@@ -33,8 +36,8 @@ class Texts:
         books: token ids of each.
     """
 
-    def __init__(self, tokenizer: Any, books: list[list[int]], longest: int, seed: int) -> None:
-        self.tokenizer, self.books, self.rng = tokenizer, books, np.random.default_rng(seed)
+    def __init__(self, tokenizer: Any, books: list[list[int]], longest: int, seed: int, edges: float) -> None:
+        self.tokenizer, self.books, self.rng, self.edges = tokenizer, books, np.random.default_rng(seed), edges
         self.landmark = self._encode(" ".join([FILLER] * (longest // 10)))
 
     def _encode(self, text: str) -> list[int]:
@@ -57,6 +60,8 @@ class Texts:
         """Return the landmark test's task, a text with a key, the question and its answer."""
         while True:  # tokens at the seams may merge: then another draw
             (key,), depth = draw_keys(self.rng, 1, 5), self.rng.random()
+            if self.edges and self.rng.random() < self.edges:
+                depth = round(depth)
             filler = self.landmark if self.rng.random() < 0.5 else self._filler(length)
             ends = [TASK, NEEDLE.format(key=key), f"{QUESTION} {key}."]
             room = length - _ENDS - len(self._encode("\n".join(ends)))
@@ -70,13 +75,15 @@ class Texts:
                 room += missing
 
 
-def rows(texts: Texts, length: int, short: int, count: int) -> Iterator[str]:
+def rows(texts: Texts, length: int, mix: str, count: int) -> Iterator[str]:
     """Yield the documents of `count` rows."""
-    kinds = [(texts.drill, length)] * 8 + [(texts.drill, length // 2)] * 2 + [(texts.drill, length // 4)]
-    kinds += [(texts.drill, short)] + [(texts.book, short)] * 6 + [(texts.book, length)] * 2
+    kinds: list[tuple[str, int]] = []
+    for part in mix.split():
+        name, share, times = re.fullmatch(r"(drill|book):(\d+)\*(\d+)", part).groups()  # type: ignore[union-attr]
+        kinds += [(name, int(share))] * int(times)
     for row in range(count):
-        make, size = kinds[row % len(kinds)]
-        yield from (make(size) for _ in range(length // size))
+        name, share = kinds[row % len(kinds)]
+        yield from (getattr(texts, name)(length // share) for _ in range(share))
 
 
 def main() -> None:
@@ -85,7 +92,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--books", type=Path, required=True, help="folder of text files")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--short", type=int, default=512, help="tokens of a short document")
+    parser.add_argument(
+        "--mix", default="drill:1*8 drill:2*2 drill:4*1 drill:8*1 book:8*6 book:1*2", help="kinds of rows"
+    )
+    parser.add_argument("--edges", type=float, default=0.0, help="share of drills with the key at either end")
     parser.add_argument("--rows", type=int, default=140)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--out", type=Path, required=True)
@@ -93,9 +103,9 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve_model(given.model))
     paths = sorted(given.books.glob("*.txt"))
     books = [tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False) for path in paths]
-    texts = Texts(tokenizer, books, given.length, given.seed)
+    texts = Texts(tokenizer, books, given.length, given.seed, given.edges)
     with given.out.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": t}) + "\n" for t in rows(texts, given.length, given.short, given.rows))
+        file.writelines(json.dumps({"text": t}) + "\n" for t in rows(texts, given.length, given.mix, given.rows))
 
 
 if __name__ == "__main__":
