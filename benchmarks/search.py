@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import longext
 from longext.report.commands.search import search_table
 from longext.report.console import print_table
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.path.relpath(Path(__file__).parents[2] / "shared"))  # as a record shall name it
 RUNS: dict[str, dict[str, Any]] = {
     "curve": {},
     "curve-quick": {"evaluations": 24, "num_samples": 5},
