@@ -110,7 +110,7 @@ class RemapMethod:
     defaults: Callable[[int, int, int, Mapping[str, Any]], Mapping[str, Any]]
     bands: Callable[[RemapSpec], Sequence[Band]]
     parameters: tuple[Parameter, ...] = ()
-    exact: Callable[[RemapSpec], int] = lambda spec: spec.window  # type: ignore[no-any-return]
+    exact: Callable[[RemapSpec], int] = lambda spec: int(spec.window)
     colour: str = ""
     trains: bool = False
 

@@ -100,8 +100,8 @@ class _Merged(torch.autograd.Function):
                 rests.append(rest)
         merged = out.to(first.dtype)
         ctx.save_for_backward(v, merged, total, *tensors)
-        # without their tensors, which would outlive those that are saved
-        ctx.parts = [replace(part, query=None, key=None) for part in parts]  # type: ignore[arg-type]
+        nothing = first.new_empty(0)  # the parts' own tensors would outlive those that are saved
+        ctx.parts = [replace(part, query=nothing, key=nothing) for part in parts]
         ctx.rests, ctx.scale, ctx.kernel = rests, scale, kernel
         return merged
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from longext.attention import merged
 from longext.attention.banded import BandPlan, Rotation, StepPlan
 from longext.attention.bands import REMAPS, remap_spec
-from longext.attention.pieces import cut_intervals
+from longext.attention.pieces import Piece, cut_intervals
 
 HEADS, KV_HEADS, SIZE, PAIRS = 4, 2, 20, 8  # four dimensions of a head stay unrotated
 TRAINED = 24
@@ -138,6 +139,21 @@ def test_reading_in_pieces_and_step_by_step_is_reading_at_once(name, given):
         step = StepPlan(spec, ROTATION, torch.zeros(1, dtype=torch.int64), last + 1, q)
         own = step.attend(q[:, :, last : last + 1], k[:, :, : last + 1], v[:, :, : last + 1], 0.3)
         assert torch.allclose(own[:, :, 0], whole[:, :, last], atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+def test_the_definition_as_a_kernel_is_the_fused_one(block, monkeypatch):
+    """It runs where torch has no fused kernel that returns its log-sum-exp: float32 on CUDA, MPS."""
+    monkeypatch.setattr(merged, "_QUERIES", block)
+    q, k, v = _inputs(2, 23)
+    weights = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for piece in (Piece("until", 0, 23, 0, 23), Piece("from", 0, 23, 0, 23), Piece("all", 2, 9, 5, 7, 2, 11, 9)):
+        found = []
+        for kernel in (merged._CPU, merged._PLAIN):
+            out = merged.attend_pieces([merged.Part(q, k, 0, 0, [piece])], v, 23, 0.3, kernel)
+            found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+        for fused, plain in zip(*found, strict=True):
+            assert torch.allclose(fused, plain, atol=1e-12)
 
 
 @pytest.mark.parametrize(
