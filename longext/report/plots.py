@@ -15,10 +15,11 @@ matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is 
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
+from longext.attention.bands import REMAPS  # noqa: E402
 from longext.rope.spec import ROPE_METHODS  # noqa: E402
 
 # One colour per method, the same in every picture; readable for the colour-blind (Okabe and Ito, extended).
-METHOD_COLOURS = {name: ROPE_METHODS[name].colour for name in ROPE_METHODS if ROPE_METHODS[name].colour}
+METHOD_COLOURS = {name: kind[name].colour for kind in (ROPE_METHODS, REMAPS) for name in kind if kind[name].colour}
 INK, GRID = "#222222", "#e3e3e3"
 TRAINED_DASHES = (0, (4, 3))  # of the line at the trained length, in every picture
 

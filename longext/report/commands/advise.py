@@ -137,8 +137,8 @@ def _open(record: Mapping[str, Any], name: str) -> list[str]:
         measured = record["num_places"]
         minutes = sum(row["seconds"] for row in record["methods"]) / measured * FEWEST / 60
         notes.append(
-            f"Undecided: the time was up after {measured} place(s), and {FEWEST} are needed to tell methods apart: "
-            f"about {minutes:.0f} minutes at this speed. Give --minutes, or fewer --methods."
+            f"Undecided: {measured} place(s) were measured, and {FEWEST} are needed to tell methods apart: about "
+            f"{minutes:.1f} minutes at this speed. Give more --minutes, more --num-places or text, or fewer --methods."
         )
     change = _row(record, name)["against_window"]
     window = f"a window of the last {record['trained_length']:,} tokens by the model as it is"
