@@ -19,6 +19,7 @@ import typer
 
 import longext
 from longext.errors import LongextError, TrainingStopped
+from longext.extras import explain_import
 from longext.signals import received
 from longext.training.launcher import is_launched, may_report
 
@@ -98,7 +99,8 @@ def _explain(error: BaseException, command: str) -> tuple[str, int]:
         return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
     if is_launched() and _is_lost_process(error):
         return _LOST_PROCESS, 1
-    return _explain_os(error) or _explain_bug(error)
+    absent = explain_import(error, f"`longext {command}`" if command else "longext")
+    return (str(absent), absent.exit_code) if absent else _explain_os(error) or _explain_bug(error)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

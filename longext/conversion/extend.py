@@ -28,6 +28,7 @@ from longext.conversion.files import (
     write_json,
 )
 from longext.errors import CheckpointError, ConfigError
+from longext.extras import has
 from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.formulas import bake_as_longrope, ramp_of
 from longext.rope.reading import spec_from_json
@@ -63,6 +64,7 @@ class ExtensionPlan:
         layout: the spelling that is written (`write_rope`).
         layers: which layers the extension reaches, in words.
         warnings: what the user should know before using it, one line each.
+        is_checked: it was held to what transformers builds.
     """
 
     config: ExtendConfig
@@ -79,6 +81,7 @@ class ExtensionPlan:
     layout: str = "both"
     layers: str = ""
     warnings: tuple[str, ...] = ()
+    is_checked: bool = False
 
     @property
     def config_length(self) -> int:
@@ -99,7 +102,7 @@ class ExtensionPlan:
 def plan_extension(config: ExtendConfig) -> ExtensionPlan:
     """Work out an extension from config.json and the safetensors headers, and hold it to what transformers builds.
 
-    Without `config.check` that comparison, which imports torch and transformers, is left out.
+    That comparison is left out without `config.check`, and where torch or transformers are not installed.
 
     Raises:
         CheckpointError: the model cannot be read or extended, or would not compute what is planned.
@@ -129,7 +132,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         layers=f"{rope.describe_layers()} (as config.json says)",
         warnings=engine_notes(parameters),
     )
-    return checked(plan) if config.check else plan
+    return checked(plan) if config.check and has("torch", "transformers") else plan
 
 
 def checked(plan: ExtensionPlan) -> ExtensionPlan:
@@ -156,7 +159,7 @@ def checked(plan: ExtensionPlan) -> ExtensionPlan:
             continue
         gains_nothing = warn(base, plan.rope)
         warnings = (*plan.warnings, gains_nothing) if gains_nothing else plan.warnings
-        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings)
+        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings, is_checked=True)
     assert problem is not None
     raise problem
 
@@ -408,7 +411,7 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
         "new_length": plan.new_length,
         "formula": ROPE_METHODS[plan.spec.method].formula,
         "reference": ROPE_METHODS[plan.spec.method].reference,
-        "checked": plan.config.check,
+        "checked": plan.is_checked,
         "layout": plan.layout,
         "warnings": list(plan.warnings),
     }

@@ -38,4 +38,4 @@ def run(config: AdviseConfig, as_json: bool) -> None:
     deliver(output, contents, as_json=as_json, lead=advice.answer, notes=notes)
 
 
-COMMANDS.register("advise", Command(config=AdviseConfig, run=run))
+COMMANDS.register("advise", Command(config=AdviseConfig, run=run, extras=("eval",)))
