@@ -25,7 +25,7 @@ _HELP = "Extend, train and evaluate long-context Hugging Face checkpoints."
 _EVAL_HELP = "Evaluate a model under named protocols"
 _ORDER = (
     "extend finetune merge convert compress-train generate plan inspect verify eval passkey "
-    "advise search compare report"
+    "advise search compare report diff recipes doctor"
 ).split()
 COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER)
 
