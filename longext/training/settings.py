@@ -65,7 +65,8 @@ def _check_numbers(config: FinetuneConfig) -> None:
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {config.lora_dropout:g}.")
     if config.method == "none" and config.factor is not None:
-        raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
+        told = f"--factor {config.factor:g} needs a --method to apply it, for example --method linear."
+        raise ConfigError(told).about("method")
 
 
 def check_optimiser(config: TrainingConfig) -> None:

@@ -29,7 +29,7 @@ def run(config: ExtendConfig, as_json: bool) -> None:
     from longext.conversion.extend import exportable_parameters, plan_rope
 
     if config.method == "none" and (config.factor or config.target_length):
-        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.")
+        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.").about("method")
     directory = resolve_model(config.model, config.revision, weights=False)
     rope = read_model_rope(directory)
     spec = rope.spec
@@ -41,7 +41,7 @@ def run(config: ExtendConfig, as_json: bool) -> None:
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
     from longext.cli.output import deliver, open_output
-    from longext.report.commands.model import dimension_table
+    from longext.report.commands.model import dimension_table, in_sentences
     from longext.report.results import Contents, output_directory
     from longext.rope.analysis import dimension_rows
 
@@ -67,7 +67,8 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
         tables=lambda: [dimension_table(rows, trained, target if has_method else None, title)],
         figures=figures,
     )
-    deliver(output, contents, as_json=as_json, notes=_notes(rope, layers, len(rows), never))
+    lead = in_sentences(rows, config.model, trained, spec if has_method else None)
+    deliver(output, contents, as_json=as_json, lead=[*lead, ""], notes=_notes(rope, layers, len(rows), never))
 
 
 def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> list[str]:
