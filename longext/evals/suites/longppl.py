@@ -171,8 +171,8 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
         with work.progress("key tokens", sum(length * len(texts[length]) for length in texts), "tokens") as advance:
             keys = {length: [self._keys_of(model, data, piece, advance) for piece in texts[length]] for length in texts}
         found = model.describe()
-        names = ("id", "config_sha256", "tokenizer_sha256", "remapping")
-        return keys, {name: found[name] for name in names if name in found}
+        told = ("id", "config_sha256", "tokenizer_sha256", "remapping")
+        return keys, {name: found[name] for name in told if name in found}
 
     def _keys_of(self, model: LanguageModel, data: Sequence[Document], piece: Piece, advance: Advance) -> Piece:
         """Return a piece with the key tokens that the evaluator finds in it."""
@@ -339,8 +339,9 @@ def read_keys(path: Path, documents: Sequence[Document], config: LongPPL) -> tup
 
 
 def _piece(value: Mapping[str, Any]) -> Piece:
-    numbers = (int(value[name]) for name in ("document", "start", "stop"))
-    return Piece(*numbers, str(value["sha256"]), [(int(start), int(stop)) for start, stop in value["spans"]])
+    document, start, stop = (int(value[name]) for name in ("document", "start", "stop"))
+    spans = [(int(first), int(last)) for first, last in value["spans"]]
+    return Piece(document, start, stop, str(value["sha256"]), spans)
 
 
 # --- measured ---------------------------------------------------------------------------------------------------------
