@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 _ORDER = (
-    "ppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 harness "
-    "reconstruction efficiency"
+    "ppl longppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 "
+    "harness reconstruction efficiency"
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
