@@ -20,7 +20,7 @@ import typer
 import longext
 from longext.errors import LongextError, TrainingStopped
 from longext.signals import received
-from longext.training.launcher import is_launched, may_report
+from longext.processes.launcher import is_launched, may_report
 
 _FULL = {
     errno.ENOSPC: "no space left on the disk",

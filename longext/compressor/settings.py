@@ -11,7 +11,7 @@ from longext.compressor.spec import CompressorSpec, check_spec
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
 from longext.settings import check_names
-from longext.training.processes import is_sharded
+from longext.processes.group import is_sharded
 from longext.training.settings import (
     DECIDING,
     check_data,

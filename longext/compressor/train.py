@@ -43,7 +43,7 @@ from longext.errors import ConfigError
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.losses import chunk_for
-from longext.training.processes import is_main_process, main_process_first, sum_gradients
+from longext.processes.group import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
 

@@ -13,7 +13,7 @@ from longext.staging import check_output, hold_name, hold_output, is_ours, resol
 from longext.training.callbacks import METRICS_NAME, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, complete_checkpoints
 from longext.training.config import TrainingConfig
-from longext.training.processes import is_main_process
+from longext.processes.group import is_main_process
 
 
 def working_directory(output: Path) -> Path:

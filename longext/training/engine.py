@@ -25,7 +25,7 @@ from longext.errors import TrainingError
 from longext.signals import handling
 from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
 from longext.training.losses import shift
-from longext.training.processes import gather, is_sharded, num_processes, process_rank, sum_gradients
+from longext.processes.group import gather, is_sharded, num_processes, process_rank, sum_gradients
 from longext.training.sweep import sweep_rows
 
 

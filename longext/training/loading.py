@@ -39,7 +39,7 @@ from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
-from longext.training.processes import local_rank
+from longext.processes.group import local_rank
 from longext.training.sweep import OFF
 from longext.training.tuning import norm_modules, quantisation
 

@@ -51,7 +51,7 @@ from longext.training.loading import (
     uses_autocast,
 )
 from longext.training.losses import chunk_for, chunked_loss
-from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
+from longext.processes.group import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens

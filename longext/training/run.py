@@ -25,7 +25,7 @@ from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics,
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
 from longext.training.config import TrainingConfig
 from longext.training.engine import Engine, Rows, StopOnSignal
-from longext.training.processes import is_main_process, num_processes, wait_for_all
+from longext.processes.group import is_main_process, num_processes, wait_for_all
 from longext.training.settings import rows_per_step, trainer_arguments
 
 
