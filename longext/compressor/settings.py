@@ -10,8 +10,8 @@ from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.spec import CompressorSpec, check_spec
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
-from longext.settings import check_names
 from longext.processes.group import is_sharded
+from longext.settings import check_names
 from longext.training.settings import (
     DECIDING,
     check_data,

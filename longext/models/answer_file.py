@@ -26,7 +26,7 @@ PREDICTIONS_SCHEMA = "longext.predictions/1"
 _UNTOLD = ("num_threads",)  # what may differ between two runs whose answers belong together
 _SCORES = "scores"  # the fingerprint of a file whose rows are named after model and text themselves
 _SYNC_SECONDS = 1.0
-_ARRAYS = ("float32", "bool")
+_ARRAYS = ("float32", "float64", "bool")
 _checksums: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -91,11 +91,11 @@ class Journal:
     def _checked(self, place: tuple[Path, int, Row]) -> tuple[Path, int, Row]:
         path, number, row = place
         try:
-            row["id"] = str(row["id"])
-            self._check({key: _unpacked(value) for key, value in row.items()})
+            row = {key: _unpacked(value) for key, value in row.items()} | {"id": str(row["id"])}
+            self._check(row)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}:{number} is no answer that longext wrote. Remove the file.") from error
-        return path, number, {key: _unpacked(value) for key, value in row.items()}
+        return path, number, row
 
     def add(self, rows: Mapping[str, Row]) -> None:
         """Append rows; they are on the disk within a second of work."""

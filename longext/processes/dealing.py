@@ -102,7 +102,8 @@ class SharedByProcesses(Share):
         return new
 
 
-_share: ContextVar[Share] = ContextVar("share", default=Share())
+_NOT_SHARED = Share()
+_share: ContextVar[Share] = ContextVar("share")
 
 
 @contextlib.contextmanager
@@ -118,7 +119,7 @@ def sharing(scores: Path | None = None) -> Iterator[None]:
 
 def share() -> Share:
     """Return how the work that is going on is shared: not at all outside `sharing`."""
-    return _share.get()
+    return _share.get(_NOT_SHARED)
 
 
 def own_file(path: Path) -> Path:
@@ -160,7 +161,8 @@ def deal(
         weights: of the items; 1 each by default.
     """
     shared = share()
-    kept = shared.united(keeper.read() if keeper else {})
+    wanted = set(names)
+    kept = shared.united({name: row for name, row in keeper.read().items() if name in wanted} if keeper else {})
     rows = {number: kept[name] for number, name in enumerate(names) if name in kept}
 
     def tell(amount: int) -> None:
