@@ -72,18 +72,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, fingerprint: str, check: Callable[[Row], object] = lambda row: None) -> None:
-        self._path, self._fingerprint, self._check = path, fingerprint, check
+        self.path, self._fingerprint, self._check = path, fingerprint, check
         self._synced = time.monotonic()
 
     def read(self) -> dict[str, Row]:
         """Return the rows of all files by name; what was cut off in this process's own is dropped from it."""
-        own = own_file(self._path)
+        own = own_file(self.path)
         rows = list(self._others(own))
         rows += [(own, number, row) for number, row in open_answers(own, self._fingerprint)]
         return {row["id"]: row for _, _, row in map(self._checked, rows)}
 
     def _others(self, own: Path) -> Iterator[tuple[Path, int, Row]]:
-        for file in files_of_all(self._path):
+        for file in files_of_all(self.path):
             if file != own:
                 _, answers = _read(file, self._fingerprint)
                 yield from ((file, *answer) for answer in answers)
@@ -102,7 +102,7 @@ class Journal:
         now = time.monotonic()
         is_time = now - self._synced >= _SYNC_SECONDS
         self._synced = now if is_time else self._synced
-        append_answers(own_file(self._path), [{"id": name, **row} for name, row in rows.items()], sync=is_time)
+        append_answers(own_file(self.path), [{"id": name, **row} for name, row in rows.items()], sync=is_time)
 
 
 class _Scores(Journal):
@@ -111,9 +111,9 @@ class _Scores(Journal):
     def read(self) -> dict[str, Row]:
         """Return the rows of all files by name."""
         known = share().known
-        if self._path not in known:
-            known[self._path] = super().read()
-        found: dict[str, Row] = known[self._path]
+        if self.path not in known:
+            known[self.path] = super().read()
+        found: dict[str, Row] = known[self.path]
         return found
 
 
