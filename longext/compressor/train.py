@@ -44,10 +44,10 @@ from longext.compressor.spec import CompressorSpec
 from longext.data.packing import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
+from longext.processes.group import is_main_process, main_process_first, sum_gradients
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.losses import chunk_for
-from longext.training.processes import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
 from longext.untrusted import note

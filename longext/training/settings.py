@@ -17,11 +17,11 @@ from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
 from longext.extras import has, require
 from longext.options import DataConfig, RopeConfig
+from longext.processes.group import forget_half_a_launch, is_launched, is_sharded, num_processes
+from longext.processes.launcher import is_shrunk_launch, missing_variables
 from longext.settings import LENGTH, check_names
 from longext.training.config import LONGCE, FinetuneConfig, TrainingConfig
-from longext.training.launcher import is_shrunk_launch, missing_variables
 from longext.training.loading import attention_of, training_device
-from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
 from longext.training.sweep import OFF, chunk_tokens
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
