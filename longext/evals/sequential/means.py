@@ -147,14 +147,16 @@ class LookTest:
         """The mean of the values until the verdict."""
         return float(np.mean(self.values)) if self.values else None
 
-    def bounds(self, low_error: float, high_error: float) -> tuple[float, float]:
-        """Return what the mean of all values is at least and at most, each wrong in at most that share of looks."""
-        shrunk = math.sqrt(1 - len(self.values) / self.total)  # what is left to draw
-        middle = float(np.mean(self.values))
-        low, high = (
-            shrunk * (paired_interval(self.values, 0.025 / error)[1] - middle) for error in (low_error, high_error)
-        )
-        return middle - low, middle + high
+    def interval(self, error: float) -> tuple[float, float]:
+        """Return the bounds of the mean of all values, each wrong in at most that share of runs."""
+        middle, count = float(np.mean(self.values)), len(self.values)
+        if count == self.total:
+            return middle, middle
+        if count < LOOKS[0] or not error:
+            return -math.inf, math.inf
+        low, high = paired_interval(self.values, 0.025 * max(1, self._looks) / error)
+        shrunk = math.sqrt(1 - count / self.total)  # only what is left to draw is open
+        return middle - shrunk * (middle - low), middle + shrunk * (high - middle)
 
     def add(self, value: float) -> bool | None:
         """Take one more value, and return the verdict, None if there is none yet; once there is one, it stays."""
@@ -164,7 +166,6 @@ class LookTest:
             if count == self.total:
                 self.verdict = float(np.mean(self.values)) <= 0
             elif count in LOOKS and min(self._errors) > 0:
-                passing, failing = (error / self._looks for error in self._errors)
-                low, high = self.bounds(failing, passing)
-                self.verdict = True if high <= 0 else False if low > 0 else None
+                passing, failing = (self.interval(error) for error in self._errors)
+                self.verdict = True if passing[1] <= 0 else False if failing[0] > 0 else None
         return self.verdict
