@@ -70,6 +70,12 @@ def _python_errors(call: CallT) -> CallT:
     return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature, which mypy cannot see
 
 
+def _check_alone(settings: dict[str, Any]) -> None:
+    """Raise ConfigError if several processes are asked for."""
+    if settings.get("num_processes", 1) != 1:
+        raise ConfigError("num_processes: several processes are for the command line and torchrun; give 1.")
+
+
 @_python_errors
 def load(
     model: str | Path,
@@ -138,6 +144,7 @@ def evaluate(model: str | Path | LanguageModel, evaluation: str, *, progress: bo
     from longext.report.outcome import Result
 
     show = progress_bar if progress else no_progress
+    _check_alone(settings)
     if isinstance(model, (str, Path)):
         return Result(run_eval(make_eval(evaluation, model=str(model), **settings), progress=show))
     if fixed := sorted(_OF_LOADING.intersection(settings)):
@@ -166,6 +173,7 @@ def compare(
     from longext.report.config import CompareConfig
     from longext.report.console import progress as progress_bar
 
+    _check_alone(settings)
     chosen = {} if methods is None else {"methods": tuple(methods)}
     config = build_config(CompareConfig, None, [], {"model": str(model), **chosen, **settings})
     return compare_methods(config, progress_bar if progress else no_progress)
@@ -308,8 +316,7 @@ def _train(config: Any, trainer: Trainer, shows_progress: bool) -> TrainingResul
     from longext.report.console import progress
     from longext.staging import release_outputs
 
-    if config.num_processes > 1:
-        raise ConfigError("num_processes: several processes are for `longext finetune` and torchrun; give 1.")
+    _check_alone({"num_processes": config.num_processes})
     try:
         planned = plan_run(config, trainer)
         show = progress if shows_progress else no_progress

@@ -15,6 +15,7 @@ from longext.cli.build import WIDEST, Command, build_command
 from longext.cli.errors import flush_output, prepare_streams, reported_errors
 from longext.errors import ConfigError
 from longext.evals.base import EVALS
+from longext.processes.launcher import is_main_process
 from longext.registry import Registry, did_you_mean
 from longext.signals import ending_signals
 from longext.staging import release_outputs
@@ -111,7 +112,7 @@ class _Root(_Group):
                 result = super().invoke(ctx)
             finally:
                 release_outputs()
-            for note in take_notes():
+            for note in take_notes() if is_main_process() else ():
                 print(f"longext: note: {note}", file=sys.stderr)
             flush_output()
             return result

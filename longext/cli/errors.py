@@ -22,8 +22,8 @@ import longext
 from longext.concepts import explanation
 from longext.errors import LongextError, TrainingStopped
 from longext.extras import explain_import
+from longext.processes.launcher import is_launched, may_report
 from longext.signals import received
-from longext.training.launcher import is_launched, may_report
 
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
@@ -49,6 +49,9 @@ _OUT_OF_MEMORY_WITH_MEMORIES = (
 _LOST_PROCESS = (
     "another process of this run ended, or did not answer within collective_timeout seconds (--set). Look at what it "
     "printed; go on from the last checkpoint, if there is one, with --resume."
+)
+_LOST_SHARER = (
+    "another process of this run ended. Look at what it printed; the same command goes on from the answers so far."
 )
 _LOST = ("closed by peer", "reset by peer", "Timed out waiting", "Socket Timeout", "Broken pipe")  # gloo's words
 _OUT_OF_MEMORY_OF = {"finetune": _OUT_OF_MEMORY_IN_TRAINING, "compress-train": _OUT_OF_MEMORY_WITH_MEMORIES}
@@ -107,7 +110,7 @@ def _explain(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
     if is_launched() and _is_lost_process(error):
-        return _LOST_PROCESS, 1
+        return _LOST_PROCESS if command in _OUT_OF_MEMORY_OF else _LOST_SHARER, 1
     absent = explain_import(error, f"`longext {command}`" if command else "longext")
     return (str(absent), absent.exit_code) if absent else _explain_os(error) or _explain_bug(error)
 
