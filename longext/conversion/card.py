@@ -125,11 +125,11 @@ def engine_table(parameters: dict[str, Any], length: int) -> str:
 def _limits(record: dict[str, Any], served: int, is_trained: bool) -> str:
     """Return what a reader should not expect, one point a line."""
     trained = record["spec"]["original_max_position_embeddings"]
-    told = [f"Nothing was measured beyond {served:,} tokens; texts longer than that are not what it was made for."]
+    told = [f"It was made for texts of up to {served:,} tokens."]
     if not is_trained:
         told.append(
             f"It was trained on {trained:,} tokens and not trained since: beyond them it reads less well than a model "
-            "that was, and short texts cost a little, unless the evaluation says otherwise."
+            "that was, and it may read short texts a little less well than its base does."
         )
     told.append("What the base model must not be used for, this one must not be used for either.")
     return "\n".join(f"- {line}" for line in told)

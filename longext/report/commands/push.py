@@ -61,11 +61,11 @@ def prepare(config: PushConfig) -> Publication:
         told = " ".join(str(error).split())[:200]
         raise ConfigError(f"The metadata of {directory / CARD_NAME} cannot be read: {told}") from error
     base = config.base_model or card.data.get("base_model") or _hub_id(base_of(directory))
-    card.data.update(base_model=base) if base else None
-    if config.license:
-        card.data.update(license=config.license)
+    for key, value in {"base_model": base, "license": config.license}.items():
+        if value:
+            card.data[key] = value
     if found:
-        card.data.update(model_name=config.repo.partition("/")[2], eval_results=found)
+        card.data.model_name, card.data.eval_results = config.repo.partition("/")[2], found
         head, mark, tail = card.text.partition(_MADE_BY)
         card.text = f"{head.rstrip()}\n\n{evaluation_section(found)}{mark}{tail}"
     notes = [
@@ -122,9 +122,8 @@ def evaluation_results(names: Sequence[str], directory: Path) -> list[Any]:
         measured = model.get("config_sha256") if isinstance(model, dict) else None
         if measured != expected or part.method or part.memory:
             on_top = f" with {part.method or part.memory}" if part.method or part.memory else ""
-            raise ConfigError(
-                f"{result.name} is of {part.model or 'another model'}{on_top}, not of {directory} as it is."
-            )
+            whose = f"{part.model or 'another model'}{on_top}"
+            raise ConfigError(f"{result.name} is of {whose}, not of {directory} as it is.")
     return [number for _, part in parts for number in _numbers(part)]
 
 
@@ -150,7 +149,7 @@ def _number(part: Part, view: View, score: Any) -> Any:
         dataset_name=Path(source).name,
         dataset_args={"protocol": protocol.get("id"), "sha256": data.get("sha256") or protocol.get("prompts_sha256")},
         metric_type="perplexity" if view.unit == "perplexity" else kind if view.unit != "share" else "accuracy",
-        metric_name=f"{view.value}, {what}{view.spell(column)} {view.heading}",
+        metric_name=f"{view.title}: {what}{view.spell(column)}",
         metric_value=round(float(score.value), 6),
         metric_args={"low": round(interval[0], 6), "high": round(interval[1], 6)} if interval else None,
     )
