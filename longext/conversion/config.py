@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from longext.attention.bands import no_checkpoint
 from longext.checkpoint.gguf import is_gguf
@@ -82,3 +82,22 @@ class ExportConfig:
     def named_output(self) -> str:
         """Return the output file: as given, else in this folder, after the model."""
         return self.output or shown_name(self.model).replace("/", "-") + ".gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(RopeConfig):
+    """`longext serve-config`: one model, one engine."""
+
+    model: str = option(help="Directory, Hub id, books-5m (bundled), or a .gguf file.", argument=True)
+    engine: str = option(names=lambda: ("vllm", "sglang", "llama.cpp", "mlx", "exllamav3"))
+    version: str | None = option(None, "Its version (default: the one of docs/engines.md).")
+    method: str | None = option(
+        None, "Flags that extend a model that is not extended.", names=extension_methods, panel="Method"
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel="Running")
+
+    @property
+    def request(self) -> ExtendConfig:
+        """Return the extension that `method` and its parameters ask for."""
+        shared = {item.name: getattr(self, item.name) for item in fields(RopeConfig)}
+        return ExtendConfig(model=self.model, method=self.method or "none", revision=self.revision, **shared)

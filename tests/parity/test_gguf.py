@@ -18,7 +18,7 @@ from longext.errors import CheckpointError, ConfigError
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
 LENGTH, FACTOR = 64, 8.0
-TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 64}
+TINY = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
 
 

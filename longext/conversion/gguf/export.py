@@ -107,6 +107,8 @@ def _unlike(text: Any, rope: ModelRope, config: dict[str, Any]) -> str:
         return "a model with more than one RoPE, or keys of its own in it"
     if rope.sliding_window or rope.partial_rotary_factor != 1:
         return "a model with a sliding window, or heads that are rotated in part"
+    if rope.model_type == "qwen2" and rope.head_dim * text.num_attention_heads != text.hidden_size:
+        return "a Qwen2 model with heads of another size than hidden_size / num_attention_heads"
     if text.hidden_act != "silu":
         return f"a model with the activation {text.hidden_act}"
     return ""
