@@ -17,7 +17,7 @@ from longext.errors import ConfigError, LongextError
 from longext.settings import build_config
 
 if TYPE_CHECKING:
-    from longext.compressor.reading.generation import Generated
+    from longext.compressor.writing.pieces import Generated
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
@@ -343,7 +343,7 @@ def generate(model: str | Path, prompt: str = "", **settings: Any) -> Generated:
         The new `text` and `tokens`, and what was read.
     """
     from longext.compressor.config import GenerateConfig
-    from longext.compressor.reading.generation import open_writer
+    from longext.compressor.writing.generation import open_writer
 
     writer = open_writer(build_config(GenerateConfig, None, [], {"model": str(model), "prompt": prompt, **settings}))
     writer.read(lambda amount: None)
