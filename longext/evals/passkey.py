@@ -23,9 +23,10 @@ from longext.evals.ranks import Choices, Rank, rank_questions, ranked_tables
 from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_choices, mean_at
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
-from longext.models.answer_file import hash_of, tokens_hash
+from longext.models.answer_file import hash_of, kept_scores, tokens_hash
 from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
+from longext.processes.dealing import deal
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -53,10 +54,22 @@ def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = s
     """
     tokens = _prompt_tokens(model)
     filler = _filler_ids(model, config)
-    return [
-        _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), advance)
+    cells = [
+        (length, depth, _prompts(config, tokens, filler, length, depth))
         for length in sorted(config.lengths)
         for depth in config.places
+    ]
+    prompts = [prompt for *_, own in cells for prompt in own]
+    if config.rules.scoring == "exact":
+        size = batch_size(config.batch_tokens, max(config.lengths), model.device)
+        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in prompts], size, advance)
+        right = [bool(row.all()) for row in rows]
+    else:
+        right = _first_integers(model, prompts, advance)
+    found = iter(right)
+    return [
+        _cell(length, depth, sum(next(found) for _ in own), len(own), _mean_tokens(config, own))
+        for length, depth, own in cells
     ]
 
 
@@ -104,23 +117,9 @@ def _prompts(
     ]
 
 
-def _evaluate_cell(
-    model: LanguageModel,
-    config: Passkey,
-    length: int,
-    depth: float | None,
-    prompts: Sequence[NeedlePrompt],
-    advance: Advance,
-) -> dict[str, Any]:
-    if config.rules.scoring == "exact":
-        size = batch_size(config.batch_tokens, length, model.device)
-        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in prompts], size, advance)
-        num_correct = sum(bool(row.all()) for row in rows)
-    else:
-        num_correct = sum(_first_integer(model, prompt, advance) for prompt in prompts)
+def _mean_tokens(config: Passkey, prompts: Sequence[NeedlePrompt]) -> float:
     counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
-    num_tokens = sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts)
-    return _cell(length, depth, num_correct, len(prompts), num_tokens)
+    return sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts)
 
 
 def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, num_tokens: float) -> dict[str, Any]:
@@ -137,12 +136,18 @@ def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, n
     }
 
 
-def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:
+def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
+    """Return for each prompt whether the first whole number of its greedy answer is the key."""
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
+
+    names, keeper = kept_scores(model, f"greedy {_YARN_NEW_TOKENS}", [prompt.input_ids for prompt in prompts])
+    rows = deal(names, [[number] for number in range(len(prompts))], answer, keeper=keeper, on_progress=advance)
     ends = model.ending_tokens
-    text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
-    number = re.search(r"\d+", text)
-    advance(1)
-    return number is not None and int(number.group()) == prompt.key
+    texts = [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
+    numbers = [re.search(r"\d+", text) for text in texts]
+    return [found is not None and int(found[0]) == each.key for found, each in zip(numbers, prompts, strict=True)]
 
 
 def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

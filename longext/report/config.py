@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.options import DataConfig, RuntimeConfig
+from longext.options import DataConfig, RuntimeConfig, SharedConfig
 from longext.settings import LENGTH, MANY, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(RuntimeConfig, DataConfig):
+class CompareConfig(SharedConfig, RuntimeConfig, DataConfig):
     """`longext compare`: every method on the same documents, seeds and protocol."""
 
     methods: tuple[str, ...] = option(
