@@ -131,5 +131,6 @@ class BuildConfig(MemoryConfig, DataConfig, ChatConfig):
     force: bool = override(RuntimeConfig, "force", help="Replace a memory file that is there.")
     # the sources are arguments
     data: str = override(DataConfig, "data", is_flag=False)
+    max_tokens: int | None = override(DataConfig, "max_tokens", is_flag=False)
     seed: int = override(RuntimeConfig, "seed", is_flag=False)
     strip_thinking: bool | None = override(ChatConfig, "strip_thinking", is_flag=False)

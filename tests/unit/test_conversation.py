@@ -32,6 +32,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+SPEC = CompressorSpec(segment=32, ratios=(4, 8), rank=4, alpha=8)
 SPECS = ("thinned:8", "h2o:48", "expected:48", "attention-matching:48", "ada-snapkv:48", "streaming:4+60")
 STORY = "The keeper climbed the stairs every night and looked out over the sea. " * 14
 QUESTIONS = ["Who climbed?", "What did the keeper look at, and when?", "Where"]
