@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
+    "memory": ("build", "story.txt", "--model", BOOKS, "--memory", "thinned:64", "-o", "a.memory"),
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
     "advise": (BOOKS, "--target-length", 1024, "--methods", "yarn,window", "--num-places", 1),
@@ -100,6 +101,8 @@ def prepared(run, tmp_path, request):
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}
         (tmp_path / "bench/hotpotqa.jsonl").write_text(json.dumps(row))
+    elif name == "memory":
+        (tmp_path / "story.txt").write_text("The keeper climbed the stairs. " * 9)
     elif name == "eval harness":
         write_choices(tmp_path / "tasks")
     elif name == "eval reconstruction":
