@@ -64,7 +64,7 @@ COMMANDS = {
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"push", "search", "merge", "convert", "report", "verify", *SAME}
 
 
 def with_json():
