@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from longext.errors import ConfigError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
-from longext.options import ChatConfig, RuntimeConfig
+from longext.options import ChatConfig, RuntimeConfig, SharedConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 _ORDER = (
-    "ppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 harness "
-    "reconstruction efficiency"
+    "ppl longppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 "
+    "harness reconstruction efficiency"
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
@@ -83,7 +83,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(RuntimeConfig):
+class Eval(SharedConfig, RuntimeConfig):
     """One evaluation: a subclass in a file of `evals/suites/`, whose fields (`option`) are flags and recipe keys.
 
     From the class follow the command `longext eval NAME`, its help and bounds, its table, picture and section of a

@@ -196,7 +196,8 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     rope = read_model_rope(directory, config.trust_remote_code).spec
     trained = rope.original_max_position_embeddings
     if config.target_length <= trained:
-        raise ConfigError(f"--target-length must be above the trained length {trained}, got {config.target_length}.")
+        told = f"--target-length must be above the trained length {trained}, got {config.target_length}."
+        raise ConfigError(told).about("target length")
     found, left_out = choices(config, rope)
     documents = load_documents(config)
     model = load_language_model(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +24,10 @@ from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_c
 from longext.evals.sequential.asking import STOPPING, Decisions
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
-from longext.models.answer_file import hash_of, tokens_hash
+from longext.models.answer_file import hash_of, kept_scores, tokens_hash
 from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
+from longext.processes.dealing import deal
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -107,10 +107,18 @@ def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = s
 
 def try_prompts(prompts: Prompts, trials: Sequence[Trial], advance: Advance = silent) -> list[Tried]:
     """Ask, and return what came of it in the order of `trials`."""
+    model, config = prompts.model, prompts.config
+    made = [prompts.make(trial) for trial in trials]
+    if config.rules.scoring == "exact":
+        size = batch_size(config.batch_tokens, max(trial.length for trial in trials), model.device)
+        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in made], size, advance)
+        right = [bool(row.all()) for row in rows]
+    else:
+        right = _first_integers(model, made, advance)
+    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
     return [
-        tried
-        for _, cell in itertools.groupby(trials, key=lambda each: (each.length, each.depth))
-        for tried in _try_cell(prompts, list(cell), advance)
+        Tried(trial, is_right, len(each.input_ids) + len(each.answer_ids) * counts_answer, tokens_hash(each.input_ids))
+        for trial, is_right, each in zip(trials, right, made, strict=True)
     ]
 
 
@@ -147,23 +155,6 @@ def _filler_ids(model: LanguageModel, config: Passkey) -> list[int]:
     return ids
 
 
-def _try_cell(prompts: Prompts, trials: Sequence[Trial], advance: Advance) -> list[Tried]:
-    """Ask prompts of one length and depth."""
-    model, config = prompts.model, prompts.config
-    made = [prompts.make(trial) for trial in trials]
-    if config.rules.scoring == "exact":
-        size = batch_size(config.batch_tokens, trials[0].length, model.device)
-        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in made], size, advance)
-        right = [bool(row.all()) for row in rows]
-    else:
-        right = [_first_integer(model, prompt, advance) for prompt in made]
-    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
-    return [
-        Tried(trial, is_right, len(each.input_ids) + len(each.answer_ids) * counts_answer, tokens_hash(each.input_ids))
-        for trial, is_right, each in zip(trials, right, made, strict=True)
-    ]
-
-
 def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, num_tokens: float) -> dict[str, Any]:
     low, high = wilson_interval(num_correct, num_trials)
     return {
@@ -178,12 +169,18 @@ def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, n
     }
 
 
-def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:
+def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
+    """Return for each prompt whether the first whole number of its greedy answer is the key."""
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
+
+    names, keeper = kept_scores(model, f"greedy {_YARN_NEW_TOKENS}", [prompt.input_ids for prompt in prompts])
+    rows = deal(names, [[number] for number in range(len(prompts))], answer, keeper=keeper, on_progress=advance)
     ends = model.ending_tokens
-    text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
-    number = re.search(r"\d+", text)
-    advance(1)
-    return number is not None and int(number.group()) == prompt.key
+    texts = [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
+    numbers = [re.search(r"\d+", text) for text in texts]
+    return [found is not None and int(found[0]) == each.key for found, each in zip(numbers, prompts, strict=True)]
 
 
 def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

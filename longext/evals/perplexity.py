@@ -21,9 +21,11 @@ from longext.errors import DataError
 from longext.evals.base import Advance, Outcome, Work, silent
 from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
 from longext.manifest import result_record
+from longext.models.answer_file import kept_scores
 from longext.models.batching import batch_size, batched_by
 from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
+from longext.processes.dealing import deal
 from longext.untrusted import note
 
 if TYPE_CHECKING:
@@ -154,13 +156,21 @@ def _score_windows(
     """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
     size = batch_size(config.batch_tokens, windows[0].length, model.device)
     head = documents[0].head
-    for batch in batched_by(windows, size, lambda window: (window.first, window.length)):
-        first = max(1, len(head) + batch[0].first)  # nothing is before the first token, to predict it from
-        ids = torch.tensor([head + documents[w.document].input_ids[w.start : w.start + w.length] for w in batch])
-        scores = model.score(ids, first)
-        for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
-            yield window, nll, is_top1.cpu().numpy()
-        advance(ids.numel())
+    texts = [head + documents[each.document].input_ids[each.start : each.start + each.length] for each in windows]
+    # nothing is before the first token, to predict it from
+    firsts = [max(1, len(head) + window.first) for window in windows]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
+        pairs = zip(scores.nll.cpu().numpy(), scores.is_top1.cpu().numpy(), strict=True)
+        return [{"nll": nll, "is_top1": is_top1} for nll, is_top1 in pairs]
+
+    names, keeper = kept_scores(model, "tokens", list(zip(firsts, texts, strict=True)))
+    batches = batched_by(range(len(windows)), size, lambda number: (firsts[number], len(texts[number])))
+    lengths = list(map(len, texts))
+    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance, weights=lengths)
+    for window, row in zip(windows, rows, strict=True):
+        yield window, row["nll"].astype(np.float64), row["is_top1"]
 
 
 def _evaluate_length(

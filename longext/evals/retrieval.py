@@ -23,10 +23,11 @@ from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, 
 from longext.evals.sequential.asking import STOPPING, Decisions, check_error_rate, error_rate
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
-from longext.models.answer_file import tokens_hash
+from longext.models.answer_file import kept_scores, tokens_hash
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
+from longext.processes.dealing import deal
 from longext.registry import Registry
 from longext.settings import option
 from longext.untrusted import is_a, json_lines
@@ -423,12 +424,17 @@ def first_choices(
     """
     import torch
 
-    rows: list[torch.Tensor] = []
-    for batch in batched_by(prompts, size, lambda pair: (len(pair[0]), len(pair[1]))):
-        ids = torch.tensor([[*prompt, *answer] for prompt, answer in batch])
-        rows += model.score(ids, len(batch[0][0])).is_top1.cpu()
-        advance(len(batch))
-    return rows
+    texts = [[*prompt, *answer] for prompt, answer in prompts]
+    firsts = [len(prompt) for prompt, _ in prompts]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
+        return [{"is_top1": row.tolist()} for row in scores.is_top1.cpu()]
+
+    batches = batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number])))
+    names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
+    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance)
+    return [torch.tensor(row["is_top1"]) for row in rows]
 
 
 def mean_at(

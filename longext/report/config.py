@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from longext.evals.base import ReadingConfig
 from longext.evals.limits import PLACES
-from longext.options import DataConfig, RuntimeConfig
+from longext.options import DataConfig, RuntimeConfig, SharedConfig
 from longext.settings import LENGTH, MANY, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(RuntimeConfig, DataConfig):
+class CompareConfig(SharedConfig, RuntimeConfig, DataConfig):
     """`longext compare`: every method on the same documents, seeds and protocol."""
 
     methods: tuple[str, ...] = option(
