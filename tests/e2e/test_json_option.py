@@ -29,6 +29,7 @@ COMMANDS = {
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
     "advise": (BOOKS, "--target-length", 1024, "--methods", "yarn,window", "--num-places", 1),
+    "gate": (BOOKS, "--lengths", 128, "--num-prompts", 5, "--fail-under", 0),
     "finetune": (BOOKS, "--data", "sample", "--method", "linear", "--target-length", 1024, "--dry-run"),
     "compress-train": (BOOKS, "--data", "sample", "--segment", 64, "--dry-run"),
     "eval ppl": (BOOKS, *PPL, "--stride", 32),
