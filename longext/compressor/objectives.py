@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class Objectives:
     weights: dict[str, float]
     policy: Policy
     seed: int
+    fading: bool = False
 
     @property
     def of_tokens(self) -> tuple[float, float]:
@@ -60,7 +62,10 @@ class Objectives:
         ratios = rng.choice(compressor.spec.ratios, -(-batch.tokens.shape[1] // compressor.spec.segment)).tolist()
         parts: dict[str, torch.Tensor] = {}
         if any(self.of_tokens):
-            sweep = Sweep(self._segments(compressor, batch, ratios), compressor, batch.per_token)
+            fading = compressor.spec.ratios if self.fading else ()
+            if fading:
+                ratios = [fading[0]] * len(ratios)  # what a ratio further on keeps is part of it
+            sweep = Sweep(self._segments(compressor, batch, ratios), compressor, batch.per_token, fading=fading)
             parts["documents"] = backprop(sweep, self.policy, rng, group) * batch.per_token
         if "ae" in self.weights:
             parts["ae"] = self._autoencode(compressor, batch, int(ratios[0]), rng)
@@ -116,7 +121,7 @@ def compare_gradients(
     before = [parameter.grad for parameter in compressor.parameters()]
     estimate = _gradient(compressor, objectives, batch, group)
     # both draw from a generator of the same seed, so they compare the same ratios and segments
-    exact = _gradient(compressor, Objectives(objectives.weights, other, objectives.seed), batch, group)
+    exact = _gradient(compressor, dataclasses.replace(objectives, policy=other), batch, group)
     for parameter, gradient in zip(compressor.parameters(), before, strict=True):
         parameter.grad = gradient
     norm, exact_norm = estimate.norm(), exact.norm()

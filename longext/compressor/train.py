@@ -44,10 +44,10 @@ from longext.compressor.spec import CompressorSpec
 from longext.data.packing import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
+from longext.processes.group import is_main_process, main_process_first, sum_gradients
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.losses import chunk_for
-from longext.training.processes import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
 from longext.untrusted import note
@@ -88,6 +88,7 @@ class CompressPlan(RunPlan):
         config, spec = self.config, self.spec
         settings = {name: getattr(config, name) for name in DECIDING_COMPRESS}
         settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": data["row_length"], "init": config.init}
+        settings |= {"fading": True} if config.fading else {}
         processes = world_size(config)
         return fingerprint(
             config, settings, read_config(self.source), self.base.weights, data["tokens_sha256"], processes
@@ -147,7 +148,7 @@ class CompressRun(Run):
         """Return the engine, which sweeps over the segments of each document."""
         config = self.plan.config
         policy = parse_policy(config.gradient, self.model.recurrent)
-        objectives = Objectives(parse_objectives(config.objectives), policy, config.seed)
+        objectives = Objectives(parse_objectives(config.objectives), policy, config.seed, config.fading)
         return CompressorEngine(
             model=self.model,
             objectives=objectives,
@@ -187,6 +188,7 @@ class CompressRun(Run):
             "num_total": sum(p.numel() for p in backbone.model.parameters()),
             "num_trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "objectives": parse_objectives(plan.config.objectives),
+            **({"fading": True} if plan.config.fading else {}),
             "gradient": plan.config.gradient,
             "document_length": plan.row_length,
             "documents_per_step": plan.rows_per_step,

@@ -22,10 +22,10 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
+from longext.processes.group import gather, is_sharded, num_processes, process_rank, sum_gradients
 from longext.signals import handling
 from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
 from longext.training.losses import LABEL_WEIGHTS, shift
-from longext.training.processes import gather, is_sharded, num_processes, process_rank, sum_gradients
 from longext.training.sweep import sweep_rows
 
 

@@ -33,6 +33,7 @@ from longext.errors import ConfigError, TrainingError
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel, kv_numbers
 from longext.models.remap import attach
+from longext.processes.group import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.rope.spec import methods_that
 from longext.training.config import LONGCE, FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
@@ -52,7 +53,6 @@ from longext.training.loading import (
     uses_autocast,
 )
 from longext.training.losses import chunk_for, chunked_loss
-from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens

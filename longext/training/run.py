@@ -20,12 +20,12 @@ import torch
 from longext.attention.sequence import make_sequence_group
 from longext.data.packing import collate_rows
 from longext.errors import ConfigError, TrainingStopped
+from longext.processes.group import is_main_process, num_processes, wait_for_all
 from longext.threads import set_threads
 from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
 from longext.training.config import TrainingConfig
 from longext.training.engine import Engine, Rows, StopOnSignal
-from longext.training.processes import is_main_process, num_processes, wait_for_all
 from longext.training.settings import rows_per_step, trainer_arguments
 
 

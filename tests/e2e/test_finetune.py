@@ -658,13 +658,13 @@ def test_accelerate_that_starts_one_process_of_many_is_refused(run, monkeypatch)
     ],
 )
 def test_what_can_be_refused_is_refused_before_processes_start(run, tmp_path, monkeypatch, args, texts):
-    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr("longext.processes.group.launch", lambda *_, **__: pytest.fail("launched"))
     fails(run("finetune", "books-5m", *QUICK, *args, "-o", "out"), 2, *texts)
     no_leftovers(tmp_path)
 
 
 def test_another_split_is_refused_before_processes_start(run, unfinished, monkeypatch):
-    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr("longext.processes.group.launch", lambda *_, **__: pytest.fail("launched"))
     args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume", "--num-processes", 2)
     fails(run(*args), 2, "processes 1, this run has 2")
     fails(run(*args, "--set", "max_tokens=4000"), 2, "was made with data")

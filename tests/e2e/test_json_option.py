@@ -59,6 +59,7 @@ COMMANDS = {
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
     "eval diff": ("a.json", "a.json"),
+    "doctor": (),
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
