@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longext.errors import ConfigError, LongextError
+from longext.extras import explain_import
 from longext.settings import build_config
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _SPELLINGS = (
 _OF_LOADING = frozenset(
     "model method factor memory segment device dtype attention revision trust_remote_code threads".split()
 )
+_EXTRAS = {"load": ("eval",), "evaluate": ("eval",), "compare": ("eval",), "advise": ("eval",), "generate": ("eval",)}
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
@@ -59,6 +61,11 @@ def _python_errors(call: CallT) -> CallT:
         except LongextError as error:
             error.args = (in_python(str(error)), *error.args[1:])
             raise
+        except ModuleNotFoundError as error:
+            absent = explain_import(error, f"longext.{call.__name__}", _EXTRAS.get(call.__name__, ()))
+            if absent is None:
+                raise
+            raise absent from error
 
     return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature, which mypy cannot see
 

@@ -22,7 +22,7 @@ def evaluation_command(name: str) -> Command:
     """Return the command of the evaluation `name`; its help is the docstring of its module."""
     kind = EVALS[name]
     text = sys.modules[kind.__module__].__doc__ or kind.__doc__ or ""
-    return Command(config=kind, run=run_evaluation, help=inspect.cleandoc(text))
+    return Command(config=kind, run=run_evaluation, help=inspect.cleandoc(text), extras=("eval",))
 
 
 def run_evaluation(task: Eval, as_json: bool) -> None:

@@ -31,6 +31,9 @@ class CompressConfig(TrainingConfig, DataConfig):
     ratio: tuple[int, ...] = option(
         (8,), "Tokens per memory slot; several (4,8,16) are drawn per segment.", panel="Method"
     )
+    fading: bool = option(
+        False, "Read the ratios by distance, newest first, as --memory OUT@4,8,16 does.", panel="Method"
+    )
     memory_kind: str | None = option(None, "icae: soft (vectors) or kv.", panel="Method")
     sink: int | None = option(None, "First raw tokens that stay readable (default 1; gist 0).", ge=0, panel="Method")
     overlap: int = option(0, "Last raw tokens that stay readable.", ge=0, panel="Method")

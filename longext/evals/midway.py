@@ -101,7 +101,14 @@ def make_memory_measure(run: CompressRun) -> Measure | None:
                 return None
             with compressor.backbone.without_checkpointing():
                 results = evaluate_memory(
-                    compressor, texts, lengths, _NUM_PLACES, config.seed, methods=_METHODS, num_bootstrap=0
+                    compressor,
+                    texts,
+                    lengths,
+                    _NUM_PLACES,
+                    config.seed,
+                    ratio=config.ratio if config.fading else None,
+                    methods=_METHODS,
+                    num_bootstrap=0,
                 )
         controls = {name: {str(r.length): r.ppl for r in results if r.method == name} for name in _METHODS[1:]}
         return {"perplexity": {r.length: r.ppl for r in results if r.method == MEMORY}, "controls": controls}

@@ -120,7 +120,7 @@ def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) 
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
-        )
+        ).about("method")
     method = ROPE_METHODS[rope.spec.method]
     read = {
         "base_revision": config.revision,

@@ -40,4 +40,4 @@ def run(config: CompareConfig, as_json: bool) -> None:
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 
-COMMANDS.register("compare", Command(config=CompareConfig, run=run))
+COMMANDS.register("compare", Command(config=CompareConfig, run=run, extras=("eval", "report")))

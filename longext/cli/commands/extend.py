@@ -20,6 +20,7 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
     from longext.cli.output import show
     from longext.conversion.extend import extend_checkpoint, plan_extension, provenance
     from longext.conversion.files import left_out
+    from longext.extras import install_line
     from longext.manifest import result_record
     from longext.report.commands.model import extension_table
     from longext.staging import hold_output
@@ -29,8 +30,9 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
         hold_output(Path(config.named_output), config.force)
     plan = plan_extension(config) if dry_run else extend_checkpoint(config)
     notes = [*([] if dry_run else left_out(plan.source)), *(f"Warning: {line}" for line in plan.warnings)]
-    if not config.check:
-        notes.append("Not compared with what transformers builds (--no-check): longext verify does it later.")
+    if not plan.is_checked:
+        why = f"it is not installed: {install_line(['eval'])}" if config.check else "--no-check"
+        notes.append(f"Not compared with what transformers builds ({why}): longext verify does it later.")
     wrote = f"Wrote {config.output}. Check it: longext verify {config.output}"
     notes.append("Dry run: nothing was written." if dry_run else wrote)
     record = result_record("extend", model=config.model, output=config.output, extension=provenance(plan))

@@ -16,7 +16,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory, join
 from longext.compressor.reading.decoder import CachedDecoder, last_logits, memory_decoder
-from longext.compressor.schedule import Ratio
+from longext.compressor.schedule import Ratio, kept_slots
 from longext.compressor.segments import Segment
 
 
@@ -222,12 +222,7 @@ class CompressorTrail(Trail):
         state, length = self.state, self.schedule.segment
         if state.ratios == tuple(wanted[: len(state.ratios)]):
             return
-        kept, start = [torch.arange(0)], 0
-        for ratio, new in zip(state.ratios, wanted, strict=False):
-            stride, end = new // ratio, start + length // ratio
-            kept.append(torch.arange(start + stride - 1, end, stride))
-            start = end
-        stay = torch.cat(kept)
+        stay = torch.tensor(kept_slots(length, state.ratios, wanted), dtype=torch.int64)
         fixed = torch.arange(self.num_fixed)
         places = torch.cat([fixed, self.num_fixed + stay])
         memory = tuple(tensor[..., places.to(tensor.device), :] for tensor in state.memory)
