@@ -24,7 +24,7 @@ _TRACEBACK = ("--traceback", "--debug")
 _HELP = "Extend, train and evaluate long-context Hugging Face checkpoints."
 _EVAL_HELP = "Evaluate a model under named protocols"
 _ORDER = (
-    "extend finetune merge convert compress-train generate plan inspect verify eval passkey "
+    "extend finetune merge convert export compress-train generate plan inspect verify serve-config eval passkey "
     "advise search compare report"
 ).split()
 COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER)

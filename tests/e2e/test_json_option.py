@@ -24,6 +24,7 @@ COMMANDS = {
     "extend": (BOOKS, "--method", "yarn", "--factor", 2, "--no-check"),
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
+    "serve-config": (BOOKS, "--engine", "vllm"),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
@@ -61,7 +62,7 @@ COMMANDS = {
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"search", "merge", "convert", "export", "report", "verify", *SAME}
 
 
 def with_json():
