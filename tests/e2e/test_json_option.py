@@ -24,6 +24,7 @@ COMMANDS = {
     "extend": (BOOKS, "--method", "yarn", "--factor", 2, "--no-check"),
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
+    "serve-config": (BOOKS, "--engine", "vllm"),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
     "memory": ("build", "story.txt", "--model", BOOKS, "--memory", "thinned:64", "-o", "a.memory"),
     "passkey": (BOOKS, *PASSKEY),
@@ -65,7 +66,7 @@ COMMANDS = {
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"push", "search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"push", "search", "merge", "convert", "export", "report", "verify", *SAME}
 
 
 def with_json():
