@@ -11,8 +11,8 @@ from longext.compressor.schedule import UNLIMITED, Ratio, spelled
 from longext.compressor.spec import CompressorSpec, check_fading, check_spec
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
+from longext.processes.group import is_sharded
 from longext.settings import check_names
-from longext.training.processes import is_sharded
 from longext.training.settings import (
     DECIDING,
     check_data,

@@ -121,7 +121,7 @@ def model_card(
         front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
     notes = [*filter(None, [method.caveat]), *record.get("warnings", [])]
     if not record.get("checked", True):
-        notes.append("The RoPE was not compared with what transformers builds (`--no-check`).")
+        notes.append("The RoPE was not compared with what transformers builds; `longext verify DIR` does it.")
     trap = "".join(f"\n> {note}\n" for note in notes)
     served = spec["original_max_position_embeddings"] if method.keeps_length else length
     text = _CARD.substitute(

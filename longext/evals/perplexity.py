@@ -21,9 +21,11 @@ from longext.errors import DataError
 from longext.evals.base import Advance, Outcome, Work, silent
 from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
 from longext.manifest import result_record
+from longext.models.answer_file import kept_scores
 from longext.models.batching import batch_size, batched_by
 from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
+from longext.processes.dealing import deal
 from longext.untrusted import note
 
 if TYPE_CHECKING:
@@ -150,13 +152,20 @@ def _score_windows(
 ) -> Iterator[tuple[Window, NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
     size = batch_size(config.batch_tokens, windows[0].length, model.device)
-    for batch in batched_by(windows, size, lambda window: window.first):
-        first = batch[0].first
-        ids = torch.tensor([documents[w.document].input_ids[w.start : w.start + w.length] for w in batch])
-        scores = model.score(ids, first)
-        for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
-            yield window, nll, is_top1.cpu().numpy()
-        advance(ids.numel())
+    texts = [documents[each.document].input_ids[each.start : each.start + each.length] for each in windows]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), windows[batch[0]].first)
+        pairs = zip(scores.nll.cpu().numpy(), scores.is_top1.cpu().numpy(), strict=True)
+        return [{"nll": nll, "is_top1": is_top1} for nll, is_top1 in pairs]
+
+    firsts = [window.first for window in windows]
+    names, keeper = kept_scores(model, "tokens", list(zip(firsts, texts, strict=True)))
+    batches = batched_by(range(len(windows)), size, lambda number: firsts[number])
+    lengths = [window.length for window in windows]
+    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance, weights=lengths)
+    for window, row in zip(windows, rows, strict=True):
+        yield window, row["nll"].astype(np.float64), row["is_top1"]
 
 
 def _evaluate_length(

@@ -31,6 +31,7 @@ COMMANDS = {
     "finetune": (BOOKS, "--data", "sample", "--method", "linear", "--target-length", 1024, "--dry-run"),
     "compress-train": (BOOKS, "--data", "sample", "--segment", 64, "--dry-run"),
     "eval ppl": (BOOKS, *PPL, "--stride", 32),
+    "eval longppl": (BOOKS, "--evaluator", BOOKS, "--lengths", 256, "--min-gain", 0.5, "--max-loss", 6),
     "eval short": (BOOKS, *PPL, "--against", BOOKS),
     "eval effective": (BOOKS, "--num-trials", 1, "--depths", 0, "--max-length", 128),
     "eval needle": (BOOKS, *NEEDLE, "--tasks", "single", "--max-new-tokens", 8),
@@ -58,6 +59,7 @@ COMMANDS = {
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
     "eval diff": ("a.json", "a.json"),
+    "doctor": (),
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own

@@ -156,11 +156,11 @@ def test_bos_follows_the_protocol(books):
 
 
 def test_top1_is_what_greedy_decoding_would_take_also_where_logits_tie():
-    from longext.models.hf import _score_logits
+    from longext.models.hf import score_logits
 
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 2.0], [2.0, 2.0, 2.0]])
     for target in range(3):
         targets = torch.full((3,), target)
-        scores = _score_logits(logits.clone(), targets)
+        scores = score_logits(logits.clone(), targets)
         assert torch.equal(scores.is_top1, logits.argmax(-1) == targets)
         torch.testing.assert_close(scores.nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))

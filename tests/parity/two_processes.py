@@ -94,7 +94,7 @@ def check_segment_parallel() -> None:
     from longext.compressor.gradients import backprop
     from longext.compressor.objectives import Batch, Objectives, compare_gradients
     from longext.compressor.policies import parse_policy
-    from longext.training.processes import sum_gradients
+    from longext.processes.group import sum_gradients
 
     for name, segments in itertools.product(INDEPENDENT, (1, 2, 5)):
         torch.manual_seed(0)

@@ -66,4 +66,4 @@ def describe(generated: Generated) -> str:
     return "; ".join(parts) + "."
 
 
-COMMANDS.register("generate", Command(config=GenerateConfig, run=run))
+COMMANDS.register("generate", Command(config=GenerateConfig, run=run, extras=("eval",)))
