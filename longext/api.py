@@ -211,20 +211,23 @@ def extend(model: str | Path, method: str, *, output: str | Path | None = None, 
     """Write a checkpoint whose RoPE reaches further; the weights are linked, never loaded.
 
     Args:
-        model: a directory, Hub id or bundled name.
+        model: a directory, Hub id, bundled name, or a .gguf file.
         method: "linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "longrope", "llama3", "abf".
         output: the directory to write; named after model, method and length by default.
         settings: factor or target_length, and the options of `longext extend`.
 
     Returns:
-        The directory, a standard checkpoint.
+        The directory, a standard checkpoint; or the file.
     """
+    from longext.checkpoint.gguf import is_gguf
     from longext.conversion.config import ExtendConfig
     from longext.conversion.extend import extend_checkpoint
+    from longext.conversion.gguf.extend import extend_gguf
 
     given = {"model": str(model), "method": method, "output": None if output is None else str(output)}
     config = build_config(ExtendConfig, None, [], {**given, **settings})
-    extend_checkpoint(dataclasses.replace(config, output=config.named_output))
+    write = extend_gguf if is_gguf(model) else extend_checkpoint
+    write(dataclasses.replace(config, output=config.named_output))
     return Path(config.named_output)
 
 

@@ -183,7 +183,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
             f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
             f"Use `{origin.method}` with a larger factor, or start from the bare base theta: longext extend --replace."
         ).about("rope")
-    spec = _new_spec(config, origin if composes else _bare(origin))
+    spec = new_spec(config, origin if composes else bare_spec(origin))
     if composes and spec.factor < origin.factor:
         raise ConfigError(
             f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
@@ -222,7 +222,7 @@ def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
     return extension
 
 
-def _bare(spec: RopeSpec) -> RopeSpec:
+def bare_spec(spec: RopeSpec) -> RopeSpec:
     """The unscaled RoPE under a scaled one: its base theta and pre-training length, and what belongs to the model."""
     return RopeSpec(
         mscale=spec.mscale,
@@ -235,7 +235,7 @@ def _bare(spec: RopeSpec) -> RopeSpec:
     )
 
 
-def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
+def new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
     method = ROPE_METHODS[config.method]
     takes = {parameter.key: parameter.name for parameter in method.parameters}

@@ -72,12 +72,14 @@ class Outcome:
         score_at: the score of (task, length), None for all of them: what `--fail-under` is compared with.
         notes: what a reader of the numbers has to know.
         files: further files of the results by name: their text, or a call that makes it.
+        bars: the verdicts on the limits, if the run itself came to them (--error-rate).
     """
 
     record: dict[str, Any]
     score_at: Callable[[str | None, str | None], float | None] = lambda task, length: None
     notes: Sequence[str] = ()
     files: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
+    bars: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,8 @@ class Eval(SharedConfig, RuntimeConfig):
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
         """Return what the record says of each limit."""
+        if outcome.bars is not None:
+            return outcome.bars
         return place_verdicts(limits, outcome.score_at, at_most=self.limits_are_most)
 
     def require(self, record: Mapping[str, Any]) -> None:

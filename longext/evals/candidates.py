@@ -15,7 +15,7 @@ from longext.conversion.extend import ExtensionPlan, extended_config, plan_exten
 from longext.data.documents import data_hash, load_documents
 from longext.errors import CheckpointError, ConfigError, DataError
 from longext.evals.base import Progress
-from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
+from longext.evals.sequential.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
 from longext.models.methods import RemapRequest, described, method_request, remap_request

@@ -156,7 +156,7 @@ class HFLanguageModel:
             hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
             return score_hidden(self.model, hidden, targets, first)
         keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
-        scores = _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+        scores = score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
         check_scores(scores.nll, first)
         return scores
 
@@ -273,7 +273,7 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
     rows = max(1, budget // (4 * head.weight.shape[0]))
     parts = [
-        _score_logits(scale_logits(model, head(states)), tokens)
+        score_logits(scale_logits(model, head(states)), tokens)
         for states, tokens in zip(flat.split(rows), flat_targets.split(rows), strict=True)
     ]
     shape = targets.shape
@@ -282,7 +282,7 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     return TokenScores(nll, torch.cat([part.is_top1 for part in parts]).view(shape))
 
 
-def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+def score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """Score [..., V] logits; overwrites them, so that no second tensor of their size exists."""
     logits = logits.float()
     targets = targets.to(logits.device)  # a mapped model may end on another device than it starts

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from longext.report.tables import Table
+from longext.settings import shown_name
 
 if TYPE_CHECKING:
     from longext.conversion.extend import ExtensionPlan
+    from longext.conversion.gguf.extend import GgufPlan
     from longext.conversion.verify import Verification
     from longext.rope.analysis import DimensionRow
     from longext.rope.spec import RopeSpec
@@ -38,6 +40,19 @@ def extension_table(plan: ExtensionPlan) -> Table:
         [row for row in rows if row[1] or row[2]],
         left=frozenset({1, 2}),
     )
+
+
+def gguf_table(plan: GgufPlan) -> Table:
+    """Old -> new of the extension of a GGUF file: the keys that change, one a row."""
+    architecture, spec = plan.file.architecture, plan.spec
+    rows = [["architecture", architecture, ""], ["factor s (target / L)", "", f"{spec.factor:g}"]]
+    for name, value in plan.change.keys.items():
+        old = _cell(plan.file.values.get(name))
+        rows.append([name.removeprefix(f"{architecture}."), old, "left out" if value is None else _cell(value[1])])
+    rows += [[f"tensor {name}", "", _cell(values.tolist())] for name, values in plan.change.tensors.items()]
+    rows.append(["weights", f"{len(plan.file.tensors)} tensors, {megabytes(plan.data_bytes)}", "unchanged"])
+    title = f"{shown_name(plan.config.model)}: {spec.method}"
+    return Table(title, ["", "old", "new"], rows, left=frozenset({1, 2}))
 
 
 def _cell(value: Any) -> str:
