@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from longext.errors import DataError
-from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
+from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
 from longext.models.decode import generate
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
+from longext.processes.dealing import deal
 
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
@@ -100,22 +100,20 @@ def generate_predictions(
     """
     assert len({request.id for request in requests}) == len(requests), "two requests share an id"
     assert all(request.input_ids for request in requests), "a prompt needs a token"
-    done: dict[str, Prediction] = {}
     control = _control_counts(model, is_chat)
-    if path is not None:
-        done = _kept(model, requests, path)
-    if done and on_progress:
-        on_progress(len(done))
-    for batch in _batches(model, requests, batch_tokens):
-        if all(request.id in done for request in batch):
-            continue
-        new = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
-        if path is not None:
-            append_answers(path, [dataclasses.asdict(prediction) for prediction in new])
-        done.update({prediction.id: prediction for prediction in new})
-        if on_progress:
-            on_progress(len(new))
-    return [done[request.id] for request in requests]
+    numbers = {request.id: number for number, request in enumerate(requests)}
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(each) for each in _answer(model, [requests[i] for i in batch], control)]
+
+    rows = deal(
+        list(numbers),
+        [[numbers[request.id] for request in batch] for batch in _batches(model, requests, batch_tokens)],
+        answer,
+        keeper=None if path is None else _journal(model, requests, path),
+        on_progress=on_progress,
+    )
+    return [Prediction(**row) for row in rows]
 
 
 def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int]:
@@ -302,14 +300,7 @@ def _share(count: int, predictions: Collection[Prediction]) -> str:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _kept(model: LanguageModel, requests: Sequence[Request], path: Path) -> dict[str, Prediction]:
-    """Return the predictions in `path` by id."""
+def _journal(model: LanguageModel, requests: Sequence[Request], path: Path) -> Journal:
+    """Return the file of predictions at `path`."""
     fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
-    done = {}
-    for number, row in open_answers(path, fingerprint):
-        try:
-            prediction = Prediction(**row)
-        except TypeError as error:
-            raise DataError(f"{path}:{number} is no prediction that longext wrote. Remove the file.") from error
-        done[prediction.id] = prediction
-    return done
+    return Journal(path, fingerprint, check=lambda row: Prediction(**row))

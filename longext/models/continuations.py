@@ -36,9 +36,13 @@ class Continuations:
         Args:
             prompt: at least one token.
         """
-        if self.reads_once is None:
-            self.reads_once = self._agrees(prompt, continuations[0])
+        self.decide(prompt, continuations[0])
         return self._behind_cache(prompt, continuations) if self.reads_once else self._whole(prompt, continuations)
+
+    def decide(self, prompt: Sequence[int], continuation: Sequence[int]) -> None:
+        """Try whether prompts can be read once, unless that is known."""
+        if self.reads_once is None:
+            self.reads_once = self._agrees(prompt, continuation)
 
     def _agrees(self, prompt: Sequence[int], continuation: Sequence[int]) -> bool:
         if len(prompt) < 2:

@@ -357,7 +357,8 @@ def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) ->
     """The extension that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
-        raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
+        told = f"--method {method} needs --factor (target length / trained length, for example 8)."
+        raise ConfigError(told).about("factor")
     return plan_extension(request)
 
 

@@ -28,6 +28,7 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
     from longext.conversion.engines import readers_note
     from longext.conversion.extend import extend_checkpoint, plan_extension, provenance
     from longext.conversion.files import left_out
+    from longext.extras import install_line
     from longext.manifest import result_record
     from longext.report.commands.model import extension_table
     from longext.staging import hold_output
@@ -38,8 +39,9 @@ def run(config: ExtendConfig, as_json: bool, dry_run: bool, verify: bool) -> Non
     plan = plan_extension(config) if dry_run else extend_checkpoint(config)
     notes = [*([] if dry_run else left_out(plan.source)), *(f"Warning: {line}" for line in plan.warnings)]
     notes.append(readers_note(plan.parameters))
-    if not config.check:
-        notes.append("Not compared with what transformers builds (--no-check): longext verify does it later.")
+    if not plan.is_checked:
+        why = f"it is not installed: {install_line(['eval'])}" if config.check else "--no-check"
+        notes.append(f"Not compared with what transformers builds ({why}): longext verify does it later.")
     wrote = f"Wrote {config.output}. Check it: longext verify {config.output}"
     notes.append("Dry run: nothing was written." if dry_run else wrote)
     record = result_record("extend", model=config.model, output=config.output, extension=provenance(plan))

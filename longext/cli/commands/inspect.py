@@ -31,7 +31,7 @@ def run(config: ExtendConfig, as_json: bool) -> None:
     from longext.conversion.extend import exportable_parameters, plan_rope
 
     if config.method == "none" and (config.factor or config.target_length):
-        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.")
+        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.").about("method")
     if is_gguf(config.model):
         _inspect_gguf(config, as_json)
         return
@@ -62,8 +62,7 @@ def _inspect_gguf(config: ExtendConfig, as_json: bool) -> None:
 
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
     from longext.cli.output import deliver, open_output
-    from longext.report.commands.model import dimension_table
-    from longext.report.plots import rope_dimensions
+    from longext.report.commands.model import dimension_table, in_sentences
     from longext.report.results import Contents, output_directory
     from longext.rope.analysis import dimension_rows
 
@@ -75,16 +74,22 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
     title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
     output = output_directory(config.output, "inspect", config.model)
     open_output(output, config)
+
+    def figures() -> dict[str, Any]:
+        from longext.report.plots import rope_dimensions
+
+        picture = rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method)
+        return {"rope": picture}
+
     contents = Contents(
         command="inspect",
         config=config,
         record=_record(config, rope, spec, rows, never),
         tables=lambda: [dimension_table(rows, trained, target if has_method else None, title)],
-        figures=lambda: {
-            "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
-        },
+        figures=figures,
     )
-    deliver(output, contents, as_json=as_json, notes=_notes(rope, layers, len(rows), never))
+    lead = in_sentences(rows, config.model, trained, spec if has_method else None)
+    deliver(output, contents, as_json=as_json, lead=[*lead, ""], notes=_notes(rope, layers, len(rows), never))
 
 
 def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> list[str]:

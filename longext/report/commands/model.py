@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longext.conversion.verify import Verification
     from longext.models.engines.endpoint import EndpointAnswer
     from longext.rope.analysis import DimensionRow
+    from longext.rope.spec import RopeSpec
 
 
 def megabytes(size: int) -> str:
@@ -90,6 +91,40 @@ def endpoint_table(answer: EndpointAnswer) -> Table:
     title = f"{answer.url}: what it applies to {shown_name(answer.model)}"
     caption = f"nats between log-probabilities of the server and of the model, {answer.num_places} places"
     return Table(title, ["RoPE", "distance", ""], rows, left=frozenset({0, 2}), caption=caption)
+
+
+def in_sentences(rows: Sequence[DimensionRow], model: str, trained: int, spec: RopeSpec | None) -> list[str]:
+    """Return what the table says, for a reader who does not know RoPE.
+
+    Args:
+        rows: of `dimension_rows`, at the target length.
+        model: its name.
+        trained: tokens that it was trained on.
+        spec: the RoPE of a method, None if there is none.
+    """
+    slow = sum(not row.completes_a_turn for row in rows)
+    said = [
+        f"{model} was trained on {trained:,} tokens at a time. It finds out where a token stands by turning "
+        f"{len(rows)} pairs of numbers, each at its own speed."
+    ]
+    if slow:
+        said.append(
+            f"{slow} of them turn so slowly that training never showed a full turn: past {trained:,} tokens they come "
+            "to angles that the model has never met, and it loses its way."
+        )
+    else:
+        said.append("All of them made a full turn in training: there is no angle that the model has not met.")
+    if spec is None:
+        advice = " `--method yarn --factor 8` shows what a method would do about it." if slow else ""
+        return [*said[:-1], said[-1] + advice]
+    reach, kept = round(trained * spec.factor), sum(row.treatment == "kept" for row in rows)
+    unseen = sum(not row.completes_a_turn and row.turns_at_target > row.turns * (1 + 1e-6) for row in rows)
+    left = f"{unseen} still come to new angles" if unseen else "none comes to a new angle any more"
+    said.append(
+        f"{spec.method} at factor {spec.factor:g}, for {reach:,} tokens, keeps {kept} and slows down "
+        f"{len(rows) - kept}: of the slow ones {left}. What that is worth has to be measured: longext compare {model}."
+    )
+    return said
 
 
 def verification_table(result: Verification) -> Table:
