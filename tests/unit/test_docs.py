@@ -18,7 +18,15 @@ from longext.settings import build_config, shipped_recipes
 from longext.training.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+]
+OTHER_COMMANDS = ("CONTRIBUTING.md", "CHANGELOG.md")
+OURS = "https://github.com/longext/longext/"
+_OURS = re.compile(rf"{OURS}(?:blob|tree|raw)/main/|https://raw.githubusercontent.com/longext/longext/main/")
+_GENERATED = "reference/"  # pages of the site that are written from the program
 
 
 def table(page, section=""):
@@ -57,13 +65,40 @@ def test_recipes_files_and_pages_that_a_page_names_exist(page):
         assert name in shipped_recipes(), name
     for name in re.findall(r"\b((?:recipes/accelerate|tests|benchmarks)/[\w/.-]+\.(?:py|yaml))\b", text):
         assert (ROOT / name).is_file(), name
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
+def anchors(page):
+    """Return the anchors that GitHub, and the site, give the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        plain = re.sub(r"[*`]|\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+        found.add(anchor if anchor not in found else f"{anchor}-1")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(\s*([^)\s]+)", text) + re.findall(r'(?:href|src)="([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        own = _OURS.match(path)
+        if re.match(r"\w+:", path) and not own:
+            continue
+        target = ROOT / path[own.end() :] if own else (page.parent / path if path else page).resolve()
+        if target.is_relative_to(ROOT / "docs" / _GENERATED):
+            continue  # the strict build of the site looks at these
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")], ids=lambda page: page.name
+)
 def test_every_command_line_of_a_page_parses(page):
-    """CONTRIBUTING.md shows commands that do not exist until its files are added; tests of those files run them."""
+    """CONTRIBUTING.md has commands that do not exist until its files are added, the changelog those of old versions."""
     for line in command_lines(page.read_text(encoding="utf-8")):
         assert parse(line).command, line
 
