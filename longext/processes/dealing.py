@@ -7,6 +7,7 @@ depends on the whole work alone, so the results do not depend on how many proces
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -64,7 +65,7 @@ class Share:
 class SharedByProcesses(Share):
     """Shared with the other processes of this run, through the store that they met at."""
 
-    _turn = 0  # of the main process; every process counts the same
+    _turn = 0
     _seen = 0
 
     def agreed(self, value: Any) -> Any:
@@ -83,7 +84,7 @@ class SharedByProcesses(Share):
         """Yield the batches that this process takes; end when all processes have done theirs."""
         from longext.processes.group import meeting_place
 
-        self._turn += 1
+        self._turn = next(_turns)
         self._seen = 0
         store, name = meeting_place(), f"longext/deal/{self._turn}"
         while (number := store.add(f"{name}/taken", 1) - 1) < len(batches):
@@ -103,6 +104,7 @@ class SharedByProcesses(Share):
 
 
 _NOT_SHARED = Share()
+_turns = itertools.count(1)  # of the works of this process; every process counts the same
 _share: ContextVar[Share] = ContextVar("share")
 
 

@@ -24,10 +24,13 @@ COMMANDS = {
     "extend": (BOOKS, "--method", "yarn", "--factor", 2, "--no-check"),
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
+    "serve-config": (BOOKS, "--engine", "vllm"),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
+    "memory": ("build", "story.txt", "--model", BOOKS, "--memory", "thinned:64", "-o", "a.memory"),
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
     "advise": (BOOKS, "--target-length", 1024, "--methods", "yarn,window", "--num-places", 1),
+    "gate": (BOOKS, "--lengths", 128, "--num-prompts", 5, "--fail-under", 0),
     "finetune": (BOOKS, "--data", "sample", "--method", "linear", "--target-length", 1024, "--dry-run"),
     "compress-train": (BOOKS, "--data", "sample", "--segment", 64, "--dry-run"),
     "eval ppl": (BOOKS, *PPL, "--stride", 32),
@@ -63,7 +66,7 @@ COMMANDS = {
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"push", "search", "merge", "convert", "export", "report", "verify", *SAME}
 
 
 def with_json():
@@ -100,6 +103,8 @@ def prepared(run, tmp_path, request):
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}
         (tmp_path / "bench/hotpotqa.jsonl").write_text(json.dumps(row))
+    elif name == "memory":
+        (tmp_path / "story.txt").write_text("The keeper climbed the stairs. " * 9)
     elif name == "eval harness":
         write_choices(tmp_path / "tasks")
     elif name == "eval reconstruction":

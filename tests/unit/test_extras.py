@@ -108,6 +108,16 @@ def test_the_table_of_extras_is_that_of_the_project():
         assert name in listed["all"][0]
 
 
+def test_every_command_says_which_extras_it_needs():
+    from longext.cli.app import COMMANDS
+
+    without = {name for name in COMMANDS if not COMMANDS[name].extras}
+    core = set("extend inspect verify plan recipes doctor push diff export serve-config".split())
+    assert without <= core, "Command(..., extras=...) lets a missing package end it at once, with the install line"
+    for name in COMMANDS:
+        assert set(COMMANDS[name].extras) <= set(extras.NEEDED)
+
+
 def test_all_that_is_missing_is_named_once_with_the_shortest_line():
     with pytest.raises(MissingExtraError, match=r"^this needs nosuch-a and nosuch-b: pip install 'longext\[eval\]'$"):
         extras.require("this", ["eval"], ["nosuch_a", "torch", "nosuch_b", "nosuch_a"])

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longext.errors import CheckpointError, ConfigError, LongextError, MissingExtraError
+from longext.errors import CheckpointError, ConfigError, LongextError
+from longext.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,12 +23,9 @@ CACHES = {"auto": _GGML_F32, "float32": _GGML_F32, "float16": _GGML_F16, "bfloat
 
 def llama_cpp() -> Any:
     """Return the package llama_cpp (MissingExtraError: it is not installed)."""
-    try:
-        import llama_cpp as package
-    except ImportError as error:
-        raise MissingExtraError(
-            "llama.cpp runs .gguf files, and llama-cpp-python is not installed: pip install 'longext[gguf]'"
-        ) from error
+    require("Running a .gguf file", ["gguf"], ["llama_cpp"])
+    import llama_cpp as package
+
     return package
 
 

@@ -23,8 +23,10 @@ from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, regi
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceLimit, check_lengths, place_limits
 from longext.evals.views import SEVERAL, TOKENIZER, TOKENS, Detail, Lines, Section
 from longext.manifest import result_record
+from longext.models.answer_file import kept_scores
 from longext.models.methods import check_method
 from longext.options import DataConfig, RuntimeConfig
+from longext.processes.dealing import deal
 from longext.settings import LENGTH, MANY, option
 
 if TYPE_CHECKING:
@@ -169,21 +171,34 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
         model = load_language_model(RuntimeConfig(**settings), self.evaluator_method, self.evaluator_factor)
         texts = cut_texts(model, data, self)
         with work.progress("key tokens", sum(length * len(texts[length]) for length in texts), "tokens") as advance:
-            keys = {length: [self._keys_of(model, data, piece, advance) for piece in texts[length]] for length in texts}
+            keys = {length: self._keys_of(model, data, texts[length], advance) for length in texts}
         found = model.describe()
         told = ("id", "config_sha256", "tokenizer_sha256", "remapping")
         return keys, {name: found[name] for name in told if name in found}
 
-    def _keys_of(self, model: LanguageModel, data: Sequence[Document], piece: Piece, advance: Advance) -> Piece:
-        """Return a piece with the key tokens that the evaluator finds in it."""
+    def _keys_of(
+        self, model: LanguageModel, data: Sequence[Document], pieces: Sequence[Piece], advance: Advance
+    ) -> list[Piece]:
+        """Return pieces with the key tokens that the evaluator finds in them."""
         import torch
 
-        ids, tiles = tokens_of(model, data[piece.document].text[piece.start : piece.stop])
-        row = torch.tensor([ids])
-        gain, loss = long_short(lambda own, first: model.score(own, first).nll, row, self.context, self.step)
-        keys = is_key(gain, loss, self.min_gain, self.max_loss)[0].tolist()
-        advance(len(ids))
-        return dataclasses.replace(piece, spans=joined(tile for tile, key in zip(tiles[1:], keys, strict=True) if key))
+        texts = [tokens_of(model, data[piece.document].text[piece.start : piece.stop]) for piece in pieces]
+
+        def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+            row = torch.tensor([texts[batch[0]][0]])
+            gain, loss = long_short(lambda own, first: model.score(own, first).nll, row, self.context, self.step)
+            return [{"is_key": is_key(gain, loss, self.min_gain, self.max_loss)[0].tolist()}]
+
+        rule = (self.context, self.step, self.min_gain, self.max_loss)
+        names, keeper = kept_scores(model, "key tokens", [(*rule, ids) for ids, _ in texts])
+        weights = [len(ids) for ids, _ in texts]
+        one_by_one = [[number] for number in range(len(texts))]
+        rows = deal(names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights)
+        found = (
+            joined(tile for tile, key in zip(tiles[1:], row["is_key"], strict=True) if key)
+            for (_, tiles), row in zip(texts, rows, strict=True)
+        )
+        return [dataclasses.replace(piece, spans=spans) for piece, spans in zip(pieces, found, strict=True)]
 
     @property
     def step(self) -> int:
@@ -366,14 +381,20 @@ def measure_keys(
     import numpy as np
     import torch
 
+    texts = [documents[piece.document].text[piece.start : piece.stop] for piece in pieces]
+    tokens = [tokens_of(model, text) for text in texts]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"nll": model.score(torch.tensor([tokens[batch[0]][0]]), 1).nll[0].cpu().numpy()}]
+
+    names, keeper = kept_scores(model, "text", [ids for ids, _ in tokens])
+    one_by_one, weights = [[number] for number in range(len(texts))], [length] * len(texts)
+    rows = deal(names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights)
     sums = np.zeros((len(pieces), len(SUMS)))
-    for number, piece in enumerate(pieces):
-        text = documents[piece.document].text[piece.start : piece.stop]
-        ids, tiles = tokens_of(model, text)
-        nll = model.score(torch.tensor([ids]), 1).nll[0].cpu().double().numpy()
+    for number, (text, (_, tiles), piece, row) in enumerate(zip(texts, tokens, pieces, rows, strict=True)):
+        nll = row["nll"].astype(np.float64)
         key = np.array(keys_among(text, tiles, piece.spans)[1:])
         sums[number] = nll[key].sum(), key.sum(), nll.sum(), len(nll)
-        advance(length)
     if not sums[:, 1].any():
         raise DataError(
             f"No token of {config.data} at {length} tokens gains {config.min_gain:g} nats from text beyond "
