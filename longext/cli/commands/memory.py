@@ -69,4 +69,4 @@ def _ratios(held: dict[str, Any]) -> str:
     return f" at {', '.join(f'{ratio}x' for ratio in ratios)}"
 
 
-COMMANDS.register("memory", Command(config=BuildConfig, run=run, has_recipe=False))
+COMMANDS.register("memory", Command(config=BuildConfig, run=run, extras=("eval",), has_recipe=False))
