@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.errors import ConfigError
 from longext.evals.base import Eval, Progress, Work, no_progress
 from longext.options import ChatConfig
 
@@ -67,6 +68,9 @@ def run_eval(
         set_threads(task.threads)
         with loading(f"loading {task.model}"):
             model = task.open_model()
+    readable = getattr(model, "kinds", None)
+    if readable is not None and task.kind not in readable:
+        raise ConfigError(f"{task.model} is a .gguf, which `eval ppl` and `passkey` read. Give a checkpoint.")
     if asking and model is not None:
         set_asking(model, asking)
     outcome = task.measure(model, data, Work(progress=progress, answers=answers))

@@ -19,7 +19,7 @@ from longext.models.decode import generate
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
@@ -112,6 +112,7 @@ def generate_predictions(
         answer,
         keeper=None if path is None else _journal(model, requests, path),
         on_progress=on_progress,
+        workers=workers_of(model),
     )
     return [Prediction(**row) for row in rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from longext.conversion.extend import bare_spec, new_spec
 from longext.errors import CheckpointError, ConfigError
 from longext.rope.reading import spec_from_json
 from longext.rope.spec import ROPE_METHODS, RopeSpec, rope_parameters
+from longext.settings import shown_name
 from longext.staging import staged_file
 from longext.untrusted import parse_json
 
@@ -131,13 +133,20 @@ def read_record(file: GgufFile) -> dict[str, Any]:
 def provenance(plan: GgufPlan) -> dict[str, Any]:
     """Return what `verify` and a later `extend` need to know."""
     return extension_record(
-        base_model=plan.config.model,
-        base_path=str(plan.file.path.resolve()),
+        base_model=shown_name(plan.config.model),
+        base_path=path_from(Path(plan.config.named_output), plan.file.path),
         origin=plan.origin,
         spec=plan.spec,
         old_length=plan.rope.max_position_embeddings,
         new_length=plan.new_length,
     )
+
+
+def path_from(output: Path, base: Path) -> str:
+    """Return where `base` is, seen from the folder of `output`: a file that is published names no home."""
+    with contextlib.suppress(ValueError):  # another drive
+        return os.path.relpath(base.resolve(), output.resolve().parent)
+    return base.name
 
 
 def extension_record(
