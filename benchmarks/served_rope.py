@@ -1,7 +1,7 @@
 """Does `longext verify --endpoint` name the RoPE that a server applies? Every setting it knows, at 2x, 4x and 8x.
 
-A local completions server (tests/completions_server.py) runs books-5m under each setting, with weights rounded to 8 bits
-a row; the checkpoint here is books-5m under YaRN of that factor.
+A local completions server (tests/completions_server.py) runs books-5m under each setting, its weights rounded to
+8 bits a row; the checkpoint here is books-5m under YaRN of that factor.
 
     python benchmarks/served_rope.py docs/results/served-rope.json
 """
