@@ -18,7 +18,8 @@ from longext.extras import explain_import
 from longext.settings import build_config
 
 if TYPE_CHECKING:
-    from longext.compressor.reading.generation import Generated
+    from longext.compressor.writing.conversation import Conversation
+    from longext.compressor.writing.pieces import Generated
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
@@ -363,11 +364,64 @@ def generate(model: str | Path, prompt: str = "", **settings: Any) -> Generated:
         The new `text` and `tokens`, and what was read.
     """
     from longext.compressor.config import GenerateConfig
-    from longext.compressor.reading.generation import open_writer
+    from longext.compressor.writing.generation import open_writer
 
     writer = open_writer(build_config(GenerateConfig, None, [], {"model": str(model), "prompt": prompt, **settings}))
     writer.read(lambda amount: None)
     return writer.write(lambda text: None)
+
+
+@_python_errors
+def chat(model: str | Path = "", *, context: str | Path | Sequence[str | Path] = (), **settings: Any) -> Conversation:
+    """Open a conversation with a model, or a compressor, or on a memory file.
+
+    Args:
+        model: what `load` takes, or the output of `compress`; may be left out where `memory` is a file.
+        context: text files to read first.
+        settings: memory, method, factor, system, stop, max_new_tokens, and the other options of `longext chat`.
+
+    Returns:
+        A `Conversation`: `read(text)`, `ask(question)`, `stream(question)` (pieces as they come), `ask_all(questions)`
+        (at once, each alone), `add(role, text)`, `messages`, `save(file)`, `reset()`.
+    """
+    from longext.compressor.config import ConversationConfig
+    from longext.compressor.writing.generation import read_context
+    from longext.compressor.writing.talking import open_conversation
+
+    names = [context] if isinstance(context, (str, Path)) else list(context)
+    given = {"model": str(model), "context": tuple(map(str, names)), **settings}
+    config = build_config(ConversationConfig, None, [], given)
+    conversation = open_conversation(config)
+    for name in config.context:
+        conversation.read(read_context(name), Path(name).name)
+    return conversation
+
+
+@_python_errors
+def build_memory(
+    documents: str | Path | Sequence[str | Path], *, output: str | Path, progress: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Read documents once and keep their memory in a file, from which `chat` and `generate` go on (memory=FILE).
+
+    Args:
+        documents: text files, folders of them, or "sample".
+        output: the file to write.
+        progress: show a progress bar on standard error.
+        settings: memory, model, segment, and the other options of `longext memory`.
+
+    Returns:
+        What the file holds: tokens, slots, bytes, fingerprint of the model, documents.
+    """
+    from longext.compressor.config import BuildConfig
+    from longext.compressor.writing.building import Builder
+    from longext.evals.base import no_progress
+    from longext.report.console import progress as progress_bar
+
+    sources = [documents] if isinstance(documents, (str, Path)) else list(documents)
+    given = {"action": "build", "sources": tuple(map(str, sources)), "output": str(output), **settings}
+    builder = Builder(build_config(BuildConfig, None, [], given))
+    with (progress_bar if progress else no_progress)("reading", builder.num_unread, "tokens") as advance:
+        return builder.build(advance)
 
 
 @_python_errors

@@ -15,10 +15,9 @@ Every message is one line: what was given, what is allowed, what to do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+ErrorT = TypeVar("ErrorT", bound="LongextError")
 
 # Set for the workers of `--num-processes`: the process id of the launcher, which prints what they have to say.
 LAUNCHED_BY_US = "LONGEXT_LAUNCHED"
@@ -35,7 +34,7 @@ class LongextError(Exception):
     everywhere = False
     concept = ""
 
-    def about(self, concept: str) -> Self:
+    def about(self: ErrorT, concept: str) -> ErrorT:
         """Say which concept the error is about, and return it: `raise ConfigError("...").about("factor")`."""
         self.concept = concept
         return self

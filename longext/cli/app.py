@@ -26,8 +26,8 @@ _EXPLAIN = ("--explain",)
 _HELP = "Extend, train and evaluate long-context Hugging Face checkpoints."
 _EVAL_HELP = "Evaluate a model under named protocols"
 _ORDER = (
-    "extend finetune merge convert compress-train generate plan inspect verify eval passkey "
-    "advise search compare report diff recipes doctor"
+    "extend finetune merge convert export compress-train memory generate chat plan inspect verify serve-config eval "
+    "passkey advise search compare report diff recipes doctor"
 ).split()
 COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ORDER = (
     "ppl longppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 "
-    "harness reconstruction efficiency"
+    "infinitebench harness reconstruction efficiency"
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")

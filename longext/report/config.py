@@ -60,9 +60,7 @@ class GateConfig(ReadingConfig, DataConfig):
     )
     num_prompts: int = option(200, "Prompts of each test and length that are planned.", ge=1, le=MANY)
     fail_over: tuple[str, ...] = option((), "LENGTH=PPL: the highest perplexity; may be repeated.", repeats=True)
-    baseline: str | None = option(
-        None, "Model, or result.json of an earlier gate, whose perplexity at every length is the limit."
-    )
+    baseline: str | None = option(None, "Model whose perplexity on the same windows, at every length, is the limit.")
     margin: float = option(0.02, "Share by which the perplexity may be above the baseline's.", ge=0, le=MANY)
     num_windows: int = option(64, "Windows of text of each length that are planned.", ge=1, le=MANY)
     error_rate: float = option(

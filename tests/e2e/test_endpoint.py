@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import socket
 
-import numpy as np
 import pytest
 import torch
 from command_line import fails, fails_in_one_line, no_leftovers, ok, undrawn
 from completions_server import CompletionsServer
 from typer.testing import CliRunner
 
-from longext.conversion.extend import extended_config, plan_extension
 from longext.errors import ConfigError
 from longext.models.endpoint import client
 from longext.models.endpoint.client import base_url
-from longext.models.endpoint.scaling import nearest
-from longext.models.methods import method_request
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SECRET = "sk-very-secret-0123456789"
@@ -173,43 +169,3 @@ def test_what_a_server_cannot_follow_is_refused(run, books):
         assert SECRET not in str(caught.value)
     for given in ("http://a:8/", "http://a:8/v1", "http://a:8/v1/completions"):
         assert base_url(given) == "http://a:8/v1"
-
-
-@pytest.mark.parametrize(
-    ("applied", "told"),
-    [
-        (None, "applies what the checkpoint says"),
-        ("linear:factor=1", "applies no scaling, not what"),
-        ("yarn:factor=64", "applies yarn 8x, twice, not what"),
-    ],
-)
-def test_verify_tells_which_rope_a_server_applies(run, books, extended, applied, told):
-    """Also behind weights in bfloat16, whose log-probabilities are off by some hundredths."""
-    books.set_rope(json.loads((extended / "config.json").read_text()))
-    if applied is not None:
-        plan = plan_extension(method_request(f"{applied}:original_length=512:replace=true", str(extended)))
-        books.set_rope(extended_config(plan))
-    books.model.bfloat16()
-    with CompletionsServer(books).running() as url:
-        result = run("verify", extended, "--endpoint", url, "--length", 640)
-    first = result.stdout.splitlines()[0]
-    assert told in first, result.output
-    assert result.exit_code == (0 if applied is None else 1)
-
-
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory):
-    """books-5m under YaRN, 8x."""
-    from longext import extend
-
-    return extend("books-5m", "yarn", factor=8, output=tmp_path_factory.mktemp("extended") / "yarn", check=False)
-
-
-def test_a_server_that_fits_no_candidate_is_not_given_a_name():
-    generator = np.random.default_rng(0)
-    a, b, c = (generator.normal(size=500) for _ in range(3))
-    assert nearest(a + 0.3 * generator.normal(size=500), {"a": a, "b": b, "a again": a}).name == "a"
-    for between in (a + 0.5 * (b - a), c):
-        assert not nearest(between, {"a": a, "b": b}).is_sure
-    found = nearest(a + 0.3 * generator.normal(size=500), {"a": a, "b": b})
-    assert (found.is_sure, found.rivals) == (True, ())

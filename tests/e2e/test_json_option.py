@@ -24,10 +24,13 @@ COMMANDS = {
     "extend": (BOOKS, "--method", "yarn", "--factor", 2, "--no-check"),
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
+    "serve-config": (BOOKS, "--engine", "vllm"),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
+    "memory": ("build", "story.txt", "--model", BOOKS, "--memory", "thinned:64", "-o", "a.memory"),
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
     "advise": (BOOKS, "--target-length", 1024, "--methods", "yarn,window", "--num-places", 1),
+    "gate": (BOOKS, "--lengths", 128, "--num-prompts", 5, "--fail-under", 0),
     "finetune": (BOOKS, "--data", "sample", "--method", "linear", "--target-length", 1024, "--dry-run"),
     "compress-train": (BOOKS, "--data", "sample", "--segment", 64, "--dry-run"),
     "eval ppl": (BOOKS, *PPL, "--stride", 32),
@@ -55,6 +58,7 @@ COMMANDS = {
     "eval mrcr": (BOOKS, "--lengths", 1024, "--num-trials", 1, "--needles", 2, "--answers", "likelihood"),
     "eval graphwalks": (BOOKS, "--lengths", 512, "--num-trials", 1, "--tasks", "parents", "--max-new-tokens", 16),
     "eval longbench2": (BOOKS, "--data", "rows.json", "--max-length", 200, "--answers", "likelihood"),
+    "eval infinitebench": (BOOKS, "--data", "infinite", "--max-length", 90),
     "eval harness": (BOOKS, "--tasks", "choices", "--include-path", "tasks"),
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
@@ -63,7 +67,7 @@ COMMANDS = {
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"push", "search", "merge", "convert", "export", "report", "verify", *SAME}
 
 
 def with_json():
@@ -96,10 +100,16 @@ def prepared(run, tmp_path, request):
         (tmp_path / "rows.json").write_text(
             json.dumps([{**row, **choices, "answer": "B", "context": "person B. " * 99}])
         )
+    elif name == "eval infinitebench":
+        (tmp_path / "infinite").mkdir()
+        row = {"context": "The pass key is 71432.", "input": "What is the pass key?", "answer": ["71432"]}
+        (tmp_path / "infinite/passkey.jsonl").write_text(json.dumps(row))
     elif name == "eval longbench":
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}
         (tmp_path / "bench/hotpotqa.jsonl").write_text(json.dumps(row))
+    elif name == "memory":
+        (tmp_path / "story.txt").write_text("The keeper climbed the stairs. " * 9)
     elif name == "eval harness":
         write_choices(tmp_path / "tasks")
     elif name == "eval reconstruction":

@@ -34,4 +34,4 @@ def run(config: GateConfig, as_json: bool) -> None:
         raise LongextError(failure(record))
 
 
-COMMANDS.register("gate", Command(config=GateConfig, run=run))
+COMMANDS.register("gate", Command(config=GateConfig, run=run, extras=("eval",)))

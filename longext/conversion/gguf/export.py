@@ -17,7 +17,8 @@ from longext.conversion.config import ExportConfig
 from longext.conversion.extend import trained_rope, written_rope
 from longext.conversion.gguf.extend import RECORD_KEY, check_gguf_output, extension_record, gguf_output, record_value
 from longext.conversion.gguf.tokenizer import CONVERTER, GgufTokenizer, gguf_tokenizer
-from longext.errors import CheckpointError, ConfigError, MissingExtraError
+from longext.errors import CheckpointError, ConfigError
+from longext.extras import require
 from longext.rope.spec import RopeSpec
 from longext.settings import shown_name
 
@@ -56,10 +57,9 @@ class ExportPlan:
 
 def gguf_package() -> Any:
     """Return the package gguf (MissingExtraError: it is not installed)."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("Writing .gguf needs the package gguf: pip install 'longext[gguf]'") from error
+    require("Writing .gguf", ["gguf"])
+    import gguf
+
     return gguf
 
 

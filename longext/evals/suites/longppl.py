@@ -258,7 +258,7 @@ def cut_texts(model: LanguageModel, documents: Sequence[Document], config: LongP
         DataError: no document does.
     """
     begun, longest = len(model.prefix), max(config.lengths)
-    most = min(config.num_windows * longest, config.max_tokens or LENGTH)
+    most = min(config.num_windows * (longest - begun), config.max_tokens or LENGTH)
     pieces: dict[int, list[Piece]] = {length: [] for length in sorted(config.lengths)}
     seen = 0
     for number, document in enumerate(documents):

@@ -65,6 +65,7 @@ class LlamaCppModel:
 
     @asking.setter
     def asking(self, asking: Asking) -> None:
+        """Refuse: raises ConfigError."""
         raise ConfigError(
             f"{self.name} is a .gguf, which `eval ppl` and `passkey` read; questions are put to checkpoints. Evaluate "
             "the checkpoint that it was made from."

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.source import resolve_model
 from longext.data.documents import data_hash
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Progress
@@ -28,7 +29,6 @@ from longext.manifest import result_record
 from longext.models.methods import check_method
 from longext.registry import did_you_mean
 from longext.report.tables import Table, number
-from longext.untrusted import read_json
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -160,26 +160,8 @@ def _limits_of_text(config: GateConfig) -> list[_TextLimit]:
     limits = [_TextLimit("perplexity", int(each.length or 0), each.limit) for each in own]
     if config.baseline is None:
         return limits
-    if not config.baseline.endswith(".json"):
-        return limits + [_TextLimit("baseline", length, None) for length in sorted(config.lengths)]
-    known = _stored(Path(config.baseline).expanduser())
-    missing = [length for length in config.lengths if length not in known]
-    if missing:
-        raise ConfigError(f"--baseline {config.baseline} has no perplexity at {missing[0]}: it has {sorted(known)}.")
-    grown = 1 + config.margin
-    return limits + [_TextLimit("baseline", n, known[n] * grown) for n in sorted(config.lengths)]
-
-
-def _stored(path: Path) -> dict[int, float]:
-    """Return the perplexity of an earlier gate by length."""
-    if not path.is_file():
-        raise ConfigError(f"--baseline must be a model or the result.json of a gate, got '{path}'.")
-    record = read_json(path, want=dict)
-    rows = record.get("checks") if record.get("kind") == "gate" else None
-    try:
-        return {int(row["length"]): float(row["value"]) for row in rows or () if row["unit"] == "windows"}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"--baseline {path} is no record of a gate.") from error
+    resolve_model(config.baseline)  # a wrong name is told before anything is measured
+    return limits + [_TextLimit("baseline", length, None) for length in sorted(config.lengths)]
 
 
 class _Texts:
