@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from longext.checkpoint.load import load_tokenizer
+from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import resolve_model
+from longext.checkpoint.source import read_json, resolve_model
 from longext.checksums import sha256_of
 from longext.errors import ConfigError, LongextError
 from longext.models.endpoint.client import Client, Refused
@@ -309,13 +309,13 @@ class EndpointModel:
 
 def _named(directory: Path) -> Any:
     """Return what names ending tokens beside a tokenizer: generation_config.json and config.json, if they are there."""
-    from transformers import AutoConfig, GenerationConfig
-
-    has = {name: (directory / name).is_file() for name in ("config.json", "generation_config.json")}
-    settings = GenerationConfig.from_pretrained(directory) if has["generation_config.json"] else None
-    nothing = SimpleNamespace(get_text_config=lambda: SimpleNamespace(eos_token_id=None))
-    config = AutoConfig.from_pretrained(directory) if has["config.json"] else nothing
-    return SimpleNamespace(generation_config=settings, config=config)
+    settings, nothing = directory / "generation_config.json", SimpleNamespace(eos_token_id=None)
+    generation = SimpleNamespace(eos_token_id=None)
+    if settings.is_file():
+        generation.eos_token_id = read_json(settings, "settings of generation").get("eos_token_id")
+    is_whole = (directory / "config.json").is_file()
+    config = load_config(directory) if is_whole else SimpleNamespace(get_text_config=lambda: nothing)
+    return SimpleNamespace(generation_config=generation, config=config)
 
 
 def open_endpoint(config: Any) -> EndpointModel:
