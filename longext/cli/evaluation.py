@@ -24,7 +24,7 @@ def evaluation_command(name: str) -> Command:
 
 def run_evaluation(task: Eval, as_json: bool) -> None:
     """Run an evaluation and write its results; exit with 1 if a limit was missed."""
-    from longext.report.console import progress, working
+    from longext.report.console import progress, say_cost, working
     from longext.report.outcome import contents_of
     from longext.report.results import output_directory
 
@@ -33,7 +33,7 @@ def run_evaluation(task: Eval, as_json: bool) -> None:
     open_output(output, task)
     answers = task.answers_path(output)
     with _kept_answers(answers, output, task):
-        measured = run_eval(task, progress=progress, loading=working, answers=answers)
+        measured = run_eval(task, progress=progress, loading=working, answers=answers, tell_cost=say_cost)
         deliver(output, contents_of(measured, str(output)), as_json=as_json, notes=measured.notes)
     task.require(measured.record)
 

@@ -24,7 +24,6 @@ from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_c
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
 from longext.models.answer_file import hash_of, tokens_hash
-from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
 from longext.untrusted import read_text
 
@@ -51,13 +50,19 @@ def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = s
     Args:
         advance: called with the number of prompts just answered.
     """
-    tokens = _prompt_tokens(model)
-    filler = _filler_ids(model, config)
+    places, prompts = _grid(model, config)
+    found = iter(_found(model, config, [each for cell in prompts for each in cell], advance))
     return [
-        _evaluate_cell(model, config, length, depth, _prompts(config, tokens, filler, length, depth), advance)
-        for length in sorted(config.lengths)
-        for depth in config.places
+        _evaluate_cell(config, *place, cell, [next(found) for _ in cell])
+        for place, cell in zip(places, prompts, strict=True)
     ]
+
+
+def _grid(model: LanguageModel, config: Passkey) -> tuple[list[tuple[int, float | None]], list[list[NeedlePrompt]]]:
+    """Return every length and depth, and the prompts of each."""
+    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
+    places = [(length, depth) for length in sorted(config.lengths) for depth in config.places]
+    return places, [_prompts(config, tokens, filler, *place) for place in places]
 
 
 def _prompt_tokens(model: LanguageModel) -> PromptTokens:
@@ -104,23 +109,20 @@ def _prompts(
     ]
 
 
+def _found(model: LanguageModel, config: Passkey, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
+    """Return which keys are found."""
+    if config.rules.scoring != "exact":
+        return [_first_integer(model, prompt, advance) for prompt in prompts]
+    pairs = [(each.input_ids, each.answer_ids) for each in prompts]
+    return [bool(row.all()) for row in first_choices(model, pairs, config.batch_tokens, advance)]
+
+
 def _evaluate_cell(
-    model: LanguageModel,
-    config: Passkey,
-    length: int,
-    depth: float | None,
-    prompts: Sequence[NeedlePrompt],
-    advance: Advance,
+    config: Passkey, length: int, depth: float | None, prompts: Sequence[NeedlePrompt], found: Sequence[bool]
 ) -> dict[str, Any]:
-    if config.rules.scoring == "exact":
-        size = batch_size(config.batch_tokens, length, model.device)
-        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in prompts], size, advance)
-        num_correct = sum(bool(row.all()) for row in rows)
-    else:
-        num_correct = sum(_first_integer(model, prompt, advance) for prompt in prompts)
     counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
     num_tokens = sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts)
-    return _cell(length, depth, num_correct, len(prompts), num_tokens)
+    return _cell(length, depth, sum(found), len(prompts), num_tokens)
 
 
 def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, num_tokens: float) -> dict[str, Any]:
@@ -157,10 +159,7 @@ def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _prompts_hash(model: LanguageModel, config: Passkey) -> str:
-    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
-    cells = [(length, depth) for length in sorted(config.lengths) for depth in config.places]
-    prompts = (prompt for cell in cells for prompt in _prompts(config, tokens, filler, *cell))
-    return hash_of(tokens_hash(prompt.input_ids) for prompt in prompts)
+    return hash_of(tokens_hash(prompt.input_ids) for cell in _grid(model, config)[1] for prompt in cell)
 
 
 def _record(
@@ -224,6 +223,10 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     cells: list[dict[str, Any]] = []
     ranks: list[Rank] = []
     num_prompts = len(task.lengths) * len(task.places) * task.num_trials * (2 if task.answers == BOTH else 1)
+    prompts = [prompt.input_ids for cell in _grid(model, task)[1] for prompt in cell]
+    num_new = len(prompts) * _YARN_NEW_TOKENS if task.rules.scoring != "exact" else 0
+    for _ in range(num_prompts // len(prompts)):
+        work.expect(model, prompts, num_new if task.answers != LIKELIHOOD else 0, not num_new)
     with work.progress(f"passkey {task.protocol}", num_prompts, "prompts") as advance:
         if task.answers != LIKELIHOOD:
             cells = evaluate_passkey(model, task, advance)

@@ -94,19 +94,20 @@ def _behind(encode: Callable[[str], list[int]], text: str, continues: bool) -> t
 def rank_questions(model: LanguageModel, questions: Sequence[Any], advance: Advance = silent) -> list[Rank]:
     """Return the ranks of every question that has choices."""
     from longext.models.continuations import Continuations
+    from longext.models.engine.prefixes import sharing_order
 
-    reader, ranks = Continuations(model), []
-    for question in questions:
-        choices: Choices | None = question.choices
-        if choices is None:
-            continue
+    asked: list[tuple[Any, Choices]] = [(each, each.choices) for each in questions if each.choices is not None]
+    order, _ = sharing_order([choices.input_ids for _, choices in asked])
+    reader, ranks = Continuations(model), dict[int, Rank]()
+    for index in order:
+        question, choices = asked[index]
         nll = reader.nll(choices.input_ids, [*choices.right, *choices.wrong])
         right, wrong = nll[: len(choices.right)], nll[len(choices.right) :]
-        ranks.append(
-            Rank(question.task, question.length, question.depth, *_ranked(right, wrong), len(choices.input_ids))
+        ranks[index] = Rank(
+            question.task, question.length, question.depth, *_ranked(right, wrong), len(choices.input_ids)
         )
         advance(1)
-    return ranks
+    return [ranks[index] for index in range(len(asked))]
 
 
 def _ranked(right: Sequence[float], wrong: Sequence[float]) -> tuple[float, float, float, int]:

@@ -22,7 +22,7 @@ from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, 
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
-from longext.models.batching import batched_by
+from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
 from longext.registry import Registry
@@ -266,6 +266,7 @@ class RetrievalEval(QuestionEval):
         started = time.perf_counter()
         questions = self.questions(model, data)
         scores, answers, ranks = list[QuestionScore](), dict[str, Any](), list[Rank]()
+        self._expect(model, questions, work)
         with work.progress(self.name, len(questions) * (self.generates + self.ranks), self.unit) as advance:
             if self.generates:
                 scores, answers = self.ask(model, questions, work.answers, advance)
@@ -291,6 +292,16 @@ class RetrievalEval(QuestionEval):
         )
         files = {"answers.jsonl": _answer_lines(questions, scores, answers)} if answers else {}
         return Outcome(record=record, score_at=mean_at(scores or ranks, self.spell), notes=notes, files=files)
+
+    def num_new(self, question: Any) -> int:
+        """Return the tokens that are written at most."""
+        return int(question.max_new_tokens)
+
+    def _expect(self, model: LanguageModel, questions: Sequence[Any], work: Work) -> None:
+        if self.generates:
+            work.expect(model, [each.input_ids for each in questions], sum(map(self.num_new, questions)))
+        if self.ranks:
+            work.expect(model, [each.choices.input_ids for each in questions if each.choices], 0)
 
     def _outcome_of(self, given: GivenAnswers) -> Outcome:
         record = result_record(
@@ -345,22 +356,44 @@ def score_of(question: Question, score: float) -> QuestionScore:
 
 
 def first_choices(
-    model: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, advance: Advance = silent
+    model: LanguageModel,
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_tokens: int | None = None,
+    advance: Advance = silent,
 ) -> list[torch.Tensor]:
     """Return for each (prompt, answer) which tokens of the answer are the model's first choice, bool [n].
 
-    One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
-    and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
-    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has.
+    One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every token is the
+    first choice given the prompt and the answer before it. A length-dependent RoPE has the rotation of prompt + answer
+    throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that saves enough.
+
+    Args:
+        batch_tokens: of a forward pass over prompts of one length that share nothing.
     """
     import torch
 
-    rows: list[torch.Tensor] = []
-    for batch in batched_by(prompts, size, lambda pair: (len(pair[0]), len(pair[1]))):
-        ids = torch.tensor([[*prompt, *answer] for prompt, answer in batch])
-        rows += model.score(ids, len(batch[0][0])).is_top1.cpu()
-        advance(len(batch))
-    return rows
+    from longext.models.engine.prefixes import PrefixReader, is_worth_it, sharing_order
+
+    texts = [prompt for prompt, _ in prompts]
+    order, kept = sharing_order(texts)
+    reader = PrefixReader.of(model) if is_worth_it(texts, kept) else None
+    found: dict[int, torch.Tensor] = {}
+    if reader is not None:
+        for index in order:
+            found[index] = reader.first_choices(*prompts[index])
+            advance(1)
+        return [found[index] for index in range(len(prompts))]
+
+    def lengths(index: int) -> tuple[int, int]:
+        return len(prompts[index][0]), len(prompts[index][1])
+
+    for alike in batched_by(range(len(prompts)), len(prompts), lengths):
+        size = batch_size(batch_tokens, sum(lengths(alike[0])), model.device)
+        for batch in batched_by(alike, size, lengths):
+            ids = torch.tensor([[*prompts[index][0], *prompts[index][1]] for index in batch])
+            found.update(zip(batch, model.score(ids, lengths(batch[0])[0]).is_top1.cpu(), strict=True))
+            advance(len(batch))
+    return [found[index] for index in range(len(prompts))]
 
 
 def mean_at(

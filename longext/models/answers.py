@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longext.errors import DataError
 from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
-from longext.models.decode import generate
+from longext.models.engine.caches import join_rows, row_of
+from longext.models.engine.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
+from longext.models.engine.prefixes import PrefixReader, is_worth_it, sharing_order
+from longext.models.engine.rows import write_rows
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
@@ -73,6 +75,11 @@ class Prediction:
 Progress = Callable[[int], None]
 
 
+def load_of(requests: Sequence[Request]) -> Load:
+    """Return what there is to read and to write."""
+    return Load(prompts=[each.input_ids for each in requests], num_new=sum(each.max_new_tokens for each in requests))
+
+
 def generate_predictions(
     model: LanguageModel,
     requests: Sequence[Request],
@@ -84,9 +91,9 @@ def generate_predictions(
 ) -> list[Prediction]:
     """Return the greedy answer to every request, in the order of `requests`.
 
-    The longest prompts go first. A plain model takes several at once (left padding, KV cache); other models take them
-    one by one. Batches depend on all requests, not on those still open, so a run that was cut off and taken up again
-    computes what an uninterrupted one computes.
+    A plain model reads what prompts share once and writes several answers together; other models take prompts one by
+    one. Batches depend on all requests, not on those still open, so a run that was cut off and taken up again computes
+    what an uninterrupted one computes.
 
     Args:
         path: JSON-lines file that every finished batch is appended to; answers that it holds are not made again.
@@ -106,10 +113,15 @@ def generate_predictions(
         done = _kept(model, requests, path)
     if done and on_progress:
         on_progress(len(done))
-    for batch in _batches(model, requests, batch_tokens):
+    if batch_tokens is None:
+        measured_pace(
+            model, Load(prompts=[r.input_ids for r in requests], num_new=sum(r.max_new_tokens for r in requests))
+        )
+    writer = _Writer(model, requests, batch_tokens, control)
+    for batch in writer.batches():
         if all(request.id in done for request in batch):
             continue
-        new = [prediction for prediction in _answer(model, batch, control) if prediction.id not in done]
+        new = [prediction for prediction in writer.answer(batch) if prediction.id not in done]
         if path is not None:
             append_answers(path, [dataclasses.asdict(prediction) for prediction in new])
         done.update({prediction.id: prediction for prediction in new})
@@ -129,35 +141,116 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _batches(model: LanguageModel, requests: Sequence[Request], batch_tokens: int | None) -> Iterator[list[Request]]:
-    """Yield requests that can share a tensor, longest first."""
-    is_plain = isinstance(model, HFLanguageModel)
+class _Writer:
+    """Makes the answers of a run: which prompts go together, in what order, and what is kept of one for the next.
 
-    def key(request: Request) -> Hashable:
-        # one rotation holds for a batch, and every prompt has that of its own length when it is alone
-        length = len(request.input_ids) + request.max_new_tokens if model.follows_length else None
-        return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length
+    Prompts that begin alike follow each other, if that saves enough, and their common beginning is read once; else the
+    longest go first. Each prompt is read by itself and answers are written together, unless reading together is faster
+    too. All of it follows from all requests, not from those still open.
 
-    budget = (batch_tokens or default_batch_tokens(model.device)) if is_plain else 1
-    open_batches: dict[Hashable, list[Request]] = {}
-    for request in sorted(requests, key=lambda r: (-len(r.input_ids), r.id)):
-        batch = open_batches.setdefault(key(request), [])
-        if batch and (len(batch) + 1) * (len(batch[0].input_ids) + batch[0].max_new_tokens) > budget:
+    Args:
+        batch_tokens: prompt and new tokens of a batch; None: as measured (`HFLanguageModel.pace`).
+    """
+
+    def __init__(
+        self, model: LanguageModel, requests: Sequence[Request], batch_tokens: int | None, control: Mapping[int, int]
+    ) -> None:
+        self._model, self._control, self._reading = model, control, _Reading.of(model)
+        pace: Pace | None = getattr(model, "pace", None) if batch_tokens is None else None
+        is_plain = isinstance(model, HFLanguageModel)
+        self._most = pace.rows if pace else None
+        self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
+        if not is_plain:
+            self._budget = 1
+        texts = [request.input_ids for request in requests]
+        order, kept = sharing_order(texts) if is_plain else ([], [])
+        shares = is_worth_it(texts, kept)
+        apart = shares or (self._most or 1) > 1 and not (pace and pace.reads_together)
+        self._reader = PrefixReader.of(model) if is_plain and apart else None
+        if self._reader is None and pace and not pace.reads_together:
+            self._most = 1
+        longest = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), requests[i].id))
+        self._order = [requests[i] for i in (order if self._reader is not None and shares else longest)]
+
+    def batches(self) -> Iterator[list[Request]]:
+        """Yield requests whose answers are written together."""
+        longest = max((len(request.input_ids) for request in self._order), default=0)
+
+        def key(request: Request) -> Hashable:
+            # one rotation holds for a batch, and every prompt has that of its own length when it is alone
+            length = len(request.input_ids) + request.max_new_tokens if self._model.follows_length else None
+            # keys that only fill are read with every token, so lengths in a batch are alike
+            size = int(4 * math.log2(longest / len(request.input_ids))) if self._most != 1 else 0
+            return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length, size
+
+        groups: dict[Hashable, list[Request]] = {}
+        for request in self._order:
+            groups.setdefault(key(request), []).append(request)
+        for group in groups.values():
+            batch: list[Request] = []
+            for request in group:
+                size = max(len(each.input_ids) for each in (*batch, request)) + request.max_new_tokens
+                if batch and ((len(batch) + 1) * size > self._budget or len(batch) == self._most):
+                    yield batch
+                    batch = []
+                batch.append(request)
             yield batch
-            batch = open_batches[key(request)] = []
-        batch.append(request)
-    yield from open_batches.values()
 
+    def answer(self, batch: Sequence[Request]) -> list[Prediction]:
+        """Return the answers of a batch; where memory ends, those of its halves."""
+        try:
+            rows = self._write(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            rows = None
+        if rows is None:  # outside the handler, which holds on to what the batch needed
+            self._forget()
+            middle = len(batch) // 2
+            return [*self.answer(batch[:middle]), *self.answer(batch[middle:])]
+        return [self._reading.prediction(request, row, self._control) for request, row in zip(batch, rows, strict=True)]
 
-def _answer(model: LanguageModel, batch: Sequence[Request], control: Mapping[int, int]) -> list[Prediction]:
-    reading = _Reading.of(model)
-    if batch[0].max_new_tokens < 1:
-        rows: list[list[int]] = [[] for _ in batch]
-    elif isinstance(model, HFLanguageModel):
-        rows = _greedy_batch(model, batch, reading)
-    else:
-        rows = [model.greedy(request.input_ids, request.max_new_tokens) for request in batch]
-    return [reading.prediction(request, row, control) for request, row in zip(batch, rows, strict=True)]
+    def _forget(self) -> None:
+        if self._reader is not None:
+            self._reader.forget()
+        release_memory(self._model.device)
+
+    def _write(self, batch: Sequence[Request]) -> list[list[int]]:
+        first, model = batch[0], self._model
+        if first.max_new_tokens < 1:
+            return [[] for _ in batch]
+        if not isinstance(model, HFLanguageModel):
+            return [model.greedy(request.input_ids, request.max_new_tokens) for request in batch]
+        return write_rows(
+            model,
+            [request.input_ids for request in batch],
+            first.max_new_tokens,
+            self._reading.ends | set(first.stop_ids),
+            min_new_tokens=first.min_new_tokens,
+            is_stopped=self._stopped(batch),
+            cache=self._read(batch),
+        )
+
+    def _read(self, batch: Sequence[Request]) -> Any:
+        """Return the keys and values of prompts without their last tokens; None if they are read as they are written.
+
+        The cache of one prompt is the reader's own, which goes back to the prompt when the next one is read.
+        """
+        reader = self._reader
+        if reader is None or any(len(request.input_ids) < 2 for request in batch):
+            return None
+        rows = []
+        for request in batch:
+            reader.read(request.input_ids[:-1])
+            rows.append(row_of(reader.cache))
+        return reader.cache if len(batch) == 1 else join_rows(reader.model, rows, batch[0].max_new_tokens + 1)
+
+    def _stopped(self, batch: Sequence[Request]) -> Callable[[int, list[int]], bool] | None:
+        """Return what tells that an answer holds one of its stop strings; a thought is no text of the answer."""
+        if not any(request.stop for request in batch):
+            return None
+        reading = self._reading
+        return lambda i, new: _first_stop(reading.visible(batch[i], new)[2], batch[i].stop) is not None
 
 
 @dataclass(frozen=True)
@@ -229,38 +322,6 @@ def begins_thought(model: LanguageModel, prompt: Sequence[int], marks: tuple[str
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
     places = [text.find(string) for string in stop]
     return min((place for place in places if place >= 0), default=None)
-
-
-def _greedy_batch(model: HFLanguageModel, batch: Sequence[Request], reading: _Reading) -> list[list[int]]:
-    """Return the new tokens of each request; what follows a row's end is only there to fill."""
-    prompts, first = [request.input_ids for request in batch], batch[0]
-    longest = max(map(len, prompts))
-    return generate(
-        model,
-        prompts,
-        first.max_new_tokens,
-        reading.ends | set(first.stop_ids),
-        min_new_tokens=first.min_new_tokens or None,
-        stopping_criteria=_stopping(reading, batch, longest) if any(request.stop for request in batch) else None,
-    )
-
-
-def _stopping(reading: _Reading, batch: Sequence[Request], longest: int) -> Any:
-    """Return transformers' stopping criterion that ends a row once its text holds one of its stop strings.
-
-    A thought is no text of the answer: stop strings in it end nothing.
-    """
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class _StopStrings(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            rows = zip(batch, input_ids[:, longest:].tolist(), strict=True)
-            is_stopped = [
-                _first_stop(reading.visible(request, row)[2], request.stop) is not None for request, row in rows
-            ]
-            return torch.tensor(is_stopped, device=input_ids.device)
-
-    return StoppingCriteriaList([_StopStrings()])
 
 
 # --- what a reader of answers has to know -----------------------------------------------------------------------------

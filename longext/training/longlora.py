@@ -29,8 +29,9 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.packing import Windows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
+from longext.models.batching import kv_numbers
 from longext.models.head import head_is_plain
-from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.hf import HFLanguageModel
 from longext.models.remap import attach
 from longext.rope.spec import methods_that
 from longext.training.config import FinetuneConfig

@@ -44,7 +44,6 @@ from longext.evals.ruler.haystacks import (
 )
 from longext.evals.ruler.tasks import match_all
 from longext.evals.views import NEVER, ONE, SEVERAL, Section
-from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
@@ -245,6 +244,10 @@ class Needle(RetrievalEval):
             value_type=task.value_type or self.value_type,
         )
 
+    def num_new(self, question: NeedleQuestion) -> int:
+        """Return the tokens that are written at most: none for exact scoring."""
+        return question.max_new_tokens if self.scoring == "match" else 0
+
     def ask(
         self,
         model: LanguageModel,
@@ -255,10 +258,9 @@ class Needle(RetrievalEval):
         """Return how each question was answered, and the generated answers by id (none for exact scoring)."""
         if self.scoring == "match":
             return super().ask(model, questions, path, advance)
-        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
         prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
         scores = []
-        for question, row in zip(questions, first_choices(model, prompts, size, advance), strict=True):
+        for question, row in zip(questions, first_choices(model, prompts, self.batch_tokens, advance), strict=True):
             ends = question.prompt.ends
             values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
             scores.append(score_of(question, sum(values) / len(values)))
