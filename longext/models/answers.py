@@ -17,12 +17,13 @@ from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
 from longext.models.engine.caches import join_rows, row_of
 from longext.models.engine.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
-from longext.models.engine.prefixes import PrefixReader, is_worth_it, sharing_order
+from longext.models.engine.prefixes import PrefixReader, is_worth_it, num_tokens, sharing_order
 from longext.models.engine.rows import write_rows
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
 
+_PACE = "pace"  # the line of a file of answers that makes a run that goes on cut the same batches
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
 
@@ -91,14 +92,15 @@ def generate_predictions(
 ) -> list[Prediction]:
     """Return the greedy answer to every request, in the order of `requests`.
 
-    A plain model reads what prompts share once and writes several answers together; other models take prompts one by
-    one. Batches depend on all requests, not on those still open, so a run that was cut off and taken up again computes
-    what an uninterrupted one computes.
+    A plain model reads what prompts share once and writes several answers together; readers by segments take prompts of
+    one length together. Batches depend on all requests and on what was measured, which `path` holds, and not on those
+    still open: a run that was cut off and taken up again computes what an uninterrupted one computes.
 
     Args:
         path: JSON-lines file that every finished batch is appended to; answers that it holds are not made again.
         on_progress: called with the number of requests just answered, those found in `path` first.
-        batch_tokens: prompt and new tokens of a batch (default: one prompt on a CPU, 32,768 tokens on an accelerator).
+        batch_tokens: prompt and new tokens of a batch (default: as measured on this device; for runs that are not worth
+            it one prompt on a CPU, 32,768 tokens on an accelerator).
         is_chat: the prompts are messages in the chat template; None: control tokens in them are not looked for.
 
     Raises:
@@ -109,21 +111,23 @@ def generate_predictions(
     assert all(request.input_ids for request in requests), "a prompt needs a token"
     done: dict[str, Prediction] = {}
     control = _control_counts(model, is_chat)
+    pace: Pace | None = None
     if path is not None:
-        done = _kept(model, requests, path)
+        done, pace = _kept(model, requests, path)
     if done and on_progress:
         on_progress(len(done))
+    told = pace is not None or batch_tokens is not None
     if batch_tokens is None:
-        measured_pace(
-            model, Load(prompts=[r.input_ids for r in requests], num_new=sum(r.max_new_tokens for r in requests))
-        )
-    writer = _Writer(model, requests, batch_tokens, control)
+        pace = pace or measured_pace(model, load_of(requests))
+    writer = _Writer(model, requests, batch_tokens, pace, control)
     for batch in writer.batches():
         if all(request.id in done for request in batch):
             continue
         new = [prediction for prediction in writer.answer(batch) if prediction.id not in done]
         if path is not None:
-            append_answers(path, [dataclasses.asdict(prediction) for prediction in new])
+            head = [] if told or pace is None else [{_PACE: dataclasses.asdict(pace)}]
+            append_answers(path, [*head, *(dataclasses.asdict(prediction) for prediction in new)])
+            told = True
         done.update({prediction.id: prediction for prediction in new})
         if on_progress:
             on_progress(len(new))
@@ -149,25 +153,31 @@ class _Writer:
     too. All of it follows from all requests, not from those still open.
 
     Args:
-        batch_tokens: prompt and new tokens of a batch; None: as measured (`HFLanguageModel.pace`).
+        batch_tokens: prompt and new tokens of a batch; None: as `pace` says, else one prompt on a CPU.
+        pace: what was measured.
     """
 
     def __init__(
-        self, model: LanguageModel, requests: Sequence[Request], batch_tokens: int | None, control: Mapping[int, int]
+        self,
+        model: LanguageModel,
+        requests: Sequence[Request],
+        batch_tokens: int | None,
+        pace: Pace | None,
+        control: Mapping[int, int],
     ) -> None:
         self._model, self._control, self._reading = model, control, _Reading.of(model)
-        pace: Pace | None = getattr(model, "pace", None) if batch_tokens is None else None
-        is_plain = isinstance(model, HFLanguageModel)
+        self._is_plain = isinstance(model, HFLanguageModel)
         self._most = pace.rows if pace else None
         self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
-        if not is_plain:
+        if not self._is_plain and not hasattr(model, "greedy_rows"):
             self._budget = 1
         texts = [request.input_ids for request in requests]
-        order, kept = sharing_order(texts) if is_plain else ([], [])
-        shares = is_worth_it(texts, kept)
-        apart = shares or (self._most or 1) > 1 and not (pace and pace.reads_together)
-        self._reader = PrefixReader.of(model) if is_plain and apart else None
-        if self._reader is None and pace and not pace.reads_together:
+        together = pace.together if pace else 1.0  # what reading prompts in one tensor gains
+        order, kept = sharing_order(texts) if self._is_plain else ([], [])
+        shares = is_worth_it(texts, kept) and num_tokens(texts) > together * (num_tokens(texts) - sum(kept))
+        apart = shares or (self._most or 1) > 1 and together == 1
+        self._reader = PrefixReader.of(model) if self._is_plain and apart else None
+        if self._is_plain and self._reader is None and pace and together == 1:
             self._most = 1
         longest = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), requests[i].id))
         self._order = [requests[i] for i in (order if self._reader is not None and shares else longest)]
@@ -181,6 +191,8 @@ class _Writer:
             length = len(request.input_ids) + request.max_new_tokens if self._model.follows_length else None
             # keys that only fill are read with every token, so lengths in a batch are alike
             size = int(4 * math.log2(longest / len(request.input_ids))) if self._most != 1 else 0
+            if not self._is_plain:
+                size = len(request.input_ids)
             return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length, size
 
         groups: dict[Hashable, list[Request]] = {}
@@ -220,7 +232,11 @@ class _Writer:
         if first.max_new_tokens < 1:
             return [[] for _ in batch]
         if not isinstance(model, HFLanguageModel):
-            return [model.greedy(request.input_ids, request.max_new_tokens) for request in batch]
+            if len(batch) == 1:
+                return [model.greedy(first.input_ids, first.max_new_tokens)]
+            reader: Any = model
+            rows: list[list[int]] = reader.greedy_rows([each.input_ids for each in batch], first.max_new_tokens)
+            return rows
         return write_rows(
             model,
             [request.input_ids for request in batch],
@@ -363,14 +379,17 @@ def _share(count: int, predictions: Collection[Prediction]) -> str:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _kept(model: LanguageModel, requests: Sequence[Request], path: Path) -> dict[str, Prediction]:
-    """Return the predictions in `path` by id."""
+def _kept(model: LanguageModel, requests: Sequence[Request], path: Path) -> tuple[dict[str, Prediction], Pace | None]:
+    """Return the predictions in `path` by id, and what was measured before they were made."""
     fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
-    done = {}
+    done, pace = dict[str, Prediction](), None
     for number, row in open_answers(path, fingerprint):
         try:
+            if _PACE in row:
+                pace = Pace(**row[_PACE])
+                continue
             prediction = Prediction(**row)
         except TypeError as error:
             raise DataError(f"{path}:{number} is no prediction that longext wrote. Remove the file.") from error
         done[prediction.id] = prediction
-    return done
+    return done, pace

@@ -6,7 +6,9 @@ Shape legend: B rows, n tokens.
 from __future__ import annotations
 
 import gc
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +40,7 @@ class Pace:
         token, pair: seconds of reading n tokens by themselves: n * token + n^2 * pair.
         step: seconds of a token of each of `rows` answers; 0 if nothing was to be written.
         rows: answers to write at once: more do not write more tokens a second, or do not fit.
-        reads_together: prompts padded into one tensor are read faster than one after the other.
+        together: times as fast as one after the other that prompts are read in one tensor; 1 if that gains nothing.
         most_tokens: prompt and new tokens of a batch that fit into the memory that was free.
     """
 
@@ -46,7 +48,7 @@ class Pace:
     pair: float
     step: float
     rows: int
-    reads_together: bool
+    together: float
     most_tokens: int
 
     def reading(self, num_tokens: int, known: int = 0) -> float:
@@ -92,14 +94,27 @@ def measured_pace(model: Any, load: Load) -> Pace | None:
 
 
 def measure_reader(model: Any, load: Load) -> Pace:
-    """Return how fast any other `LanguageModel` reads the beginning of a prompt and writes behind it, one at a time."""
+    """Return how fast any other `LanguageModel` reads the beginning of a prompt and writes behind it.
+
+    One that reads prompts of equal length together is tried with 2, 4, ... of them, as long as that is faster.
+    """
     text = list(sorted(load.prompts, key=len)[len(load.prompts) // 2][: _probe_size(load)])
-    first, _ = _timed(model.device, lambda: model.greedy(text, 1))
-    step = 0.0
+    alike = max(Counter(map(len, load.prompts)).values())
+    best, _ = _timed(model.device, lambda: model.greedy(text, 1))
+    step, rows = 0.0, 1
     if load.num_new:
         both, new = _timed(model.device, lambda: model.greedy(text, 1 + _STEPS))
-        step = max(0.0, both - first) / max(1, len(new) - 1)
-    return Pace(token=first / len(text), pair=0.0, step=step, rows=1, reads_together=False, most_tokens=1)
+        step = max(0.0, both - best) / max(1, len(new) - 1)
+    while hasattr(model, "greedy_rows") and load.num_new and 2 * rows <= min(alike, _MOST_ROWS):
+        try:
+            seconds, _ = _timed(model.device, partial(model.greedy_rows, [text] * 2 * rows, 1))
+        except RuntimeError:  # memory
+            break
+        if 2 * best < _GAIN * seconds:
+            break
+        rows, best = 2 * rows, seconds
+    token = best / rows / len(text)
+    return Pace(token=token, pair=0.0, step=step, rows=rows, together=float(rows), most_tokens=sys.maxsize)
 
 
 def _probe_size(load: Load) -> int:
@@ -133,13 +148,15 @@ def measure_pace(model: HFLanguageModel, load: Load) -> Pace:
         step, rows = 0.0, 1
         if load.num_new:
             step, rows = _best_rows(model, output.past_key_values, load, most_tokens // longest, seconds)
-        together = False
-        many = text[:, : _MOST_READ // 4].expand(min(rows, 4), -1)
-        if rows > 1 and many.numel() <= load.num_tokens / _PART:
-            alone, _ = _timed(device, lambda: read(many[:1]))
-            padded, _ = _timed(device, lambda: read(many))
-            together = padded * _GAIN < alone * many.shape[0]
-    return Pace(token=token, pair=pair, step=step, rows=rows, reads_together=together, most_tokens=most_tokens)
+        together = _gain(_timed(device, lambda: read(quarter.expand(2, -1)))[0], 2 * short) if rows > 1 else 1.0
+        if together > 1 and rows > 2:
+            together = _gain(_timed(device, lambda: read(text.expand(4, -1)))[0], 4 * whole)
+    return Pace(token=token, pair=pair, step=step, rows=rows, together=together, most_tokens=most_tokens)
+
+
+def _gain(together: float, apart: float) -> float:
+    """Return how many times as fast something is done together, 1 if that is not worth it."""
+    return apart / together if apart > _GAIN * together else 1.0
 
 
 def _best_rows(model: HFLanguageModel, cache: Any, load: Load, fitting: int, reading: float) -> tuple[float, int]:

@@ -50,9 +50,14 @@ def sharing_order(texts: Sequence[Sequence[int]], most: Sequence[int] | None = N
     return order, [0, *kept][: len(order)]
 
 
+def num_tokens(texts: Sequence[Sequence[int]]) -> int:
+    """Return the tokens of all texts."""
+    return sum(map(len, texts))
+
+
 def is_worth_it(texts: Sequence[Sequence[int]], kept: Sequence[int]) -> bool:
     """True if enough tokens are not read."""
-    return sum(kept) >= _WORTH * sum(map(len, texts))
+    return sum(kept) >= _WORTH * num_tokens(texts)
 
 
 class PrefixReader:
