@@ -104,7 +104,7 @@ def test_a_prefix_is_read_once(books, requests):
 @pytest.mark.parametrize("scoring", ["match", "exact"])
 def test_a_needle_grid_scores_as_without_sharing(books, scoring, monkeypatch):
     task = Needle(model="m", tasks=("single",), lengths=(200,), depths=(0.0, 0.5, 1.0), num_trials=1, scoring=scoring,
-                  max_new_tokens=6)  # fmt: skip
+                  max_new_tokens=8)  # fmt: skip
     shared = run_eval(task, books)
     assert shared.record["cost"]["num_shared_tokens"] > 60
     monkeypatch.setattr(PrefixReader, "of", lambda model: None)
