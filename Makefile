@@ -1,13 +1,14 @@
 # make demo   set up, then compare every method on the bundled model (about two minutes after installation)
 # make test   set up, then run the tests
 # make check  lint, types and tests: what CI runs
+# make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help setup demo test lint typecheck format check bench build clean
+.PHONY: help setup demo test lint typecheck format check bench build docs clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -17,7 +18,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "longext needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
 	@touch $(READY)
 
 demo: setup
@@ -48,5 +49,9 @@ bench: setup
 build: setup
 	$(BIN)/python -m build
 
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) dist build results
+	rm -rf $(VENV) dist build results site

@@ -5,22 +5,36 @@ The next segment after C tokens is scored, given what each method keeps of them 
 trained memories at one ratio, fading and hybrid; beside no memory, and all raw tokens that the window holds. Where the
 slots of a method cannot be the budget exactly they are the most below it, and the table says how many.
 
-    python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 128 --length 2048 -o docs/results/equal-bytes/27m.json
+    python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o docs/results/equal-bytes/27m.json
+    python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o out.json --train OTHER_BOOKS
+
+--train adds what is trained, each on as many tokens, three seeds: anchors at drawn ratios and at ratios by distance,
+read at one ratio, fading and hybrid; and two controls that remember nothing: a constant prefix, and LoRA for the reader
+of raw tokens. Their rows are means over the seeds. A run goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
+import longext
+from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import Reader, load_reader
+from longext.compressor.schedule import Schedule
+from longext.compressor.spec import CompressorSpec
+from longext.evals.memory.controls import Texts
 from longext.evals.memory.efficiency import bytes_per_position
 from longext.evals.memory.next_segment import choose_places, gather_texts
 from longext.evals.statistics import bootstrap_mean
@@ -44,8 +58,74 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--places", type=int, default=12, help="of each book")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", help="a folder of books to train on; none: nothing is trained")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24, help="of --train-batch documents of twelve segments")
+    parser.add_argument("--train-batch", type=int, default=8)
+    parser.add_argument("--work", default="out/equal-bytes", help="where what is trained goes")
     parser.add_argument("-o", "--output", required=True)
     return parser.parse_args()
+
+
+def train(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    """Train `name` with `seed` unless it is there; return its directory."""
+    output = Path(arguments.work, f"{Path(arguments.model).name}-{name}-{seed}")
+    if (output / "run.json").is_file():
+        return output
+    shared = ["--data", arguments.train, "--seed", seed, "--num-steps", arguments.steps, "--threads", 1, "-o", output]
+    shared += ["--lora-r", 64, "--lora-alpha", 128, "--learning-rate", 1e-3, "--set", "warmup_steps=4"]
+    shared += ["--set", "checkpointing=false", "--set", "weight_decay=0", "--save-every", 8]
+    shared += ["--resume"] if output.with_name(output.name + ".running").is_dir() else []
+    tokens = 12 * arguments.segment
+    if name == "lora":  # reads as many raw tokens as the budget in front of a segment
+        row = arguments.slots + arguments.segment
+        rows = round(arguments.train_batch * tokens / row)
+        command = ["finetune", arguments.model, "--method", "none", "--target-length", row, "--attention", "full"]
+        command += ["--tuning", "lora", "--batch-size", rows, *shared]
+    else:
+        fading = ["--fading"] if name == "anchor-fading" else []
+        ratios = "8" if name == "prefix" else "4,8,16,32"
+        command = ["compress-train", arguments.model, "--arch", name.partition("-")[0], "--segment", arguments.segment]
+        command += ["--ratio", ratios, *fading, "--document-length", tokens, "--objectives", "lm"]
+        command += ["--batch-size", arguments.train_batch, *shared]
+    subprocess.run([sys.executable, "-m", "longext", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return output
+
+
+def trained_readers(arguments: argparse.Namespace) -> dict[str, Callable[[int], tuple[str, str]]]:
+    """Return for each row's name a function of the seed: (model, memory) to read with."""
+    slots = arguments.slots
+
+    def memory(name: str, sizes: str) -> Callable[[int], tuple[str, str]]:
+        return lambda seed: (arguments.model, f"{train(arguments, name, seed)}@{sizes}")
+
+    def adapted(seed: int) -> tuple[str, str]:
+        adapter = train(arguments, "lora", seed)
+        merged = adapter.with_name(adapter.name + "-merged")
+        if not merged.is_dir():
+            longext.merge(adapter, output=merged)
+        return str(merged), f"window:{slots}"
+
+    raw = slots // 2
+    return {
+        "anchor@8": memory("anchor", "8"),
+        "anchor-fading@4,8,16,32": memory("anchor-fading", f"4,8,16,32+{fading_raw(arguments)}"),
+        "anchor read fading@4,8,16,32": memory("anchor", f"4,8,16,32+{fading_raw(arguments)}"),
+        "anchor@16 and raw tokens": memory("anchor", f"16+{raw}"),
+        "prefix@8 (control)": memory("prefix", "8"),
+        "LoRA, raw window (control)": adapted,
+    }
+
+
+def fading_raw(arguments: argparse.Namespace) -> int:
+    """Return how many raw tokens fit the budget beside a fading memory of 4,8,16,32."""
+    spec = CompressorSpec(arch="anchor", segment=arguments.segment, ratios=(4, 8, 16, 32), sink=1)
+    for raw in range(arguments.slots, 0, -1):
+        found = dataclasses.replace(spec, overlap=raw)
+        schedule = Schedule.of(COMPRESSORS["anchor"], found, (4, 8, 16, 32))
+        if schedule.num_readable(arguments.length // arguments.segment) <= arguments.slots:
+            return raw
+    raise SystemExit("--slots are too few for a fading memory of this length.")
 
 
 def methods(arguments: argparse.Namespace) -> list[str]:
@@ -79,7 +159,7 @@ def main() -> None:
     output = Path(arguments.output)
     record = json.loads(output.read_text()) if output.exists() else {"rows": []}
     record |= {
-        "arguments": {k: v for k, v in vars(arguments).items() if k != "output"}
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("output", "work", "train")}
         | {"model": Path(arguments.model).name},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "books": [path.stem for path in names],
@@ -88,30 +168,45 @@ def main() -> None:
     }
     record["arguments"] |= {"model": Path(arguments.model).name, "data": Path(arguments.data).name}
     rows = {row["memory"]: row for row in record["rows"]}
-    for spec in methods(arguments):
-        name = spec.replace(str(Path(spec.partition("@")[0]).parent) + "/", "") if "/" in spec else spec
-        if name in rows:
-            continue
-        reader = load_reader(config, spec, segment=None if "@" in spec else arguments.segment)
-        started = time.perf_counter()
-        nll = []
-        for first in range(0, len(places), arguments.batch):
-            rows_of = slice(first, first + arguments.batch)
-            ids = torch.cat([texts.contexts[rows_of], texts.segments[rows_of]], 1)
-            nll.append(reader.score(ids, arguments.length + 1).nll.double())
-        scores = torch.cat(nll).numpy()
+
+    def add(name: str, readers: Sequence[tuple[str, str]]) -> None:
+        """Score one method, with every seed; its row is their mean."""
+        scores, started = [], time.process_time()
+        for model, spec in readers:
+            here = dataclasses.replace(config, model=model)
+            reader = load_reader(here, spec, segment=None if "@" in spec else arguments.segment)
+            scores.append(score(reader, texts, arguments))
+        means = np.stack([one.mean(1) for one in scores])
         rows[name] = {
             "memory": name,
             "slots": kept(reader, arguments.length),
-            "nll": float(scores.mean()),
-            "seconds": time.perf_counter() - started,
-            "per_place": scores.mean(1).tolist(),
+            "nll": float(means.mean()),
+            "seeds": means.mean(1).tolist(),
+            "seconds": time.process_time() - started,
+            "per_place": means.mean(0).tolist(),
         }
         record["rows"] = list(rows.values())
         print_table(record, owners, only=name)
         save(record, output)
+
+    for spec in methods(arguments):
+        if spec not in rows:
+            add(spec, [(arguments.model, spec)])
+    for name, reader_of in trained_readers(arguments).items() if arguments.train else ():
+        if name not in rows:
+            add(name, [reader_of(seed) for seed in range(arguments.seeds)])
     print_table(record, owners)
     save(record, output)
+
+
+def score(reader: Reader, texts: Texts, arguments: argparse.Namespace) -> np.ndarray:
+    """Return nats per token of every place, float64 [places, tokens]."""
+    nll = []
+    for first in range(0, len(texts.segments), arguments.batch):
+        rows = slice(first, first + arguments.batch)
+        ids = torch.cat([texts.contexts[rows], texts.segments[rows]], 1)
+        nll.append(reader.score(ids, arguments.length + 1).nll.double())
+    return torch.cat(nll).numpy()
 
 
 def save(record: dict, output: Path) -> None:

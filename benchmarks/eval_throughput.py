@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
-from longext.evals.passkey import _grid
+from longext.evals.passkey import Prompts
 from longext.evals.retrieval import first_choices
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import Passkey
@@ -88,11 +88,11 @@ def generated(model: HFLanguageModel, requests: Sequence[Request]) -> dict[str, 
 def scored(model: HFLanguageModel, scale: float) -> dict[str, dict[str, Any]]:
     """Return the same of a passkey grid whose answers are scored, and whose keys are ranked (a fifth of it)."""
     lengths = tuple(int(scale * length) for length in (256, 512, 1024))
-    cells = _grid(model, Passkey(model="m", lengths=lengths))[1]
-    prompts = [prompt for cell in cells for prompt in cell]
+    grid = Prompts(model, Passkey(model="m", lengths=lengths))
+    prompts = [grid.make(trial) for trial in grid.trials]
     pairs = [(each.input_ids, each.answer_ids) for each in prompts]
-    plain, alone = seconds_of(model, lambda: [first_choices(model, [pair])[0] for pair in pairs])
-    fast, together = seconds_of(model, lambda: first_choices(model, pairs))
+    plain, alone = seconds_of(model, lambda: [first_choices(model, [pair], 1)[0] for pair in pairs])
+    fast, together = seconds_of(model, lambda: first_choices(model, pairs, 1))
     exact = facts([ids for ids, _ in pairs], plain, fast)
     exact["num_same_answers"] = sum(bool((a == b).all()) for a, b in zip(alone, together, strict=True))
 

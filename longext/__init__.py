@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 _PUBLIC = {
     "load": "longext.api",
     "evaluate": "longext.api",
@@ -21,9 +19,12 @@ _PUBLIC = {
     "compress": "longext.api",
     "merge": "longext.api",
     "generate": "longext.api",
+    "chat": "longext.api",
+    "build_memory": "longext.api",
     "plan": "longext.api",
     "Result": "longext.report.outcome",
     "Comparison": "longext.report.outcome",
+    "Conversation": "longext.compressor.writing.conversation",
     "EVALS": "longext.evals.base",
     "ROPE_METHODS": "longext.rope.spec",
     "RopeSpec": "longext.rope.spec",
@@ -55,7 +56,19 @@ _RENAMED = {"PerplexityConfig": "Perplexity", "PasskeyConfig": "Passkey"}  # as 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
+def _version() -> str:
+    """The version that was installed, which the tags of the repository make (pyproject.toml)."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("longext")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"  # a source tree that nobody installed
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     name = _RENAMED.get(name, name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'longext' has no attribute {name!r}")

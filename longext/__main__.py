@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.cli import app
-from longext.training.launcher import follow_launcher
+from longext.processes.launcher import follow_launcher
 
 _PACKAGE = Path(__file__).parent
 _usual = warnings.showwarning

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longext.errors import ConfigError, LongextError
+from longext.extras import explain_import
 from longext.settings import build_config
 
 if TYPE_CHECKING:
-    from longext.compressor.reading.generation import Generated
+    from longext.compressor.writing.conversation import Conversation
+    from longext.compressor.writing.pieces import Generated
     from longext.conversion.merge import MergeResult
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
@@ -38,6 +40,7 @@ _SPELLINGS = (
 _OF_LOADING = frozenset(
     "model method factor memory segment device dtype attention revision trust_remote_code threads".split()
 )
+_EXTRAS = {"load": ("eval",), "evaluate": ("eval",), "compare": ("eval",), "advise": ("eval",), "generate": ("eval",)}
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
@@ -59,8 +62,19 @@ def _python_errors(call: CallT) -> CallT:
         except LongextError as error:
             error.args = (in_python(str(error)), *error.args[1:])
             raise
+        except ModuleNotFoundError as error:
+            absent = explain_import(error, f"longext.{call.__name__}", _EXTRAS.get(call.__name__, ()))
+            if absent is None:
+                raise
+            raise absent from error
 
     return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature, which mypy cannot see
+
+
+def _check_alone(settings: dict[str, Any]) -> None:
+    """Raise ConfigError if several processes are asked for."""
+    if settings.get("num_processes", 1) != 1:
+        raise ConfigError("num_processes: several processes are for the command line and torchrun; give 1.")
 
 
 @_python_errors
@@ -131,6 +145,7 @@ def evaluate(model: str | Path | LanguageModel, evaluation: str, *, progress: bo
     from longext.report.outcome import Result
 
     show = progress_bar if progress else no_progress
+    _check_alone(settings)
     if isinstance(model, (str, Path)):
         return Result(run_eval(make_eval(evaluation, model=str(model), **settings), progress=show))
     if fixed := sorted(_OF_LOADING.intersection(settings)):
@@ -159,6 +174,7 @@ def compare(
     from longext.report.config import CompareConfig
     from longext.report.console import progress as progress_bar
 
+    _check_alone(settings)
     chosen = {} if methods is None else {"methods": tuple(methods)}
     config = build_config(CompareConfig, None, [], {"model": str(model), **chosen, **settings})
     return compare_methods(config, progress_bar if progress else no_progress)
@@ -195,20 +211,23 @@ def extend(model: str | Path, method: str, *, output: str | Path | None = None, 
     """Write a checkpoint whose RoPE reaches further; the weights are linked, never loaded.
 
     Args:
-        model: a directory, Hub id or bundled name.
+        model: a directory, Hub id, bundled name, or a .gguf file.
         method: "linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "longrope", "llama3", "abf".
         output: the directory to write; named after model, method and length by default.
         settings: factor or target_length, and the options of `longext extend`.
 
     Returns:
-        The directory, a standard checkpoint.
+        The directory, a standard checkpoint; or the file.
     """
+    from longext.checkpoint.gguf import is_gguf
     from longext.conversion.config import ExtendConfig
     from longext.conversion.extend import extend_checkpoint
+    from longext.conversion.gguf.extend import extend_gguf
 
     given = {"model": str(model), "method": method, "output": None if output is None else str(output)}
     config = build_config(ExtendConfig, None, [], {**given, **settings})
-    extend_checkpoint(dataclasses.replace(config, output=config.named_output))
+    write = extend_gguf if is_gguf(model) else extend_checkpoint
+    write(dataclasses.replace(config, output=config.named_output))
     return Path(config.named_output)
 
 
@@ -301,8 +320,7 @@ def _train(config: Any, trainer: Trainer, shows_progress: bool) -> TrainingResul
     from longext.report.console import progress
     from longext.staging import release_outputs
 
-    if config.num_processes > 1:
-        raise ConfigError("num_processes: several processes are for `longext finetune` and torchrun; give 1.")
+    _check_alone({"num_processes": config.num_processes})
     try:
         planned = plan_run(config, trainer)
         show = progress if shows_progress else no_progress
@@ -343,11 +361,64 @@ def generate(model: str | Path, prompt: str = "", **settings: Any) -> Generated:
         The new `text` and `tokens`, and what was read.
     """
     from longext.compressor.config import GenerateConfig
-    from longext.compressor.reading.generation import open_writer
+    from longext.compressor.writing.generation import open_writer
 
     writer = open_writer(build_config(GenerateConfig, None, [], {"model": str(model), "prompt": prompt, **settings}))
     writer.read(lambda amount: None)
     return writer.write(lambda text: None)
+
+
+@_python_errors
+def chat(model: str | Path = "", *, context: str | Path | Sequence[str | Path] = (), **settings: Any) -> Conversation:
+    """Open a conversation with a model, or a compressor, or on a memory file.
+
+    Args:
+        model: what `load` takes, or the output of `compress`; may be left out where `memory` is a file.
+        context: text files to read first.
+        settings: memory, method, factor, system, stop, max_new_tokens, and the other options of `longext chat`.
+
+    Returns:
+        A `Conversation`: `read(text)`, `ask(question)`, `stream(question)` (pieces as they come), `ask_all(questions)`
+        (at once, each alone), `add(role, text)`, `messages`, `save(file)`, `reset()`.
+    """
+    from longext.compressor.config import ConversationConfig
+    from longext.compressor.writing.generation import read_context
+    from longext.compressor.writing.talking import open_conversation
+
+    names = [context] if isinstance(context, (str, Path)) else list(context)
+    given = {"model": str(model), "context": tuple(map(str, names)), **settings}
+    config = build_config(ConversationConfig, None, [], given)
+    conversation = open_conversation(config)
+    for name in config.context:
+        conversation.read(read_context(name), Path(name).name)
+    return conversation
+
+
+@_python_errors
+def build_memory(
+    documents: str | Path | Sequence[str | Path], *, output: str | Path, progress: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Read documents once and keep their memory in a file, from which `chat` and `generate` go on (memory=FILE).
+
+    Args:
+        documents: text files, folders of them, or "sample".
+        output: the file to write.
+        progress: show a progress bar on standard error.
+        settings: memory, model, segment, and the other options of `longext memory`.
+
+    Returns:
+        What the file holds: tokens, slots, bytes, fingerprint of the model, documents.
+    """
+    from longext.compressor.config import BuildConfig
+    from longext.compressor.writing.building import Builder
+    from longext.evals.base import no_progress
+    from longext.report.console import progress as progress_bar
+
+    sources = [documents] if isinstance(documents, (str, Path)) else list(documents)
+    given = {"action": "build", "sources": tuple(map(str, sources)), "output": str(output), **settings}
+    builder = Builder(build_config(BuildConfig, None, [], given))
+    with (progress_bar if progress else no_progress)("reading", builder.num_unread, "tokens") as advance:
+        return builder.build(advance)
 
 
 @_python_errors

@@ -15,6 +15,10 @@ Every message is one line: what was given, what is allowed, what to do.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+ErrorT = TypeVar("ErrorT", bound="LongextError")
+
 # Set for the workers of `--num-processes`: the process id of the launcher, which prints what they have to say.
 LAUNCHED_BY_US = "LONGEXT_LAUNCHED"
 
@@ -22,11 +26,18 @@ LAUNCHED_BY_US = "LONGEXT_LAUNCHED"
 class LongextError(Exception):
     """A run failed for a reason the user can read; the command exits with `exit_code`.
 
-    `everywhere` is True for what all processes of a run raise at once: the main one prints it.
+    `everywhere` is True for what all processes of a run raise at once: the main one prints it. `concept` names the
+    idea of `longext.concepts` that the error is about, which `--explain` explains.
     """
 
     exit_code = 1
     everywhere = False
+    concept = ""
+
+    def about(self: ErrorT, concept: str) -> ErrorT:
+        """Say which concept the error is about, and return it: `raise ConfigError("...").about("factor")`."""
+        self.concept = concept
+        return self
 
 
 class ConfigError(LongextError):

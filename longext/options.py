@@ -59,6 +59,15 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """What commands have whose samples can be dealt over processes."""
+
+    num_processes: int = option(
+        1, "Processes that share the samples, on GPUs one each (several machines: torchrun).", ge=1, panel="Running"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where documents come from and how much of them is read."""
 

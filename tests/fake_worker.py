@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from longext.training.launcher import follow_launcher, may_report, process_rank
+from longext.processes.launcher import follow_launcher, may_report, process_rank
 
 
 def stop(number, _):

@@ -7,7 +7,7 @@ import torch
 from longext.attention.layout import make_layout
 from longext.attention.shifted import PLAN, AttentionPlan, register_attention
 from longext.attention.variant import ATTENTION_VARIANTS
-from longext.training.losses import chunked_loss, shift
+from longext.training.losses import LABEL_WEIGHTS, chunked_loss, shift
 from longext.training.sweep import sweep_rows
 
 GROUP = 8
@@ -34,8 +34,9 @@ def batch_of(kind: str, rows: int = 2, length: int = 44, vocabulary: int = 60, s
 
 
 def gradients(
-    model, batch, variant="s2", chunk=None, *, group=GROUP, network=None, positions=None, autocast=False, store=None
-):
+    model, batch, variant="s2", chunk=None, *, group=GROUP, network=None, positions=None, autocast=False, store=None,
+    weights=None,
+):  # fmt: skip
     """Return (loss, {name: gradient}); `network` is what is called (a PEFT model around `model`), if not `model`."""
     register_attention()
     network = model if network is None else network
@@ -49,6 +50,7 @@ def gradients(
     tensors = {
         "input_ids": ids, "position_ids": positions, "labels": batch["labels"], "shift_labels": shift(batch["labels"]),
     }  # fmt: skip
+    tensors |= {} if weights is None else {LABEL_WEIGHTS: weights}
     count = (tensors["shift_labels"] != -100).sum()
 
     def amp():

@@ -21,7 +21,8 @@ from torch.nn.attention.bias import causal_lower_right
 from longext.attention.layout import Boundaries, Bucket, Columns, Layout
 from longext.attention.merged import fused_kernel, merged_attention
 from longext.attention.variant import Cut
-from longext.errors import ConfigError, MissingExtraError
+from longext.errors import ConfigError
+from longext.extras import has, require
 from longext.registry import Registry
 
 
@@ -80,10 +81,7 @@ def choose_backend(name: str, query: torch.Tensor, job: Job) -> str:
         raise ConfigError(f"--backend {name} cannot cap attention scores, as this model does: use auto or eager.")
     if name == "flash" and not _has_flash():
         if not _has_varlen():
-            raise MissingExtraError(
-                "--backend flash needs flash-attn: pip install --no-build-isolation 'longext[flash]'. "
-                "Or take --backend sdpa."
-            )
+            require("--backend flash", ["flash"])
         if job.dropout:
             raise ConfigError(
                 "--backend flash without flash-attn is torch's kernel, which knows no dropout on attention weights, as "
@@ -94,7 +92,7 @@ def choose_backend(name: str, query: torch.Tensor, job: Job) -> str:
 
 @functools.cache
 def _has_flash() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    return has("flash_attn")
 
 
 @functools.cache

@@ -15,17 +15,19 @@ from longext.cli.build import WIDEST, Command, build_command
 from longext.cli.errors import flush_output, prepare_streams, reported_errors
 from longext.errors import ConfigError
 from longext.evals.base import EVALS
+from longext.processes.launcher import is_main_process
 from longext.registry import Registry, did_you_mean
 from longext.signals import ending_signals
 from longext.staging import release_outputs
 from longext.untrusted import take_notes
 
 _TRACEBACK = ("--traceback", "--debug")
+_EXPLAIN = ("--explain",)
 _HELP = "Extend, train and evaluate long-context Hugging Face checkpoints."
 _EVAL_HELP = "Evaluate a model under named protocols"
 _ORDER = (
-    "extend finetune merge convert compress-train generate plan inspect verify eval passkey "
-    "advise search compare report"
+    "extend finetune merge convert export compress-train memory generate chat plan inspect verify serve-config eval "
+    "passkey advise search compare report diff recipes doctor"
 ).split()
 COMMANDS: Registry[Command] = Registry("command", "longext.cli.commands", _ORDER)
 
@@ -69,6 +71,7 @@ class _Root(_Group):
     """Runs a command so that whatever goes wrong ends in one line and the right exit code."""
 
     _shows_traceback = False
+    _explains = False
 
     def names(self) -> Iterator[str]:
         """Yield the commands, and `eval` in its place among them."""
@@ -86,7 +89,8 @@ class _Root(_Group):
     def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
         """Run the command line: streams that can be written to, signals that clean up, and one line for any failure."""
         given = without_dash(list(sys.argv[1:] if args is None else args))
-        self._shows_traceback, given = _without_traceback(given)
+        self._shows_traceback, given = _without(_TRACEBACK, given)
+        self._explains, given = _without(_EXPLAIN, given)
         prepare_streams()
         with ending_signals():
             try:
@@ -97,18 +101,18 @@ class _Root(_Group):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Read the command line under `reported_errors`."""
-        with reported_errors(self._shows_traceback):
+        with reported_errors(self._shows_traceback, explain=self._explains):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command under `reported_errors`, and let go of its outputs."""
         take_notes()
-        with reported_errors(self._shows_traceback, lambda: ctx.invoked_subcommand):
+        with reported_errors(self._shows_traceback, lambda: ctx.invoked_subcommand, self._explains):
             try:
                 result = super().invoke(ctx)
             finally:
                 release_outputs()
-            for note in take_notes():
+            for note in take_notes() if is_main_process() else ():
                 print(f"longext: note: {note}", file=sys.stderr)
             flush_output()
             return result
@@ -141,10 +145,10 @@ def without_dash(args: list[str]) -> list[str]:
     return [arg for before, arg in zip(["", *given], given, strict=False) if (before, arg) != ("--json", "-")]
 
 
-def _without_traceback(args: list[str]) -> tuple[bool, list[str]]:
-    """Return (whether --traceback or --debug is among the arguments, wherever it stands; the others)."""
+def _without(flags: Sequence[str], args: list[str]) -> tuple[bool, list[str]]:
+    """Return (whether one of the flags is among the arguments, wherever it stands; the others)."""
     end = args.index("--") if "--" in args else len(args)
-    rest = [arg for arg in args[:end] if arg not in _TRACEBACK]
+    rest = [arg for arg in args[:end] if arg not in flags]
     return len(rest) < end, [*rest, *args[end:]]
 
 
@@ -172,6 +176,9 @@ _evals = typer.Typer(
 @app.callback()
 def _root(
     debug: bool = typer.Option(False, *_TRACEBACK, help="Show the traceback of an error; may stand anywhere."),
+    explain: bool = typer.Option(
+        False, *_EXPLAIN, help="Let a paragraph follow an error that is about lengths, factors or methods."
+    ),
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_show_version, is_eager=True),
 ) -> None:
     """Extend, train and evaluate long-context Hugging Face checkpoints."""

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from longext.errors import ConfigError
+from longext.extras import require
 from longext.settings import Option, build_config, find_recipe, option_of
 
 PANELS = (  # others come before "Output"
@@ -42,6 +43,7 @@ class Command:
         defaults: over those of the config.
         only: fields that are flags here; all by default.
         needs: fields without which it does not run, though they have a default.
+        extras: extras of longext without which it does not run.
     """
 
     config: type
@@ -54,12 +56,14 @@ class Command:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
 
 
 def build_command(name: str, command: Command) -> TyperCommand:
     """Return the Typer command `name` ("eval ppl") whose flags are the fields of its config."""
 
     def callback(ctx: typer.Context, **given: Any) -> None:
+        require(f"`longext {name}`", command.extras)
         switches = {switch: given[switch] for switch in command.switches}
         if command.has_json:
             switches["as_json"] = given["as_json"]

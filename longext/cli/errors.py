@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from pathlib import Path
 import typer
 
 import longext
+from longext.concepts import explanation
 from longext.errors import LongextError, TrainingStopped
+from longext.extras import explain_import
+from longext.processes.launcher import is_launched, may_report
 from longext.signals import received
-from longext.training.launcher import is_launched, may_report
 
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
@@ -28,6 +31,7 @@ _FULL = {
     errno.EFBIG: "no space left for so large a file (ulimit -f, or the file system's limit)",
 }
 _LONGEST = 300  # characters of an unforeseen message
+_PARAGRAPH = 80  # characters of a line of an explanation
 _OUT_OF_MEMORY = (
     "out of memory. Lower --batch-tokens or the largest length, use --dtype bfloat16, or a device with more memory."
 )
@@ -46,17 +50,23 @@ _LOST_PROCESS = (
     "another process of this run ended, or did not answer within collective_timeout seconds (--set). Look at what it "
     "printed; go on from the last checkpoint, if there is one, with --resume."
 )
+_LOST_SHARER = (
+    "another process of this run ended. Look at what it printed; the same command goes on from the answers so far."
+)
 _LOST = ("closed by peer", "reset by peer", "Timed out waiting", "Socket Timeout", "Broken pipe")  # gloo's words
 _OUT_OF_MEMORY_OF = {"finetune": _OUT_OF_MEMORY_IN_TRAINING, "compress-train": _OUT_OF_MEMORY_WITH_MEMORIES}
 
 
 @contextlib.contextmanager
-def reported_errors(show_traceback: bool, command: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+def reported_errors(
+    show_traceback: bool, command: Callable[[], str | None] = lambda: None, explain: bool = False
+) -> Iterator[None]:
     """Run a command; print what went wrong in one line on standard error and exit.
 
     Args:
         show_traceback: let the exception through.
         command: returns the name of the command that ran.
+        explain: let a paragraph on what an error is about follow (`--explain`, or LONGEXT_EXPLAIN=1).
     """
     try:
         yield
@@ -71,6 +81,9 @@ def reported_errors(show_traceback: bool, command: Callable[[], str | None] = la
         message = _visible(message)
         if may_report(message, code, getattr(error, "everywhere", False)):
             print(f"longext: {message}", file=sys.stderr)
+            paragraph = explanation(getattr(error, "concept", ""))
+            if paragraph and (explain or os.environ.get("LONGEXT_EXPLAIN", "0") not in ("", "0")):
+                print(f"\n{textwrap.fill(paragraph, _PARAGRAPH, break_on_hyphens=False)}", file=sys.stderr)
         raise typer.Exit(code) from None
 
 
@@ -97,8 +110,9 @@ def _explain(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return _OUT_OF_MEMORY_OF.get(command, _OUT_OF_MEMORY), 1
     if is_launched() and _is_lost_process(error):
-        return _LOST_PROCESS, 1
-    return _explain_os(error) or _explain_bug(error)
+        return _LOST_PROCESS if command in _OUT_OF_MEMORY_OF else _LOST_SHARER, 1
+    absent = explain_import(error, f"`longext {command}`" if command else "longext")
+    return (str(absent), absent.exit_code) if absent else _explain_os(error) or _explain_bug(error)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 import typer
 
 from longext.cli.output import show
+from longext.processes import group as processes
 from longext.report.commands.runs import Planned, Trainer, plan_run, train_and_write
 from longext.report.console import print_table, progress, say, working
 from longext.staging import release_outputs
-from longext.training import processes
 from longext.training.run import Run, RunPlan, Training
 
 

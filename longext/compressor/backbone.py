@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
+from longext.data.long_short import windowed_loss
 from longext.errors import ConfigError
 from longext.models.head import decoder_of, scale_logits
+from longext.models.hf import score_hidden
 from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rotary_modules
 from longext.training.losses import chunked_cross_entropy
 
@@ -273,10 +275,15 @@ class Backbone:
         """Return the logits [..., V] of last hidden states [..., D]."""
         return scale_logits(self.model, self.head(hidden))
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed cross-entropy of `hidden` [B, N, D] against aligned labels [B, N] (-100: none)."""
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the summed cross-entropy of `hidden` [B, N, D] against aligned labels [B, N] (-100: none).
+
+        Args:
+            weights: [B, N], multiply each label's; None for 1.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return chunked_cross_entropy(flat, labels.reshape(-1), self.logits, [], self.loss_chunk)
+        of_labels = None if weights is None else weights.reshape(-1)
+        return chunked_cross_entropy(flat, labels.reshape(-1), self.logits, [], self.loss_chunk, of_labels)
 
     def divergence(self, student: torch.Tensor, teacher: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         """Return the sum over scored tokens of KL(teacher || student) in nats, a float32 scalar.
@@ -310,6 +317,22 @@ class Backbone:
         """
         first = max(0, stop - self.window)  # a teacher beyond its window would teach noise
         return self.run(self.embed(tokens[:, first:stop]))[:, start - stop :]
+
+    @torch.no_grad()
+    def gain(self, tokens: torch.Tensor, segment: int, overlap: int) -> torch.Tensor:
+        """Return what each token gains from text that its segment does not hold, in nats [B, N - 1], of tokens 1 on.
+
+        Its loss given the segment so far and the overlap alone, minus that given all text before it that the window
+        holds beside a whole segment.
+        """
+
+        def score(ids: torch.Tensor, first: int) -> torch.Tensor:
+            hidden = self.run(self.embed(ids[:, :-1]))[:, first - 1 :]
+            return score_hidden(self.model, hidden, ids[:, first:], first).nll
+
+        # the first token of a segment is predicted by the last position of the one before: one more token of context
+        whole = windowed_loss(score, tokens, self.window - segment + 1, segment)
+        return windowed_loss(score, tokens, overlap + 1, segment, whole) - whole
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

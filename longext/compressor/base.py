@@ -197,7 +197,7 @@ class Compressor(nn.Module):
         of_labels, of_teacher = segment.weights
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         if of_labels:
-            total = total + of_labels * self.backbone.loss(hidden, segment.labels)
+            total = total + of_labels * self.backbone.loss(hidden, segment.labels, segment.label_weights)
         if of_teacher and segment.teacher is not None:
             scored = segment.labels != IGNORED
             total = total + of_teacher * self.backbone.divergence(hidden, segment.teacher, scored)

@@ -47,10 +47,13 @@ class BaseModel:
 
     def is_that_of(self, recorded: str) -> bool:
         """True if this is the model whose `weights` were recorded (by longext 0.1 too)."""
-        if recorded == self.weights:
-            return True
-        fingerprint, _, rope = recorded.rpartition("-")
-        return rope == self.weights.rpartition("-")[2] and same_weights(self.directory, fingerprint)
+        rope = recorded.rpartition("-")[2]
+        return rope == self.weights.rpartition("-")[2] and self.has_weights_of(recorded)
+
+    def has_weights_of(self, recorded: str) -> bool:
+        """True if its weights are those of the model whose `weights` were recorded, whatever its RoPE and length."""
+        fingerprint = recorded.rpartition("-")[0]
+        return fingerprint == self.weights.rpartition("-")[0] or same_weights(self.directory, fingerprint)
 
 
 def find_base(name: str, revision: str | None = None) -> BaseModel:
@@ -69,6 +72,11 @@ def save_compressor(directory: Path, compressor: Compressor, base: BaseModel) ->
 
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in compressor.state_dict().items()}
     save_file(state, directory / WEIGHTS)
+    describe_compressor(directory, compressor, base)
+
+
+def describe_compressor(directory: Path, compressor: Compressor, base: BaseModel) -> None:
+    """Write compressor.json beside weights that are there."""
     description = {
         "schema": SCHEMA,
         "spec": compressor.spec.to_json(),

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory, MemoryGradients, MemoryStore, join
 from longext.compressor.policies import Policy
-from longext.compressor.schedule import Schedule
+from longext.compressor.schedule import Schedule, kept_slots
 from longext.compressor.segments import Segment
 from longext.training.losses import IGNORED
 from longext.training.sweep import Steps, run_sweep
@@ -41,6 +41,7 @@ class Sweep:
         compressor: who reads and writes.
         scale: every loss is multiplied by it before its gradient is taken.
         at_once: segments of a pass without a graph before their gradients are taken; None for half as many as layers.
+        fading: the ratios that memories are read at by distance, each written at the first; () as they were written.
         schedule: what each segment reads.
         visible: memories that each segment reads.
         slots: of each memory; the last segment has none.
@@ -50,13 +51,14 @@ class Sweep:
     compressor: Compressor
     scale: float = 1.0
     at_once: int | None = None
+    fading: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         last, spec = self.segments[-1], self.compressor.spec
         # what stays readable is what the segments hold: none of it for auto-encoding
         spec = dataclasses.replace(spec, overlap=last.before.shape[1], sink=last.sink.shape[1])
-        ratios = [segment.ratio for segment in self.segments]
-        self.schedule = Schedule.of(type(self.compressor), spec, ratios, by_distance=False)
+        ratios = self.fading or [segment.ratio for segment in self.segments]
+        self.schedule = Schedule.of(type(self.compressor), spec, ratios, by_distance=bool(self.fading))
         self.visible = [self.schedule.visible(t) for t in range(len(self.segments))]
         self.slots = [self.schedule.slots(t) for t in range(len(self.segments) - 1)]
 
@@ -75,9 +77,20 @@ class Sweep:
         scored = self.is_scored(t)
         if not scored and not write:
             return self.zero, None
-        memory = memory if t else ()  # segment 0 holds the sink itself
+        memory = self._faded(t, memory) if t else ()  # segment 0 holds the sink itself
         loss, written = self.compressor.step(self.segments[t], memory, self.place(t), loss=scored, write=write)
         return self.zero if loss is None else loss, written
+
+    def _faded(self, t: int, memory: Memory) -> Memory:
+        """Return [sink | memories] at the ratios and positions that segment t reads them at; gradients flow through."""
+        if not self.fading or not memory:
+            return memory
+        schedule, device = self.schedule, memory[0].device
+        written = [schedule.written_at(s) for s in range(*schedule.span(t))]
+        kept = torch.tensor(kept_slots(schedule.segment, written, schedule.ratios_at(t)), dtype=torch.int64)
+        turns = torch.cat([torch.zeros(schedule.fixed, dtype=torch.int64), torch.arange(len(kept)) - kept])
+        places = torch.cat([torch.arange(schedule.fixed), schedule.fixed + kept]).to(device)
+        return self.compressor.backbone.rerotate(tuple(tensor[..., places, :] for tensor in memory), turns)
 
     def place(self, t: int) -> int:
         """Return the position of the first slot of memory t: nothing leaves, so it is the same for all readers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from longext.compressor.base import Compressor
 from longext.compressor.gradients import Sweep, backprop
-from longext.compressor.policies import Policy, parse_policy
+from longext.compressor.policies import TOKEN_OBJECTIVES, Policy, parse_policy
 from longext.compressor.segments import Segment, reconstruction_segments, split_segments
+from longext.data.long_short import longce_weights
 from longext.training.losses import IGNORED
 
 
@@ -44,11 +47,13 @@ class Objectives:
     weights: dict[str, float]
     policy: Policy
     seed: int
+    fading: bool = False
 
     @property
     def of_tokens(self) -> tuple[float, float]:
         """Weights of cross-entropy and divergence in the pass that reads documents."""
-        return self.weights.get("lm", self.weights.get("qa", 0.0)), self.weights.get("distill", 0.0)
+        of_labels = next((self.weights[name] for name in TOKEN_OBJECTIVES if name in self.weights), 0.0)
+        return of_labels, self.weights.get("distill", 0.0)
 
     def backward(self, compressor: Compressor, batch: Batch, group: Any = None) -> dict[str, torch.Tensor]:
         """Add the gradient of one batch; return the weighted and scaled parts of the loss, "documents" and "ae"."""
@@ -57,7 +62,10 @@ class Objectives:
         ratios = rng.choice(compressor.spec.ratios, -(-batch.tokens.shape[1] // compressor.spec.segment)).tolist()
         parts: dict[str, torch.Tensor] = {}
         if any(self.of_tokens):
-            sweep = Sweep(self._segments(compressor, batch, ratios), compressor, batch.per_token)
+            fading = compressor.spec.ratios if self.fading else ()
+            if fading:
+                ratios = [fading[0]] * len(ratios)  # what a ratio further on keeps is part of it
+            sweep = Sweep(self._segments(compressor, batch, ratios), compressor, batch.per_token, fading=fading)
             parts["documents"] = backprop(sweep, self.policy, rng, group) * batch.per_token
         if "ae" in self.weights:
             parts["ae"] = self._autoencode(compressor, batch, int(ratios[0]), rng)
@@ -67,13 +75,20 @@ class Objectives:
         segments = split_segments(batch.tokens, batch.labels, compressor.spec, ratios)
         last = max((t for t, s in enumerate(segments) if bool((s.labels != IGNORED).any())), default=0)
         segments = segments[: last + 1]  # padding is neither written nor read
+        weights = self._label_weights(compressor, batch.tokens) if "longce" in self.weights else None
         for t, segment in enumerate(segments):
             segment.weights = self.of_tokens
+            start = t * compressor.spec.segment
+            stop = start + segment.tokens.shape[1]
+            segment.label_weights = None if weights is None else weights[:, start:stop]
             if self.of_tokens[1] and bool((segment.labels != IGNORED).any()):
-                start = t * compressor.spec.segment
-                stop = start + segment.tokens.shape[1]
                 segment.teacher = compressor.backbone.teacher_states(batch.tokens, start, stop)
         return segments
+
+    def _label_weights(self, compressor: Compressor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return LongCE's weights [B, N] of aligned labels: far text is what a segment and its overlap do not hold."""
+        gain = compressor.backbone.gain(tokens, compressor.spec.segment, compressor.spec.overlap)
+        return F.pad(longce_weights(gain), (0, 1), value=1.0)
 
     def _autoencode(self, compressor: Compressor, batch: Batch, ratio: int, rng: np.random.Generator) -> torch.Tensor:
         """Reconstruct one whole segment of every row, chosen at random."""
@@ -106,7 +121,7 @@ def compare_gradients(
     before = [parameter.grad for parameter in compressor.parameters()]
     estimate = _gradient(compressor, objectives, batch, group)
     # both draw from a generator of the same seed, so they compare the same ratios and segments
-    exact = _gradient(compressor, Objectives(objectives.weights, other, objectives.seed), batch, group)
+    exact = _gradient(compressor, dataclasses.replace(objectives, policy=other), batch, group)
     for parameter, gradient in zip(compressor.parameters(), before, strict=True):
         parameter.grad = gradient
     norm, exact_norm = estimate.norm(), exact.norm()

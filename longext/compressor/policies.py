@@ -61,6 +61,7 @@ class Policy:
 
 POLICIES: Registry[Kind] = Registry("gradient policy")
 OBJECTIVES: Registry[None] = Registry("objective")
+TOKEN_OBJECTIVES = ("lm", "longce", "qa")  # cross-entropy of a document's tokens, in one pass
 
 
 def policy_forms(recurrent: bool = False) -> list[str]:
@@ -165,6 +166,9 @@ POLICIES.register("full", Kind(_all, "graph", recurrent=True), "one graph of the
 OBJECTIVES.register("lm", None, "cross-entropy of each next token given memories and the raw segment")
 OBJECTIVES.register("ae", None, "cross-entropy of a segment given its memory and the repeat token (auto-encoding)")
 OBJECTIVES.register("qa", None, "cross-entropy of the answers in instructions and chats")
+OBJECTIVES.register(
+    "longce", None, "lm with each token weighed by what the frozen model gains from text beyond the segment, at most 5"
+)
 OBJECTIVES.register("distill", None, "KL divergence from the frozen model that reads the text raw, up to its window")
 
 
@@ -172,7 +176,7 @@ def parse_objectives(text: str) -> dict[str, float]:
     """Return name -> weight of text such as "lm", "lm:1,ae:0.2" or "qa,distill:0.5".
 
     Raises:
-        ConfigError: unknown name, a weight that is no positive number, or both lm and qa.
+        ConfigError: unknown name, a weight that is no positive number, or two of lm, qa and longce.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
@@ -184,6 +188,9 @@ def parse_objectives(text: str) -> dict[str, float]:
             weights[name] = 0.0
         if not 0 < weights[name] < float("inf"):
             raise ConfigError(f"--objectives takes name:weight with a weight above 0, got '{part}'.")
-    if "lm" in weights and "qa" in weights:
-        raise ConfigError("--objectives lm scores every token and qa the answers alone: choose one of the two.")
+    if len(given := [name for name in TOKEN_OBJECTIVES if name in weights]) > 1:
+        raise ConfigError(
+            f"--objectives {' and '.join(given)} are ways to score the same tokens (lm all alike, longce by what far "
+            "text is worth, qa the answers alone): choose one of them."
+        )
     return weights

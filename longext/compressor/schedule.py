@@ -212,6 +212,20 @@ class Schedule:
         return sum(self.segment // ratio * count for ratio, count in runs)
 
 
+def kept_slots(segment: int, held: Iterable[int], wanted: Iterable[int]) -> list[int]:
+    """Return which slots of memories in a row at the ratios `held` they have at the ratios `wanted`, no smaller ones.
+
+    A slot stands for the stretch of tokens that ends with it, so the last of each longer stretch stays.
+    """
+    kept: list[int] = []
+    start = 0
+    for ratio, new in zip(held, wanted, strict=False):
+        stride, end = new // ratio, start + segment // ratio
+        kept += range(start + stride - 1, end, stride)
+        start = end
+    return kept
+
+
 def spelled(ratio: Ratio) -> str:
     """Return a ratio, or several by distance, as `--memory OUT@2,4,8` takes them."""
     return ",".join(map(str, (ratio,) if isinstance(ratio, int) else ratio))

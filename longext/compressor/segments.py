@@ -28,6 +28,7 @@ class Segment:
         ratio: of the memory it writes.
         teacher: last hidden states [B, l, D] to imitate, or None.
         weights: of cross-entropy and of the divergence from the teacher.
+        label_weights: [B, l], what multiplies each label's cross-entropy, or None.
     """
 
     tokens: torch.Tensor
@@ -37,6 +38,7 @@ class Segment:
     ratio: int
     teacher: torch.Tensor | None = None
     weights: tuple[float, float] = (1.0, 0.0)
+    label_weights: torch.Tensor | None = None
 
 
 def split_segments(

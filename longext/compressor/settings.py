@@ -7,11 +7,12 @@ import dataclasses
 from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.config import CompressConfig
 from longext.compressor.policies import parse_objectives, parse_policy
-from longext.compressor.spec import CompressorSpec, check_spec
+from longext.compressor.schedule import UNLIMITED, Ratio, spelled
+from longext.compressor.spec import CompressorSpec, check_fading, check_spec
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
+from longext.processes.group import is_sharded
 from longext.settings import check_names
-from longext.training.processes import is_sharded
 from longext.training.settings import (
     DECIDING,
     check_data,
@@ -84,6 +85,10 @@ def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
         alpha=float(config.lora_alpha),
     )
     check_spec(spec, window)
+    if config.fading:
+        if len(spec.ratios) < 2:
+            raise ConfigError(f"--fading needs several ratios, the nearest first, as in 4,8,16; got {spec.ratios[0]}.")
+        check_fading(spec, spec.ratios, window)
     return spec
 
 
@@ -93,14 +98,15 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     Raises:
         ConfigError: the memories of so many segments do not fit the model's positions.
     """
-    ratio = min(spec.ratios)  # every segment may draw the ratio that makes most slots
+    # every segment may draw the ratio that makes most slots
+    ratio: Ratio = spec.ratios if config.fading else min(spec.ratios)
     schedule = spec.schedule(window, ratio)
     first = schedule.first_reader
     if not schedule.capacity:
         raise ConfigError(
-            f"--ratio {ratio} makes {spec.segment // ratio} slots of each --segment {spec.segment}, and the model's "
-            f"{window} positions hold no memory next to a segment: use larger ratios, a shorter --segment, or extend "
-            "the model first (longext extend)."
+            f"--ratio {spelled(ratio)} makes {schedule.slots(0)} slots of each --segment {spec.segment}, and the "
+            f"model's {window} positions hold no memory next to a segment: use larger ratios, a shorter --segment, or "
+            "extend the model first (longext extend)."
         )
     most = schedule.max_segments
     if config.document_length is None:
@@ -112,10 +118,11 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
         )
     segments = -(-config.document_length // spec.segment)
     if segments > most:
-        slots = (segments - first) * (spec.segment // ratio)
+        slots = dataclasses.replace(schedule, room=UNLIMITED, capacity=UNLIMITED).num_slots(segments - 1)
+        needed = spec.sink + slots + spec.overlap + spec.segment
         raise ConfigError(
-            f"--document-length {config.document_length} at ratio {ratio} needs sink {spec.sink} + {slots} slots + "
-            f"overlap {spec.overlap} + segment {spec.segment} = {spec.sink + slots + spec.overlap + spec.segment} "
+            f"--document-length {config.document_length} at ratio {spelled(ratio)} needs sink {spec.sink} + {slots} "
+            f"slots + overlap {spec.overlap} + segment {spec.segment} = {needed} "
             f"positions, and the model has {window}: at most {most * spec.segment} tokens fit. Use a larger ratio, or "
             "extend the model first (longext extend)."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_config, load_tokenizer
@@ -17,7 +19,9 @@ from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import window_of
 from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.checkpoint import (
+    WEIGHTS,
     BaseModel,
+    describe_compressor,
     find_base,
     load_backbone,
     load_state,
@@ -40,12 +44,13 @@ from longext.compressor.spec import CompressorSpec
 from longext.data.packing import DocumentRows
 from longext.data.rows import cached_tokens
 from longext.errors import ConfigError
+from longext.processes.group import is_main_process, main_process_first, sum_gradients
 from longext.training.engine import Engine
 from longext.training.loading import enable_checkpointing, training_device
 from longext.training.losses import chunk_for
-from longext.training.processes import is_main_process, main_process_first, sum_gradients
 from longext.training.run import Run, RunPlan
 from longext.training.settings import fingerprint, world_size
+from longext.untrusted import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,7 @@ class CompressPlan(RunPlan):
         config, spec = self.config, self.spec
         settings = {name: getattr(config, name) for name in DECIDING_COMPRESS}
         settings |= {"sink": spec.sink, "memory": spec.memory, "row_length": data["row_length"], "init": config.init}
+        settings |= {"fading": True} if config.fading else {}
         processes = world_size(config)
         return fingerprint(
             config, settings, read_config(self.source), self.base.weights, data["tokens_sha256"], processes
@@ -142,8 +148,28 @@ class CompressRun(Run):
         """Return the engine, which sweeps over the segments of each document."""
         config = self.plan.config
         policy = parse_policy(config.gradient, self.model.recurrent)
-        objectives = Objectives(parse_objectives(config.objectives), policy, config.seed)
-        return CompressorEngine(model=self.model, objectives=objectives, grad_check=config.grad_check, **settings)
+        objectives = Objectives(parse_objectives(config.objectives), policy, config.seed, config.fading)
+        return CompressorEngine(
+            model=self.model,
+            objectives=objectives,
+            grad_check=config.grad_check,
+            describe=self.describe,
+            **settings,
+        )
+
+    def describe(self, checkpoint: Path) -> None:
+        """Make a checkpoint a compressor as well, which `--memory` and `--init` take: what Trainer saved, named."""
+        weights = checkpoint / WEIGHTS
+        weights.unlink(missing_ok=True)
+        try:
+            weights.hardlink_to(checkpoint / SAFE_WEIGHTS_NAME)
+        except OSError:  # a disk without links
+            shutil.copyfile(checkpoint / SAFE_WEIGHTS_NAME, weights)
+        describe_compressor(checkpoint, self.model, self.plan.base)
+
+    def usable(self, checkpoint: Path) -> str:
+        """Return how a checkpoint of a run that was stopped is used."""
+        return f"It is a compressor as it stands: use it as --memory {checkpoint}, or copy that folder. "
 
     def save(self, engine: Engine) -> None:
         """Write the two files of the compressor."""
@@ -162,6 +188,7 @@ class CompressRun(Run):
             "num_total": sum(p.numel() for p in backbone.model.parameters()),
             "num_trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "objectives": parse_objectives(plan.config.objectives),
+            **({"fading": True} if plan.config.fading else {}),
             "gradient": plan.config.gradient,
             "document_length": plan.row_length,
             "documents_per_step": plan.rows_per_step,
@@ -252,9 +279,15 @@ def _training_dtype(config: CompressConfig, base: BaseModel, device: torch.devic
 def _start_from(compressor: Compressor, directory: Path, base: BaseModel) -> None:
     """Take over the weights of an earlier compressor of the same shape on the same model."""
     description = read_description(directory)
-    if not base.is_that_of(description["base_weights"]):
+    recorded = description["base_weights"]
+    if not base.has_weights_of(recorded):
         raise ConfigError(f"--init {directory} belongs to {description['base_model']}, another model than this run's.")
     earlier = CompressorSpec.from_json(description["spec"])
     if not same_shape(earlier, compressor.spec):
         raise ConfigError(f"--init {directory} is of another shape: {earlier}; this run asks for {compressor.spec}.")
     load_state(compressor, directory)
+    if not base.is_that_of(recorded):
+        note(
+            f"--init {directory} was trained on {description['base_model']}, which has the same weights and another "
+            f"RoPE: {description['window']:,} positions there, {compressor.backbone.window:,} here."
+        )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.source import HUB_ID
-from longext.conversion.engines import kind_of, readers
+from longext.conversion.engines import ENGINES, RIGHT, kind_of
 from longext.errors import CheckpointError
 from longext.manifest import command_line, versions
 from longext.rope.spec import ROPE_METHODS
@@ -17,6 +19,8 @@ from longext.untrusted import METADATA_LIMIT, read_text, spelled
 
 _LICENSE_LINE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
+# a directory of the Hub's cache
+_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]{40}/?$")
 _UNTRAINED = "The weights of `{}`, unchanged, with another rotary position embedding. No training was done."
 _CARD = Template("""---
 $front
@@ -49,10 +53,16 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 ```
 
 `config.json` holds the RoPE twice: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (older
-readers). With vLLM, state the length: `vllm serve DIR --max-model-len $served`.
-Engines that read it as transformers does: $engines.
+readers).
 `longext verify DIR` reloads it in a fresh process and compares it with the formula and the base.
 $links
+## Serve it
+
+$engines
+
+## Limits
+
+$limits
 
 ## Made by
 
@@ -64,7 +74,7 @@ longext $version; the resolved settings are in `run.json` and `recipe.yaml`.
 """)
 
 
-_LINKS = """
+LINKS = """
 The weight files may be hard links to the base model's: save a fine-tuned model to another directory, never into
 this one.
 """
@@ -72,12 +82,57 @@ this one.
 
 def license_of(source: Path) -> list[str]:
     """Return the license lines of the base model's card, so that the new card keeps them."""
+    if is_bundled(source):
+        return ["license: apache-2.0"]
     try:
         text = read_text(source / "README.md", CheckpointError, METADATA_LIMIT)
     except (OSError, CheckpointError):
         return []
     front = text.split("---", 2)[1] if text.startswith("---") else ""
     return [match.group(0) for match in _LICENSE_LINE.finditer(front)]
+
+
+def base_name(base: str) -> str:
+    """Return what a card calls a base model: its Hub id, also of a directory in the Hub's cache; else a mere name."""
+    cached = _CACHED.search(base)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    return base if HUB_ID.match(base) and not Path(base).exists() else Path(base).name or base
+
+
+def without_folders(text: str, paths: Iterable[str] = ()) -> str:
+    """Return a text in which absolute paths are mere names: those given, and those of a command line in it."""
+    found = {word.rpartition("=")[2] for word in text.split() if Path(word.rpartition("=")[2]).is_absolute()}
+    for path in sorted({*found, *paths}, key=len, reverse=True):
+        if Path(path).is_absolute() and Path(path).name:
+            text = text.replace(path, base_name(path))
+    return text
+
+
+def engine_table(parameters: dict[str, Any], length: int) -> str:
+    """Return a Markdown table: which engines read the RoPE as transformers does, and the command that serves it."""
+    kind = kind_of(parameters)
+    rows = ["| engine | reads this RoPE as transformers does | command |", "|---|---|---|"]
+    for engine in ENGINES:
+        if engine.is_current:
+            reading = engine.reading(kind)
+            told = "yes" if reading.verdict == RIGHT else f"no: {reading.what}"
+            command = re.sub(r"\bN\b", str(length), engine.serve)
+            rows.append(f"| {engine.title} | {told} | `{command}` |")
+    return "\n".join(rows)
+
+
+def _limits(record: dict[str, Any], served: int, is_trained: bool) -> str:
+    """Return what a reader should not expect, one point a line."""
+    trained = record["spec"]["original_max_position_embeddings"]
+    told = [f"It was made for texts of up to {served:,} tokens."]
+    if not is_trained:
+        told.append(
+            f"It was trained on {trained:,} tokens and not trained since: beyond them it reads less well than a model "
+            "that was, and it may read short texts a little less well than its base does."
+        )
+    told.append("What the base model must not be used for, this one must not be used for either.")
+    return "\n".join(f"- {line}" for line in told)
 
 
 def formula_lines(record: dict[str, Any]) -> list[str]:
@@ -115,20 +170,21 @@ def model_card(
     """
     spec = record["spec"]
     method = ROPE_METHODS[spec["method"]]
-    base, length = record["base_model"], record["new_length"]
-    front = ["library_name: transformers", "tags: [long-context, rope, longext]", *license_lines]
-    if HUB_ID.match(base) and not Path(base).exists():
+    base, length = base_name(record["base_model"]), record["new_length"]
+    tags = "tags: [long-context, rope, longext]"
+    front = ["library_name: transformers", "pipeline_tag: text-generation", tags, *license_lines]
+    if HUB_ID.match(base):
         front.insert(0, f"base_model: {base}")  # the Hub takes ids here, not paths
     notes = [*filter(None, [method.caveat]), *record.get("warnings", [])]
     if not record.get("checked", True):
-        notes.append("The RoPE was not compared with what transformers builds (`--no-check`).")
+        notes.append("The RoPE was not compared with what transformers builds; `longext verify DIR` does it.")
     trap = "".join(f"\n> {note}\n" for note in notes)
     served = spec["original_max_position_embeddings"] if method.keeps_length else length
     text = _CARD.substitute(
         front="\n".join(front),
         name=Path(base).name,
         summary=_UNTRAINED.format(base) if merge is None else _merged_summary(base, merge),
-        links=_LINKS if merge is None else "",
+        links=LINKS if merge is None else "",
         old=f"{record['old_length']:,}",
         new=f"{length:,}",
         title=method.title,
@@ -139,9 +195,9 @@ def model_card(
         formula="\n".join(formula_lines(record)),
         reference=record["reference"],
         trap=trap,
-        served=served,
-        engines=", ".join(readers(kind_of(record["rope_parameters"]))),
-        command=command_line(),
+        engines=engine_table(record["rope_parameters"], served),
+        limits=_limits(record, length, is_trained=merge is not None or record["trained"]),
+        command=without_folders(command_line()),
         version=versions()["longext"],
     )
     return spelled(text)
@@ -221,8 +277,8 @@ def _merged_summary(base: str, merge: dict[str, Any]) -> str:
             f"{proof['max_difference']:.2g}, allowed {proof['limit']:.2g}"
         )
     return (
-        f"The weights of `{base}` with the LoRA adapter `{merge['adapter']}` merged in, computed in float32 and stored "
-        f"as {', '.join(merge['dtypes'])}.\nThe result {proven}."
+        f"The weights of `{base}` with the LoRA adapter `{base_name(merge['adapter'])}` merged in, computed in float32 "
+        f"and stored as {', '.join(merge['dtypes'])}.\nThe result {proven}."
     )
 
 

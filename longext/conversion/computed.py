@@ -22,6 +22,7 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.rope_config import ModelRope
 from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
+from longext.extras import has
 from longext.rope.reading import read_parameters
 from longext.rope.spec import RopeSpec, compute_inv_freq, softmax_scale
 
@@ -303,10 +304,13 @@ def describe_layers(computed: Computed, rope: ModelRope) -> str:
 def layers_in_words(rope: ModelRope, directory: Path) -> str:
     """Return what the layers of the model in `directory` do with positions, without a plan.
 
-    Families with a row of their own rotate in every layer, which config.json tells; others are built.
+    Families with a row of their own rotate in every layer, which config.json tells; others are built, where
+    transformers is installed.
     """
     if rope.family is not UNLISTED:
         return rope.describe_layers()
+    if not has("torch", "transformers"):
+        return f"{rope.describe_layers()} (as config.json says)"
     return describe_layers(compute(read_config(directory), [rope.spec.original_max_position_embeddings]), rope)
 
 

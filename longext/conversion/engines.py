@@ -24,6 +24,7 @@ KINDS = {
     "longrope-static": "`longrope` with equal short and long factors: any frequencies, any temperature",
     "longrope": "`longrope` with other factors up to L tokens than beyond",
 }
+LLAMA_CPP = "llama-cpp-python 0.3.36"
 REMAPPED = "remapped"  # no checkpoint: positions are remapped inside attention
 
 
@@ -149,7 +150,7 @@ ENGINES = (
     ),
     Engine(
         name="llama.cpp",
-        version="llama-cpp-python 0.3.36",
+        version=LLAMA_CPP,
         source="2,048 tokens of the bundled story on books-5m, its own converter; conversion/base.py, src/models",
         serve="python convert_hf_to_gguf.py DIR --outfile MODEL.gguf && llama-server -m MODEL.gguf -c N",
         override="-c N with --rope-freq-base THETA (ntk, abf), --rope-scaling linear --rope-scale S, or "
@@ -248,3 +249,15 @@ def engine_notes(parameters: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     told = "; ".join(f"{each.title} {each.reading(kind).what}" for each in others)
     return (f"Some engines make something else of this RoPE, in silence: {told}.",)
+
+
+def gguf_note() -> str:
+    """Return one line on who reads a GGUF file of longext rightly."""
+    return f"Read as transformers 5 reads the method by llama.cpp ({LLAMA_CPP}, run); older ones were not run."
+
+
+def readers_note(parameters: Mapping[str, Any]) -> str:
+    """Return one line on the engines that are developed further and read these `rope_parameters` rightly."""
+    kind = kind_of(parameters)
+    right = [each.title for each in ENGINES if each.is_current and each.reading(kind).verdict == RIGHT]
+    return f"Read rightly by {', '.join(right)}." if right else "No engine is known to read this RoPE rightly."

@@ -28,6 +28,7 @@ from longext.conversion.files import (
     write_json,
 )
 from longext.errors import CheckpointError, ConfigError
+from longext.extras import has
 from longext.manifest import read_manifest, write_manifest, write_text
 from longext.rope.formulas import bake_as_longrope, ramp_of
 from longext.rope.reading import spec_from_json
@@ -63,6 +64,7 @@ class ExtensionPlan:
         layout: the spelling that is written (`write_rope`).
         layers: which layers the extension reaches, in words.
         warnings: what the user should know before using it, one line each.
+        is_checked: it was held to what transformers builds.
     """
 
     config: ExtendConfig
@@ -79,6 +81,7 @@ class ExtensionPlan:
     layout: str = "both"
     layers: str = ""
     warnings: tuple[str, ...] = ()
+    is_checked: bool = False
 
     @property
     def config_length(self) -> int:
@@ -99,7 +102,7 @@ class ExtensionPlan:
 def plan_extension(config: ExtendConfig) -> ExtensionPlan:
     """Work out an extension from config.json and the safetensors headers, and hold it to what transformers builds.
 
-    Without `config.check` that comparison, which imports torch and transformers, is left out.
+    That comparison is left out without `config.check`, and where torch or transformers are not installed.
 
     Raises:
         CheckpointError: the model cannot be read or extended, or would not compute what is planned.
@@ -129,7 +132,7 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         layers=f"{rope.describe_layers()} (as config.json says)",
         warnings=engine_notes(parameters),
     )
-    return checked(plan) if config.check else plan
+    return checked(plan) if config.check and has("torch", "transformers") else plan
 
 
 def checked(plan: ExtensionPlan) -> ExtensionPlan:
@@ -156,7 +159,7 @@ def checked(plan: ExtensionPlan) -> ExtensionPlan:
             continue
         gains_nothing = warn(base, plan.rope)
         warnings = (*plan.warnings, gains_nothing) if gains_nothing else plan.warnings
-        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings)
+        return replace(chosen, layers=describe_layers(base, plan.rope), warnings=warnings, is_checked=True)
     assert problem is not None
     raise problem
 
@@ -169,7 +172,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
     origin, was_trained = trained_rope(source, rope)
     if config.original_length is not None:
         if config.original_length < 1:
-            raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.")
+            raise ConfigError(f"`original_length` must be >= 1, got {config.original_length}.").about("trained length")
         origin = replace(origin, original_max_position_embeddings=config.original_length)
     trained = ROPE_METHODS[origin.method]
     is_plain = trained.is_exact_inside or (trained.is_scaling and origin.factor == 1)
@@ -179,13 +182,13 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
             f"{config.model} was trained with {origin.method} RoPE (factor {origin.factor:g} of "
             f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
             f"Use `{origin.method}` with a larger factor, or start from the bare base theta: longext extend --replace."
-        )
-    spec = _new_spec(config, origin if composes else _bare(origin))
+        ).about("rope")
+    spec = new_spec(config, origin if composes else bare_spec(origin))
     if composes and spec.factor < origin.factor:
         raise ConfigError(
             f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
             f"{origin.original_max_position_embeddings} tokens of pre-training: give more, not {spec.factor:g}."
-        )
+        ).about("trained length")
     if composes:
         relation = "composes with"
     else:
@@ -219,7 +222,7 @@ def _record(source: Path, rope: ModelRope) -> dict[str, Any] | None:
     return extension
 
 
-def _bare(spec: RopeSpec) -> RopeSpec:
+def bare_spec(spec: RopeSpec) -> RopeSpec:
     """The unscaled RoPE under a scaled one: its base theta and pre-training length, and what belongs to the model."""
     return RopeSpec(
         mscale=spec.mscale,
@@ -232,7 +235,7 @@ def _bare(spec: RopeSpec) -> RopeSpec:
     )
 
 
-def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
+def new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
     """Fill a RopeSpec from the typed parameters; those the method does not take are errors, not silence."""
     method = ROPE_METHODS[config.method]
     takes = {parameter.key: parameter.name for parameter in method.parameters}
@@ -247,7 +250,8 @@ def _new_spec(config: ExtendConfig, start: RopeSpec) -> RopeSpec:
         values.update(read_factors(Path(config.factors)))
     factor = resolve_factor(config, start.original_max_position_embeddings, values.pop("factor", None))
     if config.method == "none" and factor != 1:
-        raise ConfigError(f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method.")
+        told = f"`none` leaves the RoPE as it is: its factor is 1, got {factor:g}. Choose a method."
+        raise ConfigError(told).about("method")
     spec = replace(start, **{**values, "method": config.method, "factor": factor})
     if config.truncate is not None and ramp_of(spec) == "paper":
         raise ConfigError("`truncate` is for the code ramp: add --ramp code, or leave it out.")
@@ -261,23 +265,25 @@ def resolve_factor(config: ExtendConfig, original: int, from_file: float | None)
         ConfigError: none or both given, a factor below 1, or a target below the trained length.
     """
     if config.factor is not None and config.target_length is not None:
-        raise ConfigError("Give either --factor or --target-length, not both.")
+        raise ConfigError("Give either --factor or --target-length, not both.").about("factor")
     if config.target_length is not None:
         if config.target_length < original:
             raise ConfigError(
                 f"--target-length must be at least the trained length {original}, got {config.target_length}. "
                 "If the model was trained on less than its config says, state `original_length`."
-            )
+            ).about("trained length")
         return config.target_length / original
     factor = config.factor if config.factor is not None else from_file
     if factor is None and config.method == "none":
         return 1.0
     if factor is None:
-        raise ConfigError(f"Give --factor (for example 8) or --target-length (for example {8 * original}).")
+        told = f"Give --factor (for example 8) or --target-length (for example {8 * original})."
+        raise ConfigError(told).about("factor")
     if factor > MAX_FACTOR:
-        raise ConfigError(f"--factor must be at most {MAX_FACTOR:g}, got {factor:g}.")
+        raise ConfigError(f"--factor must be at most {MAX_FACTOR:g}, got {factor:g}.").about("factor")
     if not factor >= 1:
-        raise ConfigError(f"--factor must be >= 1 (target length / trained length {original}), got {factor:g}.")
+        told = f"--factor must be >= 1 (target length / trained length {original}), got {factor:g}."
+        raise ConfigError(told).about("factor")
     return float(factor)
 
 
@@ -408,7 +414,7 @@ def provenance(plan: ExtensionPlan) -> dict[str, Any]:
         "new_length": plan.new_length,
         "formula": ROPE_METHODS[plan.spec.method].formula,
         "reference": ROPE_METHODS[plan.spec.method].reference,
-        "checked": plan.config.check,
+        "checked": plan.is_checked,
         "layout": plan.layout,
         "warnings": list(plan.warnings),
     }

@@ -24,7 +24,7 @@ _SIDE_PATTERNS = (
 _NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
 _LEGACY_INDEX = ".bin.index.json"
 # What an adapter's directory may hold of a tokenizer; its other files describe the training.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "generation_config.json"),
 )
@@ -52,7 +52,7 @@ def left_out(source: Path) -> list[str]:
 
 def tokenizer_files(adapter: Path) -> list[Path]:
     """Return the files of an adapter directory that belong to a tokenizer (or to generation)."""
-    return [file for pattern in _TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
+    return [file for pattern in TOKENIZER_FILES for file in adapter.glob(pattern) if file.is_file()]
 
 
 def belongs_to(file: Path, directory: Path) -> bool:

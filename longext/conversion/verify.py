@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longext.checkpoint.checks import left_over
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
@@ -22,6 +22,7 @@ from longext.conversion.computed import compare, computed_from, formula_problem
 from longext.conversion.files import find_change
 from longext.conversion.proof import mean_kl, probe_tokens
 from longext.errors import CheckpointError, LongextError
+from longext.extras import has, install_line
 from longext.manifest import read_manifest
 from longext.rope.reading import spec_from_json
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
@@ -64,6 +65,8 @@ def verify_checkpoint(
 ) -> Verification:
     """Check a checkpoint against its formula, its base model and its own two layouts.
 
+    Without torch and transformers its files are checked, and what the model computes is not.
+
     Args:
         base: the model it was made from; by default the one its run.json names.
         logits: load the weights and compare logits inside the trained window with the base's.
@@ -81,25 +84,18 @@ def verify_checkpoint(
     extension, merge = manifest.get("extension"), manifest.get("merge")
     is_trained = "finetune" in manifest
     base_name, base_directory = _find_base(base, extension)
-    spec = spec_from_json(extension.get("spec")) if extension else rope.spec
     checks = [
         _check_config(rope, extension),
         *_check_layouts(read_config(directory), rope, extension),
         _check_adapter_free(directory),
     ]
-    with tempfile.TemporaryDirectory(prefix="longext-verify-") as scratch:
-        ids = probe_tokens(directory, min(spec.original_max_position_embeddings, _NUM_TOKENS)) if logits else None
-        dtype = "float32" if sum(shard.size for shard in shards) < _FLOAT32_LIMIT else "auto"
-        trained = spec.original_max_position_embeddings
-        lengths = sorted({trained, round(trained * max(spec.factor, 1)) + 1})
-        base_rope = read_model_rope(base_directory) if base_directory is not None else None
-        answer = _reload(directory, base_directory, rope, lengths, Path(scratch), ids, dtype)
-        checks += _check_frequencies(answer, rope, spec, lengths, base_rope)
-        if logits:
-            checks.append(_check_loading(answer, rope.text_of(read_config(directory))))
-        if logits and base_rope is not None:
-            was_trained = is_trained or merge is not None
-            checks.append(_check_logits(Path(scratch), spec, base_rope.spec, was_trained))
+    if has("torch", "transformers"):
+        spec = spec_from_json(extension.get("spec")) if extension else rope.spec
+        loaded = _Loaded(directory, base_directory, rope, spec, was_trained=is_trained or merge is not None)
+        checks += _check_computed(loaded, sum(shard.size for shard in shards), logits)
+    else:
+        why = f"what the model computes needs torch and transformers: {install_line(['eval'])}"
+        checks.append(Check("frequencies, logits", "skip", why))
     if merge and hashes:
         checks.append(_check_merge(shards, merge))
     if base_directory is None:
@@ -113,6 +109,34 @@ def verify_checkpoint(
     if extension and "files" in extension:
         checks.append(_check_in_place(shards, extension["files"]))
     return Verification(model, base_name, tuple(checks))
+
+
+class _Loaded(NamedTuple):
+    """A checkpoint that is to be loaded, and what it is to be held to."""
+
+    directory: Path
+    base: Path | None
+    rope: ModelRope
+    spec: RopeSpec
+    was_trained: bool
+
+
+def _check_computed(loaded: _Loaded, size: int, logits: bool) -> list[Check]:
+    """Reload the checkpoint, weights of `size` bytes, in a fresh process and check what the model computes."""
+    rope, spec, checks = loaded.rope, loaded.spec, []
+    trained = spec.original_max_position_embeddings
+    lengths = sorted({trained, round(trained * max(spec.factor, 1)) + 1})
+    base_rope = read_model_rope(loaded.base) if loaded.base is not None else None
+    with tempfile.TemporaryDirectory(prefix="longext-verify-") as scratch:
+        ids = probe_tokens(loaded.directory, min(trained, _NUM_TOKENS)) if logits else None
+        dtype = "float32" if size < _FLOAT32_LIMIT else "auto"
+        answer = _reload(loaded.directory, loaded.base, rope, lengths, Path(scratch), ids, dtype)
+        checks += _check_frequencies(answer, rope, spec, lengths, base_rope)
+        if logits:
+            checks.append(_check_loading(answer, rope.text_of(read_config(loaded.directory))))
+        if logits and base_rope is not None:
+            checks.append(_check_logits(Path(scratch), spec, base_rope.spec, loaded.was_trained))
+    return checks
 
 
 def _find_base(base: str | None, extension: dict[str, Any] | None) -> tuple[str | None, Path | None]:
@@ -316,6 +340,9 @@ def _check_weights(
         for name in sorted(set(shard.tensors) - touched):
             stored, other = shard.tensors[name], base[name]
             is_same_file = shard.path.samefile(other.path)
+            if stored.dtype != other.dtype and not has("torch"):
+                types = f"'{name}' is {stored.dtype} here, {other.dtype} in the base"
+                return Check("weights", "skip", f"{types}: comparing them needs torch: {install_line(['eval'])}")
             if not is_same_file and not _is_same(stored, other):
                 return Check("weights", "fail", f"tensor '{name}' in {shard.path.name} differs from the base's")
             hashed += not is_same_file

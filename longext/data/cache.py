@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,9 +29,16 @@ from longext.untrusted import read_json
 
 SCHEMA = "longext.tokens/1"
 _META = "meta.json"
+
 _FILES = {"tokens.bin", "documents.bin", "names.jsonl"}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def cache_root() -> Path:
+    """Return where token caches are: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
+    chosen = os.environ.get("LONGEXT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache/longext/tokens"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.checkpoint.source import HUB_ID
 from longext.checksums import sha256_of
-from longext.errors import DataError, MissingExtraError
+from longext.errors import DataError
+from longext.extras import require
 from longext.options import DataConfig
 from longext.untrusted import json_lines, open_file, read_json, read_text, spelled, type_name
 
@@ -181,11 +182,10 @@ def _read_json(path: Path, _: DataConfig) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, _: DataConfig) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError("Reading parquet needs pyarrow: pip install pyarrow") from error
+    require("Reading parquet", ["train"], ["pyarrow"])
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64)
         rows = (row for batch in batches for row in batch.to_pylist())

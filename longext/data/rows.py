@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from longext.data.cache import TokenCache, TokenizedText, build_token_cache, open_token_cache, read_meta
+from longext.data.cache import TokenCache, TokenizedText, build_token_cache, cache_root, open_token_cache, read_meta
 from longext.data.config import RowsConfig
 from longext.data.documents import iterate_documents, iterate_rows, source_identity
 from longext.data.packing import PackedExamples, PackedRows, TokenRows, Windows, check_positions
@@ -173,12 +171,6 @@ def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[t
             batch, num_characters = [], 0
     if batch:
         yield batch
-
-
-def cache_root() -> Path:
-    """Return where token caches are: $LONGEXT_CACHE, or ~/.cache/longext/tokens."""
-    chosen = os.environ.get("LONGEXT_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache/longext/tokens"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

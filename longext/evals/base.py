@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from longext.errors import ConfigError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
-from longext.options import ChatConfig, RuntimeConfig
+from longext.options import ChatConfig, RuntimeConfig, SharedConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 _ORDER = (
-    "ppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 harness "
-    "reconstruction efficiency"
+    "ppl longppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 "
+    "harness reconstruction efficiency"
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
@@ -75,16 +75,18 @@ class Outcome:
         score_at: the score of (task, length), None for all of them: what `--fail-under` is compared with.
         notes: what a reader of the numbers has to know.
         files: further files of the results by name: their text, or a call that makes it.
+        bars: the verdicts on the limits, if the run itself came to them (--error-rate).
     """
 
     record: dict[str, Any]
     score_at: Callable[[str | None, str | None], float | None] = lambda task, length: None
     notes: Sequence[str] = ()
     files: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
+    bars: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(RuntimeConfig):
+class Eval(SharedConfig, RuntimeConfig):
     """One evaluation: a subclass in a file of `evals/suites/`, whose fields (`option`) are flags and recipe keys.
 
     From the class follow the command `longext eval NAME`, its help and bounds, its table, picture and section of a
@@ -166,6 +168,8 @@ class Eval(RuntimeConfig):
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
         """Return what the record says of each limit."""
+        if outcome.bars is not None:
+            return outcome.bars
         return place_verdicts(limits, outcome.score_at, at_most=self.limits_are_most)
 
     def require(self, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from longext.conversion.extend import ExtensionPlan, extended_config, plan_exten
 from longext.data.documents import data_hash, load_documents
 from longext.errors import CheckpointError, ConfigError, DataError
 from longext.evals.base import Progress
-from longext.evals.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
+from longext.evals.sequential.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
 from longext.models.methods import RemapRequest, described, method_request, remap_request
@@ -196,7 +196,8 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     rope = read_model_rope(directory, config.trust_remote_code).spec
     trained = rope.original_max_position_embeddings
     if config.target_length <= trained:
-        raise ConfigError(f"--target-length must be above the trained length {trained}, got {config.target_length}.")
+        told = f"--target-length must be above the trained length {trained}, got {config.target_length}."
+        raise ConfigError(told).about("target length")
     found, left_out = choices(config, rope)
     documents = load_documents(config)
     model = load_language_model(config)

@@ -20,11 +20,11 @@ from longext.evals.perplexity import evaluate_perplexity, tokenize_documents
 from longext.evals.suites.ppl import Perplexity
 from longext.models.hf import HFLanguageModel
 from longext.options import DataConfig
+from longext.processes.group import is_main_process, main_process_first
 from longext.training.callbacks import Measure
 from longext.training.config import FinetuneConfig
 from longext.training.loading import Extension, full_attention
 from longext.training.longlora import FinetuneRun
-from longext.training.processes import is_main_process, main_process_first
 
 _METHODS = (MEMORY, NO_MEMORY, WRONG, SAME_KV)
 _NUM_PLACES = 6  # in each document
@@ -101,7 +101,14 @@ def make_memory_measure(run: CompressRun) -> Measure | None:
                 return None
             with compressor.backbone.without_checkpointing():
                 results = evaluate_memory(
-                    compressor, texts, lengths, _NUM_PLACES, config.seed, methods=_METHODS, num_bootstrap=0
+                    compressor,
+                    texts,
+                    lengths,
+                    _NUM_PLACES,
+                    config.seed,
+                    ratio=config.ratio if config.fading else None,
+                    methods=_METHODS,
+                    num_bootstrap=0,
                 )
         controls = {name: {str(r.length): r.ppl for r in results if r.method == name} for name in _METHODS[1:]}
         return {"perplexity": {r.length: r.ppl for r in results if r.method == MEMORY}, "controls": controls}

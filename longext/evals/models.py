@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.gguf import is_gguf
+
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
 
 
 def open_model(config: Any) -> LanguageModel:
-    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name."""
+    """Return the `LanguageModel` that `model`, `method`, `factor`, `memory` and `segment` of a config name.
+
+    A .gguf file is run by llama.cpp.
+    """
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)
+    if is_gguf(config.model):
+        from longext.models.engines.llama_cpp import load_gguf_model
+
+        return load_gguf_model(config, method, getattr(config, "memory", None))
     if getattr(config, "memory", None):
         from longext.compressor.reading.readers import load_reader
 

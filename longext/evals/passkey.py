@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +21,13 @@ from longext.evals.passkey_prompts import (
 )
 from longext.evals.ranks import Choices, Rank, rank_questions, ranked_tables
 from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_choices, mean_at
+from longext.evals.sequential.asking import STOPPING, Decisions
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
-from longext.models.answer_file import hash_of, tokens_hash
+from longext.models.answer_file import hash_of, kept_scores, tokens_hash
+from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
+from longext.processes.dealing import deal
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -33,11 +36,59 @@ if TYPE_CHECKING:
 _YARN_NEW_TOKENS = 10
 
 
+class Trial(NamedTuple):
+    """One prompt to make: of a length, depth (None if the protocol draws it) and seed."""
+
+    length: int
+    depth: float | None
+    seed: int
+    task: str = "passkey"
+
+
+class Prompts:
+    """The prompts of an evaluation with the tokens of one model, made when they are asked."""
+
+    def __init__(self, model: LanguageModel, config: Passkey) -> None:
+        self.model, self.config = model, config
+        self.tokens, self.filler = _prompt_tokens(model), _filler_ids(model, config)
+        self.trials = [
+            Trial(length, depth, config.seed + number)
+            for length in sorted(config.lengths)
+            for depth in config.places
+            for number in range(config.num_trials)
+        ]
+
+    def make(self, trial: Trial) -> NeedlePrompt:
+        """Return a prompt; the same seeds give the same keys and depths for every model."""
+        if trial.depth is None:
+            make = longlora_prompt if self.config.protocol == "longlora" else yarn_prompt
+            return make(self.tokens, length=trial.length, seed=trial.seed)
+        return exact_prompt(
+            self.tokens,
+            self.filler,
+            length=trial.length,
+            depth=trial.depth,
+            # the depth enters the seed so that cells do not share their keys
+            seed=trial.seed * 1_000 + round(trial.depth * 100),
+            num_needles=self.config.num_needles,
+            num_digits=self.config.num_digits,
+        )
+
+
+class Tried(NamedTuple):
+    """A prompt that was asked: whether the answer is right, its tokens (landmark: with the answer), its hash."""
+
+    trial: Trial
+    is_right: bool
+    num_tokens: int
+    sha256: str
+
+
 def check_prompts(model: LanguageModel, config: Passkey) -> None:
     """Raise ConfigError or DataError if a prompt cannot be built: the length is too short, or too little filler."""
-    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
+    prompts = Prompts(model, config)
     for length in (min(config.lengths), max(config.lengths)):
-        _prompts(config, tokens, filler, length, config.places[0])
+        prompts.make(Trial(length, config.places[0], config.seed))
 
 
 def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[dict[str, Any]]:
@@ -50,19 +101,36 @@ def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = s
     Args:
         advance: called with the number of prompts just answered.
     """
-    places, prompts = _grid(model, config)
-    found = iter(_found(model, config, [each for cell in prompts for each in cell], advance))
+    prompts = Prompts(model, config)
+    return cells_of(try_prompts(prompts, prompts.trials, advance))
+
+
+def try_prompts(prompts: Prompts, trials: Sequence[Trial], advance: Advance = silent) -> list[Tried]:
+    """Ask, and return what came of it in the order of `trials`."""
+    model, config = prompts.model, prompts.config
+    made = [prompts.make(trial) for trial in trials]
+    if config.rules.scoring == "exact":
+        size = batch_size(config.batch_tokens, max(trial.length for trial in trials), model.device)
+        rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in made], size, advance)
+        right = [bool(row.all()) for row in rows]
+    else:
+        right = _first_integers(model, made, advance)
+    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
     return [
-        _evaluate_cell(config, *place, cell, [next(found) for _ in cell])
-        for place, cell in zip(places, prompts, strict=True)
+        Tried(trial, is_right, len(each.input_ids) + len(each.answer_ids) * counts_answer, tokens_hash(each.input_ids))
+        for trial, is_right, each in zip(trials, right, made, strict=True)
     ]
 
 
-def _grid(model: LanguageModel, config: Passkey) -> tuple[list[tuple[int, float | None]], list[list[NeedlePrompt]]]:
-    """Return every length and depth, and the prompts of each."""
-    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
-    places = [(length, depth) for length in sorted(config.lengths) for depth in config.places]
-    return places, [_prompts(config, tokens, filler, *place) for place in places]
+def cells_of(tried: Sequence[Tried]) -> list[dict[str, Any]]:
+    """Return one cell per length and depth, sorted."""
+    groups: dict[tuple[int, float | None], list[Tried]] = {}
+    for each in tried:
+        groups.setdefault((each.trial.length, each.trial.depth), []).append(each)
+    return [
+        _cell(*place, sum(each.is_right for each in own), len(own), sum(each.num_tokens for each in own) / len(own))
+        for place, own in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+    ]
 
 
 def _prompt_tokens(model: LanguageModel) -> PromptTokens:
@@ -87,44 +155,6 @@ def _filler_ids(model: LanguageModel, config: Passkey) -> list[int]:
     return ids
 
 
-def _prompts(
-    config: Passkey, tokens: PromptTokens, filler: Sequence[int], length: int, depth: float | None
-) -> list[NeedlePrompt]:
-    seeds = [config.seed + trial for trial in range(config.num_trials)]
-    if depth is None:
-        make: Callable[..., NeedlePrompt] = longlora_prompt if config.protocol == "longlora" else yarn_prompt
-        return [make(tokens, length=length, seed=seed) for seed in seeds]
-    # the depth enters the seed so that cells do not share their keys
-    return [
-        exact_prompt(
-            tokens,
-            filler,
-            length=length,
-            depth=depth,
-            seed=seed * 1_000 + round(depth * 100),
-            num_needles=config.num_needles,
-            num_digits=config.num_digits,
-        )
-        for seed in seeds
-    ]
-
-
-def _found(model: LanguageModel, config: Passkey, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
-    """Return which keys are found."""
-    if config.rules.scoring != "exact":
-        return [_first_integer(model, prompt, advance) for prompt in prompts]
-    pairs = [(each.input_ids, each.answer_ids) for each in prompts]
-    return [bool(row.all()) for row in first_choices(model, pairs, config.batch_tokens, advance)]
-
-
-def _evaluate_cell(
-    config: Passkey, length: int, depth: float | None, prompts: Sequence[NeedlePrompt], found: Sequence[bool]
-) -> dict[str, Any]:
-    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
-    num_tokens = sum(len(p.input_ids) + (len(p.answer_ids) if counts_answer else 0) for p in prompts) / len(prompts)
-    return _cell(length, depth, sum(found), len(prompts), num_tokens)
-
-
 def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, num_tokens: float) -> dict[str, Any]:
     low, high = wilson_interval(num_correct, num_trials)
     return {
@@ -139,12 +169,18 @@ def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, n
     }
 
 
-def _first_integer(model: LanguageModel, prompt: NeedlePrompt, advance: Advance) -> bool:
+def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
+    """Return for each prompt whether the first whole number of its greedy answer is the key."""
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
+
+    names, keeper = kept_scores(model, f"greedy {_YARN_NEW_TOKENS}", [prompt.input_ids for prompt in prompts])
+    rows = deal(names, [[number] for number in range(len(prompts))], answer, keeper=keeper, on_progress=advance)
     ends = model.ending_tokens
-    text = model.decode([t for t in model.greedy(prompt.input_ids, _YARN_NEW_TOKENS) if t not in ends])
-    number = re.search(r"\d+", text)
-    advance(1)
-    return number is not None and int(number.group()) == prompt.key
+    texts = [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
+    numbers = [re.search(r"\d+", text) for text in texts]
+    return [found is not None and int(found[0]) == each.key for found, each in zip(numbers, prompts, strict=True)]
 
 
 def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -158,12 +194,8 @@ def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return pooled
 
 
-def _prompts_hash(model: LanguageModel, config: Passkey) -> str:
-    return hash_of(tokens_hash(prompt.input_ids) for cell in _grid(model, config)[1] for prompt in cell)
-
-
 def _record(
-    model: LanguageModel, config: Passkey, cells: Sequence[Mapping[str, Any]], seconds: float
+    model: LanguageModel, config: Passkey, cells: Sequence[Mapping[str, Any]], hashes: Iterable[str], seconds: float
 ) -> dict[str, Any]:
     protocol = config.rules
     return result_record(
@@ -178,7 +210,8 @@ def _record(
             "num_needles": config.num_needles,
             "num_digits": config.num_digits,
             "seed": config.seed,
-            "prompts_sha256": _prompts_hash(model, config),
+            "prompts_sha256": hash_of(hashes),
+            **({} if config.error_rate is None else {"error_rate": config.error_rate, "stopping": STOPPING}),
         },
         None,
         seconds=seconds,
@@ -187,25 +220,15 @@ def _record(
     )
 
 
-def rank_passkey(model: LanguageModel, config: Passkey, advance: Advance = silent) -> list[Rank]:
+def rank_passkey(prompts: Prompts, trials: Sequence[Trial], advance: Advance = silent) -> list[Rank]:
     """Return how likely each key is found beside other keys of its kind."""
-    tokens, filler = _prompt_tokens(model), _filler_ids(model, config)
-    questions = [
-        RankedKey(
-            "passkey",
-            length,
-            depth,
-            Choices(
-                prompt.input_ids,
-                (prompt.answer_ids,),
-                tuple(tokens.answer(prompt.question, key) for key in prompt.wrong),
-            ),
-        )
-        for length in sorted(config.lengths)
-        for depth in config.places
-        for prompt in _prompts(config, tokens, filler, length, depth)
-    ]
-    return rank_questions(model, questions, advance)
+    tokens, questions = prompts.tokens, []
+    for trial in trials:
+        prompt = prompts.make(trial)
+        wrong = tuple(tokens.answer(prompt.question, key) for key in prompt.wrong)
+        choices = Choices(prompt.input_ids, (prompt.answer_ids,), wrong)
+        questions.append(RankedKey(trial.task, trial.length, trial.depth, choices))
+    return rank_questions(prompts.model, questions, advance)
 
 
 class RankedKey(NamedTuple):
@@ -217,21 +240,57 @@ class RankedKey(NamedTuple):
     choices: Choices
 
 
+class _Asking:
+    """Prompts asked, all at once or in rounds: what came of them, and the ranks of their keys."""
+
+    def __init__(self, prompts: Prompts, answers: str, advance: Advance) -> None:
+        self._prompts, self._answers, self._advance = prompts, answers, advance
+        self.tried: list[Tried] = []
+        self.ranks: list[Rank] = []
+
+    def ask(self, trials: Sequence[Trial]) -> list[float]:
+        """Return the score of each prompt: right or wrong, or (likelihood alone) whether the key is first."""
+        tried = try_prompts(self._prompts, trials, self._advance) if self._answers != LIKELIHOOD else []
+        ranks = rank_passkey(self._prompts, trials, self._advance) if self._answers != GENERATE else []
+        self.tried += tried
+        self.ranks += ranks
+        return [float(each.is_right) for each in tried] or [each.score for each in ranks]
+
+
+def count_right(
+    model: LanguageModel, config: Passkey, advance: Advance, decide: Callable[[Sequence[Any]], Decisions] | None = None
+) -> list[bool]:
+    """Return whether each prompt was answered right, in the order of asking: all, or until `decide` has its verdict."""
+    prompts = Prompts(model, config)
+    asking = _Asking(prompts, GENERATE, advance)
+    if decide is None:
+        asking.ask(prompts.trials)
+    else:
+        decide(prompts.trials).ask(batch_size(config.batch_tokens, max(config.lengths), model.device), asking.ask)
+    return [each.is_right for each in asking.tried]
+
+
 def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
-    cells: list[dict[str, Any]] = []
-    ranks: list[Rank] = []
-    num_prompts = len(task.lengths) * len(task.places) * task.num_trials * (2 if task.answers == BOTH else 1)
-    prompts = [prompt.input_ids for cell in _grid(model, task)[1] for prompt in cell]
-    num_new = len(prompts) * _YARN_NEW_TOKENS if task.rules.scoring != "exact" else 0
-    for _ in range(num_prompts // len(prompts)):
-        work.expect(model, prompts, num_new if task.answers != LIKELIHOOD else 0, not num_new)
-    with work.progress(f"passkey {task.protocol}", num_prompts, "prompts") as advance:
-        if task.answers != LIKELIHOOD:
-            cells = evaluate_passkey(model, task, advance)
-        if task.answers != GENERATE:
-            ranks = rank_passkey(model, task, advance)
+    prompts, decisions = Prompts(model, task), None
+    texts = [prompts.make(trial).input_ids for trial in prompts.trials]
+    is_exact = task.rules.scoring == "exact"
+    if task.answers != LIKELIHOOD:
+        work.expect(model, texts, 0 if is_exact else len(texts) * _YARN_NEW_TOKENS, is_exact)
+    if task.answers != GENERATE:
+        work.expect(model, texts, 0)
+    with work.progress(
+        f"passkey {task.protocol}", len(prompts.trials) * (2 if task.answers == BOTH else 1), "prompts"
+    ) as advance:
+        asking = _Asking(prompts, task.answers, advance)
+        if task.error_rate is None:
+            asking.ask(prompts.trials)
+        else:
+            grain = 0 if task.answers == LIKELIHOOD else 1
+            decisions = Decisions(task.limits(None), prompts.trials, error=task.error_rate, seed=task.seed, grain=grain)
+            decisions.ask(batch_size(task.batch_tokens, max(task.lengths), model.device), asking.ask)
+    cells, ranks = cells_of(asking.tried), asking.ranks
 
     def accuracy(_: str | None, length: str | None) -> float:
         if not cells:
@@ -241,8 +300,13 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
         trials: int = sum(cell["num_trials"] for cell in chosen)
         return correct / trials
 
-    record = _record(model, task, cells, time.perf_counter() - started)
+    hashes = [each.sha256 for each in asking.tried] or [
+        tokens_hash(prompts.make(trial).input_ids) for trial in prompts.trials
+    ]
+    record = _record(model, task, cells, hashes, time.perf_counter() - started)
     if ranks:
         record["protocol"].update(answers=task.answers, answers_definition=ANSWERS[task.answers])
         record.update(ranked_tables(ranks, ("by_length",)))
-    return Outcome(record=record, score_at=accuracy)
+    if decisions is None:
+        return Outcome(record=record, score_at=accuracy)
+    return Outcome(record=record, score_at=accuracy, notes=[decisions.note("prompts")], bars=decisions.rows())

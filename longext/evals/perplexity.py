@@ -21,9 +21,11 @@ from longext.errors import DataError
 from longext.evals.base import Advance, Outcome, Work, silent
 from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
 from longext.manifest import result_record
+from longext.models.answer_file import kept_scores
 from longext.models.batching import batch_size, batched_by
 from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
+from longext.processes.dealing import deal
 from longext.untrusted import note
 
 if TYPE_CHECKING:
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A document as token ids, BOS included where the protocol wants it."""
+    """A document as token ids, BOS included where the protocol wants it; `head` stands in front of every window."""
 
     id: str
     input_ids: tuple[int, ...]
+    head: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +96,10 @@ def tokenize_documents(
         DataError: no document is long enough.
     """
     protocol = config.rules
-    needed = max(config.lengths)
+    head = tuple(model.prefix) if protocol.repeats_bos else ()
+    needed = max(config.lengths) - len(head)
     tokenized = [
-        TokenizedDocument(d.id, tuple(model.encode(d.text, add_bos=protocol.adds_bos)[: config.max_tokens]))
+        TokenizedDocument(d.id, tuple(model.encode(d.text, add_bos=protocol.adds_bos)[: config.max_tokens]), head)
         for d in documents
     ]
     _note_controls(model, tokenized, config)
@@ -138,12 +142,13 @@ def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexit
 def _forward_texts(documents: Sequence[TokenizedDocument], config: Perplexity) -> list[range]:
     """Return a text of every window's length: what it costs does not depend on its tokens."""
     lengths = [max(config.lengths)] if config.protocol == "positional" else config.lengths
-    return [range(window.length) for length in lengths for window in _plan_windows(documents, config, length)]
+    head = len(documents[0].head)
+    return [range(each.length + head) for length in lengths for each in _plan_windows(documents, config, length)]
 
 
 def _plan_windows(documents: Sequence[TokenizedDocument], config: Perplexity, length: int) -> list[Window]:
     totals = [len(document.input_ids) for document in documents]
-    return list(config.rules.windows(totals, length, config.step))
+    return list(config.rules.windows(totals, length - len(documents[0].head), config.step))
 
 
 def _score_windows(
@@ -155,13 +160,22 @@ def _score_windows(
 ) -> Iterator[tuple[Window, NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield (window, NLL of its scored tokens float64 [n], whether each was top-1 bool [n]), batching equal windows."""
     size = batch_size(config.batch_tokens, windows[0].length, model.device)
-    for batch in batched_by(windows, size, lambda window: window.first):
-        first = batch[0].first
-        ids = torch.tensor([documents[w.document].input_ids[w.start : w.start + w.length] for w in batch])
-        scores = model.score(ids, first)
-        for window, nll, is_top1 in zip(batch, scores.nll.cpu().double().numpy(), scores.is_top1, strict=True):
-            yield window, nll, is_top1.cpu().numpy()
-        advance(ids.numel())
+    head = documents[0].head
+    texts = [head + documents[each.document].input_ids[each.start : each.start + each.length] for each in windows]
+    # nothing is before the first token, to predict it from
+    firsts = [max(1, len(head) + window.first) for window in windows]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
+        pairs = zip(scores.nll.cpu().numpy(), scores.is_top1.cpu().numpy(), strict=True)
+        return [{"nll": nll, "is_top1": is_top1} for nll, is_top1 in pairs]
+
+    names, keeper = kept_scores(model, "tokens", list(zip(firsts, texts, strict=True)))
+    batches = batched_by(range(len(windows)), size, lambda number: (firsts[number], len(texts[number])))
+    lengths = list(map(len, texts))
+    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance, weights=lengths)
+    for window, row in zip(windows, rows, strict=True):
+        yield window, row["nll"].astype(np.float64), row["is_top1"]
 
 
 def _evaluate_length(
@@ -200,16 +214,18 @@ def _summarise(
     """Average window sums as the protocol says, with the bootstrap interval and the per-document values."""
     weighting = config.rules.weighting
     by_document = [(sums[owners == i].sum(), counts[owners == i].sum()) for i in range(len(documents))]
-    document_sums, document_counts = (np.array(column) for column in zip(*by_document, strict=True))
+    num_tokens = int(counts.sum())
+    if weighting == "window":
+        sums, counts = sums / counts, np.ones(len(sums))
+    of_documents = [(sums[owners == i].sum(), counts[owners == i].sum()) for i in range(len(documents))]
+    document_sums, document_counts = (np.array(column) for column in zip(*of_documents, strict=True))
     resampled: str | None = "documents" if len(documents) >= MIN_DOCUMENTS else "windows"
     units, sizes = (document_sums, document_counts) if resampled == "documents" else (sums, counts)
     if weighting == "document":
         units, sizes, resampled = document_sums / document_counts, np.ones(len(documents)), "documents"
-    elif weighting == "window":
-        units, sizes = sums / counts, np.ones(len(sums))
     nll = float(units.sum() / sizes.sum())
     # overlapping windows that score the same tokens again are no sample: no interval for them
-    num_samples = 0 if weighting == "window" else config.num_bootstrap
+    num_samples = 0 if config.rules.concatenates else config.num_bootstrap
     interval = bootstrap_mean(units, sizes, num_samples=num_samples, seed=config.seed)
     low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval else (None, None)
     return PerplexityAtLength(
@@ -218,7 +234,7 @@ def _summarise(
         ppl_low=low,
         ppl_high=high,
         resampled=resampled if interval else None,
-        num_tokens=int(counts.sum()),
+        num_tokens=num_tokens,
         num_windows=len(sums),
         per_document=[
             {"id": document.id, "nll": s / c, "ppl": math.exp(s / c), "num_tokens": int(c)}

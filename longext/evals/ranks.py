@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from longext.evals.base import Advance, silent
@@ -93,21 +93,30 @@ def _behind(encode: Callable[[str], list[int]], text: str, continues: bool) -> t
 
 def rank_questions(model: LanguageModel, questions: Sequence[Any], advance: Advance = silent) -> list[Rank]:
     """Return the ranks of every question that has choices."""
+    from longext.models.answer_file import kept_scores
     from longext.models.continuations import Continuations
-    from longext.models.engine.prefixes import sharing_order
+    from longext.processes.dealing import deal
 
-    asked: list[tuple[Any, Choices]] = [(each, each.choices) for each in questions if each.choices is not None]
-    order, _ = sharing_order([choices.input_ids for _, choices in asked])
-    reader, ranks = Continuations(model), dict[int, Rank]()
-    for index in order:
-        question, choices = asked[index]
-        nll = reader.nll(choices.input_ids, [*choices.right, *choices.wrong])
-        right, wrong = nll[: len(choices.right)], nll[len(choices.right) :]
-        ranks[index] = Rank(
-            question.task, question.length, question.depth, *_ranked(right, wrong), len(choices.input_ids)
-        )
-        advance(1)
-    return [ranks[index] for index in range(len(asked))]
+    asked = [question for question in questions if question.choices is not None]
+    names, keeper = kept_scores(model, "continuations", [astuple(question.choices) for question in asked])
+    reader = Continuations(model)
+    stretches = reader.stretches([question.choices.input_ids for question in asked])
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        first = asked[0].choices  # one question decides for all, in whatever process and order they are asked
+        reader.decide(first.input_ids, [*first.right, *first.wrong])
+        reader.forget()  # what a stretch gives depends on it alone
+        choices = (asked[number].choices for number in batch)
+        return [{"nll": reader.nll(each.input_ids, [*each.right, *each.wrong])} for each in choices]
+
+    rows = deal(names, stretches, answer, keeper=keeper, on_progress=advance)
+    return [_rank(question, row["nll"]) for question, row in zip(asked, rows, strict=True)]
+
+
+def _rank(question: Any, nll: Sequence[float]) -> Rank:
+    choices: Choices = question.choices
+    right, wrong = nll[: len(choices.right)], nll[len(choices.right) :]
+    return Rank(question.task, question.length, question.depth, *_ranked(right, wrong), len(choices.input_ids))
 
 
 def _ranked(right: Sequence[float], wrong: Sequence[float]) -> tuple[float, float, float, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import PLACES, Place, PlaceLimit, place_limits
 from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, rank_questions, ranked_tables
+from longext.evals.sequential.asking import STOPPING, Decisions, check_error_rate, error_rate
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
-from longext.models.answer_file import tokens_hash
+from longext.models.answer_file import kept_scores, tokens_hash
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
+from longext.processes.dealing import deal
 from longext.registry import Registry
 from longext.settings import option
 from longext.untrusted import is_a, json_lines
@@ -91,6 +94,16 @@ class GivenAnswers:
     notes: Sequence[str] = ()
 
 
+@dataclass(kw_only=True)
+class Answered:
+    """Questions that were asked, with their scores, the answers by id, and the ranks of the right ones."""
+
+    questions: Sequence[Any] = ()
+    scores: list[QuestionScore] = field(default_factory=list)
+    answers: dict[str, Prediction] = field(default_factory=dict)
+    ranks: list[Rank] = field(default_factory=list)
+
+
 GENERATE, LIKELIHOOD, BOTH = "generate", "likelihood", "both"
 ANSWERS: Registry[str] = Registry("way of answering")
 ANSWERS.register(GENERATE, "answers are generated and scored")
@@ -106,11 +119,13 @@ class RetrievalEval(QuestionEval):
         unit: what progress counts.
         pools: further tables of the record: "by_task" (all depths), "by_length" (all tasks).
         limit_form: what --fail-under takes.
+        has_shares: the score of an answer is the share of the expected ones that it holds.
     """
 
     unit: ClassVar[str] = "prompts"
     pools: ClassVar[tuple[str, ...]] = ()
     limit_form: ClassVar[str] = PLACES
+    has_shares: ClassVar[bool] = True
 
     answers: str = option(
         GENERATE, "Answers are generated, the right one is ranked by likelihood, or", names=lambda: ANSWERS
@@ -119,11 +134,13 @@ class RetrievalEval(QuestionEval):
         None, "Score this file of answers (answers.jsonl of a run, or the authors'); no model is run.", panel="Output"
     )
     fail_under: tuple[str, ...] = fail_under()
+    error_rate: float | None = error_rate()
 
     def check(self) -> None:
         """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked."""
         check_method(self.method, self.factor)
         ANSWERS[self.answers]
+        check_error_rate(self)
         if self.predictions is not None and self.answers != GENERATE:
             raise ConfigError("--predictions has answers that were generated: leave --answers out.")
 
@@ -147,8 +164,10 @@ class RetrievalEval(QuestionEval):
         return None if self.predictions is not None else super().open_model()
 
     def answers_path(self, output: Path) -> Path | None:
-        """Return where answers are kept, None if none are generated."""
-        return super().answers_path(output) if self.generates and self.predictions is None else None
+        """Return where answers are kept, a folder if they are asked for in rounds; None if none are generated."""
+        if not self.generates or self.predictions is not None:
+            return None
+        return super().answers_path(output) if self.error_rate is None else output.with_name(f"{output.name}.rounds")
 
     def load_data(self) -> Any:
         """Return what questions are made of, or the scores of --predictions."""
@@ -264,16 +283,18 @@ class RetrievalEval(QuestionEval):
         from longext.models.answers import answer_notes
 
         started = time.perf_counter()
-        questions = self.questions(model, data)
-        scores, answers, ranks = list[QuestionScore](), dict[str, Any](), list[Rank]()
-        self._expect(model, questions, work)
-        with work.progress(self.name, len(questions) * (self.generates + self.ranks), self.unit) as advance:
-            if self.generates:
-                scores, answers = self.ask(model, questions, work.answers, advance)
-            if self.ranks:
-                ranks = rank_questions(model, questions, advance)
+        planned = self.questions(model, data)
+        decisions = None if self.error_rate is None else self._decisions(planned, data)
+        self._expect(model, planned, work)
+        with work.progress(self.name, len(planned) * (self.generates + self.ranks), self.unit) as advance:
+            if decisions is None:
+                asked = self._answered(model, planned, work.answers, advance)
+            else:
+                asked = self._decided(model, planned, decisions, work.answers, advance)
+        questions, scores, answers, ranks = asked.questions, asked.scores, asked.answers, asked.ranks
         seconds = time.perf_counter() - started
-        notes = [*self.notes(model, data, scores or ranks), *(answer_notes(answers.values()) if answers else [])]
+        notes = [decisions.note(self.unit)] if decisions else []
+        notes += [*self.notes(model, data, scores or ranks), *(answer_notes(answers.values()) if answers else [])]
         is_chat = self.uses_chat(model)
         record = result_record(
             self.kind,
@@ -281,6 +302,7 @@ class RetrievalEval(QuestionEval):
             {
                 **self.protocol(model),
                 **({"answers": self.answers, "answers_definition": ANSWERS[self.answers]} if self.ranks else {}),
+                **({"error_rate": self.error_rate, "stopping": STOPPING} if decisions else {}),
                 "chat_template": is_chat,
                 **asked_facts(model, is_chat, (tokens_hash(each.input_ids) for each in questions)),
             },
@@ -291,7 +313,54 @@ class RetrievalEval(QuestionEval):
             notes=notes,
         )
         files = {"answers.jsonl": _answer_lines(questions, scores, answers)} if answers else {}
-        return Outcome(record=record, score_at=mean_at(scores or ranks, self.spell), notes=notes, files=files)
+        bars = decisions.rows() if decisions else None
+        score_at = mean_at(scores or ranks, self.spell)
+        return Outcome(record=record, score_at=score_at, notes=notes, files=files, bars=bars)
+
+    def _answered(
+        self, model: LanguageModel, questions: Sequence[Any], path: Path | None, advance: Advance
+    ) -> Answered:
+        asked = Answered(questions=questions)
+        if self.generates:
+            asked.scores, asked.answers = self.ask(model, questions, path, advance)
+        if self.ranks:
+            asked.ranks = rank_questions(model, questions, advance)
+        return asked
+
+    def _decisions(self, questions: Sequence[Any], data: Any) -> Decisions:
+        """Return what decides --fail-under; only questions with choices have ranks."""
+        assert self.error_rate is not None
+        is_exact = self.generates and self.has_shares
+        return Decisions(
+            self.limits(data),
+            questions if self.generates else [each for each in questions if each.choices is not None],
+            error=self.error_rate,
+            seed=self.seed,
+            spell=self.spell,
+            grain=1 / math.lcm(*(len(each.expected) for each in questions)) if is_exact else 0,
+        )
+
+    def _decided(
+        self, model: LanguageModel, planned: Sequence[Any], decisions: Decisions, folder: Path | None, advance: Advance
+    ) -> Answered:
+        """Return what was asked until every limit had its verdict, in the order of `planned`."""
+        rounds: list[Answered] = []
+
+        def answer(questions: list[Any]) -> list[float]:
+            path = None if folder is None else folder / f"{len(rounds):05d}.jsonl"
+            rounds.append(self._answered(model, questions, path, advance))
+            return [each.score for each in rounds[-1].scores or rounds[-1].ranks]
+
+        longest = max(len(each.input_ids) + each.max_new_tokens for each in planned)
+        decisions.ask(batch_size(self.batch_tokens, longest, model.device), answer)
+        asked = {question.id for each in rounds for question in each.questions}
+        scores = {q.id: score for each in rounds for q, score in zip(each.questions, each.scores, strict=False)}
+        return Answered(
+            questions=[each for each in planned if each.id in asked],
+            scores=[scores[each.id] for each in planned if each.id in scores],
+            answers={id: answer for each in rounds for id, answer in each.answers.items()},
+            ranks=[rank for each in rounds for rank in each.ranks],
+        )
 
     def num_new(self, question: Any) -> int:
         """Return the tokens that are written at most."""
@@ -356,44 +425,39 @@ def score_of(question: Question, score: float) -> QuestionScore:
 
 
 def first_choices(
-    model: LanguageModel,
-    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    batch_tokens: int | None = None,
-    advance: Advance = silent,
+    model: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, advance: Advance = silent
 ) -> list[torch.Tensor]:
     """Return for each (prompt, answer) which tokens of the answer are the model's first choice, bool [n].
 
-    One forward pass over prompt + answer decides it: greedy decoding gives the answer if and only if every token is the
-    first choice given the prompt and the answer before it. A length-dependent RoPE has the rotation of prompt + answer
-    throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that saves enough.
-
-    Args:
-        batch_tokens: of a forward pass over prompts of one length that share nothing.
+    One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
+    and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
+    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that
+    saves enough.
     """
     import torch
 
-    from longext.models.engine.prefixes import PrefixReader, is_worth_it, sharing_order
+    from longext.models.engine.prefixes import shared_stretches
 
-    texts = [prompt for prompt, _ in prompts]
-    order, kept = sharing_order(texts)
-    reader = PrefixReader.of(model) if is_worth_it(texts, kept) else None
-    found: dict[int, torch.Tensor] = {}
+    texts = [[*prompt, *answer] for prompt, answer in prompts]
+    firsts = [len(prompt) for prompt, _ in prompts]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
+        return [{"is_top1": row.tolist()} for row in scores.is_top1.cpu()]
+
+    def answer_behind(batch: Sequence[int]) -> list[dict[str, Any]]:
+        assert reader is not None
+        reader.forget()  # what a stretch gives depends on it alone
+        return [{"is_top1": reader.first_choices(*prompts[number]).tolist()} for number in batch]
+
+    reader, batches = shared_stretches(model, [prompt for prompt, _ in prompts])
     if reader is not None:
-        for index in order:
-            found[index] = reader.first_choices(*prompts[index])
-            advance(1)
-        return [found[index] for index in range(len(prompts))]
-
-    def lengths(index: int) -> tuple[int, int]:
-        return len(prompts[index][0]), len(prompts[index][1])
-
-    for alike in batched_by(range(len(prompts)), len(prompts), lengths):
-        size = batch_size(batch_tokens, sum(lengths(alike[0])), model.device)
-        for batch in batched_by(alike, size, lengths):
-            ids = torch.tensor([[*prompts[index][0], *prompts[index][1]] for index in batch])
-            found.update(zip(batch, model.score(ids, lengths(batch[0])[0]).is_top1.cpu(), strict=True))
-            advance(len(batch))
-    return [found[index] for index in range(len(prompts))]
+        answer = answer_behind
+    else:
+        batches = list(batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number]))))
+    names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
+    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance)
+    return [torch.tensor(row["is_top1"]) for row in rows]
 
 
 def mean_at(

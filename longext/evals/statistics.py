@@ -101,7 +101,7 @@ def student_quantile(share: float, freedom: int) -> float:
     return float(z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
 
 
-def paired_interval(differences: Any, num_looks: int = 1) -> tuple[float, float]:
+def paired_interval(differences: Any, num_looks: float = 1) -> tuple[float, float]:
     """Return the interval of the mean of paired differences by Student's t: 95 % over all of `num_looks` looks at it.
 
     Who looks again and again as data come in divides the 5 % by the number of looks (Bonferroni).

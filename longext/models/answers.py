@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -11,19 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longext.errors import DataError
-from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
+from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
 from longext.models.engine.caches import join_rows, row_of
 from longext.models.engine.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
-from longext.models.engine.prefixes import PrefixReader, is_worth_it, num_tokens, sharing_order
+from longext.models.engine.prefixes import (
+    STRETCH,
+    PrefixReader,
+    is_worth_it,
+    kept_prefix,
+    num_tokens,
+    sharing_order,
+    stretches_of,
+)
 from longext.models.engine.rows import write_rows
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
+from longext.processes.dealing import deal, share
+from longext.processes.launcher import is_main_process
 
-_PACE = "pace"  # the line of a file of answers that makes a run that goes on cut the same batches
+_PACE = "(pace)"  # the row of a file of answers that makes a run that goes on cut the same batches
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
 
@@ -109,29 +119,25 @@ def generate_predictions(
     """
     assert len({request.id for request in requests}) == len(requests), "two requests share an id"
     assert all(request.input_ids for request in requests), "a prompt needs a token"
-    done: dict[str, Prediction] = {}
-    control = _control_counts(model, is_chat)
-    pace: Pace | None = None
-    if path is not None:
-        done, pace = _kept(model, requests, path)
-    if done and on_progress:
-        on_progress(len(done))
-    told = pace is not None or batch_tokens is not None
-    if batch_tokens is None:
-        pace = pace or measured_pace(model, load_of(requests))
-    writer = _Writer(model, requests, batch_tokens, pace, control)
-    for batch in writer.batches():
-        if all(request.id in done for request in batch):
-            continue
-        new = [prediction for prediction in writer.answer(batch) if prediction.id not in done]
-        if path is not None:
-            head = [] if told or pace is None else [{_PACE: dataclasses.asdict(pace)}]
-            append_answers(path, [*head, *(dataclasses.asdict(prediction) for prediction in new)])
-            told = True
-        done.update({prediction.id: prediction for prediction in new})
-        if on_progress:
-            on_progress(len(new))
-    return [done[request.id] for request in requests]
+    keeper = None if path is None else _journal(model, requests, path)
+    pace = _agreed_pace(model, requests, keeper) if batch_tokens is None else None
+    writer = _Writer(model, requests, batch_tokens, pace, _control_counts(model, is_chat))
+    rows = deal(
+        [request.id for request in requests], writer.stretches(), writer.answer, keeper=keeper, on_progress=on_progress
+    )
+    return [Prediction(**row) for row in rows]
+
+
+def _agreed_pace(model: LanguageModel, requests: Sequence[Request], keeper: Journal | None) -> Pace | None:
+    """Return what was measured, by the run that this one goes on with if there is one, the same in all processes."""
+    kept = {} if keeper is None else keeper.read()
+    if _PACE in kept:
+        found = Pace(**kept[_PACE]["pace"])
+    else:
+        found = share().agreed(measured_pace(model, load_of(requests)))
+        if keeper is not None and found is not None and is_main_process():
+            keeper.add({_PACE: {"pace": dataclasses.asdict(found)}})
+    return found
 
 
 def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int]:
@@ -171,6 +177,7 @@ class _Writer:
         self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
         if not self._is_plain and not hasattr(model, "greedy_rows"):
             self._budget = 1
+        self._requests = requests
         texts = [request.input_ids for request in requests]
         together = pace.together if pace else 1.0  # what reading prompts in one tensor gains
         order, kept = sharing_order(texts) if self._is_plain else ([], [])
@@ -180,13 +187,15 @@ class _Writer:
         if self._is_plain and self._reader is None and pace and together == 1:
             self._most = 1
         longest = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), requests[i].id))
-        self._order = [requests[i] for i in (order if self._reader is not None and shares else longest)]
+        self._shares = shares and self._reader is not None
+        self._order = order if self._shares else longest
 
-    def batches(self) -> Iterator[list[Request]]:
-        """Yield requests whose answers are written together."""
-        longest = max((len(request.input_ids) for request in self._order), default=0)
+    def stretches(self) -> list[list[int]]:
+        """Return requests that are answered one after the other, whatever was answered before, by number."""
+        longest = max((len(request.input_ids) for request in self._requests), default=0)
 
-        def key(request: Request) -> Hashable:
+        def key(number: int) -> Hashable:
+            request = self._requests[number]
             # one rotation holds for a batch, and every prompt has that of its own length when it is alone
             length = len(request.input_ids) + request.max_new_tokens if self._model.follows_length else None
             # keys that only fill are read with every token, so lengths in a batch are alike
@@ -195,20 +204,39 @@ class _Writer:
                 size = len(request.input_ids)
             return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length, size
 
-        groups: dict[Hashable, list[Request]] = {}
-        for request in self._order:
-            groups.setdefault(key(request), []).append(request)
+        groups: dict[Hashable, list[int]] = {}
+        for number in self._order:
+            groups.setdefault(key(number), []).append(number)
+        if not self._shares:
+            return [batch for group in groups.values() for batch in self._batches(group)]
+        texts = [request.input_ids for request in self._requests]
+        found = []
         for group in groups.values():
-            batch: list[Request] = []
-            for request in group:
-                size = max(len(each.input_ids) for each in (*batch, request)) + request.max_new_tokens
-                if batch and ((len(batch) + 1) * size > self._budget or len(batch) == self._most):
-                    yield batch
-                    batch = []
-                batch.append(request)
+            kept = [0, *(kept_prefix(texts[a], texts[b], len(texts[b]) - 1) for a, b in itertools.pairwise(group))]
+            found += stretches_of(group, kept, max(STRETCH, self._most or 0))
+        return found
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yield requests whose answers are written together."""
+        batch: list[int] = []
+        for number in numbers:
+            members = [self._requests[each] for each in (*batch, number)]
+            size = max(len(each.input_ids) for each in members) + members[0].max_new_tokens
+            if batch and (len(members) * size > self._budget or len(batch) == self._most):
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
             yield batch
 
-    def answer(self, batch: Sequence[Request]) -> list[Prediction]:
+    def answer(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the answers of a stretch."""
+        if self._reader is not None:
+            self._reader.forget()
+        batches = ([self._requests[number] for number in batch] for batch in self._batches(numbers))
+        return [dataclasses.asdict(each) for batch in batches for each in self._answers(batch)]
+
+    def _answers(self, batch: Sequence[Request]) -> list[Prediction]:
         """Return the answers of a batch; where memory ends, those of its halves."""
         try:
             rows = self._write(batch)
@@ -219,7 +247,7 @@ class _Writer:
         if rows is None:  # outside the handler, which holds on to what the batch needed
             self._forget()
             middle = len(batch) // 2
-            return [*self.answer(batch[:middle]), *self.answer(batch[middle:])]
+            return [*self._answers(batch[:middle]), *self._answers(batch[middle:])]
         return [self._reading.prediction(request, row, self._control) for request, row in zip(batch, rows, strict=True)]
 
     def _forget(self) -> None:
@@ -379,17 +407,9 @@ def _share(count: int, predictions: Collection[Prediction]) -> str:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _kept(model: LanguageModel, requests: Sequence[Request], path: Path) -> tuple[dict[str, Prediction], Pace | None]:
-    """Return the predictions in `path` by id, and what was measured before they were made."""
+def _journal(model: LanguageModel, requests: Sequence[Request], path: Path) -> Journal:
+    """Return the file of predictions at `path`."""
     fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
-    done, pace = dict[str, Prediction](), None
-    for number, row in open_answers(path, fingerprint):
-        try:
-            if _PACE in row:
-                pace = Pace(**row[_PACE])
-                continue
-            prediction = Prediction(**row)
-        except TypeError as error:
-            raise DataError(f"{path}:{number} is no prediction that longext wrote. Remove the file.") from error
-        done[prediction.id] = prediction
-    return done, pace
+    return Journal(
+        path, fingerprint, check=lambda row: Pace(**row["pace"]) if row["id"] == _PACE else Prediction(**row)
+    )

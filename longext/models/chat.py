@@ -144,6 +144,63 @@ def chat_frame(model: LanguageModel) -> ChatFrame:
     )
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What stands around the messages of a conversation, so that it can be written as it goes on.
+
+    Attributes:
+        before: in front of the first user's message, a system message and the tokenizer's prefix included.
+        after: behind a user's message, up to where the answer begins.
+        between: from the end of an answer to the next user's message.
+        begins: the template writes the tokenizer's prefix itself.
+        stop: texts that end an answer.
+        name: what writes it, for people.
+        is_exact: a conversation put together so is what the template makes of all its messages at once.
+    """
+
+    before: str
+    after: str
+    between: str
+    begins: bool = False
+    stop: tuple[str, ...] = ()
+    name: str = "the chat template"
+    is_exact: bool = True
+
+
+def plain_turns(system: str | None = None) -> Turns:
+    """Return plain turns, for models without a chat template: "User: ..." and "Assistant:", a line each."""
+    before = f"{system}\n\nUser: " if system else "User: "
+    return Turns(before, "\nAssistant:", "\nUser: ", stop=("\nUser:",), name="plain turns (User: ... Assistant: ...)")
+
+
+def template_turns(model: LanguageModel, system: str | None = None) -> Turns:
+    """Return what the chat template of the model's tokenizer puts around the messages of a conversation.
+
+    Raises:
+        ConfigError: the template refuses such messages, or does not write each once, as it is.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    said = [f"longext's {name} message" for name in ("first", "second", "third", "fourth", "fifth")]
+    roles = ("user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    whole = render_chat(model, [*first, *messages])
+    parts, rest = [], whole
+    for text in said:
+        part, found, rest = rest.partition(text)
+        if not found or text in rest:
+            raise ConfigError(
+                f"The chat template of {model.name} does not write each message once, as it is; --no-chat-template "
+                "asks without it."
+            )
+        parts.append(part)
+    before, between = parts[0], parts[2]
+    alone = render_chat(model, [*first, messages[0]])
+    begins = with_prefix(model, ids := model.encode(whole, add_bos=False)) == ids
+    after = alone.partition(said[0])[2]
+    is_exact = parts == [before, after, between, after, between] and rest == after and alone == before + said[0] + after
+    return Turns(before, after, between, begins, is_exact=is_exact)
+
+
 def stripped_marks(model: LanguageModel) -> tuple[str, str] | None:
     """Return the marks of thoughts that are taken off answers, None if answers stay as they are.
 

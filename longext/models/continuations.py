@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longext.errors import ConfigError
-from longext.models.engine.prefixes import PrefixReader
+from longext.models.engine.prefixes import PrefixReader, sharing_order, stretches_of
 from longext.models.protocol import LanguageModel
 
 if TYPE_CHECKING:
@@ -44,12 +44,27 @@ class Continuations:
         Args:
             prompt: at least one token.
         """
+        self.decide(prompt, continuations)
+        form = self._form if self.reads_once and len(prompt) > 1 else self._whole
+        return form(prompt, continuations)
+
+    def decide(self, prompt: Sequence[int], continuations: Continued) -> None:
+        """Try how prompts can be read, unless that is known."""
         if self.reads_once is None:
             forms: tuple[_Form, ...] = (self._packed, self._one_by_one)
             self._form = next((form for form in forms if self._agrees(form, prompt, continuations)), self._whole)
             self.reads_once = self._form != self._whole
-        form = self._form if self.reads_once and len(prompt) > 1 else self._whole
-        return form(prompt, continuations)
+
+    def forget(self) -> None:
+        """Keep nothing of the prompt before."""
+        if self._reader is not None:
+            self._reader.forget()
+
+    def stretches(self, prompts: Continued) -> list[list[int]]:
+        """Return prompts that share a prefix in lists, each in the order that shares most; longest first."""
+        if self._reader is not None:
+            return stretches_of(*sharing_order(prompts))
+        return [[number] for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))]
 
     def _agrees(self, form: _Form, prompt: Sequence[int], continuations: Continued) -> bool:
         if len(prompt) < 2:

@@ -17,6 +17,7 @@ from longext.errors import ConfigError
 if TYPE_CHECKING:
     from longext.models.hf import HFLanguageModel
 
+Choose = Callable[[torch.Tensor], torch.Tensor]
 
 # --- choosing a token -------------------------------------------------------------------------------------------------
 
@@ -65,35 +66,66 @@ def check_sampling(temperature: float, top_p: float) -> None:
 # --- one token after the other ----------------------------------------------------------------------------------------
 
 
+def step_rows(
+    next_logits: Callable[[], torch.Tensor],
+    take: Callable[[torch.Tensor], object],
+    count: int,
+    ends: Collection[int] = (),
+    choose: Choose | Sequence[Choose] = best_tokens,
+    *,
+    given: Sequence[Sequence[int]] = ((),),
+    is_over: Callable[[int, int], bool] = lambda row, token: False,
+) -> Iterator[list[int | None]]:
+    """Yield after each step the new token of each of B rows; None for a row that has ended, or still takes given ones.
+
+    Rows go through the model together until the last has ended. A token has been taken when it is yielded, so that
+    whoever stops listening leaves a text that ends with it.
+
+    Args:
+        next_logits: -> logits [B, V] of what follows all that was taken.
+        take: given the next tokens, int64 [B, 1].
+        count: new tokens of a row at most; fewer up to and with one of `ends`.
+        choose: logits [B, V] -> int64 [B]; or one for each row.
+        given: the rest of each row's prompt: rows of different lengths take these tokens first.
+        is_over: (row, new token) -> True if the row ends with it.
+    """
+    num_new, is_open = [0] * len(given), [count > 0] * len(given)
+    step = 0
+    while any(is_open):
+        logits = next_logits()
+        chosen = choose(logits).tolist() if callable(choose) else [None] * len(given)
+        told: list[int | None] = []
+        for row, prompt in enumerate(given):
+            if step < len(prompt) or not is_open[row]:
+                chosen[row] = prompt[step] if step < len(prompt) else 0  # what follows an end is only there to fill
+                told.append(None)
+                continue
+            if not callable(choose):
+                chosen[row] = int(choose[row](logits[row : row + 1]))
+            told.append(chosen[row])
+        take(torch.tensor(chosen, device=logits.device)[:, None])
+        for row, token in enumerate(told):
+            if token is not None:
+                num_new[row] += 1
+                is_open[row] = not (is_over(row, token) or token in ends) and num_new[row] < count
+        step += 1
+        yield told
+
+
 def continue_rows(
     next_logits: Callable[[], torch.Tensor],
     take: Callable[[torch.Tensor], object],
     count: int,
     ends: Collection[int] = (),
-    choose: Callable[[torch.Tensor], torch.Tensor] = best_tokens,
+    choose: Choose | Sequence[Choose] = best_tokens,
     num_rows: int = 1,
+    **more: Any,
 ) -> list[list[int]]:
-    """Return the continuations of B rows: `count` tokens, fewer up to and with one of `ends`.
-
-    Rows go through the model together until the last has ended.
-
-    Args:
-        next_logits: -> logits [B, V] of what follows all that was taken.
-        take: given the next tokens, int64 [B, 1].
-        choose: logits [B, V] -> int64 [B].
-        num_rows: B.
-    """
-    steps: list[torch.Tensor] = []
-    ended: torch.Tensor | None = None
-    stop = torch.tensor(sorted(ends), dtype=torch.int64)
-    while len(steps) < count and not (ended is not None and bool(ended.all())):
-        tokens = choose(next_logits())
-        steps.append(tokens)
-        take(tokens[:, None])
-        ends_now = torch.isin(tokens, stop.to(tokens.device))
-        ended = ends_now if ended is None else ended | ends_now
-    rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in range(num_rows)]
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+    """Return the continuations of B rows: what `step_rows` yields, row by row; its arguments."""
+    more.setdefault("given", ((),) * num_rows)
+    steps = list(step_rows(next_logits, take, count, ends, choose, **more))
+    rows = zip(*steps, strict=True) if steps else [()] * num_rows
+    return [[token for token in row if token is not None] for row in rows]
 
 
 # --- transformers' generation -----------------------------------------------------------------------------------------

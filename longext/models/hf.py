@@ -161,7 +161,7 @@ class HFLanguageModel:
             hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
             return score_hidden(self.model, hidden, targets, first)
         keep = torch.arange(first - 1, input_ids.shape[1] - 1, device=self.device)
-        scores = _score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
+        scores = score_logits(self.model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits, targets)
         check_scores(scores.nll, first)
         return scores
 
@@ -279,7 +279,7 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     budget = _HEAD_BYTES if hidden.device.type == "cpu" else _HEAD_BYTES_ACCELERATOR
     rows = max(1, budget // (4 * head.weight.shape[0]))
     parts = [
-        _score_logits(scale_logits(model, head(states)), tokens)
+        score_logits(scale_logits(model, head(states)), tokens)
         for states, tokens in zip(flat.split(rows), flat_targets.split(rows), strict=True)
     ]
     shape = targets.shape
@@ -288,7 +288,7 @@ def score_hidden(model: Any, hidden: torch.Tensor, targets: torch.Tensor, first:
     return TokenScores(nll, torch.cat([part.is_top1 for part in parts]).view(shape))
 
 
-def _score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+def score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """Score [..., V] logits; overwrites them, so that no second tensor of their size exists."""
     logits = logits.float()
     targets = targets.to(logits.device)  # a mapped model may end on another device than it starts
@@ -356,7 +356,8 @@ def _extension_plan(config: RuntimeConfig, method: str, factor: float | None) ->
     """The extension that `longext extend MODEL --method METHOD --factor FACTOR` would write."""
     request = method_request(method, config.model, config.revision, factor)
     if request.factor is None and request.target_length is None and request.factors is None:
-        raise ConfigError(f"--method {method} needs --factor (target length / trained length, for example 8).")
+        told = f"--method {method} needs --factor (target length / trained length, for example 8)."
+        raise ConfigError(told).about("factor")
     return plan_extension(request)
 
 

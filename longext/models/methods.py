@@ -76,7 +76,8 @@ def remap_request(text: str, factor: float | None = None, target_length: int | N
     typed = {} if is_spelled else {"factor": factor, "target_length": target_length}
     sized: RopeConfig = build_config(RopeConfig, None, lengths, typed)
     if sized.factor is None and sized.target_length is None:
-        raise ConfigError(f"--method {text} needs --factor (target length / trained length, for example 8).")
+        told = f"--method {text} needs --factor (target length / trained length, for example 8)."
+        raise ConfigError(told).about("factor")
     check_parameters(name, given)
     return RemapRequest(name, sized.factor, sized.target_length, sized.original_length, given)
 
@@ -102,7 +103,8 @@ def is_unchanged(method: str | None) -> bool:
 def check_method(method: str | None, factor: float | None) -> None:
     """Raise ConfigError for a factor without a method (it would change nothing), or a method that is none."""
     if factor is not None and is_unchanged(method):
-        raise ConfigError(f"--factor {factor:g} needs a --method to apply it, for example --method yarn.")
+        told = f"--factor {factor:g} needs a --method to apply it, for example --method yarn."
+        raise ConfigError(told).about("method")
     if method is not None and remap_request(method, factor) is None:
         method_request(method, "", factor=factor)
 

@@ -28,10 +28,10 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **opti
     ids: list[int] = []
     numbers: dict[int, int] = {}  # one object for each token id: 8 bytes a token, not 36
     start, first = 0, 0
-    window, offsets = _with_offsets(tokenizer, text[:_WINDOW], options)
+    window, offsets = with_offsets(tokenizer, text[:_WINDOW], options)
     while start + _WINDOW < len(text) and (max_tokens is None or len(ids) < max_tokens):
         next_start = start + _cut(offsets)
-        following, next_offsets = _with_offsets(tokenizer, text[next_start : next_start + _WINDOW], options)
+        following, next_offsets = with_offsets(tokenizer, text[next_start : next_start + _WINDOW], options)
         seam = _seam(window, offsets, following, next_offsets, next_start - start)
         if seam is None or next_start <= start:
             return _plain(tokenizer, text, options)[:max_tokens]
@@ -48,7 +48,11 @@ def _plain(tokenizer: Any, text: str, options: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _with_offsets(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
+def with_offsets(
+    tokenizer: Any, text: str, options: dict[str, Any] | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of `text` in one call of a fast tokenizer, and the characters that each stands for."""
+    options = options or {}
     encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True, **options)
     return encoded["input_ids"], encoded["offset_mapping"]
 

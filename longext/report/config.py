@@ -1,15 +1,17 @@
-"""Settings of `compare`, `advise`, `report` and `eval diff`."""
+"""Settings of `compare`, `advise`, `gate`, `report` and `eval diff`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longext.options import DataConfig, RuntimeConfig
+from longext.evals.base import ReadingConfig
+from longext.evals.limits import PLACES
+from longext.options import DataConfig, RuntimeConfig, SharedConfig
 from longext.settings import LENGTH, MANY, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(RuntimeConfig, DataConfig):
+class CompareConfig(SharedConfig, RuntimeConfig, DataConfig):
     """`longext compare`: every method on the same documents, seeds and protocol."""
 
     methods: tuple[str, ...] = option(
@@ -43,6 +45,30 @@ class AdviseConfig(RuntimeConfig, DataConfig):
     )
     minutes: float = option(10.0, "Most minutes to measure; it ends earlier if the answer is clear.", ge=0, le=MANY)
     num_places: int = option(48, "Most places of the text, each with two passkey prompts.", ge=1, le=MANY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig(ReadingConfig, DataConfig):
+    """`longext gate`: does a model pass, decided with as few prompts and windows as the error rate allows."""
+
+    tests: tuple[str, ...] = option(("passkey",), "Of passkey, needle and ruler, comma-separated; none for none.")
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "Lengths in tokens, comma-separated.", le=LENGTH)
+    fail_under: tuple[str, ...] = option(
+        (),
+        f"Least accuracy (default: 0.8): {PLACES.replace('TASK', 'TEST')}; may be repeated.",
+        repeats=True,
+    )
+    num_prompts: int = option(200, "Prompts of each test and length that are planned.", ge=1, le=MANY)
+    fail_over: tuple[str, ...] = option((), "LENGTH=PPL: the highest perplexity; may be repeated.", repeats=True)
+    baseline: str | None = option(None, "Model whose perplexity on the same windows, at every length, is the limit.")
+    margin: float = option(0.02, "Share by which the perplexity may be above the baseline's.", ge=0, le=MANY)
+    num_windows: int = option(64, "Windows of text of each length that are planned.", ge=1, le=MANY)
+    error_rate: float = option(
+        0.05, "Chance that the answer is not that of all prompts and windows; 0: none.", ge=0, le=0.5
+    )
+    summary: str | None = option(
+        None, "Append a Markdown table to this file (default: GITHUB_STEP_SUMMARY, if set).", panel="Output"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-matplotlib.use("Agg")
+from longext.attention.bands import REMAPS
+from longext.rope.spec import ROPE_METHODS
+
 matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is a $
-
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
-
-from longext.attention.bands import REMAPS  # noqa: E402
-from longext.rope.spec import ROPE_METHODS  # noqa: E402
 
 # One colour per method, the same in every picture; readable for the colour-blind (Okabe and Ito, extended).
 METHOD_COLOURS = {name: kind[name].colour for kind in (ROPE_METHODS, REMAPS) for name in kind if kind[name].colour}
@@ -24,9 +23,18 @@ INK, GRID = "#222222", "#e3e3e3"
 TRAINED_DASHES = (0, (4, 3))  # of the line at the trained length, in every picture
 
 
+class _Shown(Figure):
+    """A figure that a notebook shows as it is; one made without pyplot is a line of text there."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this project's look, sizes in inches."""
-    return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    """Return an empty figure of this project's look, sizes in inches; no backend is chosen for it."""
+    return _Shown(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
 def style(axes: Any, title: str, x: str, y: str) -> None:

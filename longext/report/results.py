@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.extras import explain_import
 from longext.manifest import write_manifest, write_text
 from longext.report.tables import Table
 from longext.staging import is_taken, staged_directory
@@ -86,8 +87,9 @@ class Written:
         try:
             return make()
         except Exception as error:
+            absent = explain_import(error, "this", ("report",))
             message = " ".join(str(error).split())[:200]
-            self.failures.append(f"{name} ({type(error).__name__}: {message})")
+            self.failures.append(f"{name} ({absent or f'{type(error).__name__}: {message}'})")
             return None
 
 

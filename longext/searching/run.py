@@ -71,7 +71,7 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
         ConfigError, CheckpointError: nothing to extend, or not to that length.
     """
     if config.target_length is None:
-        raise ConfigError("Give --target-length, for example 8 times the trained length.")
+        raise ConfigError("Give --target-length, for example 8 times the trained length.").about("target length")
     request = ExtendConfig(
         model=config.model,
         method="yarn",
@@ -82,7 +82,8 @@ def plan_search(config: SearchConfig) -> tuple[ExtensionPlan, Candidate]:
     )
     yarn = plan_extension(request)
     if yarn.spec.factor <= 1:
-        raise ConfigError(f"--target-length must be above the trained length, got {config.target_length}.")
+        told = f"--target-length must be above the trained length, got {config.target_length}."
+        raise ConfigError(told).about("target length")
     inv_freq, temperature = compute_inv_freq(yarn.spec)
     factors = tuple((base_inv_freq(yarn.spec) / inv_freq).tolist())
     reference = Candidate(factors, temperature)

@@ -16,8 +16,8 @@ from typing import Any
 
 from longext.checksums import find_damage, sum_files
 from longext.errors import ConfigError, TrainingError
+from longext.processes.group import agree
 from longext.training.config import TrainingConfig
-from longext.training.processes import agree
 from longext.untrusted import read_json
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's directory

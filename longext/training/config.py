@@ -16,6 +16,7 @@ DRY_RUN = {"dry_run": "Check everything, print the plan, train nothing."}
 _TRAINING, _MEMORY, _CHECKPOINTS, _PROCESSES = "Training", "Memory and speed", "Checkpoints", "Processes"
 _MOST_PROCESSES = 2**16
 KERNELS = ("auto", "liger", "compile", "none")
+PLAIN, LONGCE = "plain", "longce"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,15 @@ class FinetuneConfig(TrainingConfig, RowsConfig, RopeConfig):
     )
     group_size: int | None = option(None, "S2-Attn group in tokens (default: a quarter row).", ge=2, panel="Method")
     group_ratio: float = option(0.25, "S2-Attn group as a share of the row.", panel="Method")
+    loss: str = option(
+        PLAIN,
+        "longce weighs each token by how much less its loss is with far text in view than without",
+        names=lambda: (PLAIN, LONGCE),
+        panel=_TRAINING,
+    )
+    short_context: int | None = option(
+        None, "longce: tokens in view without far text (default: a quarter row, at most 4096).", ge=1, panel=_TRAINING
+    )
     tuning: str = option("lora+embed+norm", "What is trained", names=lambda: TUNINGS, panel=_TRAINING)
     norms: str = option(
         "all", "Norms that are trained; residual leaves those of queries and keys", names=lambda: ("all", "residual"),

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from longext.errors import ConfigError
 from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest, write_manifest
+from longext.processes.group import is_main_process
 from longext.staging import check_output, hold_name, hold_output, is_ours, resolve_output
 from longext.training.callbacks import METRICS_NAME, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, complete_checkpoints
 from longext.training.config import TrainingConfig
-from longext.training.processes import is_main_process
 
 
 def working_directory(output: Path) -> Path:

@@ -22,10 +22,10 @@ from longext.attention.layout import make_layout
 from longext.attention.sequence import SequenceGroup, split_sequence
 from longext.attention.shifted import PLAN, AttentionPlan
 from longext.errors import TrainingError
+from longext.processes.group import gather, is_sharded, num_processes, process_rank, sum_gradients
 from longext.signals import handling
 from longext.training.checkpoints import drop_after, keep_last, mark_complete, random_state_name
-from longext.training.losses import shift
-from longext.training.processes import gather, is_sharded, num_processes, process_rank, sum_gradients
+from longext.training.losses import LABEL_WEIGHTS, shift
 from longext.training.sweep import sweep_rows
 
 
@@ -142,6 +142,7 @@ class AttentionEngine(Engine):
         separate_documents: documents of a row do not attend to one another.
         chunk: tokens of a chunk of a sweep, None for whole rows in one graph.
         new_store: makes the store of one batch's keys and values, for a sweep.
+        weigh: rows int64 [B, N] -> the weight of each token's label [B, N], aligned; None for a plain loss.
     """
 
     def __init__(
@@ -152,11 +153,12 @@ class AttentionEngine(Engine):
         separate_documents: bool,
         chunk: int | None = None,
         new_store: Callable[[], KeyValueStore] = KeyValueStore,
+        weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.group_size, self.backend, self.separate_documents = group_size, backend, separate_documents
-        self.chunk, self.new_store = chunk, new_store
+        self.chunk, self.new_store, self.weigh = chunk, new_store, weigh
 
     def forward_backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Add the gradient of one batch and return its loss: in one graph, or swept in chunks."""
@@ -204,6 +206,8 @@ class AttentionEngine(Engine):
             "labels": inputs["labels"],  # asks a model without our loss hooks for its own loss
             "shift_labels": shift(inputs["labels"]),
         }
+        if self.weigh is not None:
+            tensors[LABEL_WEIGHTS] = self.weigh(inputs["input_ids"])
         if self.sequence is not None:
             tensors = {name: split_sequence(x, self.sequence).contiguous() for name, x in tensors.items()}
         return {

@@ -28,10 +28,10 @@ from longext.conversion.computed import Computed, Layer, compute, formula_proble
 from longext.conversion.extend import exportable_parameters, trained_rope, written_rope
 from longext.errors import CheckpointError, LongextError, LongextWarning, TrainingError
 from longext.models.hf import HFLanguageModel
+from longext.processes.group import gather, is_main_process, is_sharded
 from longext.rope.reading import spec_from_json
 from longext.rope.spec import RopeSpec, compute_inv_freq
 from longext.training.loading import Extension
-from longext.training.processes import gather, is_main_process, is_sharded
 
 MOST_TOKENS = 2048
 # nats; methods that keep the fastest dimension pair raised it by at most 0.52 at factors to 32 (docs/longlora.md)

@@ -34,12 +34,12 @@ from longext.models.methods import RemapRequest, remap_request
 from longext.models.remap import IMPLEMENTATION
 from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
+from longext.processes.group import local_rank
 from longext.rope.spec import ROPE_METHODS
 from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
 from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
-from longext.training.processes import local_rank
 from longext.training.sweep import OFF
 from longext.training.tuning import norm_modules, quantisation
 
@@ -120,7 +120,7 @@ def _as_it_is(config: FinetuneConfig, source: Path, remap: RemapRequest | None) 
         raise ConfigError(
             f"--target-length {length} is beyond the {rope.max_position_embeddings} tokens of {config.model}: "
             "add --method (linear, ntk, yarn, ...) to extend it."
-        )
+        ).about("method")
     method = ROPE_METHODS[rope.spec.method]
     read = {
         "base_revision": config.revision,

@@ -26,6 +26,7 @@ from longext.checkpoint.source import HUB_ID
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import read_shards
 from longext.conversion.adapter_base import describe_adapter, write_base
+from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, short_context, short_step
 from longext.data.packing import Windows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
@@ -33,8 +34,9 @@ from longext.models.batching import kv_numbers
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel
 from longext.models.remap import attach
+from longext.processes.group import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.rope.spec import methods_that
-from longext.training.config import FinetuneConfig
+from longext.training.config import LONGCE, FinetuneConfig
 from longext.training.engine import AttentionEngine, Engine
 from longext.training.first_loss import check_first_loss
 from longext.training.layers.kernels import Kernels, choose_kernels, use_compile, use_liger
@@ -52,7 +54,6 @@ from longext.training.loading import (
     uses_autocast,
 )
 from longext.training.losses import chunk_for, chunked_loss
-from longext.training.processes import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
@@ -92,6 +93,12 @@ class FinetunePlan(RunPlan):
         return Windows(self.extension.trained_length, usual if config.short_share is None else config.short_share)
 
     @property
+    def short_context(self) -> int | None:
+        """Tokens that LongCE's short windows have in view; None for a plain loss."""
+        config = self.config
+        return short_context(self.row_length, config.short_context) if config.loss == LONGCE else None
+
+    @property
     def chunk(self) -> int | None:
         """Tokens of a chunk of the sweep, None if a row is one graph."""
         group = None if attention_of(self.config) == "full" else self.group_size
@@ -127,6 +134,7 @@ class FinetunePlan(RunPlan):
             "attention": attention_of(config),
             "sweep": self.chunk,
             "kernels": self.kernels,
+            **({"loss": config.loss, "short_context": self.short_context} if self.short_context else {}),
         }
         weights = extension.record["base_weights"]
         return fingerprint(config, settings, extension.config, weights, data["tokens_sha256"], world_size(config))
@@ -187,6 +195,11 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     _check_rope(config, extension)
     _check_router_loss(extension)
     plan = FinetunePlan(config=config, source=extension.source, row_length=length, extension=extension)
+    if plan.short_context is not None and plan.short_context + short_step(plan.short_context) >= length:
+        raise ConfigError(
+            f"--short-context {plan.short_context} leaves no far text in rows of {length} tokens: give at most "
+            f"{max(1, length // 2)}."
+        )
     _ = plan.kernels  # refused now if it is
     return plan
 
@@ -274,8 +287,26 @@ class FinetuneRun(Run):
             describe=None if self.is_full else functools.partial(self.describe, state="checkpoint"),
             chunk=self.plan.chunk,
             new_store=functools.partial(self.new_store, config.kv_memory),
+            weigh=self.weigh if self.plan.short_context else None,
             **settings,
         )
+
+    @property
+    def scorer(self) -> HFLanguageModel:
+        """The model in training, as evaluations see it."""
+        plan = self.plan
+        return HFLanguageModel(plan.config.model, self.base, self.tokenizer, plan.extension.config, plan.source)
+
+    def weigh(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the weights of LongCE [B, N] of rows int64 [B, N], aligned with shifted labels.
+
+        Both losses are those of the model as it is used: in eval mode, under full attention, whatever it trains under.
+        """
+        scorer, context = self.scorer, self.plan.short_context
+        assert context is not None
+        with full_attention(self.base, tokens.device, self.autocast):
+            gain, _ = long_short(lambda ids, first: scorer.score(ids, first).nll, tokens, context, short_step(context))
+        return torch.nn.functional.pad(longce_weights(gain), (0, 1), value=1.0)
 
     def new_store(self, gib: float | None) -> KeyValueStore:
         """Return where the keys and values of a swept batch wait, and their gradients.
@@ -323,14 +354,14 @@ class FinetuneRun(Run):
             # before training the model may still be on the CPU, from which FSDP and DeepSpeed take it
             with full_attention(self.base, self.base.device, self.autocast):
                 is_plain = head_is_plain(self.base)
-                if not is_plain and self.plan.chunk is not None:
+                own = "--sweep" if self.plan.chunk is not None else "--loss longce" if self.plan.short_context else ""
+                if not is_plain and own:
                     raise ConfigError(
-                        f"--sweep makes the loss of each chunk from its logits, and longext does not know those of "
-                        f"{type(self.base).__name__}: leave --sweep out."
+                        f"{own} makes losses from logits, and longext does not know how {type(self.base).__name__} "
+                        f"makes its own: leave {own} out."
                     )
-                scorer = HFLanguageModel(config.model, self.base, self.tokenizer, extension.config, extension.source)
                 method = "none" if extension.remap else config.method
-                self.first_loss = check_first_loss(scorer, method, extension, self.rows[0])
+                self.first_loss = check_first_loss(self.scorer, method, extension, self.rows[0])
             with self._remapped(), chunked_loss(self.base, self.loss_chunk) if is_plain else contextlib.nullcontext():
                 yield
 
@@ -368,6 +399,7 @@ class FinetuneRun(Run):
                 "group_size": plan.group_size if attention != "full" else None,
                 "evaluation": ", ".join(seen) or unmeasured,
             },
+            **self._weighed,
             "sweep": plan.chunk,
             "row_length": plan.row_length,
             "target_length": plan.extension.target_length,
@@ -382,6 +414,15 @@ class FinetuneRun(Run):
             **({"first_loss": self.first_loss} if self.first_loss else {}),
             **self.cost(seconds),
         }
+
+    @property
+    def _weighed(self) -> dict[str, Any]:
+        """Return how LongCE weighs tokens; nothing for a plain loss."""
+        context = self.plan.short_context
+        if context is None:
+            return {}
+        facts = {"name": LONGCE, "definition": f"min(exp(short loss - whole loss), {LARGEST_WEIGHT:g}) times the loss"}
+        return {"loss": {**facts, "short_context": context, "step": short_step(context)}}
 
     def _memory(self) -> dict[str, Any]:
         """Return what is kept of a step, and in which pieces it is computed."""

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from longext.models.head import decoder_of, scale_logits
 
 IGNORED = -100
+LABEL_WEIGHTS = "weights_of_labels"  # forward argument of a model under `chunked_loss`, beside its labels
 _LOGITS_BYTES, _FEWEST, _MOST = 2**29, 128, 4096  # of a chunk by default
 _WORTH_SELECTING = 0.9  # below this share of labelled tokens, they are copied out first
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -33,7 +34,12 @@ def chunk_for(vocabulary: int) -> int:
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, labels: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Head,
+    parameters: list[nn.Parameter],
+    chunk: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed cross-entropy, a float32 scalar (float64 for float64 hidden states).
 
@@ -45,30 +51,42 @@ def chunked_cross_entropy(
         head: [t, D] -> logits [t, V].
         parameters: the head's parameters that are trained (their gradients are summed over chunks).
         chunk: tokens per head call.
+        weights: [T], each token's loss is multiplied by its own; None for a plain sum. They take no gradient.
     """
     labelled = labels != IGNORED
     if int(labelled.sum()) < _WORTH_SELECTING * len(labels):  # else a copy of all hidden states would buy nothing
         hidden, labels = hidden[labelled], labels[labelled]
+        weights = None if weights is None else weights[labelled]
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return _recomputed(hidden, labels, head, chunk)  # DeepSpeed ZeRO-3 gathers weights per module call only
-    loss: torch.Tensor = _ChunkedLoss.apply(hidden, labels, head, chunk, *parameters)
+        return _recomputed(hidden, labels, head, chunk, weights)  # DeepSpeed ZeRO-3 gathers weights per module call
+    loss: torch.Tensor = _ChunkedLoss.apply(hidden, labels, weights, head, chunk, *parameters)
     return loss
 
 
-def _sum_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
+def _sum_loss(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, head: Head) -> torch.Tensor:
     logits = head(hidden)
-    return F.cross_entropy(logits.to(_at_least_float32(logits)), labels, reduction="sum", ignore_index=IGNORED)
+    wide = logits.to(_at_least_float32(logits))
+    if weights is None:
+        return F.cross_entropy(wide, labels, reduction="sum", ignore_index=IGNORED)
+    return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORED) @ weights.to(wide.dtype)
+
+
+def _part(weights: torch.Tensor | None, start: int, chunk: int) -> torch.Tensor | None:
+    return None if weights is None else weights[start : start + chunk]
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _recomputed(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
+def _recomputed(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """The same by activation checkpointing: logits are computed twice."""
     total = hidden.sum() * 0.0  # keeps the graph if nothing is labelled: all processes of DDP need a gradient
-    for states, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + checkpoint(_sum_loss, states, targets, head, use_reentrant=False)
+    for number, (states, targets) in enumerate(zip(hidden.split(chunk), labels.split(chunk), strict=True)):
+        own = _part(weights, number * chunk, chunk)
+        total = total + checkpoint(_sum_loss, states, targets, own, head, use_reentrant=False)
     return total.to(_at_least_float32(total))
 
 
@@ -77,7 +95,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, *parameters: nn.Parameter
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None,
+        head: Head,
+        chunk: int,
+        *parameters: nn.Parameter,
     ) -> torch.Tensor:
         """Sum the loss over chunks, and keep its gradients."""
         trained = [p for p in parameters if p.requires_grad]
@@ -88,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             states = hidden[start : start + chunk].detach().requires_grad_(wants_hidden)
             with torch.enable_grad():
-                loss = _sum_loss(states, labels[start : start + chunk], head)
+                loss = _sum_loss(states, labels[start : start + chunk], _part(weights, start, chunk), head)
             total += loss.detach()  # at least float32: half precision loses a chunk against a large sum
             inputs = [*([states] if wants_hidden else []), *trained]
             if not inputs:
@@ -109,7 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = outputs[0]
         ours = [next(sums) if trained else None for trained in is_trained]
         scaled = [None if g is None else g.mul_(scale) for g in (hidden_gradient, *ours)]
-        return (scaled[0], None, None, None, *scaled[1:])
+        return (scaled[0], None, None, None, None, *scaled[1:])
 
 
 @dataclass
@@ -117,6 +141,7 @@ class _Call:
     """What one forward passes from hook to hook."""
 
     shift_labels: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     num_items: Any = None
     hidden: list[torch.Tensor] = field(default_factory=list)
 
@@ -129,7 +154,8 @@ def chunked_loss(model: Any, chunk: int) -> Iterator[None]:
     output, one puts the loss into the model's output. Being inside the model's call, it works under DDP, FSDP and PEFT.
 
     The forward takes `labels` [B, N] (shifted here) or `shift_labels` [B, N] (already aligned), and
-    `num_items_in_batch`, which divides the sum; without it the mean over labelled tokens is returned.
+    `num_items_in_batch`, which divides the sum; without it the mean over labelled tokens is returned. It may take
+    `LABEL_WEIGHTS` [B, N], aligned, too: they multiply each token's loss and do not change what divides the sum.
 
     Args:
         model: a transformers causal LM (below PEFT), for which `head_is_plain` holds.
@@ -162,6 +188,7 @@ def _before(call: _Call) -> Callable[..., Any]:
         shifted = kwargs.pop("shift_labels", None)
         call.shift_labels = shift(labels) if shifted is None else shifted
         call.num_items = kwargs.pop("num_items_in_batch", None)
+        call.weights = kwargs.pop(LABEL_WEIGHTS, None)
         # an empty index: the model's own head runs over no token, whatever the vocabulary
         nothing = torch.empty(0, dtype=torch.int64, device=call.shift_labels.device)
         return args, {**kwargs, "logits_to_keep": nothing}
@@ -178,14 +205,16 @@ def _after(call: _Call, model: Any, output: Any, chunk: int) -> Any:
     if call.shift_labels is None:
         return None
     (hidden,), labels = call.hidden, call.shift_labels.reshape(-1)
-    call.shift_labels, call.hidden = None, []
+    weights = None if call.weights is None else call.weights.reshape(-1)
+    call.shift_labels, call.hidden, call.weights = None, [], None
     module = model.get_output_embeddings()
 
     def head(states: torch.Tensor) -> torch.Tensor:
         return scale_logits(model, module(states))
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    total = chunked_cross_entropy(flat, labels, head, [p for p in module.parameters() if p.requires_grad], chunk)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    total = chunked_cross_entropy(flat, labels, head, trained, chunk, weights)
     count = call.num_items if call.num_items is not None else (labels != IGNORED).sum()
     output["loss"] = total / count
     return output

@@ -20,12 +20,12 @@ import torch
 from longext.attention.sequence import make_sequence_group
 from longext.data.packing import collate_rows
 from longext.errors import ConfigError, TrainingStopped
+from longext.processes.group import is_main_process, num_processes, wait_for_all
 from longext.threads import set_threads
 from longext.training.callbacks import METRICS_NAME, Evaluate, Measure, Metrics, Report, peak_memory, read_metrics
 from longext.training.checkpoints import CHECKPOINTS, Beginning, check_resume, find_start
 from longext.training.config import TrainingConfig
 from longext.training.engine import Engine, Rows, StopOnSignal
-from longext.training.processes import is_main_process, num_processes, wait_for_all
 from longext.training.settings import rows_per_step, trainer_arguments
 
 
@@ -144,6 +144,10 @@ class Run(ABC):
     def save(self, engine: Engine) -> None:
         """Write what was trained into `directory`; every process calls it."""
 
+    def usable(self, checkpoint: Path) -> str:
+        """Return how a checkpoint can be used as it is, a sentence; nothing if it can not."""
+        return ""
+
     def training(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the steps run."""
         return contextlib.nullcontext()
@@ -217,9 +221,11 @@ class Training:
         done, wanted = self.engine.state.global_step, self.engine.state.max_steps
         if self.signals.received and done < wanted:
             name = signal.Signals(self.signals.received).name
+            checkpoint = self.run.directory / CHECKPOINTS / f"checkpoint-{done}"
             raise TrainingStopped(
                 f"stopped by {name} after step {done} of {wanted}; a checkpoint is in "
-                f"{self.run.directory / CHECKPOINTS}. Run the same command with --resume to go on.",
+                f"{self.run.directory / CHECKPOINTS}. {self.run.usable(checkpoint)}Run the same command with --resume "
+                "to go on.",
                 self.signals.received,
             )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,12 +15,13 @@ from longext.attention.backends import BACKENDS
 from longext.attention.bands import is_remap
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.errors import ConfigError, MissingExtraError
+from longext.extras import has, require
 from longext.options import DataConfig, RopeConfig
+from longext.processes.group import forget_half_a_launch, is_launched, is_sharded, num_processes
+from longext.processes.launcher import is_shrunk_launch, missing_variables
 from longext.settings import LENGTH, check_names
-from longext.training.config import FinetuneConfig, TrainingConfig
-from longext.training.launcher import is_shrunk_launch, missing_variables
+from longext.training.config import LONGCE, FinetuneConfig, TrainingConfig
 from longext.training.loading import attention_of, training_device
-from longext.training.processes import forget_half_a_launch, is_launched, is_sharded, num_processes
 from longext.training.sweep import OFF, chunk_tokens
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -65,7 +65,8 @@ def _check_numbers(config: FinetuneConfig) -> None:
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {config.lora_dropout:g}.")
     if config.method == "none" and config.factor is not None:
-        raise ConfigError(f"--factor {config.factor:g} needs a --method to apply it, for example --method linear.")
+        told = f"--factor {config.factor:g} needs a --method to apply it, for example --method linear."
+        raise ConfigError(told).about("method")
 
 
 def check_optimiser(config: TrainingConfig) -> None:
@@ -94,6 +95,29 @@ def _check_combinations(config: FinetuneConfig) -> None:
         raise ConfigError("s2-wrapped cannot keep documents apart (its roll crosses them): use --attention s2.")
     _check_remap(config)
     _check_layers(config)
+    _check_loss(config)
+
+
+def _check_loss(config: FinetuneConfig) -> None:
+    """Raise ConfigError for what the weights of LongCE are not defined for, or cannot be computed under."""
+    if config.loss != LONGCE:
+        if config.short_context is not None:
+            raise ConfigError("--short-context is the short window of --loss longce: add it, or leave it out.")
+        return
+    for flag, is_on in (
+        ("--task sft", config.task == "sft"),
+        ("--positions pose", config.positions == "pose"),
+        ("`separate_documents`", config.separate_documents),
+        ("--mixed-window", config.mixed_window),
+        ("--sequence-parallel", config.sequence_parallel > 1),
+        ("--context-parallel", config.context_parallel > 1),
+        ("FSDP or DeepSpeed", is_sharded()),
+    ):
+        if is_on:
+            raise ConfigError(
+                f"--loss longce reads every row as one text, whole and in short windows, on one device: leave {flag} "
+                "out, or use --loss plain."
+            )
 
 
 def _check_remap(config: FinetuneConfig) -> None:
@@ -279,7 +303,9 @@ def _check_context_parallel(config: FinetuneConfig, device: torch.device, sharde
 
 def check_reporting(report_to: str) -> None:
     """Raise MissingExtraError if the package that `--report-to` names is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+    if report_to == "wandb":
+        require("--report-to wandb", ["wandb"])
+    elif report_to != "none" and not has(report_to):
         raise MissingExtraError(f"--report-to {report_to} needs the package {report_to}: pip install {report_to}")
 
 

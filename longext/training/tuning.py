@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from longext.checkpoint.tying import is_tied
-from longext.errors import ConfigError, MissingExtraError
+from longext.errors import ConfigError
+from longext.extras import require
 from longext.models.head import decoder_of
 from longext.training.config import TUNINGS, FinetuneConfig
 
@@ -164,10 +165,7 @@ def quantisation(name: str) -> Any:
         return None
     if name != "nf4":
         raise ConfigError(f"--quantize must be none or nf4, got '{name}'.")
-    try:
-        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("--quantize nf4 needs bitsandbytes: pip install 'longext[qlora]'") from error
+    require("--quantize nf4", ["qlora"])
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -13,7 +13,7 @@ from longext.errors import ConfigError, LongextError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = {"lengths": [96, 192], "max_tokens": 400, "num_bootstrap": 20, "device": "cpu"}
-FUNCTIONS = "load evaluate compare extend finetune compress merge generate plan".split()
+FUNCTIONS = "load evaluate compare extend finetune compress merge generate chat build_memory plan".split()
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_inspect_shows_what_a_method_does(run, tmp_path):
     assert all(row["stretch"] == pytest.approx(8) for row in rows)
 
 
-@pytest.mark.parametrize("protocol", ["sliding", "positional", "yarn-truncated", "longlora"])
+@pytest.mark.parametrize("protocol", ["sliding", "positional", "yarn-truncated", "yarn-sliding", "longlora"])
 def test_eval_ppl(run, tmp_path, protocol):
     out = ok(run("eval", "ppl", "books-5m", "--protocol", protocol, *SMALL, "--stride", 32, "-o", "p"))
     record = result_of(tmp_path / "p")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,7 +161,9 @@ def test_resume_after_sigterm_equals_the_uninterrupted_run(run, tmp_path, monkey
     assert run(*args, "-o", "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "training_step", signalled)
-        fails(run(*args, "-o", "cut"), 143, "stopped by SIGTERM after step 3 of 6")
+        kept = str(Path("cut.running/checkpoints/checkpoint-3"))
+        fails(run(*args, "-o", "cut"), 143, "stopped by SIGTERM after step 3 of 6", f"--memory {kept}", "--resume")
+    assert load_compressor(tmp_path / kept, device="cpu").compressor.spec.ratios == (4, 8)
     fails(run(*args, "-o", "cut"), 2, "unfinished run", "--resume")
     fails(run(*args, "--segment", 32, "-o", "cut", "--resume"), 2, "another -o")
     result = run(*args, "-o", "cut", "--resume")
@@ -290,11 +293,18 @@ def test_a_model_without_rotary_positions_is_refused(run, tmp_path):
 
 
 def test_a_compressor_is_refused_on_an_extended_copy_of_its_model(run, tmp_path):
-    """The same weights under another RoPE: keys would be turned otherwise than it learned."""
+    """The same weights under another RoPE: keys would be turned otherwise than it learned, so it is trained on."""
     assert run("compress-train", "books-5m", *QUICK, "--num-steps", 1, "-o", "out").exit_code == 0
     assert run("extend", "books-5m", "--method", "yarn", "--factor", 2, "-o", "longer").exit_code == 0
     with pytest.raises(CheckpointError, match="another RoPE"):
         load_compressor(tmp_path / "out", base=str(tmp_path / "longer"))
+    args = ("compress-train", "longer", *QUICK, "--num-steps", 1, "--learning-rate", 1e-12, "--init", "out")
+    result = run(*args, "-o", "moved")
+    assert result.exit_code == 0, result.output
+    assert "the same weights and another RoPE: 512 positions there, 1,024 here" in " ".join(result.output.split())
+    for name, tensor in weights_of(tmp_path / "out").items():
+        torch.testing.assert_close(weights_of(tmp_path / "moved")[name], tensor, rtol=0, atol=1e-6)
+    assert load_compressor(tmp_path / "moved", device="cpu").base.directory == tmp_path / "longer"
 
 
 def test_a_compressor_of_an_extended_model_has_its_window(run, tmp_path):

@@ -304,13 +304,16 @@ def test_the_card_has_formula_numbers_command_and_base(base, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     for text in (
         "license: apache-2.0",
-        f"The weights of `{base}`",
+        f"The weights of `{base.name}`",
         "s (factor) = 8",
         "theta = 10000",
         "512 to 4,096",
         "0.1 ln s + 1",
     ):
         assert text in card
+    assert str(tmp_path) not in card, "a card is published: it holds no path of this machine"
+    assert "| vLLM 0.33.0 | yes | `vllm serve DIR --max-model-len 4096` |" in card
+    assert "- It was trained on 512 tokens and not trained since" in card
 
 
 def test_the_recipe_beside_an_output_makes_it_again(base, tmp_path):

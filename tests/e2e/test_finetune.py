@@ -298,7 +298,9 @@ def test_evaluation_runs_full_attention_in_eval_mode(run, tmp_path, monkeypatch)
     assert {line["attention"] for line in lines} == {"full (sdpa)"}
 
 
-@pytest.mark.parametrize("args", [("--attention", "full"), ("--tuning", "full"), ("--method", "dynamic")])
+@pytest.mark.parametrize(
+    "args", [("--loss", "longce", "--attention", "full"), ("--tuning", "full"), ("--method", "dynamic")]
+)
 def test_a_swept_run_is_the_run(run, tmp_path, args):
     """Chunks of a quarter row, with accumulation: the losses of one graph, and the record says what was trained."""
     target = ("--target-length", 640 if "--method" in args else 256)
@@ -314,6 +316,7 @@ def test_a_swept_run_is_the_run(run, tmp_path, args):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     record = json.loads((tmp_path / "swept" / "result.json").read_text())["finetune"]
     assert record["sweep"] == 128
+    assert record.get("loss", {}).get("short_context") == (64 if "longce" in args else None)
     objective = "full attention" if "full" in args[-3:] and "--attention" in args else "s2 attention in groups of 64"
     assert record["attention"]["objective"] == objective
     assert objective in (tmp_path / "swept" / "README.md").read_text()
@@ -330,6 +333,9 @@ def test_a_router_loss_is_not_dropped_in_silence(run, tmp_path):
 def test_a_sweep_needs_logits_that_are_known(run, monkeypatch):
     monkeypatch.setattr("longext.training.longlora.head_is_plain", lambda _: False)
     fails(run("finetune", "books-5m", *QUICK, "--sweep", 64, "-o", "out"), 2, "logits", "leave --sweep out")
+    longce = ("--loss", "longce", "-o", "out")
+    fails(run("finetune", "books-5m", *QUICK, *longce), 2, "logits", "leave --loss longce out")
+    fails(run("finetune", "books-5m", *QUICK, *longce, "--short-context", 127), 2, "no far text", "at most 64")
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -652,13 +658,13 @@ def test_accelerate_that_starts_one_process_of_many_is_refused(run, monkeypatch)
     ],
 )
 def test_what_can_be_refused_is_refused_before_processes_start(run, tmp_path, monkeypatch, args, texts):
-    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr("longext.processes.group.launch", lambda *_, **__: pytest.fail("launched"))
     fails(run("finetune", "books-5m", *QUICK, *args, "-o", "out"), 2, *texts)
     no_leftovers(tmp_path)
 
 
 def test_another_split_is_refused_before_processes_start(run, unfinished, monkeypatch):
-    monkeypatch.setattr("longext.training.processes.launch", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr("longext.processes.group.launch", lambda *_, **__: pytest.fail("launched"))
     args = ("finetune", "books-5m", *LONG, *WARM, "-o", "out", "--resume", "--num-processes", 2)
     fails(run(*args), 2, "processes 1, this run has 2")
     fails(run(*args, "--set", "max_tokens=4000"), 2, "was made with data")

@@ -12,8 +12,8 @@ from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, save_compressor
-from longext.compressor.reading.generation import TextStream
 from longext.compressor.spec import CompressorSpec
+from longext.compressor.writing.pieces import TextStream
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 

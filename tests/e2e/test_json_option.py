@@ -24,13 +24,17 @@ COMMANDS = {
     "extend": (BOOKS, "--method", "yarn", "--factor", 2, "--no-check"),
     "inspect": (BOOKS,),
     "plan": (BOOKS, "--length", 512),
+    "serve-config": (BOOKS, "--engine", "vllm"),
     "generate": (BOOKS, "--prompt", "The old man", "--max-new-tokens", 2),
+    "memory": ("build", "story.txt", "--model", BOOKS, "--memory", "thinned:64", "-o", "a.memory"),
     "passkey": (BOOKS, *PASSKEY),
     "compare": (BOOKS, *PPL, "--stride", 32, "--methods", "none,linear", "--factor", 2, "--no-passkey"),
     "advise": (BOOKS, "--target-length", 1024, "--methods", "yarn,window", "--num-places", 1),
+    "gate": (BOOKS, "--lengths", 128, "--num-prompts", 5, "--fail-under", 0),
     "finetune": (BOOKS, "--data", "sample", "--method", "linear", "--target-length", 1024, "--dry-run"),
     "compress-train": (BOOKS, "--data", "sample", "--segment", 64, "--dry-run"),
     "eval ppl": (BOOKS, *PPL, "--stride", 32),
+    "eval longppl": (BOOKS, "--evaluator", BOOKS, "--lengths", 256, "--min-gain", 0.5, "--max-loss", 6),
     "eval short": (BOOKS, *PPL, "--against", BOOKS),
     "eval effective": (BOOKS, "--num-trials", 1, "--depths", 0, "--max-length", 128),
     "eval needle": (BOOKS, *NEEDLE, "--tasks", "single", "--max-new-tokens", 8),
@@ -58,10 +62,11 @@ COMMANDS = {
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
     "eval diff": ("a.json", "a.json"),
+    "doctor": (),
 }
 SAME = {"diff", "eval passkey"}  # `eval diff` and `passkey` under their other names
 # need an adapter, results, a second process, a minute: tests of their own
-ELSEWHERE = {"search", "merge", "convert", "report", "verify", *SAME}
+ELSEWHERE = {"push", "search", "merge", "convert", "export", "report", "verify", *SAME}
 
 
 def with_json():
@@ -98,6 +103,8 @@ def prepared(run, tmp_path, request):
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}
         (tmp_path / "bench/hotpotqa.jsonl").write_text(json.dumps(row))
+    elif name == "memory":
+        (tmp_path / "story.txt").write_text("The keeper climbed the stairs. " * 9)
     elif name == "eval harness":
         write_choices(tmp_path / "tasks")
     elif name == "eval reconstruction":

@@ -11,8 +11,7 @@ from command_line import fails, no_leftovers, ok
 from harness_tasks import STORY, write_answers, write_choices, write_task
 from longbench_data import TASKS, write_data
 
-from longext.evals.harness import model as harness_model
-from longext.models import answers as predictions
+from longext.models.answer_file import Journal
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -30,9 +29,13 @@ SUITES = {
     "longbench": ("longbench", "books-5m", "--data", "bench", "--tasks", "samsum,trec", "--max-length", 60),
     "choices": ("harness", "books-5m", "--include-path", "tasks", "--tasks", "choices"),
     "mixed": ("harness", "books-5m", "--include-path", "tasks", "--tasks", "answers,rolling"),
+    "ppl": ("ppl", "books-5m", "--lengths", "64,128", "--max-tokens", "300"),
+    "ranked": ("longeval", "books-5m", "--sizes", "2,3", "--num-cases", 2, "--complete", "--answers", "likelihood"),
+    "passkey": ("passkey", "books-5m", "--lengths", "128", "--depths", "0,1", "--num-trials", 2),
 }
 DISK = "disk"
 WHERE = {"longbench": "out.predictions", "choices": "out.predictions", "mixed": "out.predictions"}
+WHERE |= dict.fromkeys(("ppl", "ranked", "passkey"), "out.scores.jsonl")
 
 
 @pytest.fixture
@@ -58,17 +61,16 @@ def asked(monkeypatch):
     class Asked(list):
         last = None
 
-    found, real = Asked(), predictions.append_answers
+    found, real = Asked(), Journal.add
 
-    def append(path, rows):
-        real(path, rows)
-        found.extend((path.name, row["id"]) for row in rows)
+    def add(self, rows):
+        real(self, rows)
+        found.extend((self.path.name, name) for name in rows)
         if found.last is not None and len(found) >= found.last:
             shutil.copytree(".", DISK, ignore=shutil.ignore_patterns("whole", "facts", "bench", "tasks", "disk"))
             raise PowerCut
 
-    for module in (predictions, harness_model):
-        monkeypatch.setattr(module, "append_answers", append)
+    monkeypatch.setattr(Journal, "add", add)
     return found
 
 
@@ -96,7 +98,10 @@ def outcome(directory):
     """What a run leaves that does not depend on the time it took."""
     record = json.loads((directory / "result.json").read_text())
     files = [file for file in sorted(directory.rglob("*.jsonl"))]
-    return record["results"], record["protocol"], [file.read_bytes() for file in files]
+    for timed in (record, *record["results"]):
+        timed.pop("seconds", None)
+    del record["command"]
+    return record, [file.read_bytes() for file in files]
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -119,16 +124,15 @@ def test_the_same_command_goes_on(run, tmp_path, data, asked, name):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_an_interrupt_says_where_the_answers_are(run, tmp_path, data, monkeypatch, name):
-    real, count = predictions.append_answers, []
+    real, count = Journal.add, []
 
-    def append(path, rows):
-        real(path, rows)
-        count.append(path)
+    def add(self, rows):
+        real(self, rows)
+        count.append(rows)
         if len(count) == 2:
             raise KeyboardInterrupt
 
-    for module in (predictions, harness_model):
-        monkeypatch.setattr(module, "append_answers", append)
+    monkeypatch.setattr(Journal, "add", add)
     result = run("eval", *SUITES[name], "-o", "out")
     assert result.exit_code == 130
     where = WHERE.get(name, "out.predictions.jsonl")
@@ -136,17 +140,17 @@ def test_an_interrupt_says_where_the_answers_are(run, tmp_path, data, monkeypatc
 
 
 def test_without_o_the_name_to_go_on_with_is_told(run, tmp_path, asked, monkeypatch):
-    real = predictions.append_answers
+    real = Journal.add
 
-    def append(path, rows):
-        real(path, rows)
+    def add(self, rows):
+        real(self, rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictions, "append_answers", append)
+    monkeypatch.setattr(Journal, "add", add)
     told = run("eval", *NEEDLE).stderr
     output = told.partition(" with -o ")[2].split()[0]
     assert output.startswith("results/needle-books-5m-")
-    monkeypatch.setattr(predictions, "append_answers", real)
+    monkeypatch.setattr(Journal, "add", real)
     ok(run("eval", *NEEDLE, "-o", output))
     no_leftovers(tmp_path / "results", output.removeprefix("results/"))
 

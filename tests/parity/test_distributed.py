@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import undrawn
 from typer.testing import CliRunner
 
 from longext.training.callbacks import read_metrics
@@ -33,10 +35,23 @@ MIXED = (
     *RUN, "--data", "sample", "--task", "pretrain", "--method", "yarn", "--original-length", 64, "--target-length", 128,
     "--mixed-window", "--short-share", 0.5,
 )  # fmt: skip
+# evaluations, whose samples are dealt: a suite that generates, one by likelihood, perplexity, all in one
+EVALS = {
+    "eval-needle": ("eval", "needle", "books-5m", "--tasks", "single", "--lengths", "200,256",
+        "--num-trials", 2, "--haystack", "noise", "--max-new-tokens", 8),
+    "eval-ranked": ("eval", "longeval", "books-5m", "--sizes", "2,3", "--num-cases", 3, "--complete",
+        "--answers", "likelihood"),
+    "eval-ppl": ("eval", "ppl", "books-5m", "--lengths", "64,96", "--max-tokens", 500, "--batch-tokens", 200),
+    "eval-compare": ("compare", "books-5m", "--methods", "none,yarn", "--factor", 2, "--lengths", "80,128",
+        "--max-tokens", 400, "--num-trials", 1, "--depths", "0,1"),
+    "eval-memory": ("eval", "ppl", "books-5m", "--memory", "window:64", "--segment", 32, "--lengths", "0,64",
+        "--num-places", 3),
+}  # fmt: skip
 ONE = {
     "finetune": (*RUN, "--accumulation", 2),
     "mixed": (*MIXED, "--accumulation", 2),
     "compress": (*COMPRESS, "--accumulation", 2),
+    **{f"one-{name}": (*args, "-o", "out") for name, args in EVALS.items()},
 }
 SAVING = ("--accumulation", 1, "--save-every", 2, "--set", "lora_dropout=0.1")
 SHORT = (*RUN, "--num-steps", 1, "--accumulation", 1, "--save-every", 1)
@@ -61,6 +76,8 @@ TWO = {
         "in": ("here2", "there"),
         "copy": [("here/out", "here2/out.running")],
     },
+    **{name: {"args": (*args, "-o", "out")} for name, args in EVALS.items()},
+    "eval-late": {"args": (*EVALS["eval-ppl"], "--fail-over", "96=1", "-o", "out")},
     "wrong": {"args": (*SHORT, "--method", "linear", "--target-length", 1024), "rope": "scaled twice"},
 }
 CHECKS = ("sequence", "fsdp", "segments")
@@ -79,7 +96,7 @@ def place(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("runs")
     write_uneven_examples(place)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, undrawn():
         for name, args in ONE.items():
             (place / name).mkdir()
             patch.chdir(place / name)
@@ -147,6 +164,35 @@ def test_a_wrong_rope_ends_both_processes_and_one_says_so(place):
     assert not list((place / "wrong").iterdir())
 
 
+@pytest.mark.parametrize("name", EVALS)
+def test_an_evaluation_dealt_to_two_processes_has_the_record_of_one(place, name):
+    main, other = outcomes(place, name)
+    assert (main["code"], other["code"]) == (0, 0), (main, other)
+    assert (main["stdout"].count("Results: out"), other["stdout"], other["stderr"]) == (1, "", "")
+    found, expected = ({file.name for file in (place / each / "out").rglob("*")} for each in (name, f"one-{name}"))
+    assert found == expected
+    assert untimed_record(place / name / "out") == untimed_record(place / f"one-{name}" / "out")
+    assert [path.name for path in (place / name).iterdir()] == ["out"]  # nothing kept is left
+
+
+def untimed_record(directory):
+    """The records in a directory and files of answers, without what another run has of its own."""
+
+    def untimed(value):
+        if isinstance(value, dict):
+            return {key: untimed(own) for key, own in value.items() if key not in ("seconds", "command")}
+        return list(map(untimed, value)) if isinstance(value, list) else value
+
+    records = [untimed(json.loads(file.read_text())) for file in sorted(directory.rglob("result.json"))]
+    return records, [file.read_bytes() for file in sorted(directory.rglob("answers.jsonl"))]
+
+
+def test_a_missed_limit_ends_the_main_process_alone_with_1(place):
+    main, other = outcomes(place, "eval-late")
+    assert (main["code"], other["code"]) == (1, 0)
+    assert main["stderr"].count("96") == 1
+
+
 def test_without_a_shared_disk_a_resume_stops_in_one_line(place):
     """The main process has the checkpoint, with the random states of both; the other machine has none of it."""
     main, other = outcomes(place, "apart")
@@ -180,3 +226,36 @@ def test_sigterm_to_the_launcher_stops_all_processes_after_a_checkpoint(tmp_path
     assert "Traceback" not in errors
     last = complete_checkpoints(checkpoints)[-1]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= {file.name for file in last.iterdir()}
+
+
+def test_an_evaluation_goes_on_in_one_process_after_kill_9_of_one_of_two(tmp_path, monkeypatch):
+    """The launcher says so in one line; a line that was being written is dropped, what is known is not scored again."""
+    from longext.cli import app
+    from longext.models.answer_file import Journal
+
+    args = ["eval", "ppl", "books-5m", "--lengths", "512", "--stride", "128", "--max-tokens", "5000", "-o", "out"]
+    command = [sys.executable, "-m", "longext", *args, "--num-processes", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    other, end = tmp_path / "out.scores.process1.jsonl", time.monotonic() + 200
+    while time.monotonic() < end and not (other.is_file() and other.read_bytes().count(b"\n") > 1):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    (victim,) = (each for each in psutil.Process(process.pid).children() if each.environ().get("RANK") == "1")
+    victim.kill()
+    printed, errors = process.communicate(timeout=100)
+    assert (process.returncode, printed) == (1, ""), errors
+    assert "process 1 of 2 was ended by SIGKILL" in errors
+    assert errors.count("The same command goes on from the answers so far") == 1
+    with other.open("a") as file:
+        file.write('{"id": "cut o')
+    known = sum(file.read_bytes().count(b"\n") - 1 for file in tmp_path.glob("out.scores*"))
+    scored, add = [], Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, rows: (scored.extend(rows), add(self, rows)))
+    monkeypatch.chdir(tmp_path)
+    for output in ("out", "whole"):
+        done = CliRunner().invoke(app, [*args[:-1], output])
+        assert done.exit_code == 0, done.output
+        if output == "out":
+            assert 0 < known == 36 - len(scored)
+    assert untimed_record(tmp_path / "out") == untimed_record(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
-from compressors import SEGMENT, compressor_reader, make_compressor, make_document, random_ids, tiny_llama
+from compressors import (
+    SEGMENT,
+    compressor_reader,
+    gradient_of,
+    make_compressor,
+    make_document,
+    random_ids,
+    tiny_llama,
+)
 
+from longext.compressor.config import CompressConfig
+from longext.compressor.gradients import Sweep
 from longext.compressor.memory import join
 from longext.compressor.reading.readers import read_sizes
 from longext.compressor.reading.session import Session
 from longext.compressor.reading.trails import CompressorTrail
 from longext.compressor.schedule import Schedule
-from longext.compressor.segments import Segment
+from longext.compressor.segments import Segment, split_segments
+from longext.compressor.settings import document_length, spec_of
 from longext.errors import ConfigError
 
 NESTED = ["uio", "anchor"]
+FADING = (2, 4, 8)
+
+
+def fading_document(compressor, ids):
+    """A document whose memories are read by distance."""
+    segments = split_segments(ids, ids, compressor.spec, [FADING[0]] * (ids.shape[1] // SEGMENT))
+    return Sweep(segments, compressor, 0.01, fading=FADING)
 
 
 def schedule(ratios, *, room=10**9, thins=False, block=1, segment=16, overlap=0):
@@ -155,3 +174,49 @@ def test_spellings_and_what_is_refused():
         Session(make_compressor("gist"), when_full="thin")
     with pytest.raises(ConfigError, match="when_full must be"):
         Session(compressor, when_full="slide")
+
+
+@pytest.mark.parametrize("variant", NESTED)
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_training_reads_what_a_fading_memory_reads(variant, overlap):
+    """The losses of a sweep are those of the reader, segment by segment."""
+    compressor = make_compressor(variant, overlap=overlap, ratios=FADING)
+    ids = random_ids(2, 9)
+    document = fading_document(compressor, ids)
+    trail = CompressorTrail(compressor, FADING)
+    store = document.new_store()
+    with torch.no_grad():
+        document.write_all(store, range(8))
+        for t, (segment, tokens) in enumerate(zip(document.segments, ids.split(SEGMENT, 1), strict=True)):
+            loss, _ = document.read(t, store.view(*document.schedule.span(t)))
+            expected = compressor.loss(trail.advance(tokens), segment)
+            if document.is_scored(t):
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)  # angles are made in float32
+    assert {4, 2, 8} == {r for t in range(9) for r in document.schedule.ratios_at(t)}
+
+
+@pytest.mark.parametrize("variant", NESTED)
+def test_gradients_of_a_fading_memory_are_exact(variant):
+    compressor = make_compressor(variant, ratios=FADING)
+    document = fading_document(compressor, random_ids(2, 9))
+    loss, whole = gradient_of(compressor, document, "full")
+    for policy in ("exact", "window:9", "stop:99"):
+        found, gradient = gradient_of(compressor, document, policy)
+        assert found == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-10 * float(whole.norm()))
+    same = fading_document(compressor, random_ids(2, 9))
+    same.fading = ()
+    same.__post_init__()
+    assert not torch.allclose(gradient_of(compressor, same, "exact")[1], whole)
+
+
+def test_training_that_cannot_fade_says_so():
+    config = CompressConfig(model="m", data="d", arch="anchor", segment=16, ratio=(8,), fading=True)
+    with pytest.raises(ConfigError, match="--fading needs several ratios, the nearest first"):
+        spec_of(config, 512)
+    with pytest.raises(ConfigError, match="cannot: give one ratio, or train uio or anchor"):
+        spec_of(dataclasses.replace(config, arch="gist", ratio=(4, 8)), 512)
+    faded = spec_of(dataclasses.replace(config, ratio=(2, 8)), 128)
+    assert document_length(dataclasses.replace(config, ratio=(2, 8), document_length=40 * 16), faded, 128) == 640
+    with pytest.raises(ConfigError, match="at ratio 2,8 needs sink 1 \\+ 206 slots"):
+        document_length(dataclasses.replace(config, ratio=(2, 8), document_length=101 * 16), faded, 128)

@@ -10,7 +10,7 @@ import torch
 from extensions import books_config
 
 from longext.errors import ConfigError
-from longext.evals.passkey import _filler_ids, _prompts, accuracy_by_length, evaluate_passkey
+from longext.evals.passkey import Prompts, Trial, accuracy_by_length, evaluate_passkey
 from longext.evals.passkey_prompts import (
     FILLER,
     NAMES,
@@ -33,7 +33,7 @@ def tokens(books):
 
 @pytest.fixture
 def filler(books):
-    return _filler_ids(books, Passkey(model="books-5m", lengths=(2048,)))
+    return Prompts(books, Passkey(model="books-5m", lengths=(2048,))).filler
 
 
 @pytest.mark.parametrize("length", [128, 511, 512, 2048])
@@ -110,9 +110,9 @@ def test_one_pass_accuracy_is_greedy_decoding(books, method):
     """The score of prompt + answer equals generating the answer's tokens one by one."""
     books.set_rope(books_config(method, 8.0 if method != "none" else 1.0))
     config = Passkey(model="books-5m", lengths=(400, 700), depths=(0.2, 0.9), num_trials=3)
-    tokens = PromptTokens(lambda text: books.encode(text, add_bos=False), books.prefix)
+    asked = Prompts(books, config)
     for cell in evaluate_passkey(books, config):
-        prompts = _prompts(config, tokens, _filler_ids(books, config), cell["length"], cell["depth"])
+        prompts = [asked.make(Trial(cell["length"], cell["depth"], seed)) for seed in range(3)]
         decoded = [books.greedy(p.input_ids, len(p.answer_ids)) for p in prompts]
         assert cell["num_correct"] == sum(d == list(p.answer_ids) for d, p in zip(decoded, prompts, strict=True))
         assert cell["num_tokens"] == cell["length"]
@@ -151,4 +151,4 @@ def test_the_filler_is_long_enough_where_a_tokenizer_adds_a_token_per_call(books
     plain = books.encode
     monkeypatch.setattr(books, "encode", lambda text, *, add_bos=True: [5, *plain(text, add_bos=add_bos)])
     config = Passkey(model="books-5m", lengths=(8192,))
-    assert len(_filler_ids(books, config)) >= 8192
+    assert len(Prompts(books, config).filler) >= 8192

@@ -67,6 +67,36 @@ def test_yarn_truncated_is_the_mean_over_documents_of_one_window_each(books):
         assert row.num_windows == len(docs)
 
 
+@pytest.mark.parametrize("bos", [(), (1,)])
+def test_yarn_sliding_is_the_mean_over_windows_that_begin_with_bos_and_reach_the_end(books, bos):
+    """Every window: BOS and L - 1 tokens (without BOS: L), a stride on; loss of what no window before has scored."""
+    docs = [TokenizedDocument(doc.id, doc.input_ids, bos) for doc in documents(150, 131)]
+    for row in evaluate_perplexity(books, docs, config_for("yarn-sliding")):
+        means, scored = [], 0
+        for doc in docs:
+            done, room, total = 0, row.length - len(bos), len(doc.input_ids)
+            for start in range(0, total, 16):
+                end = min(start + room, total)
+                nll = reference_nll(books.model, [*bos, *doc.input_ids[start:end]])
+                new = nll[-(end - done) :]
+                means.append(new.mean())
+                scored, done = scored + len(new), end
+                if end == total:
+                    break
+        assert row.num_tokens == scored == sum(len(doc.input_ids) for doc in docs) - (0 if bos else len(docs))
+        assert row.num_windows == len(means)
+        assert row.nll == pytest.approx(np.mean(means), rel=RTOL)
+        assert row.ppl_low < row.ppl < row.ppl_high
+
+
+def test_yarn_sliding_puts_the_tokenizers_bos_in_front_of_every_window(books, monkeypatch):
+    monkeypatch.setattr(type(books), "prefix", property(lambda self: [1]))
+    task = config_for("yarn-sliding")
+    (doc,), _ = tokenize_documents(books, [Document("a", "One two three. " * 40)], task)
+    assert doc.head == (1,)
+    assert doc.input_ids[0] != 1
+
+
 def test_longlora_scores_all_tokens_of_overlapping_windows_and_drops_the_last(books):
     docs = documents(200)
     row = evaluate_perplexity(books, docs, config_for("longlora", lengths=(48,)))[0]
@@ -156,11 +186,11 @@ def test_bos_follows_the_protocol(books):
 
 
 def test_top1_is_what_greedy_decoding_would_take_also_where_logits_tie():
-    from longext.models.hf import _score_logits
+    from longext.models.hf import score_logits
 
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 2.0], [2.0, 2.0, 2.0]])
     for target in range(3):
         targets = torch.full((3,), target)
-        scores = _score_logits(logits.clone(), targets)
+        scores = score_logits(logits.clone(), targets)
         assert torch.equal(scores.is_top1, logits.argmax(-1) == targets)
         torch.testing.assert_close(scores.nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))

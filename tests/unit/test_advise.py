@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longext.errors import ConfigError
-from longext.evals.elimination import FEWEST, Candidate, best_of, drop_beaten, eliminate, groups, summary
+from longext.evals.sequential.elimination import FEWEST, Candidate, best_of, drop_beaten, eliminate, groups, summary
 from longext.evals.statistics import paired_interval, sign_test, student_quantile
 from longext.report.commands.advise import Advice, advice_figures, advice_tables
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longext.compressor.reading.generation import TextStream
+from longext.compressor.writing.pieces import TextStream
 from longext.errors import ConfigError
 from longext.evals.base import Work
 from longext.evals.suites.longeval import LongEval, LongEvalCase

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from longext.errors import ConfigError, DisagreementError, TrainingError
-from longext.training import processes
+from longext.processes import group as processes
+from longext.processes.group import agree
 from longext.training.checkpoints import (
     MARKER,
     check_fingerprint,
@@ -17,7 +18,6 @@ from longext.training.checkpoints import (
     read_marker,
 )
 from longext.training.config import FinetuneConfig
-from longext.training.processes import agree
 from longext.training.settings import fingerprint, trainer_arguments, warmup_of
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")

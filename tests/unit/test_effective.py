@@ -11,7 +11,9 @@ from longext.evals.suites.effective import STEP, Effective, effective_notes, lon
 
 def search(right, minimum=128, maximum=8192, limit=0.8, trials=20):
     """Search with `right(length)` correct answers of `trials`."""
-    return search_lengths(lambda n: (right(n), trials), minimum=minimum, maximum=maximum, limit=limit)
+    return search_lengths(
+        lambda n: [i < right(n) for i in range(trials)], minimum=minimum, maximum=maximum, limit=limit
+    )
 
 
 def in_order(tried):
@@ -32,7 +34,7 @@ def test_lengths_are_multiples_of_the_step_within_the_limits_and_tried_once(mini
 
     def measure(length):
         calls.append(length)
-        return (20 if length <= 600 else 0), 20
+        return [length <= 600] * 20
 
     tried = search_lengths(measure, minimum=minimum, maximum=maximum, limit=0.8)
     assert len(set(calls)) == len(calls)

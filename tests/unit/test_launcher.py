@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from longext.training import launcher
+from longext.processes import launcher
 
 TESTS = Path(__file__).parents[1]
 LAUNCH = (
-    "import sys; from longext.training.launcher import launch; "
+    "import sys; from longext.processes.launcher import launch; "
     "sys.exit(launch(2, sys.argv[2:], grace=float(sys.argv[1]), settle=0.7, module='fake_worker'))"
 )
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")

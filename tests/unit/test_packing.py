@@ -440,7 +440,7 @@ def test_open_rows_of_the_sample(tokenizer):
 
 
 def test_the_cache_root_follows_the_environment(monkeypatch):
-    from longext.data.rows import cache_root
+    from longext.data.cache import cache_root
 
     monkeypatch.setenv("LONGEXT_CACHE", "~/elsewhere")
     assert cache_root() == Path.home() / "elsewhere"

@@ -11,8 +11,9 @@ import longext
 
 PACKAGE = Path(longext.__file__).parent
 LAYERS = (
-    "errors registry untrusted signals checksums settings manifest staging threads rope options attention "
-    "checkpoint conversion models data training compressor planning evals searching report api cli"
+    "errors concepts extras registry untrusted signals checksums settings manifest staging threads processes rope "
+    "options attention checkpoint conversion models data training compressor planning evals searching doctor report "
+    "api cli"
 ).split()
 MOST_MODULES = 15
 

@@ -125,7 +125,7 @@ def test_broken_logits_are_told_behind_a_cache_too(books):
     with torch.no_grad():
         books.model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(LongextError, match="not finite"):
-        first_choices(books, prompts)
+        first_choices(books, prompts, 1)
 
 
 # --- who shares -------------------------------------------------------------------------------------------------------

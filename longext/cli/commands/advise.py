@@ -9,6 +9,7 @@ import functools
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
+from longext.concepts import CONCEPTS
 from longext.report.config import AdviseConfig
 
 
@@ -34,8 +35,9 @@ def run(config: AdviseConfig, as_json: bool) -> None:
     )
     left_out = [text.partition(":")[0] for text in record["left_out"]]
     notes = [f"Left out (result.json says why): {', '.join(left_out)}."] if left_out else []
+    notes += [f"{CONCEPTS['perplexity']} {CONCEPTS['passkey']}"]
     notes += [f"Next: {text}" for text in advice.commands]
     deliver(output, contents, as_json=as_json, lead=advice.answer, notes=notes)
 
 
-COMMANDS.register("advise", Command(config=AdviseConfig, run=run))
+COMMANDS.register("advise", Command(config=AdviseConfig, run=run, extras=("eval",)))

@@ -15,17 +15,24 @@ from longext.report.config import CompareConfig
 
 def run(config: CompareConfig, as_json: bool) -> None:
     """Measure every method, write the results and the report on them."""
-    from longext.cli.output import open_output, show
+    from longext.cli.evaluation import kept_answers
+    from longext.cli.output import show
+    from longext.cli.processes import scores_path, together
+    from longext.evals.base import no_progress
+    from longext.processes.launcher import is_main_process
     from longext.report.compare import compare_methods, write_comparison
     from longext.report.console import progress, say
     from longext.report.notes import verdict
     from longext.report.results import output_directory
 
-    output = output_directory(config.output, "compare", config.model)
-    open_output(output, config)
-    in_place = dataclasses.replace(config, output=str(output))
-    comparison = compare_methods(in_place, progress, functools.partial(say, aside=as_json))
-    written = write_comparison(output, config, comparison)
+    with together(config, output_directory(config.output, "compare", config.model)) as output:
+        in_place = dataclasses.replace(config, output=str(output))
+        if not is_main_process():
+            compare_methods(in_place, no_progress)
+            return
+        with kept_answers([scores_path(output)], output, config):
+            comparison = compare_methods(in_place, progress, functools.partial(say, aside=as_json))
+            written = write_comparison(output, config, comparison)
     for line in verdict(comparison.rendered.report):
         say(line, aside=as_json)
     notes = [f"Report: {output / 'report.html'}"]
@@ -33,4 +40,4 @@ def run(config: CompareConfig, as_json: bool) -> None:
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 
-COMMANDS.register("compare", Command(config=CompareConfig, run=run))
+COMMANDS.register("compare", Command(config=CompareConfig, run=run, extras=("eval", "report")))

@@ -27,4 +27,7 @@ def run(config: CompressConfig, *, as_json: bool, dry_run: bool) -> None:
     run_training(config, trainer, dry_run=dry_run, as_json=as_json)
 
 
-COMMANDS.register("compress-train", Command(config=CompressConfig, run=run, switches=DRY_RUN, needs=("data", "output")))
+COMMANDS.register(
+    "compress-train",
+    Command(config=CompressConfig, run=run, switches=DRY_RUN, needs=("data", "output"), extras=("train",)),
+)

@@ -32,4 +32,4 @@ def run(config: ConvertConfig, as_json: bool) -> None:
 
 
 FLAGS = ("adapter", "method", "factor", "target_length", "output", "base", "revision", "force")
-COMMANDS.register("convert", Command(config=ConvertConfig, run=run, only=FLAGS, needs=("output",)))
+COMMANDS.register("convert", Command(config=ConvertConfig, run=run, only=FLAGS, needs=("output",), extras=("train",)))

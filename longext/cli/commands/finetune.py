@@ -25,4 +25,7 @@ def run(config: FinetuneConfig, *, as_json: bool, dry_run: bool) -> None:
     run_training(config, trainer, dry_run=dry_run, as_json=as_json)
 
 
-COMMANDS.register("finetune", Command(config=FinetuneConfig, run=run, switches=DRY_RUN, needs=("data", "output")))
+COMMANDS.register(
+    "finetune",
+    Command(config=FinetuneConfig, run=run, switches=DRY_RUN, needs=("data", "output"), extras=("train",)),
+)

@@ -18,13 +18,13 @@ from longext.cli.build import Command
 from longext.compressor.config import GenerateConfig
 
 if TYPE_CHECKING:
-    from longext.compressor.reading.generation import Generated
+    from longext.compressor.writing.pieces import Generated
 
 
 def run(config: GenerateConfig, as_json: bool) -> None:
     """Read the context, write the continuation as it comes, say how it went."""
     from longext.cli.output import show
-    from longext.compressor.reading.generation import open_writer
+    from longext.compressor.writing.generation import open_writer
     from longext.manifest import result_record
     from longext.report.console import progress, say
     from longext.threads import set_threads
@@ -57,7 +57,7 @@ def describe(generated: Generated) -> str:
         counts = [f"{memory[f'num_{name}']:,} tokens {name}" for name in lost if memory.get(f"num_{name}")]
         forgotten = f" (the first {', '.join(counts)})" if counts else ""
         size = f"{memory['num_slots']:,} slots, {megabytes(memory['num_bytes'])}" if "num_slots" in memory else ""
-        name = f"memory at {memory['ratio']}x" if "ratio" in memory else f"memory {memory['spec']}"
+        name = f"memory {memory['spec']}" if "spec" in memory else f"memory at {memory['ratio']}x"
         parts.append(f"{name}{': ' if size else ''}{size}{forgotten}")
     thought = f", {generated.num_thought_tokens:,} of them a thought" if generated.num_thought_tokens else ""
     parts.append(f"{len(generated.tokens):,} written{thought}")
@@ -66,4 +66,4 @@ def describe(generated: Generated) -> str:
     return "; ".join(parts) + "."
 
 
-COMMANDS.register("generate", Command(config=GenerateConfig, run=run))
+COMMANDS.register("generate", Command(config=GenerateConfig, run=run, extras=("eval",)))

@@ -8,6 +8,7 @@ Example: longext inspect books-5m --method yarn --factor 8
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.cli.app import COMMANDS
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
 
 def run(config: ExtendConfig, as_json: bool) -> None:
     """Read the RoPE, apply the method to it if one is given, show what each dimension does."""
+    from longext.checkpoint.gguf import is_gguf
     from longext.checkpoint.rope_config import read_model_rope
     from longext.checkpoint.source import resolve_model
     from longext.conversion.computed import layers_in_words
     from longext.conversion.extend import exportable_parameters, plan_rope
 
     if config.method == "none" and (config.factor or config.target_length):
-        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.")
+        raise ConfigError("--factor and --target-length need a --method, for example --method yarn.").about("method")
+    if is_gguf(config.model):
+        _inspect_gguf(config, as_json)
+        return
     directory = resolve_model(config.model, config.revision, weights=False)
     rope = read_model_rope(directory)
     spec = rope.spec
@@ -39,10 +44,25 @@ def run(config: ExtendConfig, as_json: bool) -> None:
     _show(config, rope, spec, layers_in_words(rope, directory), as_json)
 
 
+def _inspect_gguf(config: ExtendConfig, as_json: bool) -> None:
+    from longext.checkpoint.gguf import read_gguf
+    from longext.checkpoint.gguf_rope import READ_FREQS, READ_KEYS, read_gguf_rope
+    from longext.conversion.gguf.extend import plan_gguf, read_record
+    from longext.rope.reading import spec_from_json
+
+    file = read_gguf(Path(config.model).expanduser())
+    rope, record = read_gguf_rope(file), read_record(file)
+    if record:  # the method by its own name, and the length before it
+        rope = dataclasses.replace(rope, spec=spec_from_json(record["spec"]))
+    spec = rope.spec if config.method == "none" else plan_gguf(dataclasses.replace(config, copy=False)).spec
+    carries = "keys of one base, linear or yarn" if file.architecture in READ_KEYS else "no RoPE that longext knows"
+    carries = "any frequencies and temperature" if file.architecture in READ_FREQS else carries
+    _show(config, rope, spec, f"llama.cpp's graph of this architecture carries {carries}", as_json)
+
+
 def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as_json: bool) -> None:
     from longext.cli.output import deliver, open_output
-    from longext.report.commands.model import dimension_table
-    from longext.report.plots import rope_dimensions
+    from longext.report.commands.model import dimension_table, in_sentences
     from longext.report.results import Contents, output_directory
     from longext.rope.analysis import dimension_rows
 
@@ -54,16 +74,22 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
     title = "RoPE of " + (f"{config.model} with {config.method} {spec.factor:g}x" if has_method else config.model)
     output = output_directory(config.output, "inspect", config.model)
     open_output(output, config)
+
+    def figures() -> dict[str, Any]:
+        from longext.report.plots import rope_dimensions
+
+        picture = rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method)
+        return {"rope": picture}
+
     contents = Contents(
         command="inspect",
         config=config,
         record=_record(config, rope, spec, rows, never),
         tables=lambda: [dimension_table(rows, trained, target if has_method else None, title)],
-        figures=lambda: {
-            "rope": rope_dimensions(rows, trained=trained, target=target, title=title, has_method=has_method),
-        },
+        figures=figures,
     )
-    deliver(output, contents, as_json=as_json, notes=_notes(rope, layers, len(rows), never))
+    lead = in_sentences(rows, config.model, trained, spec if has_method else None)
+    deliver(output, contents, as_json=as_json, lead=[*lead, ""], notes=_notes(rope, layers, len(rows), never))
 
 
 def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> list[str]:

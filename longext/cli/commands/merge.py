@@ -60,4 +60,4 @@ def merge_table(result: MergeResult) -> Table:
     return Table(title, ["", ""], rows, left=frozenset({1}))
 
 
-COMMANDS.register("merge", Command(config=MergeConfig, run=run, needs=("output",)))
+COMMANDS.register("merge", Command(config=MergeConfig, run=run, needs=("output",), extras=("train",)))

@@ -5,6 +5,7 @@ Example: longext recipes show compare/books-5m-4k
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from longext.cli.app import COMMANDS
 from longext.cli.build import Command
 from longext.errors import ConfigError
 from longext.settings import find_recipe, option, shipped_recipes
+
+_USE = "longext COMMAND -c NAME uses one as it is; longext recipes copy NAME writes a copy to change."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,14 @@ class RecipesConfig:
 
 def run(config: RecipesConfig) -> None:
     """Do what `action` says."""
+    from longext.report.console import print_table
+    from longext.report.tables import Table
+
     if config.action not in ("list", "show", "copy"):
         raise ConfigError(f"longext recipes takes list, show or copy, got '{config.action}'.")
     if config.action == "list":
-        names = shipped_recipes()
-        width = max(map(len, names), default=0)
-        for name, file in names.items():
-            typer.echo(f"{name:{width}}  {_first_line(file)}")
+        rows = [[name, _first_sentence(file)] for name, file in shipped_recipes().items()]
+        print_table(Table("recipes", ["name", "for"], rows, left=frozenset({1}), caption=_USE))
         return
     if config.name is None:
         raise ConfigError(f"longext recipes {config.action} needs the name of a recipe: longext recipes list.")
@@ -55,10 +59,12 @@ def _copy(text: str, target: Path) -> None:
     typer.echo(f"Wrote {target}. Use it: longext {_command(text)} -c {target}")
 
 
-def _first_line(file: Path) -> str:
-    """Return what a recipe says it is for."""
-    lines = [line.strip("# \n") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    return next((line for line in lines if line and not line.startswith("longext ")), _command(file.read_text("utf-8")))
+def _first_sentence(file: Path) -> str:
+    """Return what a recipe says it is for: the first sentence of its comment."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines[1:])
+    text = " ".join(line.strip("# ") for line in comment)
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z])", text)[0].rstrip(".")
 
 
 def _command(text: str) -> str:

@@ -44,4 +44,4 @@ def run(config: ReportConfig, as_json: bool) -> None:
     deliver(output, contents, as_json=as_json, lead=verdict(report), notes=report_notes(report))
 
 
-COMMANDS.register("report", Command(config=ReportConfig, run=run))
+COMMANDS.register("report", Command(config=ReportConfig, run=run, extras=("report",)))

@@ -37,4 +37,4 @@ def run(config: SearchConfig, as_json: bool) -> None:
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
 
 
-COMMANDS.register("search", Command(config=SearchConfig, run=run, needs=("target_length",)))
+COMMANDS.register("search", Command(config=SearchConfig, run=run, needs=("target_length",), extras=("eval",)))

@@ -1,7 +1,7 @@
 """Check a checkpoint against its formula and its base.
 
 It is reloaded with plain transformers in a fresh process; its frequencies, logits and weights are compared. Exits 1
-and names the culprit key on a mismatch.
+and names the culprit key on a mismatch. Of a .gguf: keys, frequencies and weights, and whether llama.cpp reads them.
 
 Example: longext verify out/books-5m-4k
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
@@ -21,7 +22,7 @@ from longext.settings import option
 class VerifyConfig:
     """`longext verify`: a checkpoint against its formula and its base."""
 
-    model: str = option(help="The checkpoint to check.", argument=True)
+    model: str = option(help="The checkpoint, or the .gguf file, to check.", argument=True)
     base: str | None = option(None, "The model it was made from (default: what its run.json names).")
     logits: bool = option(True, "Load the weights and compare logits.")
     hashes: bool = option(True, "Compare every weight with the base.")
@@ -33,17 +34,23 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
     Args:
         aside: print the outcome alone, on standard error: another command's JSON has standard output.
     """
+    from longext.checkpoint.gguf import is_gguf, read_gguf
     from longext.checkpoint.source import resolve_model
     from longext.checkpoint.weights import read_shards
     from longext.cli.output import show
+    from longext.conversion.gguf.verify import verify_gguf
     from longext.conversion.verify import verify_checkpoint
     from longext.manifest import result_record
     from longext.report.commands.model import verification_table
     from longext.report.console import progress
 
-    total = sum(shard.size for shard in read_shards(resolve_model(config.model)))
+    if is_gguf(config.model):
+        file = read_gguf(Path(config.model).expanduser())
+        verify, total = verify_gguf, file.data_end - file.data_start
+    else:
+        verify, total = verify_checkpoint, sum(shard.size for shard in read_shards(resolve_model(config.model)))
     with progress(f"verify {config.model}", total, "bytes") as advance:
-        result = verify_checkpoint(**dataclasses.asdict(config), on_progress=advance)
+        result = verify(**dataclasses.asdict(config), on_progress=advance)
     failed = [check for check in result.checks if check.status == "fail"]
     skipped = [check.name for check in result.checks if check.status == "skip"]
     limits = f", as far as checked: {', '.join(skipped)} skipped." if skipped else "."

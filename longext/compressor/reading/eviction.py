@@ -135,6 +135,8 @@ class PolicyTrail(Trail):
             and policies that need neither, layers are evicted behind the pass.
     """
 
+    holds_cache = True
+
     def __init__(self, backbone: Backbone, policy: KVPolicy, budget: Budget, attends: bool = True) -> None:
         self.backbone, self.policy, self.budget, self.attends = backbone, policy, budget, attends
         self.layers = [HeldLayer(self, number, 0) for number in range(len(backbone.layers))]
@@ -153,6 +155,32 @@ class PolicyTrail(Trail):
     def num_bytes(self) -> int:
         """Bytes of the keys and values held."""
         return sum(states.nbytes for layer in self.layers for states in layer.held or ())
+
+    @property
+    def state(self) -> tuple[Any, ...]:  # type: ignore[override]  # a view of the layers, which hold it
+        """(position of the next token, tokens read, question, what each layer holds)."""
+        held = [(one.held, one.bias, one.origins, one.kept, dict(one.notes)) for one in self.layers]
+        return self.start, self.num_read, self.question, held
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self.start, self.num_read, self.question, held = state
+        for layer, (states, bias, origins, kept, notes) in zip(self.layers, held, strict=True):
+            layer.held, layer.bias, layer.origins, layer.kept, layer.notes = states, bias, origins, kept, dict(notes)
+        self._forget_chunk()
+
+    def spread(self, count: int) -> None:
+        """Repeat what every layer holds."""
+
+        def rows(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.expand(count, *value.shape[1:]) if value.dim() else value
+            if isinstance(value, dict):
+                return {name: rows(one) for name, one in value.items()}
+            return tuple(map(rows, value)) if isinstance(value, tuple) else value
+
+        start, num_read, question, held = self.state
+        self.state = start, num_read, rows(question), [rows(one) for one in held]
 
     def ask(self, tokens: torch.Tensor) -> None:
         """Take the end of the prompt, int64 [B, n], as the question that policies named "-aware" score by."""

@@ -26,7 +26,9 @@ from longext.compressor.kv_policies import KV_POLICIES
 from longext.compressor.kv_policies.streaming import Streaming
 from longext.compressor.reading.budgets import Budget
 from longext.compressor.reading.eviction import QUESTION, PolicyTrail
+from longext.compressor.reading.held import HeldSession
 from longext.compressor.reading.kv_memory import is_policy, open_policy, policy_of, policy_summary
+from longext.compressor.reading.session import UNTRAINED, Session
 from longext.compressor.reading.trails import CompressorTrail, Stream, Trail, WindowTrail
 from longext.compressor.schedule import Ratio
 from longext.compressor.spec import CompressorSpec
@@ -40,7 +42,6 @@ from longext.options import RuntimeConfig
 from longext.registry import Registry, did_you_mean
 
 DEFAULT_SEGMENT = 128
-THINNED = "thinned"
 _THINNED = "raw keys and values of each segment read by itself, one of every so many tokens kept"
 
 
@@ -108,7 +109,7 @@ class Reader:
             tokens = ids[:, start:end]
             if end >= first:
                 skip = max(0, first - 1 - start)
-                hidden = self._read(trail, tokens, advance=end < last)[:, skip:]
+                hidden = self.read_segment(trail, tokens, advance=end < last)[:, skip:]
                 parts.append(score_hidden(self.plain.model, hidden, ids[:, start + skip + 1 : end + 1]))
             elif end < last:
                 trail.write(tokens)
@@ -135,11 +136,27 @@ class Reader:
         return self._stream(torch.tensor([list(input_ids)], device=self.device), advance)
 
     def _stream(self, tokens: torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> Stream:
-        trail = self.open_trail()
-        trail.ask(tokens[:, -QUESTION:])
-        stream = Stream(trail, self.segment, partial(self._read, trail) if self._follows_length else None)
+        """Return texts of one length, int64 [B, T], as they are read."""
+        stream = HeldSession(self)
+        stream.trail.ask(tokens[:, -QUESTION:])
         stream.add(tokens, advance)
         return stream
+
+    def session(self, ratio: Ratio | None = None, when_full: str | None = None) -> Session | HeldSession:
+        """Return an empty text that is read with this memory and continued.
+
+        Args:
+            ratio, when_full: of a compressor's (see `Session`).
+
+        Raises:
+            ConfigError: `when_full` of a memory whose size is bounded, or as `Session`.
+        """
+        if self.compressor is None:
+            if when_full is not None:
+                raise ConfigError(f"--memory {self.spec} keeps so much and no more: leave --when-full out.")
+            return HeldSession(self)
+        ends = self.plain.ending_tokens
+        return Session(self.compressor, ratio=ratio or self.ratio, when_full=when_full, ends=ends)
 
     def num_readable(self, length: int) -> int:
         """Return the raw tokens or slots that stay readable of `length` tokens."""
@@ -147,10 +164,12 @@ class Reader:
         return min(length, self.size if isinstance(self.size, int) else self.size(length))
 
     @property
-    def _follows_length(self) -> bool:
+    def is_uncached(self) -> bool:
+        """True if the rotation follows the length of the text, so that a segment is read anew for every token."""
         return self.compressor is None and self.plain.rope_type in LENGTH_DEPENDENT
 
-    def _read(self, trail: Trail, tokens: torch.Tensor, *, advance: bool = False) -> torch.Tensor:
+    def read_segment(self, trail: Trail, tokens: torch.Tensor, *, advance: bool = False) -> torch.Tensor:
+        """Return the last hidden states of a segment; with `advance` go past it."""
         if self.compressor is None:  # a compressor holds its model's rotation at one length
             self.plain.reset_rope()
         return trail.advance(tokens) if advance else trail.read(tokens)
@@ -275,7 +294,7 @@ def load_reader(
         raise ConfigError(
             f"{type(plain.model).__name__} makes its logits in a way that longext cannot run by segments."
         )
-    if name == THINNED:
+    if name == UNTRAINED:
         return _thinned_reader(plain, spec, argument, length)
     moves = is_kept or MEMORIES[name].moves
     if moves and plain.rope_type in LENGTH_DEPENDENT:
@@ -312,15 +331,15 @@ def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
         ConfigError: it names neither.
     """
     name = spec.partition(":")[0]
-    if name in MEMORIES or name == THINNED or is_policy(name):
+    if name in MEMORIES or name == UNTRAINED or is_policy(name):
         return None
     if is_compressor(spec):
         return Path(spec).expanduser(), None, None
     directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
         return Path(directory).expanduser(), *read_sizes(f"{directory}@", sizes)
-    hint, _, _ = did_you_mean(name, [*MEMORIES, *KV_POLICIES, THINNED]).rpartition("Available")
-    forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{THINNED}:R"])
+    hint, _, _ = did_you_mean(name, [*MEMORIES, *KV_POLICIES, UNTRAINED]).rpartition("Available")
+    forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{UNTRAINED}:R"])
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
         f"a KV policy with its slots or ratio ({', '.join(KV_POLICIES)}; as in snapkv:256 or snapkv:8x), "
@@ -341,11 +360,11 @@ def read_sizes(name: str, sizes: str) -> tuple[Ratio, int | None]:
 
 def _thinned_reader(plain: HFLanguageModel, spec: str, sizes: str, segment: int) -> Reader:
     """Return the reader of raw keys and values, one of every so many tokens: an anchor that nothing was trained of."""
-    ratio, overlap = read_sizes(f"{THINNED}:", sizes)
+    ratio, overlap = read_sizes(f"{UNTRAINED}:", sizes)
     ratios = (ratio if isinstance(ratio, int) else ratio[0],)
     whole = CompressorSpec(arch="anchor", rank=1, alpha=1.0, segment=segment, ratios=ratios, overlap=overlap or 0)
     compressor = build_compressor(Backbone(plain.model), whole)
-    facts = {"kind": THINNED, "definition": _THINNED, "reference": compressor.reference}
+    facts = {"kind": UNTRAINED, "definition": _THINNED, "reference": compressor.reference}
     return _reader_of(plain, spec, compressor, ratio, facts)
 
 

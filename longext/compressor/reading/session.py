@@ -5,35 +5,39 @@ Shape legend: l tokens of a segment, k = l / ratio slots, M slots in memory, V v
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import LoadedCompressor
 from longext.compressor.memory import Memory, num_bytes, num_slots
+from longext.compressor.reading.continuing import Continued
 from longext.compressor.reading.memory_file import (
     TOKENS,
+    Origin,
+    Stored,
     check_held,
     check_memory,
+    check_model,
     hash_weights,
+    memory_of,
     read_memory,
     write_memory,
 )
 from longext.compressor.reading.trails import CompressorTrail, Stream, TrailState
 from longext.compressor.schedule import WHEN_FULL, Ratio, spelled
-from longext.compressor.segments import REPEAT
 from longext.compressor.spec import CompressorSpec
 from longext.errors import CheckpointError, ConfigError
-from longext.models.decode import Sampler, continue_rows
 from longext.models.turns import ending_tokens, named_ends
 
+UNTRAINED = "thinned"  # a memory of raw keys: a compressor of which nothing was trained
 _PARTS = 4  # memories that leave do so one in so many at once: keys seldom move
 
 
-class Session(Stream):
+class Session(Stream, Continued):
     """A stream of tokens that is compressed as it is read, and continued or asked about at any point.
 
     The raw tail grows to l tokens; the token after them turns them into k slots of memory. What can be read is then
@@ -46,7 +50,7 @@ class Session(Stream):
         when_full: when memories fill the model's window: "thin" keeps every second slot of far memories, again and
             again, and forgets the oldest only where one slot is left of each; "forget" drops the oldest quarter;
             "refuse" refuses the tokens. None: "thin" if its ratios nest, else "forget".
-        base_weights: hash of the frozen model's weights, needed to save.
+        origin: what wrote it, needed to save.
         ends: tokens that end what is generated (default: those that the model itself names).
 
     Raises:
@@ -61,13 +65,13 @@ class Session(Stream):
         *,
         ratio: Ratio | None = None,
         when_full: str | None = None,
-        base_weights: str = "",
+        origin: Origin | None = None,
         ends: Collection[int] | None = None,
     ) -> None:
         self.compressor = compressor
         self.ratio = compressor.find_ratio(ratio)
         self.when_full = check_when_full(compressor, when_full)
-        self.base_weights = base_weights
+        self.origin = origin
         self.eos = named_ends(compressor.backbone.model) if ends is None else frozenset(ends)
         self.reset()
 
@@ -75,8 +79,10 @@ class Session(Stream):
     def of(cls, loaded: LoadedCompressor, *, ratio: Ratio | None = None, when_full: str | None = None) -> Session:
         """Return an empty session of a compressor from disk."""
         ends = ending_tokens(loaded.compressor.backbone.model, loaded.tokenizer)
-        weights = loaded.base.weights
-        return cls(loaded.compressor, ratio=ratio, when_full=when_full, base_weights=weights, ends=ends)
+        base = loaded.base
+        directory, segment = str(loaded.directory.absolute()), loaded.compressor.spec.segment
+        origin = Origin(directory, base.name, base.revision, base.weights, segment)
+        return cls(loaded.compressor, ratio=ratio, when_full=when_full, origin=origin, ends=ends)
 
     @property
     def spec(self) -> CompressorSpec:
@@ -118,29 +124,41 @@ class Session(Stream):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return self.compressor.backbone.device
+
+    @property
+    def num_ids(self) -> int:
+        """How many token ids the model knows."""
+        return int(self.compressor.backbone.embedding.weight.shape[0])
+
+    def refusal(self, num_tokens: int) -> str:
+        """Return what to say where there is no room."""
+        return (
+            f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
+            f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
+            'room (when_full="thin").'
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return slots, bytes, tokens forgotten and thinned, and the ratio asked for."""
+        names = ("num_slots", "num_bytes", "num_forgotten", "num_thinned")
+        ratio = self.ratio if isinstance(self.ratio, int) else spelled(self.ratio)
+        return {**{name: getattr(self, name) for name in names}, "ratio": ratio}
+
+    def positions(self) -> tuple[int, int]:
+        """Return the positions in use: the sink, slots, and raw tokens; and how many the model has."""
+        raw = sum(ids.shape[1] for ids in (self.trail.overlap, self.tail) if ids is not None)
+        sink = self.spec.sink if self.trail.state.num_segments else 0
+        return sink + self.num_slots + raw, self.compressor.backbone.window
+
     def reset(self) -> None:
         """Forget everything and start a new document."""
         trail = CompressorTrail(self.compressor, self.ratio, parts=_PARTS, thins=self.when_full == "thin")
         super().__init__(trail, self.spec.segment)
-        self.num_tokens = 0  # absorbed so far
-
-    def absorb(self, ids: Sequence[int] | torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> None:
-        """Add tokens to the document; segments that are full and followed by another token are compressed.
-
-        Args:
-            ids: token ids [n]; REPEAT (-1) is the trained "repeat the text" vector.
-            advance: told the number of tokens each time some have been compressed.
-
-        Raises:
-            ConfigError: an id that is not one of the model's, or more tokens than `limit`; nothing is absorbed then.
-        """
-        tokens, state = self._checked(ids), self.trail.state
-        try:
-            self.add(self._ids(tokens), advance)
-        except BaseException:
-            self.trail.state = state
-            raise
-        self.num_tokens += len(tokens)
+        self.num_tokens = 0
 
     def _go_past(self, tokens: torch.Tensor, advance: Callable[[int], object]) -> None:
         """Compress segments, many in a pass if their memories depend on no other; what would not fit is left out."""
@@ -156,86 +174,31 @@ class Session(Stream):
         if left:
             advance(left)
 
-    def logits(self) -> torch.Tensor:
-        """Return the logits [V] of the token that follows.
-
-        Raises:
-            ConfigError: nothing has been absorbed.
-        """
-        if not self.num_tokens:
-            raise ConfigError("There is nothing to continue: absorb at least one token first.")
-        return self.next_logits()[0]
-
-    def generate(
-        self,
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        on_token: Callable[[int], object] = lambda _: None,
-    ) -> list[int]:
-        """Continue the document: absorb and return new tokens, up to and with an ending token.
-
-        Args:
-            temperature, top_p, seed: as `Sampler`; 0 is greedy.
-            on_token: told each token as it comes.
-
-        Raises:
-            ConfigError: nothing has been absorbed, a value out of range, or `limit` is reached.
-        """
-
-        def take(tokens: torch.Tensor) -> None:
-            self.absorb(tokens)
-            on_token(int(tokens))
-
-        choose = Sampler(temperature, top_p, seed)
-        return continue_rows(lambda: self.logits()[None], take, max_new_tokens, self.eos, choose)[0]
-
-    def ask(
-        self, question: Sequence[int] | torch.Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
-    ) -> list[int]:
-        """Return the continuation of document + question [n]; the session stays as it was, ready for the next one."""
-        with self.snapshot():
-            self.absorb(question)
-            return self.generate(max_new_tokens, temperature=temperature, seed=seed)
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Undo on leaving whatever is absorbed or generated inside."""
-        if self.num_tokens:
-            self.logits()  # what is read once here need not be read again for every question
-        before = {name: getattr(self, name) for name in ("tail", "num_tokens", "_decoder", "_logits", "_num_read")}
-        state, decoder = self.trail.state, self._decoder
-        length = decoder.length if decoder else 0
-        try:
-            yield
-        finally:
-            self.trail.state = state
-            vars(self).update(before)
-            if decoder:
-                decoder.truncate(length)
-
     # --- on disk ----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write the session to one .safetensors file, from which `load` goes on."""
-        assert self.base_weights, "a session that is saved must know its model: use Session.of"
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write the session to one .safetensors file, from which `load` goes on; `notes` as in `write_memory`."""
+        assert self.origin, "a session that is saved must know its model: use Session.of"
         state = self.trail.state
         description = {
+            "kind": "compressor",
             "spec": self.spec.to_json(),
             "ratios": list(self.trail.schedule.ratios),
             "when_full": self.when_full,
             "first": state.first,
             "held": list(state.ratios),
-            "base_weights": self.base_weights,
-            "compressor": hash_weights(self.compressor),
+            "compressor": self._hash(),
             "num_segments": state.num_segments,
             "num_tokens": self.num_tokens,
         }
         tokens = {"sink": state.sink, "before": self.trail.overlap, "tail": self.tail}
         lists = {name: [] if ids is None else ids[0].tolist() for name, ids in tokens.items()}
-        write_memory(Path(path), state.memory, lists, description)
+        tensors = {f"memory.{i}": tensor for i, tensor in enumerate(state.memory)}
+        write_memory(Path(path), tensors, lists, description, self.origin, notes)
+
+    def _hash(self) -> str:
+        """Return the hash of the compressor's weights, "" if nothing was trained of it."""
+        return "" if self.origin and self.origin.memory.startswith(f"{UNTRAINED}:") else hash_weights(self.compressor)
 
     @classmethod
     def load(cls, path: str | Path, loaded: LoadedCompressor) -> Session:
@@ -244,51 +207,44 @@ class Session(Stream):
         Raises:
             CheckpointError: not a memory file, or one that another compressor or another base model wrote.
         """
-        memory, tokens, description = read_memory(Path(path))
-        if not loaded.base.is_that_of(description["base_weights"]):
-            raise CheckpointError(
-                f"{path} was written on another base model than {loaded.base.name}; it cannot be read."
-            )
-        spec, expected = CompressorSpec.from_json(description["spec"]), loaded.compressor.spec
-        if spec != expected or description["compressor"] != hash_weights(loaded.compressor):
-            raise CheckpointError(
-                f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than "
-                f"{loaded.directory} ({expected.arch}, segments of {expected.segment}), or before it was trained "
-                "further: only the one that wrote a memory can read it."
-            )
-        ratios, count = description["ratios"], description["num_segments"]
-        session = cls.of(loaded, ratio=tuple(ratios), when_full=description["when_full"])
-        schedule, first, held = session.trail.schedule, description["first"], tuple(description["held"])
-        check_held(Path(path), held, first, count, spec.segment)
-        end = schedule.places(held)[-1]
-        check_memory(Path(path), memory, loaded.compressor, end if count else 0)
-        sink, before, tail = (session._ids(session._checked(tokens[name])) for name in TOKENS)
-        if count:
-            backbone = loaded.compressor.backbone
-            memory = tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory)
-            positions = torch.arange(schedule.fixed, end)
-            session.trail.state = TrailState(count, sink, before, memory, first, held, positions)
-        session.tail = tail if tail.shape[1] else None
-        session.num_tokens = description["num_tokens"]
+        stored = read_memory(Path(path))
+        check_model(stored.path, loaded.base, stored.origin.weights)
+        session = cls.of(loaded)
+        session.restore_from(stored)
         return session
 
-    def _checked(self, ids: Sequence[int] | torch.Tensor) -> list[int]:
-        tokens = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        size = self.compressor.backbone.embedding.weight.shape[0]
-        wrong = next((token for token in tokens if not (0 <= token < size or token == REPEAT)), None)
-        if wrong is not None:
-            raise ConfigError(f"Token id {wrong} is none of the model's {size:,}.")
-        if self.limit is not None and self.num_tokens + len(tokens) > self.limit:
-            raise ConfigError(
-                f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
-                f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
-                'room (when_full="thin").'
-            )
-        return tokens
+    def restore_from(self, stored: Stored) -> None:
+        """Go on from a file.
 
-    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Return int64 [1, n] on the model's device."""
-        return torch.tensor([list(tokens)], dtype=torch.int64, device=self.compressor.backbone.device)
+        Raises:
+            CheckpointError: another compressor wrote it, or it is damaged.
+        """
+        path, said, compressor = stored.path, stored.description, self.compressor
+        if said["kind"] != "compressor":
+            raise CheckpointError(f"{path} was written with --memory {said['memory']}, not by a compressor.")
+        spec = CompressorSpec.from_json(said["spec"])
+        if spec != self.spec or said["compressor"] != self._hash():
+            raise CheckpointError(
+                f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than this one "
+                f"({self.spec.arch}, segments of {self.spec.segment}), or before it was trained further: only the one "
+                "that wrote a memory can read it."
+            )
+        self.ratio = compressor.find_ratio(tuple(said["ratios"]))
+        self.when_full = check_when_full(compressor, said["when_full"])
+        self.reset()
+        schedule, first, held = self.trail.schedule, said["first"], tuple(said["held"])
+        count, memory = said["num_segments"], memory_of(stored)
+        check_held(path, held, first, count, spec.segment)
+        end = schedule.places(held)[-1]
+        check_memory(path, memory, compressor, end if count else 0)
+        sink, before, tail = (self.checked(stored.tokens[name]) for name in TOKENS)
+        if count:
+            backbone = compressor.backbone
+            memory = tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory)
+            positions = torch.arange(schedule.fixed, end)
+            self.trail.state = TrailState(count, sink, before, memory, first, held, positions)
+        self.tail = tail if tail.shape[1] else None
+        self.num_tokens = said["num_tokens"]
 
 
 def check_when_full(compressor: Compressor, when_full: str | None) -> str:

@@ -5,10 +5,12 @@ Shape legend: B texts, l tokens of a segment, n tokens read, D hidden size, k sl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
 from longext.compressor.memory import Memory, join
 from longext.compressor.reading.decoder import CachedDecoder, last_logits, memory_decoder
-from longext.compressor.schedule import Ratio
+from longext.compressor.schedule import Ratio, kept_slots
 from longext.compressor.segments import Segment
 
 
@@ -25,9 +27,13 @@ class Trail(ABC):
 
     Attributes:
         backbone: the frozen model.
+        state: what is left of the texts; replaced, never changed, so that an old one can be put back.
+        holds_cache: what `begin` returns keeps its keys in this trail, and so cannot go on once another has begun.
     """
 
     backbone: Backbone
+    state: Any
+    holds_cache = False
 
     @abstractmethod
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,6 +53,10 @@ class Trail(ABC):
         self.write(tokens)
         return hidden
 
+    @abstractmethod
+    def spread(self, count: int) -> None:
+        """Turn one text into `count` equal ones."""
+
     def ask(self, tokens: torch.Tensor) -> None:
         """Learn the end of the prompt, int64 [B, n], before anything is read; most take no notice."""
         return
@@ -57,7 +67,7 @@ class WindowTrail(Trail):
 
     def __init__(self, backbone: Backbone, size: int) -> None:
         self.backbone, self.size = backbone, size
-        self.past: torch.Tensor | None = None
+        self.state: torch.Tensor | None = None  # the tokens kept
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run the frozen model over what is kept and the tokens."""
@@ -70,10 +80,14 @@ class WindowTrail(Trail):
 
     def write(self, tokens: torch.Tensor) -> None:
         """Keep the newest tokens."""
-        self.past = _newest(self._with_past(tokens), self.size)
+        self.state = _newest(self._with_past(tokens), self.size)
+
+    def spread(self, count: int) -> None:
+        """Repeat the tokens."""
+        self.state = repeated(self.state, count)
 
     def _with_past(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if self.past is None else torch.cat([self.past, tokens], 1)
+        return tokens if self.state is None else torch.cat([self.state, tokens], 1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,8 @@ class CompressorTrail(Trail):
             kept is all there is to save. None: one by one.
         thins: when the window is full, far memories are thinned out before any leaves.
     """
+
+    state: TrailState
 
     def __init__(
         self,
@@ -187,6 +203,13 @@ class CompressorTrail(Trail):
             self._add([written], [self.ratio], place)
             advance(self.schedule.segment)
 
+    def spread(self, count: int) -> None:
+        """Repeat what is left of the text."""
+        state = self.state
+        memory = tuple(tensor.expand(count, *tensor.shape[1:]) for tensor in state.memory)
+        sink, text = repeated(state.sink, count), repeated(state.text, count)
+        self.state = dataclasses.replace(state, sink=sink, text=text, memory=memory)
+
     def settle(self, advance: Callable[[int], object] = lambda _: None) -> None:
         """Write now what a later segment may read, memories of the overlap too; `advance` as in `write`."""
         last = self.state.num_segments
@@ -222,12 +245,7 @@ class CompressorTrail(Trail):
         state, length = self.state, self.schedule.segment
         if state.ratios == tuple(wanted[: len(state.ratios)]):
             return
-        kept, start = [torch.arange(0)], 0
-        for ratio, new in zip(state.ratios, wanted, strict=False):
-            stride, end = new // ratio, start + length // ratio
-            kept.append(torch.arange(start + stride - 1, end, stride))
-            start = end
-        stay = torch.cat(kept)
+        stay = torch.tensor(kept_slots(length, state.ratios, wanted), dtype=torch.int64)
         fixed = torch.arange(self.num_fixed)
         places = torch.cat([fixed, self.num_fixed + stay])
         memory = tuple(tensor[..., places.to(tensor.device), :] for tensor in state.memory)
@@ -324,7 +342,12 @@ class Stream:
     Args:
         segment: l.
         read: tail [B, n] -> last hidden states [B, n, D], for a model that allows no cache; None to keep one.
+
+    Attributes:
+        num_computed: tokens that have gone through the model so far, those read again included.
     """
+
+    num_computed = 0
 
     def __init__(self, trail: Trail, segment: int, read: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.trail, self.segment, self._read = trail, segment, read
@@ -342,7 +365,14 @@ class Stream:
         text = tokens if self.tail is None else torch.cat([self.tail, tokens], 1)
         whole = max(0, text.shape[1] - 1) // self.segment * self.segment
         if whole:
-            self._go_past(text[:, :whole], advance)
+            state = self.trail.state
+            try:
+                self._go_past(text[:, :whole], advance)
+            except BaseException:  # what was half done is undone, and the text can go on
+                self.trail.state = state
+                self._decoder = None if self.trail.holds_cache else self._decoder
+                raise
+            self.num_computed += whole
             self._forget_cache()
         self.tail = text[:, whole:]
 
@@ -360,6 +390,7 @@ class Stream:
         assert self.tail is not None, "there is nothing to continue"
         unread, size = self.tail[:, self._num_read :], self.tail.shape[1]
         if self._logits is None or unread.shape[1]:
+            self.num_computed += unread.shape[1] if self._decoder else size
             if self._read is not None:
                 hidden = self._read(self.tail)
             elif self._decoder is None:
@@ -369,6 +400,38 @@ class Stream:
             self._logits = last_logits(self.trail.backbone, hidden, self._decoder.length if self._decoder else size)
             self._num_read = size
         return self._logits
+
+    def mark(self) -> Any:
+        """Return what `restore` takes to make the text again what it is now; what was read stays read."""
+        if self.tail is not None:
+            self.next_logits()
+        length = self._decoder.length if self._decoder else 0
+        return self.trail.state, self.tail, self._decoder, length, self._logits, self._num_read
+
+    def restore(self, mark: Any) -> None:
+        """Undo whatever came after `mark`."""
+        self.trail.state, self.tail, self._decoder, length, self._logits, self._num_read = mark
+        if self._decoder is not None and self.trail.holds_cache:
+            self._decoder = None
+        elif self._decoder is not None:
+            self._decoder.truncate(length)
+
+    @contextlib.contextmanager
+    def rows(self, count: int) -> Iterator[None]:
+        """Be `count` equal texts, that can go on in different ways; one again, as before, on leaving."""
+        mark = self.mark()
+        try:
+            self.trail.spread(count)
+            self.tail, self._logits = repeated(self.tail, count), repeated(self._logits, count)
+            self._decoder = None
+            yield
+        finally:
+            self.restore(mark)
+
+
+def repeated(tensor: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """Return one row [1, ...] as [count, ...]."""
+    return None if tensor is None else tensor.expand(count, *tensor.shape[1:])
 
 
 def _newest(tokens: torch.Tensor, size: int) -> torch.Tensor:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from longext.errors import ConfigError, DataError
-from longext.models.answer_file import append_answers, fingerprint_of, open_answers, tokens_hash
+from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
 from longext.models.answers import Prediction, Request, generate_predictions
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import render_chat, user_text, with_prefix
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens
+from longext.processes.dealing import deal
 
 _MAX_NEW_TOKENS = 256  # lm-eval's, if a task names none
 _KNOWN_SETTINGS = {
@@ -118,34 +119,36 @@ class Scorer:
         texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
         lengths = [len(continuation) for _, continuation in pairs]
         self.prompt_hashes.update(map(tokens_hash, texts))
-        path = self._file(kind)
-        found = _kept_scores(self.model, texts, lengths, path)
-        self._finished([owners[i] for i in found])
         self.expect(self.model, texts, 0, False)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         budget = batch_size(self.batch_tokens, max(map(len, texts), default=1), self.model.device)
-        for batch in batched_by(order, budget, lambda i: len(texts[i])):
-            if all(i in found for i in batch):
-                continue
-            made = self._score(batch, texts, lengths)
-            if path is not None:
-                append_answers(path, [{"id": i, "value": made[i][0], "is_greedy": made[i][1]} for i in batch])
-            found.update(made)
-            self._finished([owners[i] for i in batch])
-        return [found[i] for i in range(len(texts))]
 
-    def _score(
-        self, batch: Sequence[int], texts: Sequence[list[int]], lengths: Sequence[int]
-    ) -> dict[int, tuple[float, bool]]:
-        first = len(texts[batch[0]]) - max(lengths[i] for i in batch)
-        scores = self.model.score(torch.tensor([texts[i] for i in batch]), first)
-        return {
-            i: (
-                -float(scores.nll[row, -lengths[i] :].double().sum()),
-                bool(scores.is_top1[row, -lengths[i] :].all()),
-            )
-            for row, i in enumerate(batch)
-        }
+        def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+            made = self._score([texts[i] for i in batch], [lengths[i] for i in batch])
+            self._finished([owners[i] for i in batch])
+            return made
+
+        batches = batched_by(order, budget, lambda i: len(texts[i]))
+        names = [str(i) for i in range(len(texts))]
+        rows = deal(names, list(batches), answer, keeper=self._journal(kind, texts, lengths))
+        self._finished(owners)
+        return [(float(row["value"]), bool(row["is_greedy"])) for row in rows]
+
+    def _score(self, texts: Sequence[list[int]], lengths: Sequence[int]) -> list[dict[str, Any]]:
+        scores = self.model.score(torch.tensor(texts), len(texts[0]) - max(lengths))
+        return [
+            {"value": -float(nll[-length:].double().sum()), "is_greedy": bool(is_top1[-length:].all())}
+            for nll, is_top1, length in zip(scores.nll, scores.is_top1, lengths, strict=True)
+        ]
+
+    def _journal(self, kind: str, texts: Sequence[list[int]], lengths: Sequence[int]) -> Journal | None:
+        """Return the file of the scores of a call."""
+        path = self._file(kind)
+        if path is None:
+            return None
+        questions = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
+        check = lambda row: (float(row["value"]), bool(row["is_greedy"]))  # noqa: E731
+        return Journal(path, fingerprint_of(self.model, questions), check)
 
     def rolling(self, texts: Sequence[str], owners: Sequence[Owner]) -> list[float]:
         """Return log p of whole texts, cut into windows that do not overlap (a model that reads any length: one)."""
@@ -233,22 +236,6 @@ class Scorer:
         self._done |= new
         if new and self.on_progress:
             self.on_progress(len(new))
-
-
-def _kept_scores(
-    model: LanguageModel, texts: Sequence[list[int]], lengths: Sequence[int], path: Path | None
-) -> dict[int, tuple[float, bool]]:
-    """Return the scores in `path` by the number of their text."""
-    if path is None:
-        return {}
-    questions = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
-    found = {}
-    for number, row in open_answers(path, fingerprint_of(model, questions)):
-        try:
-            found[int(row["id"])] = float(row["value"]), bool(row["is_greedy"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number} is no score that longext wrote. Remove the file.") from error
-    return found
 
 
 def harness_model(scorer: Scorer) -> Any:

@@ -7,7 +7,6 @@ package computes it, `fuzzywuzzy`'s ratio for code, `jieba` for words of Chinese
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
 import re
 import string
@@ -16,8 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from longext.errors import MissingExtraError
 from longext.evals.text_metrics import lcs_rows, longest_common_subsequence
+from longext.extras import has, require
 
 Metric = Callable[[str, str, Sequence[str]], float]  # (prediction, reference, all classes of the task)
 
@@ -70,10 +69,9 @@ def chinese_words(text: str) -> list[str]:
     Raises:
         MissingExtraError: jieba is not installed.
     """
-    try:
-        import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError as error:
-        raise MissingExtraError("Chinese text is scored on the words that jieba finds: pip install jieba") from error
+    require("Chinese text, which is scored by word,", ["zh"])
+    import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
     jieba.setLogLevel(logging.WARNING)
     words: list[str] = jieba.lcut(text)
     return words
@@ -81,7 +79,7 @@ def chinese_words(text: str) -> list[str]:
 
 def has_jieba() -> bool:
     """Return True if jieba is installed."""
-    return importlib.util.find_spec("jieba") is not None
+    return has("jieba")
 
 
 # --- summaries --------------------------------------------------------------------------------------------------------

@@ -40,8 +40,10 @@ from longext.evals.memory.controls import (
 from longext.evals.perplexity import TokenizedDocument
 from longext.evals.statistics import bootstrap_mean
 from longext.manifest import result_record
+from longext.models.answer_file import hash_of, kept_scores, tokens_hash
 from longext.models.methods import check_method
 from longext.models.protocol import LanguageModel
+from longext.processes.dealing import deal
 
 if TYPE_CHECKING:
     from longext.evals.suites.ppl import Perplexity
@@ -203,20 +205,43 @@ def evaluate_memory(
         raise DataError(
             "Controls with another text need two places: give longer or more documents, or more --num-places."
         )
+    cells = [(length, method) for length in sorted(lengths) for method in chosen]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        return [_score(controls, *cells[number]) for number in batch]
+
+    # a length is one batch: its methods share memories
+    batches = [[i for i, cell in enumerate(cells) if cell[0] == length] for length in sorted(lengths, reverse=True)]
+    names, keeper = _kept(subject, cells, ratio, texts)
+    size = texts.segments.shape[0] * (segment - 1)
+    rows = iter(deal(names, batches, answer, keeper=keeper, on_progress=on_progress, weights=[size] * len(cells)))
     results = []
     for length in sorted(lengths):
-        scored: dict[str, _Scored] = {}
-        for method in chosen:
-            started = time.perf_counter()
-            scores = controls.score(method, length)
-            nll = scores.nll.cpu().double().numpy()
-            accuracy = float(scores.is_top1.float().mean())
-            scored[method] = _Scored(nll, accuracy, time.perf_counter() - started)
-            if on_progress:
-                on_progress(nll.size)
+        scored = {method: _scored(next(rows), len(places)) for method in chosen}
         readable = controls.num_readable(length)
         results += [_summarise(method, length, readable, scored, places, num_bootstrap, seed) for method in chosen]
     return results
+
+
+def _score(controls: Controls, length: int, method: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    scores = controls.score(method, length)
+    nll, accuracy = scores.nll.cpu().numpy(), float(scores.is_top1.float().mean())
+    return {"nll": nll.reshape(-1), "accuracy": accuracy, "seconds": time.perf_counter() - started}
+
+
+def _scored(row: dict[str, Any], num_places: int) -> _Scored:
+    return _Scored(row["nll"].reshape(num_places, -1).astype(np.float64), row["accuracy"], row["seconds"])
+
+
+def _kept(
+    subject: Compressor | Reader, cells: Sequence[tuple[int, str]], ratio: Ratio | None, texts: Texts
+) -> tuple[list[str], Any]:
+    """Return names of the cells, and what keeps them for a reader; what is trained changes, and nothing is kept."""
+    if not isinstance(subject, Reader):
+        return [str(number) for number in range(len(cells))], None
+    read = hash_of(tokens_hash(tokens.reshape(-1).tolist()) for tokens in (texts.contexts, texts.segments))
+    return kept_scores(subject, "next segment", [(*cell, str(ratio), read) for cell in cells])
 
 
 def _controls(subject: Compressor | Reader, ratio: Ratio | None, texts: Texts) -> Controls:

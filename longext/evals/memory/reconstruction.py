@@ -29,6 +29,7 @@ from longext.evals.statistics import bootstrap_mean
 from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, rouge_l
 from longext.manifest import result_record
 from longext.models.batching import batched_by
+from longext.processes.dealing import deal
 from longext.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _BATCH_TOKENS = {"cpu": 2_048}  # segments decode together: on a CPU few rows al
 _BATCH_TOKENS_ACCELERATOR = 32_768
 _LOGITS_AT_ONCE = 1_024
 _NUM_EXAMPLES = 3
+_SCORED = ("hypothesis", "correct", "nll_memory", "nll_none")  # of a segment
 # space and line break of byte-level BPE, space of SentencePiece
 _WORD_STARTS = ("\u0120", "\u010a", "\u2581", " ", "\n")
 Tokens = NDArray[np.int64]
@@ -266,10 +268,13 @@ def _evaluate(
 
 
 def _batches(segments: Tokens, compressor: Compressor, config: Reconstruction) -> Iterator[torch.Tensor]:
-    device = compressor.backbone.device
-    budget = config.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ACCELERATOR)
-    for batch in batched_by(list(segments), max(1, budget // segments.shape[1]), len):
-        yield torch.from_numpy(np.stack(batch)).to(device)
+    for batch in batched_by(list(segments), _rows_at_once(segments, compressor, config), len):
+        yield torch.from_numpy(np.stack(batch)).to(compressor.backbone.device)
+
+
+def _rows_at_once(segments: Tokens, compressor: Compressor, config: Reconstruction) -> int:
+    budget = config.batch_tokens or _BATCH_TOKENS.get(compressor.backbone.device.type, _BATCH_TOKENS_ACCELERATOR)
+    return max(1, int(budget // segments.shape[1]))
 
 
 def _row(
@@ -290,17 +295,21 @@ def _row(
     started = time.perf_counter()
     compressor, sink = loaded.compressor, loaded.compressor.spec.sink
     ends = sorted(loaded.plain.ending_tokens)
-    scores = []
-    for batch in _batches(segments, compressor, config):
-        scores.append(_score(compressor, batch, ratio, ends))
-        advance(len(batch))
-    pairs = list(zip((row for score in scores for row in score.hypotheses), segments.tolist(), strict=True))
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        tokens = torch.from_numpy(segments[list(batch)]).to(compressor.backbone.device)
+        found = _score(compressor, tokens, ratio, ends)
+        columns = (found.hypotheses, found.correct, found.nll_memory, found.nll_none)
+        return [dict(zip(_SCORED, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    numbers = batched_by(range(len(segments)), _rows_at_once(segments, compressor, config), lambda _: 0)
+    rows = deal([str(number) for number in range(len(segments))], list(numbers), answer, on_progress=advance)
+    pairs = list(zip((row["hypothesis"] for row in rows), segments.tolist(), strict=True))
     decode = loaded.plain.decode
     texts = [(decode(hypothesis[sink:]), decode(reference[sink:])) for hypothesis, reference in pairs]
     scored = segments.shape[1] - sink
     with_memory, without, correct = (
-        np.concatenate([getattr(score, name) for score in scores]) / scored
-        for name in ("nll_memory", "nll_none", "correct")
+        np.array([row[name] for row in rows]) / scored for name in ("nll_memory", "nll_none", "correct")
     )
     prefix = np.array([_same_prefix(*pair, sink) for pair in pairs])
     per_segment = {

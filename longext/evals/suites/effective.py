@@ -7,14 +7,17 @@ Example: longext eval effective books-5m --method yarn --factor 8 --max-length 4
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
-from longext.evals.limits import verdict
+from longext.evals.limits import PlaceLimit, verdict
+from longext.evals.sequential.asking import STOPPING, Decisions
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
 from longext.evals.views import ANY, NEVER, ONE, PROMPT, Bars, Detail, Lines, Section, either
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 
 STEP = 64  # lengths are multiples of it
 _FAILURES = 2  # in a row end the doubling: nothing says that accuracy falls with length
-Measure = Callable[[int], tuple[int, int]]
+Measure = Callable[[int], Sequence[bool]]
+Bounds = Callable[[Sequence[bool]], tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class TriedLength:
 
     Attributes:
         order: 1 for the first length tried.
-        low, high: 95 % Wilson interval of `accuracy`.
+        low, high: 95 % interval of `accuracy`: Wilson's; with an error rate, what all prompts would give.
         passed: `accuracy` is at or above the limit.
         clearly: `low` is, too.
         seconds: wall time.
@@ -55,33 +59,42 @@ class TriedLength:
     seconds: float
 
 
-def search_lengths(measure: Measure, *, minimum: int, maximum: int, limit: float) -> list[TriedLength]:
+def _wilson(right: Sequence[bool]) -> tuple[float, float]:
+    from longext.evals.statistics import wilson_interval
+
+    return wilson_interval(sum(right), len(right))
+
+
+def search_lengths(
+    measure: Measure, *, minimum: int, maximum: int, limit: float, bounds: Bounds = _wilson
+) -> list[TriedLength]:
     """Return every length tried, shortest first.
 
     From `minimum` lengths double up to `maximum`, or until two in a row are below the limit. Then the gap above the
     longest length that passed is halved until it is one step.
 
     Args:
-        measure: length -> (right answers, prompts).
+        measure: length -> whether each prompt was answered right; if it stopped early, with their share on the side
+            of the limit that was decided.
         minimum, maximum: multiples of `STEP`.
+        bounds: what `measure` returned -> interval of the accuracy.
     """
-    from longext.evals.statistics import wilson_interval
-
     tried: dict[int, TriedLength] = {}
 
     def passes(length: int) -> bool:
         started = time.perf_counter()
-        correct, trials = measure(length)
-        low, high = wilson_interval(correct, trials)
+        right = measure(length)
+        accuracy = sum(right) / len(right)
+        low, high = bounds(right)
         tried[length] = TriedLength(
             order=len(tried) + 1,
             length=length,
-            num_correct=correct,
-            num_trials=trials,
-            accuracy=correct / trials,
+            num_correct=sum(right),
+            num_trials=len(right),
+            accuracy=accuracy,
             low=low,
             high=high,
-            passed=correct / trials >= limit,
+            passed=accuracy >= limit,
             clearly=low >= limit,
             seconds=time.perf_counter() - started,
         )
@@ -98,6 +111,12 @@ def search_lengths(measure: Measure, *, minimum: int, maximum: int, limit: float
             middle = (low + high) // 2 // STEP * STEP
             low, high = (middle, high) if passes(middle) else (low, middle)
     return [tried[length] for length in sorted(tried)]
+
+
+def most_lengths(minimum: int, maximum: int) -> int:
+    """Return how many lengths a search tries at most."""
+    doublings = math.ceil(math.log2(maximum / minimum))
+    return 1 + doublings + (math.ceil(math.log2(maximum / STEP)) if doublings else 0)
 
 
 def longest(tried: Sequence[TriedLength], *, clearly: bool = False) -> int | None:
@@ -196,13 +215,20 @@ class Effective(ReadingConfig, ChatConfig, Eval):
     depths: tuple[float, ...] = override(Passkey, "depths")
     num_trials: int = override(Passkey, "num_trials")
     fail_under: int | None = option(None, "LENGTH: exit with 1 if no length from it on passed.", panel="Output")
+    error_rate: float | None = option(
+        None,
+        "Stop asking at a length once it passes or fails for certain: the effective length is wrong with at most this "
+        "probability (0.05: 95 % certain; 0: no answer left can change it).",
+        ge=0,
+        le=0.5,
+    )
     # no answer is read as text here, so it is no flag; recipes may have the key
     strip_thinking: bool | None = override(ChatConfig, "strip_thinking", is_flag=False)
 
     def task_at(self, *lengths: int) -> Any:
         """Return the evaluation that is run at some lengths."""
         test = LENGTH_TESTS[self.test]
-        names = {each.name for each in fields(test.kind)} - {"fail_under"}
+        names = {each.name for each in fields(test.kind)} - {"fail_under", "error_rate"}
         shared = {key: value for key, value in vars(self).items() if key in names}
         return test.kind(**{**shared, "lengths": tuple(dict.fromkeys(lengths)), **test.fixed})
 
@@ -230,17 +256,29 @@ class Effective(ReadingConfig, ChatConfig, Eval):
             raise ConfigError("--depths needs at least one depth, for example 0,0.5,1.")
         self.task_at(self.min_length, self.max_length).check()
 
+    def decide(self, prompts: Sequence[Any]) -> Decisions:
+        """Return what says when enough prompts of a length were asked; all lengths share the error rate."""
+        assert self.error_rate is not None
+        error = self.error_rate / most_lengths(self.min_length, self.max_length)
+        limit = PlaceLimit("bar", None, None, self.bar)
+        return Decisions([limit], prompts, error=error, seed=self.seed, grain=1)
+
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record of the search."""
+        from longext.evals.sequential.means import planned_interval
+
         num_prompts = len(self.depths) * self.num_trials
         self.task_at(self.min_length, self.max_length).try_prompts(model)
 
-        def measure(length: int) -> tuple[int, int]:
+        decide = None if self.error_rate is None else self.decide
+
+        def measure(length: int) -> Sequence[bool]:
             with work.progress(f"{self.test} at {length:,}", num_prompts, "prompts") as advance:
-                right: tuple[int, int] = self.task_at(length).count_right(model, advance)
+                right: list[bool] = self.task_at(length).count_right(model, advance, decide)
                 return right
 
-        tried = search_lengths(measure, minimum=self.min_length, maximum=self.max_length, limit=self.bar)
+        bounds = partial(planned_interval, total=num_prompts) if decide else _wilson
+        tried = search_lengths(measure, minimum=self.min_length, maximum=self.max_length, limit=self.bar, bounds=bounds)
         record = effective_record(model, self, tried)
         return Outcome(record=record, notes=record["notes"])
 
@@ -270,7 +308,8 @@ def effective_notes(tried: Sequence[TriedLength], config: Effective) -> list[str
             until = (
                 f"the longest length whose interval does not: {clear:,}" if clear else "so does that of every length"
             )
-            notes.append(f"Its interval reaches below the bar (more --num-trials narrow it); {until}.")
+            narrows = "more --num-trials narrow it" if config.error_rate is None else "a lower --error-rate narrows it"
+            notes.append(f"Its interval reaches below the bar ({narrows}); {until}.")
     if tried[-1].length < config.max_length:
         notes.append(f"Lengths above {tried[-1].length:,} were not tried: {_FAILURES} in a row had failed.")
     return notes
@@ -296,6 +335,7 @@ def effective_record(model: LanguageModel, config: Effective, tried: Sequence[Tr
             "max_length": config.max_length,
             "depths": list(config.depths),
             "num_trials": config.num_trials,
+            **({} if config.error_rate is None else {"error_rate": config.error_rate, "stopping": STOPPING}),
             "chat_template": is_chat,
             "seed": config.seed,
             **template_facts(model, is_chat),

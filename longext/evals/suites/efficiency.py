@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, Work, register
 from longext.evals.limits import check_lengths
 from longext.evals.views import TOKENS, Detail, Lines, Score, Section
@@ -88,6 +89,8 @@ class Efficiency(Eval):
     def check(self) -> None:
         """Raise ConfigError for lengths that cannot be measured."""
         check_lengths(self.lengths, minimum=2)
+        if self.num_processes > 1:
+            raise ConfigError("--num-processes shares samples, and this evaluation times one process: leave it out.")
 
     def load_data(self) -> tuple[int, ...]:
         """Return the ratios to measure, none of a plain model; the text is random tokens."""

@@ -110,6 +110,7 @@ class GraphWalks(RetrievalEval):
     kind: ClassVar[str] = "graphwalks"
     unit: ClassVar[str] = "graphs"
     pools: ClassVar[tuple[str, ...]] = ("by_task", "by_length")
+    has_shares: ClassVar[bool] = False
     sections: ClassVar[tuple[Section, ...]] = (
         Section(
             name="graphwalks",

@@ -72,6 +72,7 @@ class Mrcr(RetrievalEval):
     kind: ClassVar[str] = "mrcr"
     unit: ClassVar[str] = "conversations"
     pools: ClassVar[tuple[str, ...]] = ("by_task",)
+    has_shares: ClassVar[bool] = False
     sections: ClassVar[tuple[Section, ...]] = (
         Section(
             name="mrcr",

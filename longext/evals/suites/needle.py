@@ -5,7 +5,7 @@ Example: longext eval needle MODEL --lengths 4096,16384 --haystack essays.txt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -43,7 +43,9 @@ from longext.evals.ruler.haystacks import (
     text_sentences,
 )
 from longext.evals.ruler.tasks import match_all
+from longext.evals.sequential.asking import Decisions
 from longext.evals.views import NEVER, ONE, SEVERAL, Section
+from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
@@ -258,9 +260,10 @@ class Needle(RetrievalEval):
         """Return how each question was answered, and the generated answers by id (none for exact scoring)."""
         if self.scoring == "match":
             return super().ask(model, questions, path, advance)
+        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
         prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
         scores = []
-        for question, row in zip(questions, first_choices(model, prompts, self.batch_tokens, advance), strict=True):
+        for question, row in zip(questions, first_choices(model, prompts, size, advance), strict=True):
             ends = question.prompt.ends
             values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
             scores.append(score_of(question, sum(values) / len(values)))
@@ -289,10 +292,30 @@ class Needle(RetrievalEval):
         """Raise ConfigError or DataError if a prompt cannot be built: the shortest has the least room."""
         replace(self, lengths=(min(self.lengths),)).questions(model, None)
 
-    def count_right(self, model: LanguageModel, advance: Advance) -> tuple[int, int]:
-        """Return (questions with all answers, questions)."""
-        scores, _ = self.ask(model, self.questions(model, None), advance=advance)
-        return sum(each.score == 1 for each in scores), len(scores)
+    def count_right(
+        self,
+        model: LanguageModel,
+        advance: Advance,
+        decide: Callable[[Sequence[Any]], Decisions] | None = None,
+    ) -> list[bool]:
+        """Return whether each question has all its answers, in the order of asking.
+
+        Args:
+            decide: makes of all questions what says which to ask, and when enough were; None: all are asked.
+        """
+        questions = self.questions(model, None)
+        found: list[bool] = []
+
+        def answer(asked: Sequence[NeedleQuestion]) -> list[float]:
+            right = [each.score == 1 for each in self.ask(model, asked, advance=advance)[0]]
+            found.extend(right)
+            return [float(each) for each in right]
+
+        if decide is None:
+            answer(questions)
+        else:
+            decide(questions).ask(batch_size(self.batch_tokens, max(self.lengths), model.device), answer)
+        return found
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note if prompts do not end as RULER's."""

@@ -7,7 +7,7 @@ Example: longext passkey books-5m --method yarn --factor 8 --lengths 512,1024,20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, fail
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import ANSWERS, MEAN_TOKENS, RetrievalEval, depth_map, depths_of
+from longext.evals.sequential.asking import Decisions, check_error_rate, error_rate
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
@@ -123,6 +124,7 @@ class Passkey(ReadingConfig, Eval):
         RetrievalEval, "answers", help="Answers are scored, the right one is ranked by likelihood, or"
     )
     fail_under: tuple[str, ...] = fail_under(_FORM)
+    error_rate: float | None = error_rate()
 
     @property
     def label(self) -> str:
@@ -144,6 +146,7 @@ class Passkey(ReadingConfig, Eval):
         rules = self.rules
         ANSWERS[self.answers]
         check_lengths(self.lengths, minimum=64)
+        check_error_rate(self)
         check_method(self.method, self.factor)
         if not self.depths or len({round(depth * 100) for depth in self.depths}) < len(self.depths):
             raise ConfigError(f"--depths must differ by at least 0.01, got {list(self.depths)}.")
@@ -162,12 +165,16 @@ class Passkey(ReadingConfig, Eval):
 
         check_prompts(model, self)
 
-    def count_right(self, model: LanguageModel, advance: Advance) -> tuple[int, int]:
-        """Return (right answers, prompts)."""
-        from longext.evals.passkey import evaluate_passkey
+    def count_right(
+        self,
+        model: LanguageModel,
+        advance: Advance,
+        decide: Callable[[Sequence[Any]], Decisions] | None = None,
+    ) -> list[bool]:
+        """Return whether each prompt was answered right, in the order of asking; see `Needle.count_right`."""
+        from longext.evals.passkey import count_right
 
-        cells = evaluate_passkey(model, self, advance)
-        return sum(cell["num_correct"] for cell in cells), sum(cell["num_trials"] for cell in cells)
+        return count_right(model, self, advance, decide)
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record."""

@@ -49,7 +49,8 @@ class PerplexityProtocol:
         windows: (document lengths, window length, stride) -> windows.
         weighting: "token" (sum of NLL / tokens), "document" (mean of document means) or "window" (mean of windows).
         adds_bos: BOS at the start of each document.
-        concatenates: documents are joined into one stream first.
+        concatenates: documents are joined into one stream first, whose windows score tokens several times.
+        repeats_bos: BOS at the start of each window instead, within its length.
     """
 
     summary: str
@@ -58,6 +59,7 @@ class PerplexityProtocol:
     weighting: str
     adds_bos: bool = True
     concatenates: bool = False
+    repeats_bos: bool = False
 
 
 PERPLEXITY_PROTOCOLS: Registry[PerplexityProtocol] = Registry("protocol")
@@ -69,6 +71,17 @@ def _sliding(lengths: Sequence[int], length: int, stride: int) -> Iterator[Windo
     for document, total in enumerate(lengths):
         for start in range(stride, total - length + 1, stride):
             yield Window(document, start, length, length - stride)
+
+
+def _yarn_sliding(lengths: Sequence[int], length: int, stride: int) -> Iterator[Window]:
+    for document, total in enumerate(lengths):
+        done = 0
+        for start in range(0, total, stride):
+            end = min(start + length, total)
+            yield Window(document, start, end - start, done - start)
+            done = end
+            if end == total:
+                break
 
 
 def _truncated(lengths: Sequence[int], length: int, _: int) -> Iterator[Window]:
@@ -104,6 +117,18 @@ PERPLEXITY_PROTOCOLS.register(
         "YaRN eval/perplexity.py --truncate (the proof-pile tables of arXiv 2309.00071)",
         _truncated,
         "document",
+    ),
+)
+PERPLEXITY_PROTOCOLS.register(
+    "yarn-sliding",
+    PerplexityProtocol(
+        "window L, BOS in front of each, advanced by the stride to the end of the document (the last is shorter); all "
+        "tokens of the first window, then the new ones; mean over the means of all windows, not weighted by tokens",
+        "YaRN eval/perplexity.py without --truncate (GovReport in arXiv 2309.00071)",
+        _yarn_sliding,
+        "window",
+        adds_bos=False,
+        repeats_bos=True,
     ),
 )
 PERPLEXITY_PROTOCOLS.register(
@@ -253,7 +278,7 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         names=lambda: [*PERPLEXITY_PROTOCOLS, NEXT_SEGMENT],
     )
     stride: int | None = option(
-        None, "Tokens the window moves (sliding, longlora; default: 256, at most half of a short window)."
+        None, "Tokens the window moves (sliding, yarn-sliding, longlora; default: 256, at most half of a short window)."
     )
     num_buckets: int = option(16, "Position buckets (positional).", ge=1, le=MANY)
     num_bootstrap: int = option(1000, "Bootstrap samples for the interval.", ge=0, le=MANY)
@@ -278,7 +303,12 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         if self.stride is not None:
             return self.stride
         shortest = min(self.lengths)
-        return shortest // 2 if self.protocol == "sliding" and shortest <= DEFAULT_STRIDE else DEFAULT_STRIDE
+        return shortest // 2 if self.slides and shortest <= DEFAULT_STRIDE else DEFAULT_STRIDE
+
+    @property
+    def slides(self) -> bool:
+        """True if windows overlap and each scores the tokens that the one before has not."""
+        return self.protocol in ("sliding", "yarn-sliding")
 
     def check(self) -> None:
         """Raise ConfigError for an unknown protocol, or a length or stride out of range."""
@@ -293,7 +323,7 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         check_lengths(task.lengths, minimum=2)
         if task.step < 1:
             raise ConfigError(f"--stride must be >= 1, got {task.step}.")
-        if task.protocol == "sliding" and task.step >= min(task.lengths):
+        if task.slides and task.step >= min(task.lengths):
             raise ConfigError(f"--stride must be below the shortest window {min(task.lengths)}, got {task.step}.")
 
     def resolved(self) -> Perplexity:

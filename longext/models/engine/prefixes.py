@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LEAST, _LEAST_SHARE = 32, 1 / 8  # shorter prefixes are read again: behind a cache attention needs a mask
 _WORTH = 0.05  # of all tokens: what has to be saved
+STRETCH = 16  # texts that are done, and kept of an interrupted run, at once
 _TRIED = 2 * _LEAST  # tokens of the check
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the hidden states' spread, reading at once or in two parts
 _HALF_TOLERANCE = 5e-2
@@ -58,6 +59,27 @@ def num_tokens(texts: Sequence[Sequence[int]]) -> int:
 def is_worth_it(texts: Sequence[Sequence[int]], kept: Sequence[int]) -> bool:
     """True if enough tokens are not read."""
     return sum(kept) >= _WORTH * num_tokens(texts)
+
+
+def stretches_of(order: Sequence[int], kept: Sequence[int], most: int = STRETCH) -> list[list[int]]:
+    """Return texts in order in lists: a new one where nothing is kept of the text before, and after `most` texts.
+
+    A list is read from its beginning, so that its results do not depend on where and after what it is read.
+    """
+    stretches: list[list[int]] = []
+    for index, size in zip(order, kept, strict=True):
+        if size and len(stretches[-1]) < most:
+            stretches[-1].append(index)
+        else:
+            stretches.append([index])
+    return stretches
+
+
+def shared_stretches(model: Any, texts: Sequence[Sequence[int]]) -> tuple[PrefixReader | None, list[list[int]]]:
+    """Return a reader and the stretches of texts to read with it; None if that saves too little or is not possible."""
+    order, kept = sharing_order(texts)
+    reader = PrefixReader.of(model) if is_worth_it(texts, kept) else None
+    return reader, stretches_of(order, kept)
 
 
 class PrefixReader:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longext.conversion.engines import serving_engines
-from longext.evals.elimination import FEWEST
+from longext.evals.sequential.elimination import FEWEST
 from longext.report.tables import Table, number
 
 if TYPE_CHECKING:

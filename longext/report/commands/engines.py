@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from longext.conversion.engines import ENGINES, KINDS, OTHER, REFUSED, RIGHT, RUN, Reading, kind_of
@@ -45,6 +46,25 @@ def engine_tables() -> list[Table]:
             left=frozenset(range(4)),
         ),
     ]
+
+
+def gguf_engine_table(record: Mapping[str, Any]) -> Table:
+    """Return the table of `benchmarks/gguf_engines.py`: llama.cpp beside transformers, one setting of a model a row."""
+    rows = []
+    for model, setting in dict.fromkeys((row["model"], row["setting"]) for row in record["results"]):
+        own = [row for row in record["results"] if (row["model"], row["setting"]) == (model, setting)]
+        row = [model, f"`{setting.partition(',')[0]}`{''.join(setting.partition(',')[1:])}"]
+        if any("refused" in each for each in own):
+            rows.append([*row, *["refused"] * 6])
+            continue
+        for each in sorted(own, key=lambda found: found["factor"]):
+            row += [f"{each['ppl_transformers']:.3f}", f"{each['ppl_llama_cpp']:.3f}"]
+        worst = max(each["largest_difference"] for each in own)
+        same = min(each["same_tokens"] for each in own)
+        rows.append([*row, f"{worst:.1e}", f"{same} of {record['new_tokens']}"])
+    at = [f"{engine} at {factor}x" for factor in (2, 8) for engine in ("transformers", "llama.cpp")]
+    columns = ["model", "method", *at, "largest difference", "same greedy tokens"]
+    return Table("Perplexity in llama.cpp beside transformers", columns, rows, left=frozenset({0, 1}))
 
 
 def methods_by_kind() -> dict[str, list[str]]:

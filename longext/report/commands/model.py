@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from longext.report.tables import Table
+from longext.settings import shown_name
 
 if TYPE_CHECKING:
     from longext.conversion.extend import ExtensionPlan
+    from longext.conversion.gguf.extend import GgufPlan
     from longext.conversion.verify import Verification
     from longext.rope.analysis import DimensionRow
+    from longext.rope.spec import RopeSpec
 
 
 def megabytes(size: int) -> str:
@@ -39,6 +42,19 @@ def extension_table(plan: ExtensionPlan) -> Table:
     )
 
 
+def gguf_table(plan: GgufPlan) -> Table:
+    """Old -> new of the extension of a GGUF file: the keys that change, one a row."""
+    architecture, spec = plan.file.architecture, plan.spec
+    rows = [["architecture", architecture, ""], ["factor s (target / L)", "", f"{spec.factor:g}"]]
+    for name, value in plan.change.keys.items():
+        old = _cell(plan.file.values.get(name))
+        rows.append([name.removeprefix(f"{architecture}."), old, "left out" if value is None else _cell(value[1])])
+    rows += [[f"tensor {name}", "", _cell(values.tolist())] for name, values in plan.change.tensors.items()]
+    rows.append(["weights", f"{len(plan.file.tensors)} tensors, {megabytes(plan.data_bytes)}", "unchanged"])
+    title = f"{shown_name(plan.config.model)}: {spec.method}"
+    return Table(title, ["", "old", "new"], rows, left=frozenset({1, 2}))
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -63,6 +79,40 @@ def dimension_table(rows: Sequence[DimensionRow], trained: int, target: int | No
         turns = "0" if row.is_stopped else f"{row.turns_at_target:.3g}"
         cells.append([*line, row.treatment, turns] if target else line)
     return Table(title, columns, cells, left=frozenset({3, 4}))
+
+
+def in_sentences(rows: Sequence[DimensionRow], model: str, trained: int, spec: RopeSpec | None) -> list[str]:
+    """Return what the table says, for a reader who does not know RoPE.
+
+    Args:
+        rows: of `dimension_rows`, at the target length.
+        model: its name.
+        trained: tokens that it was trained on.
+        spec: the RoPE of a method, None if there is none.
+    """
+    slow = sum(not row.completes_a_turn for row in rows)
+    said = [
+        f"{model} was trained on {trained:,} tokens at a time. It finds out where a token stands by turning "
+        f"{len(rows)} pairs of numbers, each at its own speed."
+    ]
+    if slow:
+        said.append(
+            f"{slow} of them turn so slowly that training never showed a full turn: past {trained:,} tokens they come "
+            "to angles that the model has never met, and it loses its way."
+        )
+    else:
+        said.append("All of them made a full turn in training: there is no angle that the model has not met.")
+    if spec is None:
+        advice = " `--method yarn --factor 8` shows what a method would do about it." if slow else ""
+        return [*said[:-1], said[-1] + advice]
+    reach, kept = round(trained * spec.factor), sum(row.treatment == "kept" for row in rows)
+    unseen = sum(not row.completes_a_turn and row.turns_at_target > row.turns * (1 + 1e-6) for row in rows)
+    left = f"{unseen} still come to new angles" if unseen else "none comes to a new angle any more"
+    said.append(
+        f"{spec.method} at factor {spec.factor:g}, for {reach:,} tokens, keeps {kept} and slows down "
+        f"{len(rows) - kept}: of the slow ones {left}. What that is worth has to be measured: longext compare {model}."
+    )
+    return said
 
 
 def verification_table(result: Verification) -> Table:

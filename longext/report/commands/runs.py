@@ -10,11 +10,11 @@ from typing import Any
 
 from longext.errors import ConfigError
 from longext.evals.base import Progress
+from longext.processes import group as processes
 from longext.report.commands.training import TrainingReport
 from longext.report.results import Written
 from longext.staging import replace_directory
 from longext.threads import set_threads
-from longext.training import processes
 from longext.training.callbacks import Measure
 from longext.training.directory import check_directories, finished_run, kept_once_started, open_run
 from longext.training.loading import training_device

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from longext.errors import ConfigError, MissingExtraError
+from longext.errors import ConfigError
+from longext.extras import has, require
 
 NO_KERNELS = "none"
 # an activation that Liger's fused MLP computes, whatever the config says -> the switch it is behind
@@ -38,14 +39,13 @@ def choose_kernels(asked: str, model_type: str, device: torch.device, sharded: b
     """
     if asked in ("none", "compile"):
         return asked if asked == "compile" else None
-    installed = importlib.util.find_spec("liger_kernel") is not None
+    installed = has("liger_kernel")
     if asked == "auto":
         usable = device.type == "cuda" and not sharded and installed
         return "liger" if usable and model_type in _known_to_liger() else None
     if device.type != "cuda":
         raise ConfigError(f"--kernels liger needs a CUDA device, this run is on {device.type}: use auto or none.")
-    if not installed:
-        raise MissingExtraError("--kernels liger needs liger-kernel: pip install 'longext[liger]'")
+    require("--kernels liger", ["liger"])
     if sharded:
         raise ConfigError("--kernels liger has not been tried under FSDP or DeepSpeed: use --kernels auto or none.")
     if model_type not in _known_to_liger():

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longext.evals.sequential.means import LOOKS
 from longext.evals.statistics import paired_interval, sign_test, wilson_interval
 
 FEWEST = 6  # places before an answer is more than a guess
-ROUNDS = (3, 6, 12, 24, 48)  # places after which candidates are dropped: each look costs confidence
+ROUNDS = LOOKS[:5]  # places after which candidates are dropped: each look costs confidence
 _LOOKS = 2 * len(ROUNDS)  # two measures at each
 
 

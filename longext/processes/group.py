@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longext.errors import DisagreementError
-from longext.training.launcher import (
+from longext.processes.launcher import (
     is_launched,
     is_main_process,
     is_sharded,
@@ -66,7 +66,7 @@ def main_process_first() -> Iterator[None]:
     """
     store, turn = None, f"longext/main-process-first/{next(_turns)}"
     if num_processes() > 1 and dist.is_initialized():
-        store = _meeting_place()
+        store = meeting_place()
     if store is not None and not is_main_process():
         while not store.check([turn]):
             time.sleep(_LOOK_SECONDS)
@@ -76,7 +76,7 @@ def main_process_first() -> Iterator[None]:
 
 
 @functools.cache
-def _meeting_place() -> Any:
+def meeting_place() -> Any:
     """Return a connection to the store that torch.distributed.init_process_group and torchrun use."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]

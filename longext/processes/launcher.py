@@ -27,6 +27,7 @@ from longext.signals import end_with_parent, handling
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILURES = "LONGEXT_FAILURES"  # the folder of a job of ours in which the first failure is kept
 _FAILURE = "longext-failure.json"
+_RESUME = "Go on from the last checkpoint, if there is one, with --resume."
 _POLL_SECONDS = 0.05
 _ECHO_SECONDS = 0.2  # `timeout` signals a process and then its group: one wish, not two
 
@@ -129,6 +130,7 @@ class _Job:
         folder: where the first failure and what ranks above 0 print are kept.
         grace: seconds from a signal to the end by force.
         settle: seconds to end without being asked once another has failed, and from SIGTERM to SIGKILL.
+        advice: how the user goes on after a process was killed.
         signals: those the launcher got, with the time.
         plan: what will be sent to the workers that are left, and when.
         ended: {rank: exit code} of those that had failed when the first failure was seen.
@@ -139,6 +141,7 @@ class _Job:
     folder: Path
     grace: float
     settle: float
+    advice: str
     signals: list[tuple[int, float]] = field(default_factory=list)
     plan: list[tuple[float, int]] = field(default_factory=list)
     ended: dict[int, int] = field(default_factory=dict)
@@ -170,6 +173,7 @@ def launch(
     *,
     grace: float = 600.0,
     settle: float = 5.0,
+    advice: str = _RESUME,
     module: str = "longext",
 ) -> int:
     """Run `python -m MODULE ARGUMENTS` in `processes` processes on this machine; return the job's exit code.
@@ -177,9 +181,12 @@ def launch(
     A first signal is passed on, and the workers get `grace` seconds to save and stop; then they are sent SIGTERM and,
     `settle` seconds later, SIGKILL. A second signal kills them at once. When one fails, the others are ended. Workers
     die with this process, however it ends.
+
+    Args:
+        advice: how the user goes on after a process was killed.
     """
     with tempfile.TemporaryDirectory(prefix="longext-launch-") as folder:
-        job = _Job([], Path(folder), grace, settle)
+        job = _Job([], Path(folder), grace, settle, advice)
         with handling(job.note):
             try:
                 _start(job, processes, arguments, module)
@@ -277,7 +284,7 @@ def _outcome(job: _Job) -> tuple[int, str]:
         failure = json.loads((job.folder / _FAILURE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         failure = {}
-    size, resume = len(job.workers), "Go on from the last checkpoint, if there is one, with --resume."
+    size, resume = len(job.workers), job.advice
     if job.asked is not None and not job.ended:
         code, name = 128 + job.asked, signal.Signals(job.asked).name
         if job.forced:

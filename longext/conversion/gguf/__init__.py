@@ -1,0 +1,1 @@
+"""GGUF files, llama.cpp's format: extended, exported from a checkpoint, and proven."""

@@ -1,0 +1,1 @@
+"""Models that an inference engine runs, as evaluations see them."""

@@ -1,0 +1,1 @@
+"""The processes of a run: started, of one mind, and sharing its work."""
