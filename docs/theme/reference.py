@@ -122,7 +122,7 @@ def _options(command: Any, settings: Command | None = None) -> list[str]:
     order = ["Arguments", *PANELS[:-1]]
     lines = []
     for panel in sorted(panels, key=lambda panel: order.index(panel) if panel in order else len(order)):
-        head = ["| | meaning | default |", "| :-- | :-- | :-- |"]
+        head = ["| name | meaning | default |", "| :-- | :-- | :-- |"]
         lines += [f"## {panel}", "", *head, *panels[panel], ""]
     return lines
 

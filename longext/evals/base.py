@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ORDER = (
     "ppl longppl short passkey effective needle ruler nolit mrcr graphwalks longeval babilong longbench longbench2 "
-    "harness reconstruction efficiency"
+    "infinitebench harness reconstruction efficiency"
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
@@ -196,6 +196,19 @@ class ReadingConfig(RuntimeConfig):
     batch_tokens: int | None = option(
         None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
     )
+    endpoint: str | None = option(
+        None,
+        "Address of an OpenAI-compatible completions server that runs the model; MODEL is then its tokenizer.",
+        panel="Server",
+    )
+    endpoint_model: str | None = option(None, "Name of the model there (default: the only one).", panel="Server")
+    endpoint_key: str = option(
+        "LONGEXT_ENDPOINT_KEY",
+        "Environment variable that holds the server's key, which is written nowhere.",
+        panel="Server",
+    )
+    endpoint_timeout: float = option(600.0, "Seconds to wait for an answer.", ge=1, le=MANY, panel="Server")
+    concurrency: int = option(8, "Requests at once.", ge=1, le=1024, panel="Server")
 
 
 @dataclass(frozen=True, kw_only=True)

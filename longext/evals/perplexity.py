@@ -25,7 +25,7 @@ from longext.models.answer_file import kept_scores
 from longext.models.batching import batch_size, batched_by
 from longext.models.protocol import LanguageModel
 from longext.models.tokens import control_tokens, count_controls
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 from longext.untrusted import note
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ def _score_windows(
     names, keeper = kept_scores(model, "tokens", list(zip(firsts, texts, strict=True)))
     batches = batched_by(range(len(windows)), size, lambda number: (firsts[number], len(texts[number])))
     lengths = list(map(len, texts))
-    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance, weights=lengths)
+    rows = deal(
+        names, list(batches), answer, keeper=keeper, on_progress=advance, weights=lengths, workers=workers_of(model)
+    )
     for window, row in zip(windows, rows, strict=True):
         yield window, row["nll"].astype(np.float64), row["is_top1"]
 

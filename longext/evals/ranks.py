@@ -95,7 +95,7 @@ def rank_questions(model: LanguageModel, questions: Sequence[Any], advance: Adva
     """Return the ranks of every question that has choices."""
     from longext.models.answer_file import kept_scores
     from longext.models.continuations import Continuations
-    from longext.processes.dealing import deal
+    from longext.processes.dealing import deal, workers_of
 
     asked = [question for question in questions if question.choices is not None]
     names, keeper = kept_scores(model, "continuations", [astuple(question.choices) for question in asked])
@@ -109,7 +109,7 @@ def rank_questions(model: LanguageModel, questions: Sequence[Any], advance: Adva
         choices = (asked[number].choices for number in batch)
         return [{"nll": reader.nll(each.input_ids, [*each.right, *each.wrong])} for each in choices]
 
-    rows = deal(names, stretches, answer, keeper=keeper, on_progress=advance)
+    rows = deal(names, stretches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [_rank(question, row["nll"]) for question, row in zip(asked, rows, strict=True)]
 
 

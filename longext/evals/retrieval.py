@@ -27,7 +27,7 @@ from longext.models.answer_file import kept_scores, tokens_hash
 from longext.models.batching import batch_size, batched_by
 from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 from longext.registry import Registry
 from longext.settings import option
 from longext.untrusted import is_a, json_lines
@@ -456,7 +456,7 @@ def first_choices(
     else:
         batches = list(batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number]))))
     names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
-    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance)
+    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [torch.tensor(row["is_top1"]) for row in rows]
 
 

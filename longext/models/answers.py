@@ -30,7 +30,7 @@ from longext.models.engine.rows import write_rows
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
-from longext.processes.dealing import deal, share
+from longext.processes.dealing import deal, share, workers_of
 from longext.processes.launcher import is_main_process
 
 _PACE = "(pace)"  # the row of a file of answers that makes a run that goes on cut the same batches
@@ -123,7 +123,12 @@ def generate_predictions(
     pace = _agreed_pace(model, requests, keeper) if batch_tokens is None else None
     writer = _Writer(model, requests, batch_tokens, pace, _control_counts(model, is_chat))
     rows = deal(
-        [request.id for request in requests], writer.stretches(), writer.answer, keeper=keeper, on_progress=on_progress
+        [request.id for request in requests],
+        writer.stretches(),
+        writer.answer,
+        keeper=keeper,
+        on_progress=on_progress,
+        workers=workers_of(model),
     )
     return [Prediction(**row) for row in rows]
 
@@ -174,9 +179,9 @@ class _Writer:
         self._model, self._control, self._reading = model, control, _Reading.of(model)
         self._is_plain = isinstance(model, HFLanguageModel)
         self._most = pace.rows if pace else None
-        self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
-        if not self._is_plain and not hasattr(model, "greedy_rows"):
-            self._budget = 1
+        self._budget = 1  # a prompt at a time
+        if self._is_plain or hasattr(model, "greedy_rows"):
+            self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
         self._requests = requests
         texts = [request.input_ids for request in requests]
         together = pace.together if pace else 1.0  # what reading prompts in one tensor gains

@@ -17,7 +17,7 @@ from longext.conversion.config import ExportConfig
 from longext.errors import CheckpointError, ConfigError
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
-LENGTH, FACTOR = 64, 8.0
+LENGTH, FACTOR = 32, 8.0
 TINY = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
 
@@ -127,22 +127,22 @@ def test_what_is_written_reads_as_the_formula(written, tmp_path, case):
     parameters = rope_parameters(spec)
     if ROPE_METHODS[method].follows_length and parameters.get("short_factor") != parameters.get("long_factor", ()):
         with pytest.raises(ConfigError, match="one RoPE for every length"):
-            rope_for("llama", spec, 512)
+            rope_for("llama", spec, 256)
         return
-    rope = read_gguf_rope(changed(written, tmp_path / "out.gguf", rope_for("llama", spec, 512)))
+    rope = read_gguf_rope(changed(written, tmp_path / "out.gguf", rope_for("llama", spec, 256)))
     (inv_freq, temperature), (wanted, own) = compute_inv_freq(rope.spec), compute_inv_freq(spec)
     assert np.allclose(inv_freq, wanted, rtol=1e-6, atol=0)
     assert temperature == pytest.approx(own, rel=1e-6)
-    assert rope.max_position_embeddings == 512
+    assert rope.max_position_embeddings == 256
 
 
 def test_graphs_without_rope_freqs_take_what_keys_can_say():
     for method in ("abf", "ntk", "linear", "yarn"):
-        assert not rope_for("qwen2", spec_of(method), 512).tensors
+        assert not rope_for("qwen2", spec_of(method), 256).tensors
     with pytest.raises(ConfigError, match=r"reads no rope_freqs.weight"):
-        rope_for("qwen2", spec_of("ntk-by-parts"), 512)
+        rope_for("qwen2", spec_of("ntk-by-parts"), 256)
     with pytest.raises(ConfigError, match="not known to rotate every layer"):
-        rope_for("gemma3", spec_of("yarn"), 512)
+        rope_for("gemma3", spec_of("yarn"), 256)
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def engine_logits(path, ids):
     return torch.from_numpy(logits)
 
 
-IDS = torch.randint(3, TINY["vocab_size"], (512,), generator=torch.Generator().manual_seed(1)).tolist()
+IDS = torch.randint(3, TINY["vocab_size"], (256,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -217,14 +217,14 @@ def test_llama_cpp_computes_every_method(base, tmp_path, case):
     method, number = case
     spec = spec_of(method, number)
     try:
-        change = rope_for("llama", spec, 512)
+        change = rope_for("llama", spec, 256)
     except ConfigError:
         assert ROPE_METHODS[method].follows_length
         return
     changed(file, tmp_path / "out.gguf", change)
     config, rope = read_config(folder / "base"), read_model_rope(folder / "base")
     plain = engine_logits(file, IDS)
-    rebuild_rope(model, build_model_config(write_rope(config, rope, spec, rope_parameters(spec), 512)))
+    rebuild_rope(model, build_model_config(write_rope(config, rope, spec, rope_parameters(spec), 256)))
     with torch.no_grad():
         wanted = model(torch.tensor([IDS])).logits[0]
     found = engine_logits(tmp_path / "out.gguf", IDS)
@@ -245,8 +245,8 @@ def test_exported_models_compute_what_transformers_computes(tmp_path, kind, more
     pytest.importorskip("llama_cpp")
     model = tiny(kind, tmp_path / "base", **more)
     with torch.no_grad():
-        wanted = model(torch.tensor([IDS[:64]])).logits[0]
-    found = engine_logits(export(tmp_path / "base"), IDS[:64])
+        wanted = model(torch.tensor([IDS[:32]])).logits[0]
+    found = engine_logits(export(tmp_path / "base"), IDS[:32])
     assert float((wanted - found).abs().max()) < 1e-3 * float(wanted.abs().max())
 
 

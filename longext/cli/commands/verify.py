@@ -4,6 +4,8 @@ It is reloaded with plain transformers in a fresh process; its frequencies, logi
 and names the culprit key on a mismatch. Of a .gguf: keys, frequencies and weights, and whether llama.cpp reads them.
 
 Example: longext verify out/books-5m-4k
+
+What a server really applies: longext verify out/books-5m-4k --endpoint http://localhost:8000
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ class VerifyConfig:
     base: str | None = option(None, "The model it was made from (default: what its run.json names).")
     logits: bool = option(True, "Load the weights and compare logits.")
     hashes: bool = option(True, "Compare every weight with the base.")
+    endpoint: str | None = option(
+        None, "Ask a server that serves the model (OpenAI's completions API) which RoPE it applies.", panel="Endpoint"
+    )
+    served_name: str | None = option(None, "What the server calls the model (default: MODEL).", panel="Endpoint")
 
 
 def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) -> None:
@@ -44,13 +50,17 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
     from longext.report.commands.model import verification_table
     from longext.report.console import progress
 
+    if config.endpoint is not None:
+        _ask_endpoint(config, config.endpoint, as_json)
+        return
     if is_gguf(config.model):
         file = read_gguf(Path(config.model).expanduser())
         verify, total = verify_gguf, file.data_end - file.data_start
     else:
         verify, total = verify_checkpoint, sum(shard.size for shard in read_shards(resolve_model(config.model)))
+    settings = {"logits": config.logits, "hashes": config.hashes}
     with progress(f"verify {config.model}", total, "bytes") as advance:
-        result = verify(**dataclasses.asdict(config), on_progress=advance)
+        result = verify(config.model, config.base, **settings, on_progress=advance)
     failed = [check for check in result.checks if check.status == "fail"]
     skipped = [check.name for check in result.checks if check.status == "skip"]
     limits = f", as far as checked: {', '.join(skipped)} skipped." if skipped else "."
@@ -62,6 +72,23 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
         show(record, [verification_table(result)], as_json=as_json, notes=outcome)
     if failed:
         raise VerificationError(f"{config.model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
+
+
+def _ask_endpoint(config: VerifyConfig, url: str, as_json: bool) -> None:
+    from longext.cli.output import show
+    from longext.manifest import result_record
+    from longext.models.engines.endpoint import verify_endpoint
+    from longext.options import RuntimeConfig
+    from longext.report.commands.model import endpoint_table
+
+    answer = verify_endpoint(RuntimeConfig(model=config.model), url, config.served_name)
+    found = answer.found
+    applied = "none of those tried, or one of two that are alike" if found is None else found.name
+    record = result_record("verify-endpoint", ok=answer.ok, found=found and found.name, **dataclasses.asdict(answer))
+    notes = [f"The server applies: {applied}."] if answer.ok and not as_json else []
+    show(record, [endpoint_table(answer)], as_json=as_json, notes=notes)
+    if not answer.ok:
+        raise VerificationError(f"{url} applies {applied}; the config of {config.model} says {answer.expected.name}.")
 
 
 COMMANDS.register("verify", Command(config=VerifyConfig, run=verify_and_show))

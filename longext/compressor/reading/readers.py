@@ -142,11 +142,11 @@ class Reader:
         stream.add(tokens, advance)
         return stream
 
-    def session(self, ratio: Ratio | None = None, when_full: str | None = None) -> Session | HeldSession:
+    def session(self, when_full: str | None = None) -> Session | HeldSession:
         """Return an empty text that is read with this memory and continued.
 
         Args:
-            ratio, when_full: of a compressor's (see `Session`).
+            when_full: of a compressor's (see `Session`).
 
         Raises:
             ConfigError: `when_full` of a memory whose size is bounded, or as `Session`.
@@ -156,7 +156,7 @@ class Reader:
                 raise ConfigError(f"--memory {self.spec} keeps so much and no more: leave --when-full out.")
             return HeldSession(self)
         ends = self.plain.ending_tokens
-        return Session(self.compressor, ratio=ratio or self.ratio, when_full=when_full, ends=ends)
+        return Session(self.compressor, ratio=self.ratio, when_full=when_full, ends=ends)
 
     def num_readable(self, length: int) -> int:
         """Return the raw tokens or slots that stay readable of `length` tokens."""

@@ -59,7 +59,7 @@ class LlamaCpp:
         self._api = llama_cpp()
         self._cache, self.num_threads, self.on_gpu, self.path = CACHES[cache], num_threads, on_gpu, path
         self._context: Any = None
-        self._length = 0
+        self._length = self._position = self._kept = 0
         parameters = self._api.llama_model_default_params()
         parameters.n_gpu_layers = -1 if on_gpu else 0
         with _quiet(self._api):
@@ -96,35 +96,43 @@ class LlamaCpp:
                 raise LongextError(f"llama.cpp has no room for {self._length:,} tokens of {self.path}: {_last_line()}")
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
-    def logits(self, input_ids: Sequence[int], first: int = 0) -> Iterator[np.ndarray[Any, Any]]:
+    def logits(self, input_ids: Sequence[int], first: int = 0, room: int = 0) -> Iterator[np.ndarray[Any, Any]]:
         """Yield float32 logits [n, V] behind the tokens `first` .. T-1 of one text, in pieces of up to `BATCH`.
 
         A piece is overwritten by the next one.
+
+        Args:
+            room: tokens that `go_on` may add.
         """
-        self._reserve(len(input_ids))
+        self._reserve(len(input_ids) + room)
+        self._position = 0
         for start in range(0, len(input_ids), BATCH):
-            piece = input_ids[start : start + BATCH]
-            wanted = self._decode(piece, start, max(first - start, 0))
+            wanted = self._decode(input_ids[start : start + BATCH], max(first - start, 0))
             if wanted:
                 yield self._read(wanted)
 
-    def continue_greedily(self, input_ids: Sequence[int], count: int, ends: frozenset[int]) -> list[int]:
-        """Return the greedy continuation of one prompt: `count` tokens, fewer up to and with one of `ends`."""
-        self._reserve(len(input_ids) + count)
-        for start in range(0, len(input_ids), BATCH):
-            piece = input_ids[start : start + BATCH]
-            self._decode(piece, start, len(piece) - 1)
+    def go_on(self, count: int, ends: frozenset[int]) -> list[int]:
+        """Return the greedy continuation of the text whose last logits were just read.
+
+        It has `count` tokens, fewer up to and with one of `ends`.
+        """
         new: list[int] = []
         while len(new) < count:
             new.append(int(self._read(1)[0].argmax()))
             if len(new) == count or new[-1] in ends:
                 break
-            self._decode(new[-1:], len(input_ids) + len(new) - 1, 0)
+            self._decode(new[-1:], 0)
         return new
 
-    def _decode(self, tokens: Sequence[int], position: int, first: int) -> int:
-        """Read tokens at `position`; return behind how many of them, from `first` on, logits are kept."""
-        api, count = self._api, len(tokens)
+    def continue_greedily(self, input_ids: Sequence[int], count: int, ends: frozenset[int]) -> list[int]:
+        """Return the greedy continuation of one prompt, as `go_on` does."""
+        for _ in self.logits(input_ids, len(input_ids) - 1, room=count):
+            pass
+        return self.go_on(count, ends)
+
+    def _decode(self, tokens: Sequence[int], first: int) -> int:
+        """Read tokens behind what was read; return behind how many of them, from `first` on, logits are kept."""
+        api, count, position = self._api, len(tokens), self._position
         batch = api.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
@@ -136,13 +144,15 @@ class LlamaCpp:
             api.llama_batch_free(batch)
         if answer:
             raise LongextError(f"llama.cpp stopped at token {position:,} of a text ({answer}): {_last_line()}")
-        return max(0, count - first)
+        self._position, self._kept = position + count, max(0, count - first)
+        return self._kept
 
     def _read(self, count: int) -> np.ndarray[Any, Any]:
+        """Return the last `count` of the logits that were kept."""
         import numpy as np
 
         pointer = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (count, self.num_tokens))
+        return np.ctypeslib.as_array(pointer, (self._kept, self.num_tokens))[self._kept - count :]
 
     # --- tokens -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from longext.models.batching import batch_size, batched_by
 from longext.models.chat import render_chat, user_text, with_prefix
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 
 _MAX_NEW_TOKENS = 256  # lm-eval's, if a task names none
 _KNOWN_SETTINGS = {
@@ -130,7 +130,9 @@ class Scorer:
 
         batches = batched_by(order, budget, lambda i: len(texts[i]))
         names = [str(i) for i in range(len(texts))]
-        rows = deal(names, list(batches), answer, keeper=self._journal(kind, texts, lengths))
+        rows = deal(
+            names, list(batches), answer, keeper=self._journal(kind, texts, lengths), workers=workers_of(self.model)
+        )
         self._finished(owners)
         return [(float(row["value"]), bool(row["is_greedy"])) for row in rows]
 

@@ -84,6 +84,8 @@ def measured_pace(model: Any, load: Load) -> Pace | None:
     It stays with the model until its rotation is changed.
     """
     known: Pace | None = getattr(model, "pace", None)
+    if hasattr(model, "workers"):  # a server: its time is not this device's
+        return None
     if not load.is_worth_a_probe or known is not None and (known.step or not load.num_new):
         return known
     if not hasattr(model, "pace"):

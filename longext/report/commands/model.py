@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longext.conversion.extend import ExtensionPlan
     from longext.conversion.gguf.extend import GgufPlan
     from longext.conversion.verify import Verification
+    from longext.models.engines.endpoint import EndpointAnswer
     from longext.rope.analysis import DimensionRow
     from longext.rope.spec import RopeSpec
 
@@ -79,6 +80,17 @@ def dimension_table(rows: Sequence[DimensionRow], trained: int, target: int | No
         turns = "0" if row.is_stopped else f"{row.turns_at_target:.3g}"
         cells.append([*line, row.treatment, turns] if target else line)
     return Table(title, columns, cells, left=frozenset({3, 4}))
+
+
+def endpoint_table(answer: EndpointAnswer) -> Table:
+    """The RoPEs that were tried, nearest first."""
+    rows = [
+        [each.name, f"{each.distance:.4f}", "the config" if each.name == answer.expected.name else ""]
+        for each in answer.candidates[:8]
+    ]
+    title = f"{answer.url}: what it applies to {shown_name(answer.model)}"
+    caption = f"nats between log-probabilities of the server and of the model, {answer.num_places} places"
+    return Table(title, ["RoPE", "distance", ""], rows, left=frozenset({0, 2}), caption=caption)
 
 
 def in_sentences(rows: Sequence[DimensionRow], model: str, trained: int, spec: RopeSpec | None) -> list[str]:
