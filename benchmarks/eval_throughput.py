@@ -1,6 +1,6 @@
 """How much faster evaluations are than a plain loop over prompts, one at a time: the same answers, ratios of one run.
 
-    python benchmarks/eval_throughput.py [MODEL] [--out docs/results/throughput] [--scale 1]
+    python benchmarks/eval_throughput.py [MODEL] [--loads generated scored] [--scale 1]
 
 Loads: a needle grid that is generated (five depths), a passkey grid that is scored and ranked by likelihood, and
 prompts of mixed lengths whose answers stop early, as LongBench's do. Seconds are the process's own on a CPU (one
@@ -143,15 +143,17 @@ def main() -> None:
     parser.add_argument("--out", default="docs/results/throughput")
     parser.add_argument("--scale", type=float, default=1.0, help="of every length")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--loads", nargs="+", default=["generated", "scored"], choices=["generated", "scored"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     model = load_language_model(RuntimeConfig(model=chosen.model, dtype=chosen.dtype))
     generate_predictions(model, mixed_requests(model, 0.2)[:1], None)  # what only the first call does
-    loads = {
-        "needle grid, generated": generated(model, needle_requests(model, chosen.scale)),
-        "mixed lengths, early stops": generated(model, mixed_requests(model, chosen.scale)),
-        **scored(model, chosen.scale),
-    }
+    loads = {}
+    if "generated" in chosen.loads:
+        loads["needle grid, generated"] = generated(model, needle_requests(model, chosen.scale))
+        loads["mixed lengths, early stops"] = generated(model, mixed_requests(model, chosen.scale))
+    if "scored" in chosen.loads:
+        loads |= scored(model, chosen.scale)
     packages = ("longext", "torch", "transformers")
     record = {
         "command": " ".join(["python", "benchmarks/eval_throughput.py", *sys.argv[1:]]),
@@ -162,7 +164,7 @@ def main() -> None:
     }
     out = Path(chosen.out)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{Path(chosen.model).name}-{model.device.type}.json"
+    file = out / f"{Path(chosen.model).name}-{model.device.type}-{'-'.join(chosen.loads)}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, load in loads.items():
         print(

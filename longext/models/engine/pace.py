@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 64
 _LEAST_PROMPTS, _LEAST_TOKENS = 8, 8192  # of a run that is worth a probe
+_NEW = 8  # tokens read in the time of one written, at least
 _LEAST_READ, _MOST_READ = 64, 1024  # tokens of the probe
 _PART = 50  # of a run's tokens and time, what each half of the probe takes at most
 _GAIN = 1.15  # by which twice the rows have to write more tokens a second
@@ -75,7 +76,8 @@ class Load:
     @property
     def is_worth_a_probe(self) -> bool:
         """True if so much is done that measuring a part of it costs little."""
-        return len(self.prompts) >= _LEAST_PROMPTS and self.num_tokens + self.num_new >= _LEAST_TOKENS
+        work = self.num_tokens + _NEW * self.num_new
+        return len(self.prompts) >= _LEAST_PROMPTS and work >= _LEAST_TOKENS
 
 
 def measured_pace(model: Any, load: Load) -> Pace | None:

@@ -155,14 +155,18 @@ class PrefixReader:
         logits: torch.Tensor = out.logits[0].float()
         return logits
 
+    @torch.no_grad()
     def first_choices(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
         """Return which tokens of an answer are the model's first choice behind a prompt, bool [n].
 
         Raises:
             LongextError: logits that are not numbers.
         """
-        self.read(prompt[:-1])
-        logits = self.behind([prompt[-1], *answer[:-1]])
+        self.rewind(kept_prefix(self.ids, prompt, len(prompt) - 1))
+        new = torch.tensor([[*prompt[len(self.ids) :], *answer[:-1]]], device=self.model.device)
+        out = self.model.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=len(answer))
+        self.ids, self.cache, logits = list(prompt), out.past_key_values, out.logits[0]
+        self.rewind()
         if bool(logits.isnan().any()):
             raise not_numbers(f"after {len(prompt):,} tokens")
         return logits.argmax(-1).cpu() == torch.tensor(list(answer))
