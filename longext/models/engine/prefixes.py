@@ -169,7 +169,8 @@ class PrefixReader:
         self.rewind()
         if bool(logits.isnan().any()):
             raise not_numbers(f"after {len(prompt):,} tokens")
-        return logits.argmax(-1).cpu() == torch.tensor(list(answer))
+        is_first: torch.Tensor = logits.argmax(-1).cpu() == torch.tensor(list(answer))
+        return is_first
 
     def _apart(self, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return positions [1, n] and the mask [1, 1, n, T + n] of continuations in one row."""
