@@ -130,7 +130,7 @@ def test_export_refuses_what_it_does_not_know(run, tmp_path):
 
 
 def test_a_server_is_told_which_rope_it_applies(run, tmp_path):
-    pytest.importorskip("llama_cpp.server.app", exc_type=ImportError)
+    pytest.importorskip("llama_cpp.server.app")
     from servers import injected, served
 
     model = longext.extend("books-5m", "yarn", factor=4, output=tmp_path / "yarn", check=False)

@@ -43,7 +43,7 @@ def test_the_pages_have_the_tables():
 
 
 def test_every_method_was_run_in_llama_cpp_as_the_page_says():
-    """A static method gives transformers' perplexity and greedy text; one that follows the length is refused."""
+    """Static methods give the perplexity and greedy text of transformers; what follows the length is refused."""
     file = DOCS / "results" / "engines" / "llama-cpp-python-0.3.36.json"
     record, page = json.loads(file.read_text(encoding="utf-8")), (DOCS / "engines.md").read_text(encoding="utf-8")
     assert gguf_engine_table(record).to_markdown() in page, "report.commands.engines.gguf_engine_table makes it"
