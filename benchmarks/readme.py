@@ -13,18 +13,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import longext
-from longext.manifest import command_line, versions
+from longext.manifest import versions
 from longext.report.results import dump_json
 
 MEASURED = Path(__file__).parents[1] / "docs" / "results" / "bands" / "books-27m" / "summary.json"
 SHOWN = {
-    "none": ("as it was trained (512 tokens)", "#8a8f98"),
-    "yarn": ("extended with YaRN, a standard checkpoint", "#d97706"),
-    "leaky-rerope:logn=true": ("extended with Leaky ReRoPE at run time", "#0f766e"),
+    "none": ("as trained (512 tokens)", "#8a8f98"),
+    "yarn": ("YaRN, a standard checkpoint", "#d97706"),
+    "leaky-rerope:logn=true": ("Leaky ReRoPE, at run time", "#0f766e"),
 }
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
 
@@ -64,7 +66,7 @@ def write_texts(given: argparse.Namespace) -> None:
     """Write `text.json`: what each model wrote, the command and the versions."""
     book = given.book.read_text(encoding="utf-8")
     record = {
-        "command": command_line(),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "model": Path(given.model).name,
         "book": given.book.name,
@@ -81,22 +83,30 @@ def write_texts(given: argparse.Namespace) -> None:
 
 
 def draw(file: Path) -> None:
-    """Draw perplexity and passkeys by length, of the model as it is and extended, from the stored measurement."""
+    """Draw perplexity and passkeys by length from the stored measurement: side by side, and for a phone."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for end, shape, size, columns in (("", (1, 2), (8.4, 3.6), 3), ("-phone", (2, 1), (4.2, 6.2), 1)):
+        figure, panels = plt.subplots(*shape, figsize=size, layout="constrained")
+        _draw_panels(*panels)
+        figure.get_layout_engine().set(w_pad=0.1, hspace=0.06)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        drawn = file.with_stem(file.stem + end)
+        figure.savefig(drawn, dpi=160)
+        print(drawn)
+
+
+def _draw_panels(left: Any, right: Any) -> None:
     found = {row["name"]: row for row in json.loads(MEASURED.read_text(encoding="utf-8"))}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.7), layout="constrained")
     for name, (label, colour) in SHOWN.items():
         row, style = found[name], {"color": colour, "marker": "o", "linewidth": 2.4, "markersize": 6}
-        left.plot(
-            [at["length"] for at in row["perplexity"]], [at["ppl"] for at in row["perplexity"]], label=label, **style
-        )
-        keys = row["passkey_by_length"]
-        share = [100 * at["accuracy"] for at in keys]
-        right.plot([at["length"] for at in keys], share, **style)
+        losses, keys = row["perplexity"], row["passkey_by_length"]
+        left.plot([at["length"] for at in losses], [at["ppl"] for at in losses], label=label, **style)
+        right.plot([at["length"] for at in keys], [100 * at["accuracy"] for at in keys], **style)
         low, high = [100 * at["low"] for at in keys], [100 * at["high"] for at in keys]
         right.fill_between([at["length"] for at in keys], low, high, color=colour, alpha=0.12, linewidth=0)
     lengths = [at["length"] for at in found["none"]["perplexity"]]
@@ -112,11 +122,6 @@ def draw(file: Path) -> None:
     left.minorticks_off()
     left.set_ylim(28, 340)
     right.set_ylim(-4, 104)
-    figure.get_layout_engine().set(w_pad=0.12)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
-    print(file)
 
 
 def main() -> None:

@@ -38,7 +38,10 @@ _SPELLINGS = (
 )
 # what a model is, once it is loaded: given again, it would only label the numbers
 _OF_LOADING = frozenset(
-    "model method factor memory segment device dtype attention revision trust_remote_code threads".split()
+    (
+        "model method factor memory segment device dtype attention revision trust_remote_code threads "
+        "endpoint endpoint_model endpoint_key endpoint_timeout concurrency"
+    ).split()
 )
 _EXTRAS = {"load": ("eval",), "evaluate": ("eval",), "compare": ("eval",), "advise": ("eval",), "generate": ("eval",)}
 CallT = TypeVar("CallT", bound=Callable[..., Any])

@@ -22,7 +22,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 # extra -> further packages that it brings, each needed by a part of what the extra is for
 FURTHER: dict[str, tuple[str, ...]] = {
     "train": ("datasets", "jinja2", "tokenizers", "pyarrow"),
-    "eval": ("peft", "accelerate", "datasets", "lm_eval", "jinja2", "tokenizers", "pyarrow", "tqdm", "sacrebleu"),
+    "eval": ("peft", "accelerate", "datasets", "lm_eval", "jinja2", "tokenizers", "pyarrow", "sacrebleu"),
     "report": ("markupsafe",),
     "gguf": ("llama_cpp",),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+from collections.abc import Iterator
+from unittest import mock
 
 EXTEND = ("--method", "yarn", "--factor", 8, "-o", "out")
 
@@ -55,3 +57,13 @@ def another_process(output):
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
     path.unlink()
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Let pictures be empty files: drawing takes longer than what is tested."""
+    with (
+        mock.patch("longext.report.plots.save_png", lambda figure, path: path.touch()),
+        mock.patch("longext.report.page._svg", lambda picture, name, size: ""),
+    ):
+        yield

@@ -19,7 +19,7 @@ _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 def on_config(config: Any) -> Any:
     """List every command in the navigation, where mkdocs.yml has `reference/commands/`."""
     commands = [{name: reference.path_of(name)} for name, _ in reference.commands()]
-    config.nav = _filled(config.nav, [{"Every command": f"{_COMMANDS}index.md"}, *commands])
+    config.nav = _filled(config.nav, [f"{_COMMANDS}index.md", *commands])
     return config
 
 

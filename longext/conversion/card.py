@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
@@ -100,12 +101,21 @@ def base_name(base: str) -> str:
     return base if HUB_ID.match(base) and not Path(base).exists() else Path(base).name or base
 
 
-def without_folders(text: str, paths: Iterable[str] = ()) -> str:
-    """Return a text in which absolute paths are mere names: those given, and those of a command line in it."""
-    found = {word.rpartition("=")[2] for word in text.split() if Path(word.rpartition("=")[2]).is_absolute()}
-    for path in sorted({*found, *paths}, key=len, reverse=True):
-        if Path(path).is_absolute() and Path(path).name:
-            text = text.replace(path, base_name(path))
+def paths_of(command: str) -> set[str]:
+    """Return the absolute paths in a command line."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # somebody edited it
+        words = command.split()
+    return {path for word in words if Path(path := word.rpartition("=")[2]).is_absolute()}
+
+
+def without_folders(text: str, paths: Iterable[str]) -> str:
+    """Return a text in which absolute paths are mere names; a path that goes on, or is the end of another, is none."""
+    for path in sorted(set(paths), key=len, reverse=True):
+        if Path(path).name:
+            whole = rf"(?<![\w/.:~-]){re.escape(path)}(?![\w/-])"
+            text = re.sub(whole, base_name(path).replace("\\", r"\\"), text)
     return text
 
 
@@ -197,7 +207,7 @@ def model_card(
         trap=trap,
         engines=engine_table(record["rope_parameters"], served),
         limits=_limits(record, length, is_trained=merge is not None or record["trained"]),
-        command=without_folders(command_line()),
+        command=without_folders(command_line(), paths_of(command_line())),
         version=versions()["longext"],
     )
     return spelled(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 from longext.checkpoint.source import read_config, refuse_adapter
 from longext.checkpoint.weights import INDEX_NAME, read_shards
-from longext.conversion.card import LINKS, base_name, without_folders
+from longext.conversion.card import LINKS, base_name, paths_of, without_folders
 from longext.conversion.files import TOKENIZER_FILES, belongs_to
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
@@ -75,7 +76,8 @@ def pack(directory: Path, repo: str, leave_out: bool = False) -> Parcel:
         )
     if CARD_NAME not in files:
         raise CheckpointError(f"{directory} has no {CARD_NAME}. Write one, so that readers know what it is.")
-    paths = set(_paths(read_manifest(directory)))
+    manifest = read_manifest(directory)
+    paths = {*_paths(manifest), *paths_of(str(manifest.get("command", "")))}
     texts = {name: without_folders(_text(files[name]), paths) for name in _TEXTS if name in files}
     card = without_folders(_text(files[CARD_NAME]).replace(LINKS, ""), paths)
     return Parcel(files, {**texts, CARD_NAME: re.sub(r"\bDIR\b", repo, card)}, others)
@@ -113,6 +115,4 @@ def base_of(directory: Path) -> str | None:
 
 def config_hash(directory: Path) -> str:
     """Return the SHA-256 of config.json as results of evaluations record it."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(read_config(directory), sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,10 @@ def open_model(config: Any) -> LanguageModel:
     A .gguf file is run by llama.cpp.
     """
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
+    if getattr(config, "endpoint", None):
+        from longext.models.endpoint.model import open_endpoint
+
+        return open_endpoint(config)
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)
     if is_gguf(config.model):
         from longext.models.engines.llama_cpp import load_gguf_model

@@ -27,7 +27,7 @@ from longext.manifest import result_record
 from longext.models.answer_file import hash_of, kept_scores, tokens_hash
 from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -176,7 +176,14 @@ def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advan
         return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
 
     names, keeper = kept_scores(model, f"greedy {_YARN_NEW_TOKENS}", [prompt.input_ids for prompt in prompts])
-    rows = deal(names, [[number] for number in range(len(prompts))], answer, keeper=keeper, on_progress=advance)
+    rows = deal(
+        names,
+        [[number] for number in range(len(prompts))],
+        answer,
+        keeper=keeper,
+        on_progress=advance,
+        workers=workers_of(model),
+    )
     ends = model.ending_tokens
     texts = [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
     numbers = [re.search(r"\d+", text) for text in texts]
@@ -274,6 +281,12 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
     prompts, decisions = Prompts(model, task), None
+    texts = [prompts.make(trial).input_ids for trial in prompts.trials]
+    is_exact = task.rules.scoring == "exact"
+    if task.answers != LIKELIHOOD:
+        work.expect(model, texts, 0 if is_exact else len(texts) * _YARN_NEW_TOKENS, is_exact)
+    if task.answers != GENERATE:
+        work.expect(model, texts, 0)
     with work.progress(
         f"passkey {task.protocol}", len(prompts.trials) * (2 if task.answers == BOTH else 1), "prompts"
     ) as advance:

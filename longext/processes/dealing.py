@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -141,6 +143,11 @@ def files_of_all(path: Path) -> list[Path]:
     return [file for file in (path, *sorted(others)) if file.is_file()]
 
 
+def workers_of(model: Any) -> int:
+    """Return how many threads may ask a model at once: 1, unless a server runs it."""
+    return int(getattr(model, "workers", 1))
+
+
 def deal(
     names: Sequence[str],
     batches: Sequence[Sequence[int]],
@@ -149,6 +156,7 @@ def deal(
     keeper: Keeper | None = None,
     on_progress: Callable[[int], object] | None = None,
     weights: Sequence[int] | None = None,
+    workers: int = 1,
 ) -> list[Row]:
     """Return the row of every item of a work, the same in every process that shares it.
 
@@ -161,6 +169,7 @@ def deal(
         keeper: where rows are kept and looked up.
         on_progress: called with the weight of the items just done, those found first.
         weights: of the items; 1 each by default.
+        workers: threads that call `answer`, for answers that are waited for.
     """
     shared = share()
     wanted = set(names)
@@ -177,8 +186,9 @@ def deal(
     tell(weigh(list(rows)))
     plan: list[list[int]] = shared.agreed([list(batch) for batch in batches])
     new: dict[int, Row] = {}
-    for batch in shared.turns([batch for batch in plan if not all(number in rows for number in batch)]):
-        done = {number: row for number, row in zip(batch, answer(batch), strict=True) if number not in rows}
+    turns = shared.turns([batch for batch in plan if not all(number in rows for number in batch)])
+    for batch, answers in _answered(turns, answer, workers):
+        done = {number: row for number, row in zip(batch, answers, strict=True) if number not in rows}
         if keeper:
             keeper.add({names[number]: row for number, row in done.items()})
         new |= done
@@ -186,3 +196,44 @@ def deal(
     tell(shared.count(0))
     rows |= shared.united(new)
     return [rows[number] for number in range(len(names))]
+
+
+def _answered(
+    batches: Iterator[list[int]], answer: Callable[[Sequence[int]], Sequence[Row]], workers: int
+) -> Iterator[tuple[list[int], Sequence[Row]]]:
+    """Yield each batch with its rows, as they come.
+
+    Threads do not outlive this process: who interrupts it waits for no answer.
+    """
+    if workers == 1:
+        yield from ((batch, answer(batch)) for batch in batches)
+        return
+    todo: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[list[int], Sequence[Row] | BaseException]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (batch := todo.get()) is not None:
+            try:
+                done.put((batch, answer(batch)))
+            except BaseException as error:  # raised again where it is waited for
+                done.put((batch, error))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    open_batches = 0
+    try:
+        while True:
+            for batch in itertools.islice(batches, workers - open_batches):
+                todo.put(batch)
+                open_batches += 1
+            if not open_batches:
+                return
+            batch, rows = done.get()
+            open_batches -= 1
+            if isinstance(rows, BaseException):
+                raise rows
+            yield batch, rows
+    finally:
+        for _ in threads:
+            todo.put(None)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 import yaml
+from command_line import fails
 from harness_tasks import CHOICES, STORY, harness, write_answers, write_choices, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +21,7 @@ from longext.compressor.checkpoint import find_base, load_backbone, save_compres
 from longext.compressor.reading.readers import load_reader
 from longext.compressor.spec import CompressorSpec
 from longext.evals.harness.model import Scorer, harness_model
+from longext.evals.harness.squad import compute_exact, compute_f1, normalize_answer
 from longext.options import RuntimeConfig
 
 
@@ -243,3 +247,65 @@ def test_bad_input_is_one_line(run, tmp_path, few_tasks, args, texts):
         assert text in message, result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("longest", "lengths"), [(300, "[]"), (8192, "[8192]")])
+def test_tasks_that_make_their_data_get_the_tokenizer_and_the_length(run, tmp_path, longest, lengths):
+    """As RULER's of lm-eval: a function is called with what `--metadata` and the model say."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "making.py").write_text(
+        "import datasets\n\n\ndef make(**given):\n"
+        "    same = given['tokenizer'] == given['pretrained']\n"
+        "    text = f\"{given.get('max_seq_lengths', [])} {given['note']} {same}\"\n"
+        "    rows = [{'question': text, 'answer': given['tokenizer']}]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n"
+    )
+    (tasks / "made.yaml").write_text(
+        "task: made\ncustom_dataset: !function making.make\noutput_type: generate_until\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{question}}'\ngeneration_kwargs: {max_gen_toks: 2, until: [x]}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1.0}\n"
+    )
+    harness(run, "--tasks", "made", "--metadata", "note=seen", "--max-length", longest)
+    (sample,) = map(json.loads, (tmp_path / "out/samples.jsonl").read_text().splitlines())
+    assert sample["target"] == f"{lengths} seen True"
+
+
+def test_lm_evals_infinitebench_and_longbench2_run_on_rows_of_a_file(run, tmp_path):
+    """Their own task files, with another place for the data."""
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    row = {"id": 0, "context": "The grass is green. " * 20, "input": "What is the pass key?", "answer": ["71432"]}
+    (tasks / "passkey.jsonl").write_text(json.dumps({**row, "options": []}))
+    row = {"context": "The grass is green. " * 20, "question": "Which?", "choices": list("abcd"), "answer": "B"}
+    (tasks / "table.jsonl").write_text(json.dumps(row))
+    for name, file, split in (
+        ("infinitebench/infinitebench_passkey", "passkey", "passkey"),
+        ("longbench2/table", "table", "train"),
+    ):
+        (tasks / f"own_{file}.yaml").write_text(
+            f"include: {theirs}/{name}.yaml\ntask: own_{file}\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs:\n  data_files:\n    {split}: {tasks}/{file}.jsonl\n"
+        )
+    harness(run, "--tasks", "own_passkey,own_table")
+    record = json.loads((tmp_path / "out/result.json").read_text())
+    assert [(row["task"], row["metric"]) for row in record["results"]] == [
+        ("own_passkey", "score"),
+        ("own_table", "acc"),
+    ]
+
+
+def test_tasks_that_import_squads_metrics_from_transformers_reach_their_data(run, tmp_path):
+    """SCROLLS's own module of lm-eval: its data is on the Hub, which the tests do not ask."""
+    theirs = Path(lm_eval.__file__).parent / "tasks" / "scrolls"
+    result = run("eval", "harness", "books-5m", "--tasks", "scrolls_qasper", "--include-path", theirs, "-o", "out")
+    fails(result, 2, "The data of scrolls_qasper cannot be had")
+
+
+def test_squads_metrics_by_hand():
+    assert normalize_answer("  The Cat, a  dog! ") == "cat dog"
+    assert compute_exact("The cat", "cat.") == 1
+    assert compute_exact("cat", "dog") == 0
+    assert compute_f1("a red boat", "the red sea") == pytest.approx(0.5)
+    assert [compute_f1("the", "a"), compute_f1("the", "cat"), compute_f1("cat", "")] == [1, 0, 0]

@@ -58,6 +58,7 @@ COMMANDS = {
     "eval mrcr": (BOOKS, "--lengths", 1024, "--num-trials", 1, "--needles", 2, "--answers", "likelihood"),
     "eval graphwalks": (BOOKS, "--lengths", 512, "--num-trials", 1, "--tasks", "parents", "--max-new-tokens", 16),
     "eval longbench2": (BOOKS, "--data", "rows.json", "--max-length", 200, "--answers", "likelihood"),
+    "eval infinitebench": (BOOKS, "--data", "infinite", "--max-length", 90),
     "eval harness": (BOOKS, "--tasks", "choices", "--include-path", "tasks"),
     "eval reconstruction": ("uio", "--num-samples", 1, "--num-bootstrap", 2, "--max-tokens", 100),
     "eval efficiency": (BOOKS, "--lengths", 64, "--num-new-tokens", 2, "--num-repeats", 1),
@@ -99,6 +100,10 @@ def prepared(run, tmp_path, request):
         (tmp_path / "rows.json").write_text(
             json.dumps([{**row, **choices, "answer": "B", "context": "person B. " * 99}])
         )
+    elif name == "eval infinitebench":
+        (tmp_path / "infinite").mkdir()
+        row = {"context": "The pass key is 71432.", "input": "What is the pass key?", "answer": ["71432"]}
+        (tmp_path / "infinite/passkey.jsonl").write_text(json.dumps(row))
     elif name == "eval longbench":
         (tmp_path / "bench").mkdir()
         row = {"input": "Who?", "context": "A girl \u2026 \U0001f6a3 kept it.", "answers": ["a girl"]}

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from command_line import undrawn
 from safetensors.torch import load_file
-from two_processes import undrawn
 from typer.testing import CliRunner
 
 from longext.training.callbacks import read_metrics

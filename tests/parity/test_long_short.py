@@ -114,19 +114,18 @@ def dense_weights(model, tokens, window, overlap):
 @pytest.mark.parametrize("window", [256, 48])
 def test_a_compressor_s_weights_are_those_of_its_frozen_model(window):
     compressor = make_compressor("uio", tiny_llama(max_position_embeddings=window))
-    ids = random_ids(2, 4)[:, :-5]
+    ids = random_ids(1, 4)[:, :-5]
     compressor.backbone.config.max_position_embeddings = window
     found = Objectives({"longce": 1.0}, parse_policy("exact"), 0)._label_weights(compressor, ids)
-    for row in range(2):
-        wanted = dense_weights(compressor.backbone.model, ids[row], window, compressor.spec.overlap)
-        torch.testing.assert_close(found[row, :-1].double(), wanted, rtol=1e-5, atol=1e-6)  # scores are float32
+    wanted = dense_weights(compressor.backbone.model, ids[0], window, compressor.spec.overlap)
+    torch.testing.assert_close(found[0, :-1].double(), wanted, rtol=1e-5, atol=1e-6)  # scores are float32
     assert found.std() > 0.01  # not all alike
 
 
 @pytest.mark.parametrize("variant", ["uio", "beacon"])
 def test_weighed_objectives_keep_the_exact_gradient(variant):
     assert variant in VARIANTS
-    compressor, ids = make_compressor(variant), random_ids(2, 4)
+    compressor, ids = make_compressor(variant), random_ids(2, 3)
     batch = Batch(ids, ids, torch.tensor([ids.shape[1]] * 2), 0, 1 / ids.numel(), 0.5)
     objectives = Objectives(parse_objectives("longce:1,distill:0.5"), parse_policy("exact"), 0)
     assert compare_gradients(compressor, objectives, batch)["relative_error"] < 1e-10

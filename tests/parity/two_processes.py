@@ -10,9 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -115,16 +113,6 @@ def check_segment_parallel() -> None:
     assert compare_gradients(compressor, objectives, batch, dist.group.WORLD)["relative_error"] < 1e-9
 
 
-@contextlib.contextmanager
-def undrawn() -> Iterator[None]:
-    """Let pictures be empty files: drawing takes longer than what is tested."""
-    with (
-        mock.patch("longext.report.plots.save_png", lambda figure, path: path.touch()),
-        mock.patch("longext.report.page._svg", lambda picture, name, size: ""),
-    ):
-        yield
-
-
 def run_commands(directory: Path) -> None:
     """Run the command lines of commands.json in both processes, each in its `in`; outcomes go to NAME-RANK.json.
 
@@ -166,6 +154,9 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         CHECKS[name]()
         print(f"{name} equal", flush=True)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from command_line import undrawn
+
     with undrawn():
         run_commands(Path(sys.argv[1]))
     dist.destroy_process_group()

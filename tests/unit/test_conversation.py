@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 SPEC = CompressorSpec(segment=32, ratios=(4, 8), rank=4, alpha=8)
-SPECS = ("thinned:8", "h2o:48", "expected:48", "attention-matching:48", "ada-snapkv:48", "streaming:4+60")
+SPECS = ("thinned:8", "h2o:16", "attention-matching:16", "ada-snapkv:16", "streaming:4+16")
 STORY = "The keeper climbed the stairs every night and looked out over the sea. " * 14
 QUESTIONS = ["Who climbed?", "What did the keeper look at, and when?", "Where"]
 
@@ -205,11 +205,11 @@ def test_a_window_that_may_not_forget_refuses_and_goes_on(books):
 
 def test_an_answer_ends_where_the_window_does(books):
     talk = window(books, when_full="refuse", writing=Writing(max_new_tokens=500))
-    talk.read(STORY[:1100])
-    talk.ask("Go on", stop=())
-    assert talk.text.num_tokens <= 512
-    if len(talk.answer.tokens) and talk.text.num_tokens == 512:
-        assert "the answer ends here" in talk.take_notes()[-1]
+    while talk.text.num_tokens < 440:
+        talk.read(STORY[:140])
+    talk.ask("Go on", temperature=3.0)
+    assert talk.text.num_tokens == 512
+    assert "the answer ends here" in talk.take_notes()[-1]
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_several_questions_at_once_are_each_asked_alone(uio, spec, temperature):
 def test_a_file_read_back_is_the_session_that_stayed(uio, spec, tmp_path):
     path = tmp_path / "a.memory"
     stayed = opened(spec, uio)
-    stayed.text.absorb(stayed.model.encode(STORY))
+    stayed.text.absorb(stayed.model.encode(STORY[:200]))
     stayed.save(path)
     back = open_text(MemoryConfig(memory=str(path), device="cpu"))
     assert back.text.num_tokens == stayed.text.num_tokens and back.text.facts() == stayed.text.facts()
@@ -322,7 +322,7 @@ def test_a_file_read_back_is_the_session_that_stayed(uio, spec, tmp_path):
 @pytest.mark.parametrize("spec", ["uio", "snapkv:64"])
 def test_a_long_text_takes_bounded_bytes(uio, spec, tmp_path):
     sizes = []
-    for times in (4, 7):
+    for times in (3, 5):
         one = opened(spec, uio)
         one.text.absorb(one.model.encode(STORY * times))
         one.save(tmp_path / f"{times}.memory")
@@ -341,6 +341,17 @@ def test_a_conversation_goes_on_from_its_file(books, uio, tmp_path):
     assert back.ask("And then?", max_new_tokens=9).tokens == talk.ask("And then?").tokens
     with pytest.raises(ConfigError, match="has begun"):
         Conversation(open_text(MemoryConfig(memory=str(tmp_path / "a.memory"), device="cpu")), system="Be kind.")
+
+
+def test_positions_are_those_that_the_next_token_sees(uio):
+    """Memories inside the overlap take none."""
+    for spec, held in (("uio", 1 + 3 * 32 // 4), ("thinned:8+32", 1 + 2 * 32 // 8 + 32), ("", 96)):
+        text = opened(spec, uio).text
+        text.absorb(range(3, 3 + 3 * 32 + 5))
+        text.logits()
+        assert text.positions() == (held + 5, 512)
+        decoder = getattr(text, "_decoder", None)
+        assert decoder is None or decoder.length == held + 5
 
 
 def test_what_no_file_stands_for_is_refused(uio, tmp_path):
@@ -366,17 +377,20 @@ def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
     with pytest.raises(CheckpointError, match="another base model"):
         open_text(MemoryConfig(memory=str(path), device="cpu"))
     one.text.origin = one.find_origin()
+    one.text.trail.layers[1].notes = {"count": torch.tensor(3.0), "sum": torch.ones(1, 2, 4)}
     one.text.save(path)
+    notes = open_text(MemoryConfig(memory=str(path), device="cpu")).text.trail.layers[1].notes
+    assert notes["count"] == 3 and torch.equal(notes["sum"], torch.ones(1, 2, 4))
     with pytest.raises(ConfigError, match="written with --segment 32"):
         open_text(MemoryConfig(memory=str(path), segment=64, device="cpu"))
     with safe_open(path, "pt") as file:
         said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     breaks = {
         "held.keys.1": tensors["held.keys.1"] * float("nan"),
-        "held.values.0": tensors["held.values.0"][..., :3],
+        "held.values.0": tensors["held.values.0"][..., :3].contiguous(),
         "origins.2": tensors["origins.2"] + 10**6,
-        "kept.sum.0": tensors["kept.sum.0"][..., 1:],
-        "held.keys.9": tensors["held.keys.1"],
+        "kept.sum.0": tensors["kept.sum.0"][..., 1:].contiguous(),
+        "held.keys.9": tensors["held.keys.1"].clone(),
         "tail": tensors["tail"][1:],
     }
     for name, tensor in breaks.items():

@@ -18,7 +18,15 @@ from longext.settings import build_config, shipped_recipes
 from longext.training.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+]
+OTHER_COMMANDS = ("CONTRIBUTING.md", "CHANGELOG.md")
+OURS = "https://github.com/longext/longext/"
+_OURS = re.compile(rf"{OURS}(?:blob|tree|raw)/main/|https://raw.githubusercontent.com/longext/longext/main/")
+_GENERATED = "reference/"  # pages of the site that are written from the program
 
 
 def table(page, section=""):
@@ -57,22 +65,49 @@ def test_recipes_files_and_pages_that_a_page_names_exist(page):
         assert name in shipped_recipes(), name
     for name in re.findall(r"\b((?:recipes/accelerate|tests|benchmarks)/[\w/.-]+\.(?:py|yaml))\b", text):
         assert (ROOT / name).is_file(), name
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
+def anchors(page):
+    """Return the anchors that GitHub, and the site, give the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        plain = re.sub(r"[*`]|\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+        found.add(anchor if anchor not in found else f"{anchor}-1")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(\s*([^)\s]+)", text) + re.findall(r'(?:href|src)="([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        own = _OURS.match(path)
+        if re.match(r"\w+:", path) and not own:
+            continue
+        target = ROOT / path[own.end() :] if own else (page.parent / path if path else page).resolve()
+        if target.is_relative_to(ROOT / "docs" / _GENERATED):
+            continue  # the strict build of the site looks at these
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")], ids=lambda page: page.name
+)
 def test_every_command_line_of_a_page_parses(page):
-    """CONTRIBUTING.md shows commands that do not exist until its files are added; tests of those files run them."""
+    """CONTRIBUTING.md has commands that do not exist until its files are added, the changelog those of old versions."""
     for line in command_lines(page.read_text(encoding="utf-8")):
         assert parse(line).command, line
 
 
-def test_every_command_is_in_the_readme():
+def test_every_command_is_listed_with_an_example():
     from longext.cli.app import COMMANDS
     from longext.evals.base import EVALS
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     for name in [*COMMANDS, *(f"eval {name}" for name in EVALS if name != "passkey")]:
         assert f"| `{name}`" in text, name
 
@@ -113,14 +148,14 @@ def test_every_choice_of_compression_is_documented():
 
 def test_every_method_is_documented_with_its_paper_its_type_and_its_parameters():
     listed, options = table("methods.md", "The methods"), table("methods.md", "The options")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## The methods\n")[1].split("\n## ")[0]
+    sentences = table("tutorials/choose.md", "The methods in a sentence")
     assert set(listed) - {"--method"} == set(extension_methods())
     named = {flag: row[0] for cell, row in options.items() for flag in re.findall(r"--([a-z-]+)", cell)}
     for name in extension_methods():
         method, (_, paper, written) = ROPE_METHODS[name], listed[name]
         assert " ".join(method.reference.split()[:2]).rstrip(",;") in paper, name
         assert f"`{method.rope_type}`" in written, name
-        assert f"| `{name}` |" in readme, name
+        assert name in sentences, name
         for parameter in method.parameters:
             assert name in named[parameter.key.replace("_", "-")], (name, parameter.name)
 

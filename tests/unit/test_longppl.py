@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,8 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DataError, match="No document of sample has 64 tokens: the longest has 3"):
         longppl.cut_texts(Known(bos=()), [Document("d", "abc")], config)
     pieces = longppl.cut_texts(Known(), TEXTS, config)[64]
+    many = longppl.cut_texts(Known(), [Document("d", "ab" * 2000)], replace(config, num_windows=40))[64]
+    assert (len(pieces), len(many), many[-1].stop) == (9, 40, 40 * 63)
     with pytest.raises(DataError, match="No token of sample at 64 tokens gains 2 nats"):
         measure_keys(Known(), TEXTS, 64, pieces, config)
     slow = Known()
@@ -184,14 +187,28 @@ def test_what_cannot_be_measured_is_refused():
     assert Work().answers is None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_from_the_command_line(run, tmp_path):
     """The bundled model as its own evaluator, cut off from far text: what the file and the table hold."""
-    args = ("--evaluator", "books-5m", "--lengths", 256, "--short-context", 16, "--min-gain", 0.5, "--max-loss", 6)
-    result = run("eval", "longppl", "books-5m", *args, "--num-bootstrap", 5, "-o", "out", "--fail-over", "256=1")
+    args = (
+        "--evaluator",
+        "books-5m",
+        "--lengths",
+        128,
+        "--short-context",
+        16,
+        "--max-tokens",
+        600,
+        "--min-gain",
+        0.5,
+        "--max-loss",
+        6,
+    )
+    result = run("eval", "longppl", "books-5m", *args, "--num-bootstrap", 5, "-o", "out", "--fail-over", "128=1")
     assert result.exit_code == 1, result.output
     record = json.loads((tmp_path / "out/result.json").read_text())
     row = record["results"][0]
-    assert 0 < row["num_key_tokens"] < row["num_tokens"] == 255 * row["num_windows"]
+    assert 0 < row["num_key_tokens"] < row["num_tokens"] == 127 * row["num_windows"]
     again = run(
         "eval", "longppl", "books-5m", *args[2:], "--key-tokens", "out/key_tokens.json", "--num-bootstrap", 5, "--json"
     )

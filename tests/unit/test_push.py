@@ -10,7 +10,7 @@ import yaml
 from command_line import ok
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from longext.conversion.card import base_name, without_folders
+from longext.conversion.card import base_name, paths_of, without_folders
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.conversion.publish import config_hash
@@ -129,6 +129,10 @@ def test_names_in_place_of_paths():
     assert base_name(cached) == "org/some-model"
     assert base_name("/data/llama") == "llama"
     assert base_name("org/model") == "org/model"
-    line = f"longext extend {cached} --data=/data/books -o out"
-    assert without_folders(line) == "longext extend org/some-model --data=books -o out"
-    assert without_folders("see https://hub/a/b and/or c") == "see https://hub/a/b and/or c"
+    line = f"longext extend {cached} --data=/data/books '/my texts/a b' -o out"
+    found = paths_of(line)
+    assert found == {cached, "/data/books", "/my texts/a b"}
+    assert without_folders(line, found) == "longext extend org/some-model --data=books 'a b' -o out"
+    kept = "https://hub/data/books and x/data/books, /data/books/more, /data/bookshelf"
+    assert without_folders(kept, found) == kept
+    assert without_folders('{"a": "/data/books"}', found) == '{"a": "books"}'

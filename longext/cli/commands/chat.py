@@ -25,4 +25,4 @@ def run(config: ConversationConfig) -> None:
     Terminal(open_conversation(config)).talk(config.context)
 
 
-COMMANDS.register("chat", Command(config=ConversationConfig, run=run, has_json=False))
+COMMANDS.register("chat", Command(config=ConversationConfig, run=run, extras=("eval",), has_json=False))

@@ -58,7 +58,7 @@ def memory_table(held: dict[str, Any]) -> Table:
         ("documents", f"{names}{more}" if documents else "not named"),
         ("open turn", held["turn"] or "none: a text goes on"),
     ]
-    return Table(held["file"], ("", ""), rows, left=frozenset({1}))
+    return Table("", (held["file"], held["schema"]), rows, left=frozenset({1}))
 
 
 def _ratios(held: dict[str, Any]) -> str:
@@ -69,4 +69,4 @@ def _ratios(held: dict[str, Any]) -> str:
     return f" at {', '.join(f'{ratio}x' for ratio in ratios)}"
 
 
-COMMANDS.register("memory", Command(config=BuildConfig, run=run, has_recipe=False))
+COMMANDS.register("memory", Command(config=BuildConfig, run=run, extras=("eval",), has_recipe=False))

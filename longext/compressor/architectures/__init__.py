@@ -9,5 +9,5 @@ from longext.registry import Registry
 if TYPE_CHECKING:
     from longext.compressor.base import Compressor
 
-_ORDER = "uio anchor icae gist autocompressor rmt beacon prefix".split()
+_ORDER = "uio anchor matching icae gist autocompressor rmt beacon prefix".split()
 COMPRESSORS: Registry[type[Compressor]] = Registry("architecture", __name__, _ORDER)

@@ -164,6 +164,7 @@ class PolicyTrail(Trail):
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
+        """Put an earlier one back."""
         self.start, self.num_read, self.question, held = state
         for layer, (states, bias, origins, kept, notes) in zip(self.layers, held, strict=True):
             layer.held, layer.bias, layer.origins, layer.kept, layer.notes = states, bias, origins, kept, dict(notes)

@@ -64,7 +64,7 @@ def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[Po
             f"positions: keep at most {max(0, room // 2 if shape == 'pyramid' else room)} slots, or shorten --segment."
         )
     backbone.check_rotation()
-    attends = _attends(backbone)
+    attends = attends_by_interface(backbone)
     if not attends and (policy.needs_queries or shape != "even"):
         able = ", ".join(known for known in KV_POLICIES if not KV_POLICIES[known].needs_queries)
         raise ConfigError(
@@ -75,7 +75,7 @@ def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[Po
 
 
 @torch.no_grad()
-def _attends(backbone: Backbone) -> bool:
+def attends_by_interface(backbone: Backbone) -> bool:
     """True if the model attends through transformers' attention interface alone."""
     if not getattr(backbone.model, "_supports_attention_backend", False):
         return False

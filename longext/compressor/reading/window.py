@@ -94,9 +94,10 @@ class WindowSession(Continued):
         """Run the model over what is not cached."""
         self._cut()
         start = self._cached.shape[1]
-        # layers that are recurrent go on from a state one token at a time
-        whole = self._cache is None or all(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
-        for part in self._ids[:, start:].split(_AT_ONCE if whole else 1, 1):
+        size = _AT_ONCE
+        if getattr(self.model.model, "_is_stateful", False):  # recurrent layers go on from a state a token at a time
+            size = self._ids.shape[1] if self._cache is None else 1
+        for part in self._ids[:, start:].split(size, 1):
             held = self.model.frozen_rope(self._held_for) if self._held_for else contextlib.nullcontext()
             with held:
                 output = self.model.model(input_ids=part, past_key_values=self._cache, use_cache=True, logits_to_keep=1)

@@ -11,6 +11,7 @@ from longext.compressor.checkpoint import is_compressor
 from longext.compressor.config import BuildConfig
 from longext.compressor.reading.continuing import Advance, silent
 from longext.compressor.reading.memory_file import describe_memory
+from longext.compressor.spec import CompressorSpec
 from longext.compressor.writing.conversation import Conversation
 from longext.compressor.writing.generation import check_file, fullness_notes
 from longext.compressor.writing.opening import Opened, check_memory_config, open_text
@@ -105,14 +106,18 @@ def describe(name: str) -> dict[str, Any]:
     """
     stored = describe_memory(Path(name).expanduser())
     said = stored.description
-    held = {"ratios": said["ratios"], "held": said["held"]} if said["kind"] == "compressor" else {}
+    num_slots, held = stored.num_slots, {}
+    if said["kind"] == "compressor":
+        held = {"ratios": said["ratios"], "held": said["held"]}
+        spec = CompressorSpec.from_json(said["spec"])
+        num_slots -= spec.sink if num_slots and spec.memory == "kv" else 0  # the sink is no slot of memory
     names = ("schema", "kind", "memory", "model", "revision", "base_weights", "segment", "method", "factor", "turn")
     return {
         "file": name,
         **{key: said[key] for key in names},
         "num_tokens": said["num_tokens"],
         "num_bytes": stored.num_bytes,
-        "num_slots": stored.num_slots,
+        "num_slots": num_slots,
         **held,
         "documents": said["documents"],
     }

@@ -75,6 +75,7 @@ class Conversation:
         when_full: str | None = None,
     ) -> None:
         self.opened, self.model, self.text = opened, opened.model, opened.text
+        self.text.eos = self.model.ending_tokens  # as the model is asked now
         self.writing = writing or Writing()
         is_window = isinstance(self.text, WindowSession)
         if is_window and when_full == "thin":
@@ -244,7 +245,7 @@ class Conversation:
         with self.text.snapshot(), self.text.rows(len(prompts)):
             for _ in self.text.steps(prompts, count, writing.choice, is_over=lambda row, token: outs[row].add(token)):
                 pass
-            facts = self.text.facts()
+        facts = self.text.facts()
         for out in outs:
             out.end()
         return [out.result(num_read + len(ids), facts) for out, ids in zip(outs, prompts, strict=True)]
@@ -313,7 +314,7 @@ class Conversation:
             self._check_room(num_tokens)
             return False
         kept, size = self._exchanges, before
-        while len(kept) > is_open and (size + wanted > limit or size > limit // 2):
+        while len(kept) > is_open and (size + wanted > limit or (size > limit // 2 and len(kept) > 1)):
             kept = kept[1:]
             size = len(self._rendered(kept))
         self.text.reset()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
+from longext.compressor.checkpoint import is_compressor
 from longext.compressor.config import GenerateConfig
 from longext.compressor.reading.continuing import Choice
 from longext.compressor.reading.session import Session
@@ -44,6 +45,8 @@ def check_generate_config(config: GenerateConfig) -> None:
             raise ConfigError("--save-memory keeps what --context is read into: give --context.")
         check_file("--save-memory", config.save_memory, config.force)
     check_memory_config(config)
+    if config.when_full and not (config.memory or is_compressor(config.model)):
+        raise ConfigError(f"{config.model} is a plain model, whose window refuses what does not fit: no --when-full.")
 
 
 def check_file(flag: str, name: str, force: bool) -> None:
@@ -98,6 +101,7 @@ class Writer:
         self.opened = open_text(config)
         self._model, self._text = self.opened.model, self.opened.text
         set_asking(self._model, config)
+        self._text.eos = self._model.ending_tokens
         self.is_chat = bool(config.chat_template) or (config.chat_template is None and self.opened.turn == "user")
         self._context, self._prompt = self._tokens(context)
         self.num_unread = len(self._context) + len(self._prompt)

@@ -20,6 +20,7 @@ from longext.compressor.schedule import spelled
 from longext.errors import CheckpointError, ConfigError
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import check_method
+from longext.settings import check_names
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Opened:
 def check_memory_config(config: MemoryConfig) -> None:
     """Raise ConfigError for what can be told to be wrong before anything is loaded."""
     check_method(config.method, config.factor)
+    check_names(config)
     if memory_file(config) is not None:
         return
     if is_compressor(config.model):
@@ -72,8 +74,10 @@ def check_memory_config(config: MemoryConfig) -> None:
     trained = find_compressor(config.memory) if config.memory else None
     if not (config.model or trained):
         raise ConfigError("Missing: model. Give MODEL, or a file of `longext memory build` with --memory.")
-    if trained is None and not (config.memory or "").startswith(f"{UNTRAINED}:"):
+    if trained is None:
         _check_unused(config, ("ratio", "base"), "a plain model")
+    elif config.ratio:
+        raise ConfigError(f"--memory {config.memory} says the ratio, as in OUT@8 or OUT@2,4,8: leave --ratio out.")
     if not config.memory:
         _check_unused(config, ("segment",), "a plain model")
 
@@ -103,14 +107,13 @@ def open_text(config: MemoryConfig) -> Opened:
     path = memory_file(config)
     if path is not None:
         return _from_file(config, path)
-    ratio = config.ratio or None
     if is_compressor(config.model):
         loaded = _load_compressor(config, config.model, config.base)
-        return Opened(loaded.plain, Session.of(loaded, ratio=ratio, when_full=config.when_full))
+        return Opened(loaded.plain, Session.of(loaded, ratio=config.ratio or None, when_full=config.when_full))
     if config.memory:
         named = dataclasses.replace(config, model=config.base or config.model)
         reader = load_reader(named, config.memory, segment=config.segment, method=config.method, factor=config.factor)
-        text = reader.session(ratio, config.when_full)
+        text = reader.session(config.when_full)
         return Opened(reader.plain, text, config.memory, lambda: _origin(config, reader))
     model = load_language_model(config, config.method, config.factor)
     return Opened(model, WindowSession(model))

@@ -20,11 +20,13 @@ import torch
 from longext.checkpoint.load import first_line
 from longext.checkpoint.source import resolve_model
 from longext.errors import ConfigError, DataError, MissingExtraError
+from longext.evals.harness.squad import provide_squad_metrics
 from longext.registry import did_you_mean
 
 if TYPE_CHECKING:
     from longext.evals.suites.harness import Harness
 
+_RULER_LENGTHS = tuple(4096 * 2**power for power in range(6))  # that RULER's tasks of lm-eval have a score for
 _RANDOM_SEED = 0  # lm-eval's seed of Python's `random`, which some tasks draw their documents with
 
 
@@ -67,6 +69,7 @@ def load_tasks(config: Harness) -> Tasks:
     """
     if config.include_path is None:
         print("Searching lm-eval's tasks (seconds) ...", file=sys.stderr, flush=True)
+    provide_squad_metrics()
     with quiet_harness():
         manager = _find_tasks(config)
         _seed_everything(config.seed)
@@ -85,7 +88,9 @@ def _find_tasks(config: Harness) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = str(Path(config.include_path).expanduser()) if config.include_path else None
-    metadata: Any = {"tokenizer": str(resolve_model(config.model, config.revision)), **config.task_metadata()}
+    model = str(resolve_model(config.model, config.revision))
+    longest = {"max_seq_lengths": [config.max_length]} if config.max_length in _RULER_LENGTHS else {}
+    metadata: Any = {"tokenizer": model, "pretrained": model, **longest, **config.task_metadata()}
     local: list[str] = []
     if folder:
         manager = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)

@@ -63,6 +63,11 @@ def _normalized_chinese(text: str) -> list[str]:
     return [word for word in words if word]
 
 
+def normalized_chinese_characters(text: str) -> list[str]:
+    """Return the characters of a text in lower case, without punctuation and white space."""
+    return list("".join(text.lower().translate(_ALL_PUNCTUATION).split()))
+
+
 def chinese_words(text: str) -> list[str]:
     """Return the words that jieba finds in a text (its default mode).
 

@@ -104,7 +104,7 @@ def read_prompt(name: str) -> str:
     path = Path(str(found.origin)).parent / "tasks" / "longbench" / f"{name}.yaml" if found else None
     if path is None or not path.is_file():
         raise LongextError(f"LongBench's prompts are read from lm-eval, which has none for {name}: pip install lm-eval")
-    definition = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
+    definition = yaml.load(path.read_text(encoding="utf-8"), TaskLoader)
     prompt = _as_published(name, str(definition["doc_to_text"]))
     if prompt_hash(prompt) != TASKS[name].prompt_hash:
         raise LongextError(
@@ -134,7 +134,7 @@ def fill_prompt(prompt: str, context: str, question: str) -> str:
     return re.sub(r"\{\{(?:context|question)\}\}", lambda match: values[match[0]], prompt)
 
 
-class _TaskLoader(yaml.SafeLoader):
+class TaskLoader(yaml.SafeLoader):
     """YAML whose tags (`!function ...`) are read as text: nothing of a task definition is run."""
 
 
@@ -142,4 +142,4 @@ def _tag_as_text(loader: yaml.SafeLoader, suffix: str, node: Any) -> Any:
     return str(node.value)
 
 
-_TaskLoader.add_multi_constructor("!", _tag_as_text)  # type: ignore[no-untyped-call]
+TaskLoader.add_multi_constructor("!", _tag_as_text)  # type: ignore[no-untyped-call]

@@ -75,8 +75,8 @@ class Harness(QuestionEval):
     )
     metadata: tuple[str, ...] = option(
         (),
-        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192]; tokenizer is "
-        "MODEL's by default); may be repeated.",
+        "key=value for tasks that make their own data (RULER: max_seq_lengths=[4096,8192], default --max-length or "
+        "4096; tokenizer is MODEL's); may be repeated.",
         repeats=True,
     )
     num_fewshot: int | None = option(None, "Examples in a prompt (default: the task's own).", ge=0)

@@ -26,7 +26,7 @@ from longext.manifest import result_record
 from longext.models.answer_file import kept_scores
 from longext.models.methods import check_method
 from longext.options import DataConfig, RuntimeConfig
-from longext.processes.dealing import deal
+from longext.processes.dealing import deal, workers_of
 from longext.settings import LENGTH, MANY, option
 
 if TYPE_CHECKING:
@@ -193,7 +193,9 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
         names, keeper = kept_scores(model, "key tokens", [(*rule, ids) for ids, _ in texts])
         weights = [len(ids) for ids, _ in texts]
         one_by_one = [[number] for number in range(len(texts))]
-        rows = deal(names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights)
+        rows = deal(
+            names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights, workers=workers_of(model)
+        )
         found = (
             joined(tile for tile, key in zip(tiles[1:], row["is_key"], strict=True) if key)
             for (_, tiles), row in zip(texts, rows, strict=True)
@@ -256,7 +258,7 @@ def cut_texts(model: LanguageModel, documents: Sequence[Document], config: LongP
         DataError: no document does.
     """
     begun, longest = len(model.prefix), max(config.lengths)
-    most = min(config.num_windows * longest, config.max_tokens or LENGTH)
+    most = min(config.num_windows * (longest - begun), config.max_tokens or LENGTH)
     pieces: dict[int, list[Piece]] = {length: [] for length in sorted(config.lengths)}
     seen = 0
     for number, document in enumerate(documents):
@@ -389,7 +391,9 @@ def measure_keys(
 
     names, keeper = kept_scores(model, "text", [ids for ids, _ in tokens])
     one_by_one, weights = [[number] for number in range(len(texts))], [length] * len(texts)
-    rows = deal(names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights)
+    rows = deal(
+        names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights, workers=workers_of(model)
+    )
     sums = np.zeros((len(pieces), len(SUMS)))
     for number, (text, (_, tiles), piece, row) in enumerate(zip(texts, tokens, pieces, rows, strict=True)):
         nll = row["nll"].astype(np.float64)

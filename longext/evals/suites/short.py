@@ -111,7 +111,9 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         """Return the settings of the base: the model alone, with no method and no memory."""
         revision = None if self.against else self.revision
         model = self.against or self.model
-        return dataclasses.replace(self, model=model, revision=revision, method=None, factor=None, memory=None)
+        return dataclasses.replace(
+            self, model=model, revision=revision, method=None, factor=None, memory=None, endpoint=None
+        )
 
     def lengths_within(self, trained: int) -> tuple[int, ...]:
         """Return the lengths to measure: those of --lengths, else the trained length of the base and half of it.

@@ -17,7 +17,7 @@ from longext.report.console import progress, say
 from longext.signals import handling
 
 _PROMPT = ">>> "
-_BAR = 40  # characters
+_BAR = 30  # characters
 _HELP = (
     "/context FILE   read a document (or sample) before the next question",
     "/memory         how full the window is, and what is kept",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longext.conversion.card import base_name
 from longext.conversion.publish import CARD_NAME, Parcel, base_of, config_hash, pack
 from longext.errors import ConfigError
 from longext.evals.views import SEVERAL, View, read
@@ -146,7 +147,7 @@ def _number(part: Part, view: View, score: Any) -> Any:
         task_type="text-generation",
         task_name=part.section.title,
         dataset_type=kind,
-        dataset_name=Path(source).name,
+        dataset_name=base_name(source),
         dataset_args={"protocol": protocol.get("id"), "sha256": data.get("sha256") or protocol.get("prompts_sha256")},
         metric_type="perplexity" if view.unit == "perplexity" else kind if view.unit != "share" else "accuracy",
         metric_name=f"{view.title}: {what}{view.spell(column)}",

@@ -1,0 +1,1 @@
+"""Models behind a server of OpenAI's completions API."""
