@@ -103,6 +103,7 @@ def measure(out: Path, record: dict[str, Any], model: str, original: int, names:
     from longext.checkpoint.load import load_tokenizer
     from longext.conversion.config import ExportConfig
     from longext.conversion.gguf.export import export_gguf
+    from longext.errors import ConfigError
 
     source, title = BUNDLED_MODELS.get(model, Path(model)), "books-5m" if model == "books-5m" else "SmolLM2-135M"
     tokens = load_tokenizer(source)(SAMPLE_DOCUMENT.read_text(encoding="utf-8"))["input_ids"]
@@ -118,7 +119,7 @@ def measure(out: Path, record: dict[str, Any], model: str, original: int, names:
             checkpoint, file = out / "checkpoint", out / "extended.gguf"
             try:
                 longext.extend(base, output=file, force=True, **given)
-            except longext.ConfigError as error:
+            except ConfigError as error:
                 record["results"].append({**row, "refused": str(error)})
                 save(out, record)
                 continue
