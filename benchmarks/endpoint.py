@@ -17,7 +17,7 @@ from typing import Any
 
 import longext
 from longext.models.engines.endpoint import verify_endpoint
-from longext.options import RuntimeConfig
+from longext.options import EndpointConfig, RuntimeConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -39,7 +39,8 @@ def main() -> None:
             continue
         with served(out, settings) as url:
             for name in settings:
-                answer = verify_endpoint(RuntimeConfig(model=str(model), threads=1), url, name)
+                server = EndpointConfig(endpoint=url, endpoint_model=name)
+                answer = verify_endpoint(RuntimeConfig(model=str(model), threads=1), server)
                 found = answer.found and answer.found.name
                 near, second = (each.distance for each in answer.candidates[:2])
                 row = {"factor": factor, "applied": name, "found": found, "ok": answer.ok}

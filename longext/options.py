@@ -68,6 +68,25 @@ class SharedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """A server that runs a model."""
+
+    endpoint: str | None = option(
+        None,
+        "Address of an OpenAI-compatible completions server that runs the model; MODEL is then its tokenizer.",
+        panel="Server",
+    )
+    endpoint_model: str | None = option(None, "Name of the model there (default: the only one).", panel="Server")
+    endpoint_key: str = option(
+        "LONGEXT_ENDPOINT_KEY",
+        "Environment variable that holds the server's key, which is written nowhere.",
+        panel="Server",
+    )
+    endpoint_timeout: float = option(600.0, "Seconds to wait for an answer.", ge=1, le=MANY, panel="Server")
+    concurrency: int = option(8, "Requests at once.", ge=1, le=1024, panel="Server")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where documents come from and how much of them is read."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from longext.errors import ConfigError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
-from longext.options import ChatConfig, RuntimeConfig, SharedConfig
+from longext.options import ChatConfig, EndpointConfig, RuntimeConfig, SharedConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
 
@@ -57,10 +57,13 @@ class Work:
         progress: opens a progress display.
         answers: where answers are kept until the results are written, so that an interrupted run goes on from them;
             None if nothing is kept.
+        expect: told (model, prompts in tokens, new tokens at most, whether prefixes are shared) of what is done next,
+            for the cost of the run.
     """
 
     progress: Progress = no_progress
     answers: Path | None = None
+    expect: Callable[..., None] = lambda model, prompts, num_new, shares=True: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,10 @@ class Eval(SharedConfig, RuntimeConfig):
     limit_option: ClassVar[str] = FAIL_UNDER
     limits_are_most: ClassVar[bool] = False
     memory_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    price_per_hour: float | None = option(
+        None, "USD for an hour of this device, for the cost that is told before.", ge=0, panel="Running"
+    )
 
     @classmethod
     def implied_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ class Eval(SharedConfig, RuntimeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingConfig(RuntimeConfig):
+class ReadingConfig(EndpointConfig, RuntimeConfig):
     """What is applied to a model before it is evaluated, and how it reads: a method in memory, a memory by segments."""
 
     method: str | None = option(
@@ -189,19 +196,6 @@ class ReadingConfig(RuntimeConfig):
     batch_tokens: int | None = option(
         None, "Tokens per forward pass (default: one window on a CPU, 32768 on a GPU).", ge=1, panel="Running"
     )
-    endpoint: str | None = option(
-        None,
-        "Address of an OpenAI-compatible completions server that runs the model; MODEL is then its tokenizer.",
-        panel="Server",
-    )
-    endpoint_model: str | None = option(None, "Name of the model there (default: the only one).", panel="Server")
-    endpoint_key: str = option(
-        "LONGEXT_ENDPOINT_KEY",
-        "Environment variable that holds the server's key, which is written nowhere.",
-        panel="Server",
-    )
-    endpoint_timeout: float = option(600.0, "Seconds to wait for an answer.", ge=1, le=MANY, panel="Server")
-    concurrency: int = option(8, "Requests at once.", ge=1, le=1024, panel="Server")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,21 +17,24 @@ from pathlib import Path
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
 from longext.errors import VerificationError
-from longext.settings import option
+from longext.options import EndpointConfig
+from longext.settings import option, override
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(EndpointConfig):
     """`longext verify`: a checkpoint against its formula and its base."""
 
     model: str = option(help="The checkpoint, or the .gguf file, to check.", argument=True)
     base: str | None = option(None, "The model it was made from (default: what its run.json names).")
     logits: bool = option(True, "Load the weights and compare logits.")
     hashes: bool = option(True, "Compare every weight with the base.")
-    endpoint: str | None = option(
-        None, "Ask a server that serves the model (OpenAI's completions API) which RoPE it applies.", panel="Endpoint"
+    endpoint: str | None = override(
+        EndpointConfig,
+        "endpoint",
+        help="Ask a server that serves the model (OpenAI's completions API) which RoPE it applies.",
     )
-    served_name: str | None = option(None, "What the server calls the model (default: MODEL).", panel="Endpoint")
+    concurrency: int = override(EndpointConfig, "concurrency", 1, is_flag=False)
 
 
 def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) -> None:
@@ -51,7 +54,7 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
     from longext.report.console import progress
 
     if config.endpoint is not None:
-        _ask_endpoint(config, config.endpoint, as_json)
+        _ask_endpoint(config, as_json)
         return
     if is_gguf(config.model):
         file = read_gguf(Path(config.model).expanduser())
@@ -74,21 +77,23 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
         raise VerificationError(f"{config.model} failed {len(failed)} check(s): {failed[0].name}: {failed[0].detail}")
 
 
-def _ask_endpoint(config: VerifyConfig, url: str, as_json: bool) -> None:
+def _ask_endpoint(config: VerifyConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.manifest import result_record
     from longext.models.engines.endpoint import verify_endpoint
     from longext.options import RuntimeConfig
     from longext.report.commands.model import endpoint_table
 
-    answer = verify_endpoint(RuntimeConfig(model=config.model), url, config.served_name)
+    answer = verify_endpoint(RuntimeConfig(model=config.model), config)
     found = answer.found
     applied = "none of those tried, or one of two that are alike" if found is None else found.name
     record = result_record("verify-endpoint", ok=answer.ok, found=found and found.name, **dataclasses.asdict(answer))
     notes = [f"The server applies: {applied}."] if answer.ok and not as_json else []
     show(record, [endpoint_table(answer)], as_json=as_json, notes=notes)
     if not answer.ok:
-        raise VerificationError(f"{url} applies {applied}; the config of {config.model} says {answer.expected.name}.")
+        raise VerificationError(
+            f"{config.endpoint} applies {applied}; the config of {config.model} says {answer.expected.name}."
+        )
 
 
 COMMANDS.register("verify", Command(config=VerifyConfig, run=verify_and_show))

@@ -89,6 +89,11 @@ def plan_gguf(config: ExtendConfig) -> GgufPlan:
 
 def _origin(config: ExtendConfig, file: GgufFile, rope: ModelRope) -> RopeSpec:
     """Return the RoPE that the weights were trained with, which nothing may have scaled."""
+    if any(name in file.tensors for name in (FREQS, "rope_factors_long.weight")):
+        raise ConfigError(
+            f"{config.model} holds factors of single frequencies ({FREQS}), which longext cannot take out of a file: "
+            "extend the file or checkpoint that it was made from."
+        )
     record = read_record(file)
     origin = spec_from_json(record["origin"]) if record else rope.spec
     if record and origin != spec_from_json(record["spec"]) and not config.replace:
@@ -101,11 +106,6 @@ def _origin(config: ExtendConfig, file: GgufFile, rope: ModelRope) -> RopeSpec:
             f"{config.model} has a scaled RoPE already ({origin.method}, factor {origin.factor:g} of "
             f"{origin.original_max_position_embeddings} tokens). Extend the file it was made from, or start from the "
             "bare base theta with --replace."
-        )
-    if any(name in file.tensors for name in (FREQS, "rope_factors_long.weight")):
-        raise ConfigError(
-            f"{config.model} holds factors of single frequencies ({FREQS}), which longext cannot take out of a file: "
-            "extend the file or checkpoint that it was made from."
         )
     origin = bare_spec(origin)
     if config.original_length is None:

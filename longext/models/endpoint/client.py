@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Collection
 from typing import Any
 
 from longext.errors import ConfigError, LongextError
@@ -90,15 +91,18 @@ class Client:
         """
         return self._ask(path, None, tries=1)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], refusals: Collection[int] = ()) -> dict[str, Any]:
         """Return the answer to a JSON object, tried again while the server is busy or away.
+
+        Args:
+            refusals: statuses that mean no, though other servers are busy when they say so.
 
         Raises:
             Refused, LongextError: as `get`.
         """
-        return self._ask(path, json.dumps(body).encode(), tries=_TRIES)
+        return self._ask(path, json.dumps(body).encode(), _TRIES, refusals)
 
-    def _ask(self, path: str, body: bytes | None, tries: int) -> dict[str, Any]:
+    def _ask(self, path: str, body: bytes | None, tries: int, refusals: Collection[int] = ()) -> dict[str, Any]:
         where = f"{self.url}{path}"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         for attempt in itertools.count(1):
@@ -112,7 +116,7 @@ class Client:
                 return answer
             except urllib.error.HTTPError as error:
                 reason, wait = self._told(error), _retry_after(error)
-                if error.code not in _AGAIN:
+                if error.code not in _AGAIN or error.code in refusals:
                     raise Refused(f"{where}: {reason}", error.code) from None
             except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error) or type(error).__name__)

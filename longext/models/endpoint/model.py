@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from longext.checkpoint.load import load_tokenizer
+from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.rope_config import read_model_rope
-from longext.checkpoint.source import resolve_model
+from longext.checkpoint.source import read_json, resolve_model
 from longext.checksums import sha256_of
 from longext.errors import ConfigError, LongextError
 from longext.models.endpoint.client import Client, Refused
 from longext.models.protocol import TokenScores
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
+from longext.options import EndpointConfig
 from longext.registry import did_you_mean
 from longext.untrusted import is_a, note
 
@@ -133,7 +134,7 @@ class EndpointModel:
         refused: Refused | None = None
         for spelling in (Spelling(True, True), Spelling(True, False), Spelling(False, True), Spelling(False, False)):
             try:
-                answer = self._complete(ids, 1, spelling)
+                answer = self._complete(ids, 1, spelling, is_trial=True)
             except Refused as error:
                 if error.status not in _MISREAD:
                     raise
@@ -151,13 +152,21 @@ class EndpointModel:
         assert refused is not None, "the last way was refused too"
         raise refused
 
-    def _complete(self, input_ids: Sequence[int], max_tokens: int, spelling: Spelling, **more: Any) -> dict[str, Any]:
+    def _complete(
+        self, input_ids: Sequence[int], max_tokens: int, spelling: Spelling, is_trial: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        """Return the answer to one prompt.
+
+        Args:
+            is_trial: nothing is known of the spelling yet: an error inside the server is a refusal of it.
+            more: further settings.
+        """
         settings: dict[str, Any] = dict(_PLAIN)
         if spelling.takes_more:
             settings |= _BEYOND | {"stop_token_ids": sorted(self.ending_tokens)}
         prompt: Any = list(input_ids) if spelling.takes_ids else self._text(input_ids)
         body = {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, **settings, **more}
-        return self.client.post("/completions", body)
+        return self.client.post("/completions", body, refusals=_MISREAD if is_trial else ())
 
     def _text(self, input_ids: Sequence[int]) -> str:
         """Return a prompt as text, without the prefix, which the server puts in front itself."""
@@ -207,7 +216,7 @@ class EndpointModel:
             try:
                 found = read(ids, first)
             except Refused as error:
-                if error.status not in _MISREAD or read == self._echoed:
+                if error.status not in _MISREAD or self._read is not None or read == self._echoed:
                     raise
                 continue
             if found is not None:
@@ -222,7 +231,7 @@ class EndpointModel:
         """Read vLLM's spelling: an object for each token, from id to log-probability and rank."""
         if not (self.spelling.takes_ids and self.spelling.takes_more):
             return None
-        choice = self._choice(self._complete(ids, 1, self.spelling, prompt_logprobs=1))
+        choice = self._choice(self._complete(ids, 1, self.spelling, self._read is None, prompt_logprobs=1))
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             return None
@@ -245,7 +254,7 @@ class EndpointModel:
                 "serve the model where prompts may be token ids (vLLM), or use a protocol that begins with a text "
                 "(ppl: --protocol yarn-truncated)."
             )
-        answer = self._complete(ids, 1, self.spelling, echo=True, logprobs=1)
+        answer = self._complete(ids, 1, self.spelling, self._read is None, echo=True, logprobs=1)
         told = self._choice(answer).get("logprobs")
         values, tops = ([] if not isinstance(told, dict) else told.get(key) or [] for key in _ECHOED)
         count = len(ids) - first
@@ -300,13 +309,13 @@ class EndpointModel:
 
 def _named(directory: Path) -> Any:
     """Return what names ending tokens beside a tokenizer: generation_config.json and config.json, if they are there."""
-    from transformers import AutoConfig, GenerationConfig
-
-    has = {name: (directory / name).is_file() for name in ("config.json", "generation_config.json")}
-    settings = GenerationConfig.from_pretrained(directory) if has["generation_config.json"] else None
-    nothing = SimpleNamespace(get_text_config=lambda: SimpleNamespace(eos_token_id=None))
-    config = AutoConfig.from_pretrained(directory) if has["config.json"] else nothing
-    return SimpleNamespace(generation_config=settings, config=config)
+    settings, nothing = directory / "generation_config.json", SimpleNamespace(eos_token_id=None)
+    generation = SimpleNamespace(eos_token_id=None)
+    if settings.is_file():
+        generation.eos_token_id = read_json(settings, "settings of generation").get("eos_token_id")
+    is_whole = (directory / "config.json").is_file()
+    config = load_config(directory) if is_whole else SimpleNamespace(get_text_config=lambda: nothing)
+    return SimpleNamespace(generation_config=generation, config=config)
 
 
 def open_endpoint(config: Any) -> EndpointModel:
@@ -319,11 +328,21 @@ def open_endpoint(config: Any) -> EndpointModel:
     given = [f"--{name}" for name in ("method", "factor", "memory") if getattr(config, name, None)]
     if given:
         raise ConfigError(f"{', '.join(given)}: the server at --endpoint runs its own model as it is. Leave it out.")
-    client = Client(config.endpoint, os.environ.get(config.endpoint_key, ""), config.endpoint_timeout)
     directory = resolve_model(config.model, config.revision, weights=False)
     tokenizer = load_tokenizer(directory, config.trust_remote_code)
-    card = _card(client, config.endpoint_model, config.endpoint_key)
+    client, card = find_served(config)
     return EndpointModel(client, card, tokenizer, directory, config.concurrency)
+
+
+def find_served(config: EndpointConfig) -> tuple[Client, dict[str, Any]]:
+    """Return the server of a config and what it says of the model, `id` among it.
+
+    Raises:
+        ConfigError: an address that is none, a key that is refused, or no such model there.
+        LongextError: the server does not answer.
+    """
+    client = Client(str(config.endpoint), os.environ.get(config.endpoint_key, ""), config.endpoint_timeout)
+    return client, _card(client, config.endpoint_model, config.endpoint_key)
 
 
 def _card(client: Client, name: str | None, key: str) -> dict[str, Any]:

@@ -7,10 +7,7 @@ the likeliest tokens behind each. The model is here too, and gives the same unde
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +19,10 @@ from longext.checkpoint.rope_config import read_model_rope, write_rope
 from longext.checkpoint.source import read_config
 from longext.conversion.extend import bare_spec, exportable_parameters, trained_rope, written_rope
 from longext.errors import ConfigError, LongextError
+from longext.models.endpoint.client import Client
+from longext.models.endpoint.model import find_served
 from longext.models.hf import HFLanguageModel, load_language_model
-from longext.options import RuntimeConfig
+from longext.options import EndpointConfig, RuntimeConfig
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq
 from longext.untrusted import read_text
 
@@ -32,7 +31,6 @@ _METHODS = ("linear", "ntk", "ntk-by-parts", "yarn")
 _LARGEST_FACTOR = 256.0
 _NUM_PLACES, _TOP, _LONGEST = 12, 5, 512
 _MARGIN = 2.0  # the nearest candidate is told if the next one is this many times as far
-_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,29 +113,20 @@ def _different(candidates: Sequence[Candidate], length: int) -> list[Candidate]:
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
-def ask(url: str, model: str, prompt: str) -> dict[str, float]:
+def ask(client: Client, model: str, prompt: str) -> dict[str, float]:
     """Return the likeliest next tokens of a prompt with their log-probabilities, by their text.
 
     Raises:
         LongextError: no server there, or one that does not give log-probabilities.
     """
-    address = url.rstrip("/").removesuffix("/v1") + "/v1/completions"
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": _TOP}
-    head = {"Content-Type": "application/json"}
-    request = urllib.request.Request(address, json.dumps(body).encode(), head)
+    answer = client.post("/completions", body)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            text = answer.read(2**20)
-        top = json.loads(text)["choices"][0]["logprobs"]["top_logprobs"][0]
+        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {str(token): float(value) for token, value in top.items()}
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read(300).decode("utf-8", "replace").split())
-        raise LongextError(f"{address} answered {error.code}: {said}") from error
-    except (OSError, ValueError) as error:
-        raise LongextError(f"No completions API answers at {address} ({error}). Is the server up?") from error
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise LongextError(
-            f"{address} gives no log-probabilities (`logprobs` of the completions API). Start the server with them "
+            f"{client.url} gives no log-probabilities (`logprobs` of the completions API). Start the server with them "
             "(llama-cpp-python: --logits_all true)."
         ) from error
 
@@ -145,26 +134,26 @@ def ask(url: str, model: str, prompt: str) -> dict[str, float]:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def verify_endpoint(config: RuntimeConfig, url: str, served_name: str | None = None) -> EndpointAnswer:
-    """Tell which RoPE the server at `url` applies to the model `config.model`, which is here as well.
+def verify_endpoint(config: RuntimeConfig, server: EndpointConfig) -> EndpointAnswer:
+    """Tell which RoPE a server applies to the model `config.model`, which is here as well.
 
     Args:
-        served_name: what the server calls the model, if not as `config.model`.
+        server: its address, and what it calls the model.
 
     Raises:
-        ConfigError: the model's RoPE depends on the length of the text.
+        ConfigError: the model's RoPE depends on the length of the text, or the server has no such model.
         LongextError: the server cannot be asked, or has another tokenizer.
     """
+    client, card = find_served(server)
     model = load_language_model(config)
     rope = read_model_rope(model.directory)
     expected, origin = written_rope(model.directory, rope), trained_rope(model.directory, rope)[0]
     if ROPE_METHODS[expected.method].follows_length:
         raise ConfigError(f"--endpoint tells static RoPEs apart, and `{expected.method}` follows the length of a text.")
-    name = served_name or config.model
     prompts = _prompts(model)
-    asked = [ask(url, name, prompt) for prompt, _ in prompts]
+    asked = [ask(client, str(card["id"]), prompt) for prompt, _ in prompts]
     spelled = _spellings(model)
-    _check_tokens(asked, spelled, url)
+    _check_tokens(asked, spelled, client.url)
     places = torch.tensor([place - 1 for _, place in prompts])
     ids = torch.tensor([_text(model)[: int(places[-1]) + 1]])
     raw, measured = read_config(model.directory), []
@@ -176,7 +165,9 @@ def verify_endpoint(config: RuntimeConfig, url: str, served_name: str | None = N
         near = sum(_distance(top, row, spelled) for top, row in zip(asked, scores, strict=True)) / len(asked)
         measured.append(dataclasses.replace(each, distance=near))
     ordered = tuple(sorted(measured, key=lambda each: each.distance))
-    return EndpointAnswer(url=url, model=config.model, expected=measured[0], candidates=ordered, num_places=len(asked))
+    return EndpointAnswer(
+        url=client.url, model=config.model, expected=measured[0], candidates=ordered, num_places=len(asked)
+    )
 
 
 def _text(model: HFLanguageModel) -> list[int]:
