@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import longext
-from longext.models.engines.endpoint import verify_endpoint
+from longext.models.engines.served_rope import verify_endpoint
 from longext.options import EndpointConfig, RuntimeConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -28,9 +28,9 @@ from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import Passkey
 from longext.models.answers import Request, generate_predictions, load_of
 from longext.models.continuations import Continuations
-from longext.models.engine.cost import expected_cost
-from longext.models.engine.prefixes import sharing_order
 from longext.models.hf import HFLanguageModel, load_language_model
+from longext.models.throughput.cost import expected_cost
+from longext.models.throughput.prefixes import sharing_order
 from longext.options import RuntimeConfig
 
 

@@ -17,7 +17,7 @@ def open_model(config: Any) -> LanguageModel:
     """
     # an evaluation whose settings are a plain `RuntimeConfig` has no method and no memory
     if getattr(config, "endpoint", None):
-        from longext.models.endpoint.model import open_endpoint
+        from longext.models.engines.endpoint import open_endpoint
 
         return open_endpoint(config)
     method, factor = getattr(config, "method", None), getattr(config, "factor", None)

@@ -436,7 +436,7 @@ def first_choices(
     """
     import torch
 
-    from longext.models.engine.prefixes import shared_stretches
+    from longext.models.throughput.prefixes import shared_stretches
 
     texts = [[*prompt, *answer] for prompt, answer in prompts]
     firsts = [len(prompt) for prompt, _ in prompts]

@@ -13,8 +13,8 @@ from longext.evals.base import Eval, Progress, Work, no_progress
 from longext.options import ChatConfig
 
 if TYPE_CHECKING:
-    from longext.models.engine.cost import Cost
     from longext.models.protocol import LanguageModel
+    from longext.models.throughput.cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def run_eval(
         raise ConfigError(f"{task.model} is a .gguf, which `eval ppl` and `passkey` read. Give a checkpoint.")
     if asking and model is not None:
         set_asking(model, asking)
-    from longext.models.engine.cost import Bill
+    from longext.models.throughput.cost import Bill
 
     bill = Bill(tell_cost, task.price_per_hour)
     outcome = task.measure(model, data, Work(progress=progress, answers=answers, expect=bill.expect))

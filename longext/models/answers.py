@@ -15,9 +15,11 @@ from typing import Any
 from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
-from longext.models.engine.caches import join_rows, row_of
-from longext.models.engine.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
-from longext.models.engine.prefixes import (
+from longext.models.hf import HFLanguageModel
+from longext.models.protocol import LanguageModel
+from longext.models.throughput.caches import join_rows, row_of
+from longext.models.throughput.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
+from longext.models.throughput.prefixes import (
     STRETCH,
     PrefixReader,
     is_worth_it,
@@ -26,9 +28,7 @@ from longext.models.engine.prefixes import (
     sharing_order,
     stretches_of,
 )
-from longext.models.engine.rows import write_rows
-from longext.models.hf import HFLanguageModel
-from longext.models.protocol import LanguageModel
+from longext.models.throughput.rows import write_rows
 from longext.models.turns import control_tokens, split_thought
 from longext.processes.dealing import deal, share, workers_of
 from longext.processes.launcher import is_main_process

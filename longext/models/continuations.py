@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longext.errors import ConfigError
-from longext.models.engine.prefixes import PrefixReader, sharing_order, stretches_of
 from longext.models.protocol import LanguageModel
+from longext.models.throughput.prefixes import PrefixReader, sharing_order, stretches_of
 
 if TYPE_CHECKING:
     import torch

@@ -46,7 +46,7 @@ from longext.models.turns import Asking, ending_tokens, prefix_of
 from longext.options import RuntimeConfig
 
 if TYPE_CHECKING:
-    from longext.models.engine.pace import Pace
+    from longext.models.throughput.pace import Pace
 
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20

@@ -17,7 +17,7 @@ from longext.evals.base import Advance
 from longext.report.tables import Table
 
 if TYPE_CHECKING:
-    from longext.models.engine.cost import Cost
+    from longext.models.throughput.cost import Cost
 
 _PLAIN_SECONDS = 15.0  # without a terminal, one progress line at most this often
 

@@ -12,8 +12,8 @@ from completions_server import CompletionsServer
 from typer.testing import CliRunner
 
 from longext.errors import ConfigError
-from longext.models.endpoint import client
-from longext.models.endpoint.client import base_url
+from longext.models.engines import client
+from longext.models.engines.client import base_url
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SECRET = "sk-very-secret-0123456789"

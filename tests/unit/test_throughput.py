@@ -17,12 +17,12 @@ from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import Passkey
 from longext.models.answers import Request, generate_predictions
 from longext.models.continuations import Continuations
-from longext.models.engine import pace as pace_module
-from longext.models.engine.cost import Bill, expected_cost
-from longext.models.engine.pace import Load, Pace, measure_pace
-from longext.models.engine.prefixes import PrefixReader, common_prefix, sharing_order
-from longext.models.engine.rows import write_rows
 from longext.models.methods import RemapRequest
+from longext.models.throughput import pace as pace_module
+from longext.models.throughput.cost import Bill, expected_cost
+from longext.models.throughput.pace import Load, Pace, measure_pace
+from longext.models.throughput.prefixes import PrefixReader, common_prefix, sharing_order
+from longext.models.throughput.rows import write_rows
 
 STORY = "It was the best of times, it was the worst of times. The old man walked slowly down the road, and then "
 FAST = Pace(token=1e-3, pair=0.0, step=1e-2, rows=4, together=1.0, most_tokens=100_000)

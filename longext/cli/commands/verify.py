@@ -80,7 +80,7 @@ def verify_and_show(config: VerifyConfig, as_json: bool, aside: bool = False) ->
 def _ask_endpoint(config: VerifyConfig, as_json: bool) -> None:
     from longext.cli.output import show
     from longext.manifest import result_record
-    from longext.models.engines.endpoint import verify_endpoint
+    from longext.models.engines.served_rope import verify_endpoint
     from longext.options import RuntimeConfig
     from longext.report.commands.model import endpoint_table
 

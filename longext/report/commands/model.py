@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from longext.conversion.extend import ExtensionPlan
     from longext.conversion.gguf.extend import GgufPlan
     from longext.conversion.verify import Verification
-    from longext.models.engines.endpoint import EndpointAnswer
+    from longext.models.engines.served_rope import EndpointAnswer
     from longext.rope.analysis import DimensionRow
     from longext.rope.spec import RopeSpec
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longext.models.engine.pace import Load, Pace, measured_pace
-from longext.models.engine.prefixes import PrefixReader, is_worth_it, sharing_order
+from longext.models.throughput.pace import Load, Pace, measured_pace
+from longext.models.throughput.prefixes import PrefixReader, is_worth_it, sharing_order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longext.models.decode import NanWatch, plain_generation
-from longext.models.engine.caches import some_rows
+from longext.models.throughput.caches import some_rows
 
 if TYPE_CHECKING:
     from longext.models.hf import HFLanguageModel

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from longext.checkpoint.checks import not_numbers
-from longext.models.engine.caches import grows
 from longext.models.head import decoder_of
+from longext.models.throughput.caches import grows
 
 if TYPE_CHECKING:
     from longext.models.hf import HFLanguageModel

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from longext.models.batching import kv_numbers
-from longext.models.engine.caches import Row, grows, join_rows, row_of
+from longext.models.throughput.caches import Row, grows, join_rows, row_of
 
 if TYPE_CHECKING:
     from longext.models.hf import HFLanguageModel

@@ -1,1 +1,0 @@
-"""Models behind a server of OpenAI's completions API."""
