@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 _FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _COMMANDS = "reference/commands/"
+_LOG = logging.getLogger("mkdocs.hooks.longext")
+_HREF = re.compile(r'(?<=<a href=")(?!\w+:|#|/)([^"#]+\.(?:md|ipynb))(?=[#"])')
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
@@ -61,3 +64,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{config.repo_url.rstrip('/')}/{kind}/main/{path}{anchor}"
 
     return _LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Let the links of notebooks lead to pages, as mkdocs does for Markdown; warn of those that lead nowhere."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def rewrite(match: re.Match[str]) -> str:
+        path = posixpath.join(posixpath.dirname(page.file.src_uri), match[1])
+        file = files.get_file_from_path(posixpath.normpath(path))
+        if file is None:
+            _LOG.warning("%s has a link to %s, which is no page.", page.file.src_uri, match[1])
+            return match[1]
+        return file.url_relative_to(page.file)
+
+    return _HREF.sub(rewrite, html)

@@ -94,7 +94,7 @@ def _paragraphs(help: str | None) -> list[str]:
 def _command_page(name: str, command: Any) -> str:
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     usage = " ".join(["longext", name, *(f"[{param.name.upper()}]" for param in arguments), "[OPTIONS]"])
-    lines = [f"# longext {name}", ""]
+    lines = ["---", "search: {boost: 2}", "---", "", f"# longext {name}", ""]
     for paragraph in _paragraphs(command.help):
         title, colon, example = paragraph.partition(": longext ")
         lines += [f"{title}:", "", "```", f"longext {example}", "```", ""] if colon else [_plain(paragraph), ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from longext.conversion.engines import serving_engines
@@ -52,6 +53,11 @@ class Advice:
 
     def __repr__(self) -> str:
         return "\n".join([*self.answer, "", *self.commands, "", repr(self.table())])
+
+    def _repr_html_(self) -> str:
+        answer = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.answer)
+        commands = escape("\n".join(self.commands))
+        return f"{answer}<pre>{commands}</pre>{self.table()._repr_html_()}"
 
 
 def _row(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
