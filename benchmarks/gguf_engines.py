@@ -96,8 +96,8 @@ def log_probabilities(logits: np.ndarray, ids: list[int]) -> np.ndarray:
     return wide[np.arange(len(wide)), ids[1 : len(wide) + 1]] - best - np.log(np.exp(wide - best[:, None]).sum(-1))
 
 
-def measure(out: Path, record: dict[str, Any], model: str, original: int) -> None:
-    """Add a row for every setting and factor that is not there yet."""
+def measure(out: Path, record: dict[str, Any], model: str, original: int, names: list[str]) -> None:
+    """Add a row for every setting of `names` and factor that is not there yet."""
     import longext
     from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
     from longext.checkpoint.load import load_tokenizer
@@ -109,7 +109,7 @@ def measure(out: Path, record: dict[str, Any], model: str, original: int) -> Non
     base = out / f"{title}.gguf"
     if not base.is_file():
         export_gguf(ExportConfig(format="gguf", model=model, output=str(base), dtype="float32"))
-    for name in SETTINGS:
+    for name in names:
         for factor in FACTORS:
             row = {"model": title, "setting": name, "factor": factor, "tokens": factor * original}
             if any(all(each[key] == row[key] for key in row) for each in record["results"]):
@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--smollm2", help="directory of the checkpoint")
     parser.add_argument("--file", type=Path, help="its .gguf")
+    parser.add_argument("--only", action="append", choices=list(SETTINGS), help="a setting; may be repeated")
     given = parser.parse_args()
+    chosen = given.only or list(SETTINGS)
     given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / FILE_NAME
     names = ("llama-cpp-python", "transformers", "torch", "numpy")
@@ -168,9 +170,9 @@ def main() -> None:
     record.update(versions=versions, dtype="float32", device="cpu", new_tokens=NUM_NEW, text="sample")
     if given.file:
         time_extension(given.out, record, given.file)
-    measure(given.out, record, "books-5m", 512)
+    measure(given.out, record, "books-5m", 512, chosen)
     if given.smollm2:
-        measure(given.out, record, given.smollm2, 128)
+        measure(given.out, record, given.smollm2, 128, chosen)
 
 
 if __name__ == "__main__":

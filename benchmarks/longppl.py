@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--short-context", type=int, default=128)
     parser.add_argument("--min-gain", type=float, default=MIN_GAIN, help="nats; fewer give more key tokens")
-    parser.add_argument("--books", type=int, default=10)
+    parser.add_argument("--books", type=int, default=8)
     parser.add_argument("--windows", type=int, default=2, help="texts of each book")
     parser.add_argument("--trials", type=int, default=2, help="passkeys at each of five depths")
     return parser.parse_args()

@@ -32,7 +32,8 @@ _PYTHON = {
             "longext.models.remap.Remapping",
             "longext.training.run.TrainingResult",
             "longext.conversion.merge.MergeResult",
-            "longext.compressor.reading.generation.Generated",
+            "longext.compressor.writing.pieces.Generated",
+            "longext.compressor.writing.conversation.Conversation",
             "longext.compressor.reading.session.Session",
             "longext.planning.fit.TrainingPlan",
         ],
@@ -194,8 +195,7 @@ def python_pages() -> dict[str, str]:
     """Return the pages of what `import longext` offers: docstrings (mkdocstrings), fields, registries."""
     pages = {name: (title, list(objects)) for name, (title, objects) in _PYTHON.items()}
     shown = {path.rpartition(".")[2] for _, objects in pages.values() for path in objects}
-    fielded = [name for name in longext._PUBLIC if dataclasses.is_dataclass(getattr(longext, name))]
-    configs = [name for name in fielded if name not in shown and name != "RopeSpec"]
+    configs = [name for name, module in longext._PUBLIC.items() if module.endswith(".config") or ".suites." in module]
     rest = [name for name in longext._PUBLIC if name not in {*shown, *configs, *_REGISTRIES}]
     pages["parts"][1].extend(f"{longext._PUBLIC[name]}.{name}" for name in rest)
     written = {

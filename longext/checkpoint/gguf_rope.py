@@ -119,6 +119,8 @@ def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
             own = compute_inv_freq(read_parameters(found, rotary_dim, length))[1]
             found["attention_factor"] = own * temperature
     factors = _stored_factors(file, rotary_dim)
+    if temperature in (None, 1.0) and all(value == 1 for each in factors.values() for value in each):
+        factors = {}
     if factors and found["rope_type"] != "default":
         raise CheckpointError(
             f"{file.path} holds factors of single frequencies beside '{kind}' scaling, which no method has. Convert "
@@ -139,16 +141,14 @@ def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
 
 
 def _stored_factors(file: GgufFile, rotary_dim: int) -> RopeParameters:
-    """Return short and long divisors of each frequency, nothing for a file without any (or with ones)."""
-    names = [(FREQS, FREQS)] if FREQS in file.tensors else [(_SHORT, _LONG)]
-    for short, long in names:
-        if long in file.tensors and short in file.tensors:
-            lists = {"short_factor": file.floats(short).tolist(), "long_factor": file.floats(long).tolist()}
-            if any(len(each) != rotary_dim // 2 or not all(0 < x < math.inf for x in each) for each in lists.values()):
-                raise CheckpointError(f"{file.path}: '{long}' must hold {rotary_dim // 2} numbers above 0.")
-            if any(value != 1 for each in lists.values() for value in each):
-                return lists
-    return {}
+    """Return short and long divisors of each frequency, nothing for a file without any."""
+    short, long = (FREQS, FREQS) if FREQS in file.tensors else (_SHORT, _LONG)
+    if short not in file.tensors or long not in file.tensors:
+        return {}
+    lists = {"short_factor": file.floats(short).tolist(), "long_factor": file.floats(long).tolist()}
+    if any(len(each) != rotary_dim // 2 or not all(0 < x < math.inf for x in each) for each in lists.values()):
+        raise CheckpointError(f"{file.path}: '{long}' must hold {rotary_dim // 2} numbers above 0. Download it again.")
+    return lists
 
 
 def gguf_rope(file: GgufFile, spec: RopeSpec, length: int) -> GgufRope:

@@ -27,7 +27,7 @@ def evaluation_command(name: str) -> Command:
 
 def run_evaluation(task: Eval, as_json: bool) -> None:
     """Run an evaluation and write its results; exit with 1 if a limit was missed."""
-    from longext.report.console import progress, working
+    from longext.report.console import progress, say_cost, working
     from longext.report.outcome import contents_of
     from longext.report.results import output_directory
 
@@ -38,7 +38,7 @@ def run_evaluation(task: Eval, as_json: bool) -> None:
             run_eval(task, answers=answers)
             return
         with kept_answers([answers, scores_path(output)], output, task):
-            measured = run_eval(task, progress=progress, loading=working, answers=answers)
+            measured = run_eval(task, progress=progress, loading=working, answers=answers, tell_cost=say_cost)
             deliver(output, contents_of(measured, str(output)), as_json=as_json, notes=measured.notes)
         task.require(measured.record)
 

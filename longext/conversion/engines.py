@@ -248,7 +248,9 @@ def engine_notes(parameters: Mapping[str, Any]) -> tuple[str, ...]:
     if not others:
         return ()
     told = "; ".join(f"{each.title} {each.reading(kind).what}" for each in others)
-    return (f"Some engines make something else of this RoPE, in silence: {told}.",)
+    is_static = kind in ("yarn+attention", "longrope-static")
+    way = " For llama.cpp, `longext export gguf` carries it (Llama)." if is_static else ""
+    return (f"Some engines make something else of this RoPE, in silence: {told}.{way}",)
 
 
 def gguf_note() -> str:

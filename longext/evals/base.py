@@ -57,10 +57,13 @@ class Work:
         progress: opens a progress display.
         answers: where answers are kept until the results are written, so that an interrupted run goes on from them;
             None if nothing is kept.
+        expect: told (model, prompts in tokens, new tokens at most, whether prefixes are shared) of what is done next,
+            for the cost of the run.
     """
 
     progress: Progress = no_progress
     answers: Path | None = None
+    expect: Callable[..., None] = lambda model, prompts, num_new, shares=True: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,10 @@ class Eval(SharedConfig, RuntimeConfig):
     limit_option: ClassVar[str] = FAIL_UNDER
     limits_are_most: ClassVar[bool] = False
     memory_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    price_per_hour: float | None = option(
+        None, "USD for an hour of this device, for the cost that is told before.", ge=0, panel="Running"
+    )
 
     @classmethod
     def implied_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -281,6 +281,12 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
     prompts, decisions = Prompts(model, task), None
+    texts = [prompts.make(trial).input_ids for trial in prompts.trials]
+    is_exact = task.rules.scoring == "exact"
+    if task.answers != LIKELIHOOD:
+        work.expect(model, texts, 0 if is_exact else len(texts) * _YARN_NEW_TOKENS, is_exact)
+    if task.answers != GENERATE:
+        work.expect(model, texts, 0)
     with work.progress(
         f"passkey {task.protocol}", len(prompts.trials) * (2 if task.answers == BOTH else 1), "prompts"
     ) as advance:

@@ -136,9 +136,14 @@ def evaluate_perplexity(
 
 def num_forward_tokens(documents: Sequence[TokenizedDocument], config: Perplexity) -> int:
     """Return how many tokens an evaluation sends through the model (for progress bars and plans)."""
+    return sum(map(len, _forward_texts(documents, config)))
+
+
+def _forward_texts(documents: Sequence[TokenizedDocument], config: Perplexity) -> list[range]:
+    """Return a text of every window's length: what it costs does not depend on its tokens."""
     lengths = [max(config.lengths)] if config.protocol == "positional" else config.lengths
     head = len(documents[0].head)
-    return sum(window.length + head for length in lengths for window in _plan_windows(documents, config, length))
+    return [range(each.length + head) for length in lengths for each in _plan_windows(documents, config, length)]
 
 
 def _plan_windows(documents: Sequence[TokenizedDocument], config: Perplexity, length: int) -> list[Window]:
@@ -316,6 +321,7 @@ def perplexity_record(
 def measure_perplexity(task: Perplexity, model: LanguageModel, documents: Sequence[Document], work: Work) -> Outcome:
     """Return the record of `eval ppl` under a protocol of windows."""
     tokenized, num_short = tokenize_documents(model, documents, task)
+    work.expect(model, _forward_texts(tokenized, task), 0, False)
     with work.progress(f"ppl {task.protocol}", num_forward_tokens(tokenized, task), "tokens") as advance:
         results = evaluate_perplexity(model, tokenized, task, advance)
     by_length = {str(row.length): row.ppl for row in results}

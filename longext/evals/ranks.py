@@ -100,17 +100,16 @@ def rank_questions(model: LanguageModel, questions: Sequence[Any], advance: Adva
     asked = [question for question in questions if question.choices is not None]
     names, keeper = kept_scores(model, "continuations", [astuple(question.choices) for question in asked])
     reader = Continuations(model)
+    stretches = reader.stretches([question.choices.input_ids for question in asked])
 
     def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
         first = asked[0].choices  # one question decides for all, in whatever process and order they are asked
-        reader.decide(first.input_ids, first.right[0])
+        reader.decide(first.input_ids, [*first.right, *first.wrong])
+        reader.forget()  # what a stretch gives depends on it alone
         choices = (asked[number].choices for number in batch)
         return [{"nll": reader.nll(each.input_ids, [*each.right, *each.wrong])} for each in choices]
 
-    order = sorted(range(len(asked)), key=lambda number: -len(asked[number].choices.input_ids))
-    rows = deal(
-        names, [[number] for number in order], answer, keeper=keeper, on_progress=advance, workers=workers_of(model)
-    )
+    rows = deal(names, stretches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [_rank(question, row["nll"]) for question, row in zip(asked, rows, strict=True)]
 
 

@@ -285,6 +285,7 @@ class RetrievalEval(QuestionEval):
         started = time.perf_counter()
         planned = self.questions(model, data)
         decisions = None if self.error_rate is None else self._decisions(planned, data)
+        self._expect(model, planned, work)
         with work.progress(self.name, len(planned) * (self.generates + self.ranks), self.unit) as advance:
             if decisions is None:
                 asked = self._answered(model, planned, work.answers, advance)
@@ -361,6 +362,16 @@ class RetrievalEval(QuestionEval):
             ranks=[rank for each in rounds for rank in each.ranks],
         )
 
+    def num_new(self, question: Any) -> int:
+        """Return the tokens that are written at most."""
+        return int(question.max_new_tokens)
+
+    def _expect(self, model: LanguageModel, questions: Sequence[Any], work: Work) -> None:
+        if self.generates:
+            work.expect(model, [each.input_ids for each in questions], sum(map(self.num_new, questions)))
+        if self.ranks:
+            work.expect(model, [each.choices.input_ids for each in questions if each.choices], 0)
+
     def _outcome_of(self, given: GivenAnswers) -> Outcome:
         record = result_record(
             self.kind,
@@ -420,9 +431,12 @@ def first_choices(
 
     One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
     and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
-    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has.
+    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that
+    saves enough.
     """
     import torch
+
+    from longext.models.engine.prefixes import shared_stretches
 
     texts = [[*prompt, *answer] for prompt, answer in prompts]
     firsts = [len(prompt) for prompt, _ in prompts]
@@ -431,9 +445,18 @@ def first_choices(
         scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
         return [{"is_top1": row.tolist()} for row in scores.is_top1.cpu()]
 
-    batches = batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number])))
+    def answer_behind(batch: Sequence[int]) -> list[dict[str, Any]]:
+        assert reader is not None
+        reader.forget()  # what a stretch gives depends on it alone
+        return [{"is_top1": reader.first_choices(*prompts[number]).tolist()} for number in batch]
+
+    reader, batches = shared_stretches(model, [prompt for prompt, _ in prompts])
+    if reader is not None:
+        answer = answer_behind
+    else:
+        batches = list(batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number]))))
     names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
-    rows = deal(names, list(batches), answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
+    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [torch.tensor(row["is_top1"]) for row in rows]
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longext.errors import ConfigError
 from longext.evals.base import Eval, Progress, Work, no_progress
 from longext.options import ChatConfig
 
 if TYPE_CHECKING:
+    from longext.models.engine.cost import Cost
     from longext.models.protocol import LanguageModel
 
 
@@ -40,6 +42,7 @@ def run_eval(
     progress: Progress = no_progress,
     loading: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     answers: Path | None = None,
+    tell_cost: Callable[[Cost], object] = lambda cost: None,
 ) -> Measured:
     """Return what `task` measures of its model.
 
@@ -49,6 +52,7 @@ def run_eval(
         progress: opens a progress display.
         loading: opens what shows that a model is being loaded.
         answers: where answers are kept while the run lasts.
+        tell_cost: told what a part of the run will cost, before it begins.
 
     Raises:
         ConfigError, DataError, CheckpointError: something given cannot be used.
@@ -67,9 +71,16 @@ def run_eval(
         set_threads(task.threads)
         with loading(f"loading {task.model}"):
             model = task.open_model()
+    readable = getattr(model, "kinds", None)
+    if readable is not None and task.kind not in readable:
+        raise ConfigError(f"{task.model} is a .gguf, which `eval ppl` and `passkey` read. Give a checkpoint.")
     if asking and model is not None:
         set_asking(model, asking)
-    outcome = task.measure(model, data, Work(progress=progress, answers=answers))
+    from longext.models.engine.cost import Bill
+
+    bill = Bill(tell_cost, task.price_per_hour)
+    outcome = task.measure(model, data, Work(progress=progress, answers=answers, expect=bill.expect))
+    outcome.record.update(bill.facts())
     if task.limit_option:
         outcome.record["bars"] = task.verdicts(limits, outcome)
     return Measured(task=task, record=outcome.record, notes=outcome.notes, files=outcome.files)

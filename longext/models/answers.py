@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
-from longext.models.decode import generate
+from longext.models.engine.caches import join_rows, row_of
+from longext.models.engine.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
+from longext.models.engine.prefixes import (
+    STRETCH,
+    PrefixReader,
+    is_worth_it,
+    kept_prefix,
+    num_tokens,
+    sharing_order,
+    stretches_of,
+)
+from longext.models.engine.rows import write_rows
 from longext.models.hf import HFLanguageModel
 from longext.models.protocol import LanguageModel
 from longext.models.turns import control_tokens, split_thought
-from longext.processes.dealing import deal, workers_of
+from longext.processes.dealing import deal, share, workers_of
+from longext.processes.launcher import is_main_process
 
+_PACE = "(pace)"  # the row of a file of answers that makes a run that goes on cut the same batches
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
 
@@ -73,6 +86,11 @@ class Prediction:
 Progress = Callable[[int], None]
 
 
+def load_of(requests: Sequence[Request]) -> Load:
+    """Return what there is to read and to write."""
+    return Load(prompts=[each.input_ids for each in requests], num_new=sum(each.max_new_tokens for each in requests))
+
+
 def generate_predictions(
     model: LanguageModel,
     requests: Sequence[Request],
@@ -84,14 +102,15 @@ def generate_predictions(
 ) -> list[Prediction]:
     """Return the greedy answer to every request, in the order of `requests`.
 
-    The longest prompts go first. A plain model takes several at once (left padding, KV cache); other models take them
-    one by one. Batches depend on all requests, not on those still open, so a run that was cut off and taken up again
-    computes what an uninterrupted one computes.
+    A plain model reads what prompts share once and writes several answers together; readers by segments take prompts of
+    one length together. Batches depend on all requests and on what was measured, which `path` holds, and not on those
+    still open: a run that was cut off and taken up again computes what an uninterrupted one computes.
 
     Args:
         path: JSON-lines file that every finished batch is appended to; answers that it holds are not made again.
         on_progress: called with the number of requests just answered, those found in `path` first.
-        batch_tokens: prompt and new tokens of a batch (default: one prompt on a CPU, 32,768 tokens on an accelerator).
+        batch_tokens: prompt and new tokens of a batch (default: as measured on this device; for runs that are not worth
+            it one prompt on a CPU, 32,768 tokens on an accelerator).
         is_chat: the prompts are messages in the chat template; None: control tokens in them are not looked for.
 
     Raises:
@@ -100,21 +119,30 @@ def generate_predictions(
     """
     assert len({request.id for request in requests}) == len(requests), "two requests share an id"
     assert all(request.input_ids for request in requests), "a prompt needs a token"
-    control = _control_counts(model, is_chat)
-    numbers = {request.id: number for number, request in enumerate(requests)}
-
-    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(each) for each in _answer(model, [requests[i] for i in batch], control)]
-
+    keeper = None if path is None else _journal(model, requests, path)
+    pace = _agreed_pace(model, requests, keeper) if batch_tokens is None else None
+    writer = _Writer(model, requests, batch_tokens, pace, _control_counts(model, is_chat))
     rows = deal(
-        list(numbers),
-        [[numbers[request.id] for request in batch] for batch in _batches(model, requests, batch_tokens)],
-        answer,
-        keeper=None if path is None else _journal(model, requests, path),
+        [request.id for request in requests],
+        writer.stretches(),
+        writer.answer,
+        keeper=keeper,
         on_progress=on_progress,
         workers=workers_of(model),
     )
     return [Prediction(**row) for row in rows]
+
+
+def _agreed_pace(model: LanguageModel, requests: Sequence[Request], keeper: Journal | None) -> Pace | None:
+    """Return what was measured, by the run that this one goes on with if there is one, the same in all processes."""
+    kept = {} if keeper is None else keeper.read()
+    if _PACE in kept:
+        found = Pace(**kept[_PACE]["pace"])
+    else:
+        found = share().agreed(measured_pace(model, load_of(requests)))
+        if keeper is not None and found is not None and is_main_process():
+            keeper.add({_PACE: {"pace": dataclasses.asdict(found)}})
+    return found
 
 
 def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int]:
@@ -128,35 +156,150 @@ def _control_counts(model: LanguageModel, is_chat: bool | None) -> dict[int, int
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _batches(model: LanguageModel, requests: Sequence[Request], batch_tokens: int | None) -> Iterator[list[Request]]:
-    """Yield requests that can share a tensor, longest first."""
-    is_plain = isinstance(model, HFLanguageModel)
+class _Writer:
+    """Makes the answers of a run: which prompts go together, in what order, and what is kept of one for the next.
 
-    def key(request: Request) -> Hashable:
-        # one rotation holds for a batch, and every prompt has that of its own length when it is alone
-        length = len(request.input_ids) + request.max_new_tokens if model.follows_length else None
-        return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length
+    Prompts that begin alike follow each other, if that saves enough, and their common beginning is read once; else the
+    longest go first. Each prompt is read by itself and answers are written together, unless reading together is faster
+    too. All of it follows from all requests, not from those still open.
 
-    budget = (batch_tokens or default_batch_tokens(model.device)) if is_plain else 1
-    open_batches: dict[Hashable, list[Request]] = {}
-    for request in sorted(requests, key=lambda r: (-len(r.input_ids), r.id)):
-        batch = open_batches.setdefault(key(request), [])
-        if batch and (len(batch) + 1) * (len(batch[0].input_ids) + batch[0].max_new_tokens) > budget:
+    Args:
+        batch_tokens: prompt and new tokens of a batch; None: as `pace` says, else one prompt on a CPU.
+        pace: what was measured.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        requests: Sequence[Request],
+        batch_tokens: int | None,
+        pace: Pace | None,
+        control: Mapping[int, int],
+    ) -> None:
+        self._model, self._control, self._reading = model, control, _Reading.of(model)
+        self._is_plain = isinstance(model, HFLanguageModel)
+        self._most = pace.rows if pace else None
+        self._budget = 1  # a prompt at a time
+        if self._is_plain or hasattr(model, "greedy_rows"):
+            self._budget = pace.most_tokens if pace else batch_tokens or default_batch_tokens(model.device)
+        self._requests = requests
+        texts = [request.input_ids for request in requests]
+        together = pace.together if pace else 1.0  # what reading prompts in one tensor gains
+        order, kept = sharing_order(texts) if self._is_plain else ([], [])
+        shares = is_worth_it(texts, kept) and num_tokens(texts) > together * (num_tokens(texts) - sum(kept))
+        apart = shares or (self._most or 1) > 1 and together == 1
+        self._reader = PrefixReader.of(model) if self._is_plain and apart else None
+        if self._is_plain and self._reader is None and pace and together == 1:
+            self._most = 1
+        longest = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), requests[i].id))
+        self._shares = shares and self._reader is not None
+        self._order = order if self._shares else longest
+
+    def stretches(self) -> list[list[int]]:
+        """Return requests that are answered one after the other, whatever was answered before, by number."""
+        longest = max((len(request.input_ids) for request in self._requests), default=0)
+
+        def key(number: int) -> Hashable:
+            request = self._requests[number]
+            # one rotation holds for a batch, and every prompt has that of its own length when it is alone
+            length = len(request.input_ids) + request.max_new_tokens if self._model.follows_length else None
+            # keys that only fill are read with every token, so lengths in a batch are alike
+            size = int(4 * math.log2(longest / len(request.input_ids))) if self._most != 1 else 0
+            if not self._is_plain:
+                size = len(request.input_ids)
+            return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length, size
+
+        groups: dict[Hashable, list[int]] = {}
+        for number in self._order:
+            groups.setdefault(key(number), []).append(number)
+        if not self._shares:
+            return [batch for group in groups.values() for batch in self._batches(group)]
+        texts = [request.input_ids for request in self._requests]
+        found = []
+        for group in groups.values():
+            kept = [0, *(kept_prefix(texts[a], texts[b], len(texts[b]) - 1) for a, b in itertools.pairwise(group))]
+            found += stretches_of(group, kept, max(STRETCH, self._most or 0))
+        return found
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yield requests whose answers are written together."""
+        batch: list[int] = []
+        for number in numbers:
+            members = [self._requests[each] for each in (*batch, number)]
+            size = max(len(each.input_ids) for each in members) + members[0].max_new_tokens
+            if batch and (len(members) * size > self._budget or len(batch) == self._most):
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
             yield batch
-            batch = open_batches[key(request)] = []
-        batch.append(request)
-    yield from open_batches.values()
 
+    def answer(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the answers of a stretch."""
+        if self._reader is not None:
+            self._reader.forget()
+        batches = ([self._requests[number] for number in batch] for batch in self._batches(numbers))
+        return [dataclasses.asdict(each) for batch in batches for each in self._answers(batch)]
 
-def _answer(model: LanguageModel, batch: Sequence[Request], control: Mapping[int, int]) -> list[Prediction]:
-    reading = _Reading.of(model)
-    if batch[0].max_new_tokens < 1:
-        rows: list[list[int]] = [[] for _ in batch]
-    elif isinstance(model, HFLanguageModel):
-        rows = _greedy_batch(model, batch, reading)
-    else:
-        rows = [model.greedy(request.input_ids, request.max_new_tokens) for request in batch]
-    return [reading.prediction(request, row, control) for request, row in zip(batch, rows, strict=True)]
+    def _answers(self, batch: Sequence[Request]) -> list[Prediction]:
+        """Return the answers of a batch; where memory ends, those of its halves."""
+        try:
+            rows = self._write(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            rows = None
+        if rows is None:  # outside the handler, which holds on to what the batch needed
+            self._forget()
+            middle = len(batch) // 2
+            return [*self._answers(batch[:middle]), *self._answers(batch[middle:])]
+        return [self._reading.prediction(request, row, self._control) for request, row in zip(batch, rows, strict=True)]
+
+    def _forget(self) -> None:
+        if self._reader is not None:
+            self._reader.forget()
+        release_memory(self._model.device)
+
+    def _write(self, batch: Sequence[Request]) -> list[list[int]]:
+        first, model = batch[0], self._model
+        if first.max_new_tokens < 1:
+            return [[] for _ in batch]
+        if not isinstance(model, HFLanguageModel):
+            if len(batch) == 1:
+                return [model.greedy(first.input_ids, first.max_new_tokens)]
+            reader: Any = model
+            rows: list[list[int]] = reader.greedy_rows([each.input_ids for each in batch], first.max_new_tokens)
+            return rows
+        return write_rows(
+            model,
+            [request.input_ids for request in batch],
+            first.max_new_tokens,
+            self._reading.ends | set(first.stop_ids),
+            min_new_tokens=first.min_new_tokens,
+            is_stopped=self._stopped(batch),
+            cache=self._read(batch),
+        )
+
+    def _read(self, batch: Sequence[Request]) -> Any:
+        """Return the keys and values of prompts without their last tokens; None if they are read as they are written.
+
+        The cache of one prompt is the reader's own, which goes back to the prompt when the next one is read.
+        """
+        reader = self._reader
+        if reader is None or any(len(request.input_ids) < 2 for request in batch):
+            return None
+        rows = []
+        for request in batch:
+            reader.read(request.input_ids[:-1])
+            rows.append(row_of(reader.cache))
+        return reader.cache if len(batch) == 1 else join_rows(reader.model, rows, batch[0].max_new_tokens + 1)
+
+    def _stopped(self, batch: Sequence[Request]) -> Callable[[int, list[int]], bool] | None:
+        """Return what tells that an answer holds one of its stop strings; a thought is no text of the answer."""
+        if not any(request.stop for request in batch):
+            return None
+        reading = self._reading
+        return lambda i, new: _first_stop(reading.visible(batch[i], new)[2], batch[i].stop) is not None
 
 
 @dataclass(frozen=True)
@@ -230,38 +373,6 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((place for place in places if place >= 0), default=None)
 
 
-def _greedy_batch(model: HFLanguageModel, batch: Sequence[Request], reading: _Reading) -> list[list[int]]:
-    """Return the new tokens of each request; what follows a row's end is only there to fill."""
-    prompts, first = [request.input_ids for request in batch], batch[0]
-    longest = max(map(len, prompts))
-    return generate(
-        model,
-        prompts,
-        first.max_new_tokens,
-        reading.ends | set(first.stop_ids),
-        min_new_tokens=first.min_new_tokens or None,
-        stopping_criteria=_stopping(reading, batch, longest) if any(request.stop for request in batch) else None,
-    )
-
-
-def _stopping(reading: _Reading, batch: Sequence[Request], longest: int) -> Any:
-    """Return transformers' stopping criterion that ends a row once its text holds one of its stop strings.
-
-    A thought is no text of the answer: stop strings in it end nothing.
-    """
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class _StopStrings(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            rows = zip(batch, input_ids[:, longest:].tolist(), strict=True)
-            is_stopped = [
-                _first_stop(reading.visible(request, row)[2], request.stop) is not None for request, row in rows
-            ]
-            return torch.tensor(is_stopped, device=input_ids.device)
-
-    return StoppingCriteriaList([_StopStrings()])
-
-
 # --- what a reader of answers has to know -----------------------------------------------------------------------------
 
 
@@ -304,4 +415,6 @@ def _share(count: int, predictions: Collection[Prediction]) -> str:
 def _journal(model: LanguageModel, requests: Sequence[Request], path: Path) -> Journal:
     """Return the file of predictions at `path`."""
     fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
-    return Journal(path, fingerprint, check=lambda row: Prediction(**row))
+    return Journal(
+        path, fingerprint, check=lambda row: Pace(**row["pace"]) if row["id"] == _PACE else Prediction(**row)
+    )

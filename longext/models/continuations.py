@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longext.models.hf import HFLanguageModel
+from longext.errors import ConfigError
+from longext.models.engine.prefixes import PrefixReader, sharing_order, stretches_of
 from longext.models.protocol import LanguageModel
 
 if TYPE_CHECKING:
@@ -13,14 +14,19 @@ if TYPE_CHECKING:
 
 _TOLERANCE = {"torch.float32": 1e-3}  # nats per token between reading at once and behind a cache
 _HALF_TOLERANCE = 0.1
+_PACKED = 512  # tokens of continuations in one pass
+
+Continued = Sequence[Sequence[int]]
+_Form = Callable[[Sequence[int], Continued], list[float]]
 
 
 class Continuations:
     """Scores continuations of prompts.
 
-    A plain model reads a prompt once, and each continuation behind its cache. That it finds the first continuation as
-    likely as in one pass is looked at once; if not (a rotation that follows the length, a cache that cannot go back, a
-    family of its own), every continuation is read with its prompt.
+    A plain model reads a prompt once (of prompts that follow each other only what differs), and behind its cache all
+    continuations in one row, each under a mask that hides the others; or, if the model takes no such mask, one after
+    the other. That the first continuations are found as likely as in one pass is looked at once; if they are not,
+    every continuation is read with its prompt.
 
     Attributes:
         reads_once: the prompt is read once; None until it was tried.
@@ -28,61 +34,88 @@ class Continuations:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self.reads_once: bool | None = None if type(model) is HFLanguageModel and not model.follows_length else False
+        self._reader = PrefixReader.of(model)
+        self._form: _Form = self._packed
+        self.reads_once: bool | None = None if self._reader else False
 
-    def nll(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    def nll(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
         """Return the negative log-likelihood of each continuation in nats, summed over its tokens.
 
         Args:
             prompt: at least one token.
         """
-        self.decide(prompt, continuations[0])
-        return self._behind_cache(prompt, continuations) if self.reads_once else self._whole(prompt, continuations)
+        self.decide(prompt, continuations)
+        form = self._form if self.reads_once and len(prompt) > 1 else self._whole
+        return form(prompt, continuations)
 
-    def decide(self, prompt: Sequence[int], continuation: Sequence[int]) -> None:
-        """Try whether prompts can be read once, unless that is known."""
+    def decide(self, prompt: Sequence[int], continuations: Continued) -> None:
+        """Try how prompts can be read, unless that is known."""
         if self.reads_once is None:
-            self.reads_once = self._agrees(prompt, continuation)
+            forms: tuple[_Form, ...] = (self._packed, self._one_by_one)
+            self._form = next((form for form in forms if self._agrees(form, prompt, continuations)), self._whole)
+            self.reads_once = self._form != self._whole
 
-    def _agrees(self, prompt: Sequence[int], continuation: Sequence[int]) -> bool:
+    def forget(self) -> None:
+        """Keep nothing of the prompt before."""
+        if self._reader is not None:
+            self._reader.forget()
+
+    def stretches(self, prompts: Continued) -> list[list[int]]:
+        """Return prompts that share a prefix in lists, each in the order that shares most; longest first."""
+        if self._reader is not None:
+            return stretches_of(*sharing_order(prompts))
+        return [[number] for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))]
+
+    def _agrees(self, form: _Form, prompt: Sequence[int], continuations: Continued) -> bool:
         if len(prompt) < 2:
             return False
+        first = [continuations[0], continuations[-1], continuations[0]]
         try:
-            cached = self._behind_cache(prompt, [continuation, continuation])
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            found = form(prompt, first)
+        except (AttributeError, ConfigError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
-        (whole,) = self._whole(prompt, [continuation])
+        whole = self._whole(prompt, first[:2])
         model: Any = self.model
-        most = len(continuation) * _TOLERANCE.get(str(model.model.dtype), _HALF_TOLERANCE)
-        return all(abs(value - whole) <= most + 1e-3 * abs(whole) for value in cached)
+        each = _TOLERANCE.get(str(model.model.dtype), _HALF_TOLERANCE)
+        pairs = zip(found, [*whole, whole[0]], first, strict=True)
+        return all(abs(value - exact) <= len(ids) * each + 1e-3 * abs(exact) for value, exact, ids in pairs)
 
-    def _whole(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    def _whole(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
         import torch
 
         rows = ([*prompt, *continuation] for continuation in continuations)
         return [float(self.model.score(torch.tensor([row]), len(prompt)).nll.sum()) for row in rows]
 
-    def _behind_cache(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-        import torch
-        from torch.nn.functional import cross_entropy
+    def _one_by_one(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
+        assert self._reader is not None
+        self._reader.read(prompt[:-1])
+        return [_nll(self._reader.behind([prompt[-1], *each[:-1]]), each) for each in continuations]
 
-        model: Any = self.model
-        run, device = model.model, model.device
-        with torch.no_grad():
-            read = run(input_ids=_row(prompt[:-1], device), use_cache=True, logits_to_keep=1)
-            cache, found = read.past_key_values, []
-            for continuation in continuations:
-                ids = _row([prompt[-1], *continuation[:-1]], device)
-                logits = run(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
-                targets = _row(continuation, logits.device)[0]
-                found.append(float(cross_entropy(logits, targets, reduction="sum")))
-                cache.crop(-len(continuation))  # takes so many away: the one form that all versions know
-                if cache.get_seq_length() != len(prompt) - 1:
-                    raise ValueError("the cache did not go back")
+    def _packed(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
+        assert self._reader is not None
+        self._reader.read(prompt[:-1])
+        found = []
+        for part in _parts(continuations):
+            ids = [token for each in part for token in (prompt[-1], *each[:-1])]
+            logits = self._reader.behind(ids, [len(each) for each in part])
+            pieces = logits.split([len(each) for each in part])
+            found += [_nll(piece, each) for piece, each in zip(pieces, part, strict=True)]
         return found
 
 
-def _row(ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    import torch
+def _parts(continuations: Continued) -> Iterator[Continued]:
+    part: list[Sequence[int]] = []
+    for each in continuations:
+        if part and sum(map(len, part)) + len(each) > _PACKED:
+            yield part
+            part = []
+        part.append(each)
+    yield part
 
-    return torch.tensor([list(ids)], device=device)
+
+def _nll(logits: torch.Tensor, ids: Sequence[int]) -> float:
+    """Return the summed negative log-likelihood of tokens, given logits [n, V] in front of each."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    return float(cross_entropy(logits, torch.tensor(list(ids), device=logits.device), reduction="sum"))

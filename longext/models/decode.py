@@ -156,13 +156,13 @@ def generate(
     pad = model.pad_token() or 0  # masked: which token fills is without effect
     padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    with model.frozen_rope(longest + max_new_tokens), _plain_generation(model.model, ends):
+    with model.frozen_rope(longest + max_new_tokens), plain_generation(model.model, ends):
         output = model.model.generate(
             torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            logits_processor=[watch := _NanWatch()],
+            logits_processor=[watch := NanWatch()],
             **{"do_sample": False, **settings},
         )
     watch.check()
@@ -170,7 +170,7 @@ def generate(
     return continued
 
 
-class _NanWatch:
+class NanWatch:
     """A logits processor that changes nothing and remembers logits that are not numbers (generation would go on)."""
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class _NanWatch:
 
 
 @contextlib.contextmanager
-def _plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
     """Leave nothing of a model's generation settings but the tokens that end a text, `ends`; undone on leaving.
 
     What else generation_config.json may set (a repetition penalty, beams, banned tokens) changes greedy decoding: it

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +45,9 @@ from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
 from longext.options import RuntimeConfig
 
+if TYPE_CHECKING:
+    from longext.models.engine.pace import Pace
+
 _HEAD_BYTES = 8 * 2**20  # float32 logits alive at a time on a CPU: they stay in its cache
 _HEAD_BYTES_ACCELERATOR = 256 * 2**20
 
@@ -64,6 +67,7 @@ class HFLanguageModel:
     Attributes:
         asking: how questions are put to it: template variables, thoughts, control tokens.
         remapping: the position remapping it is under, or None.
+        pace: how fast it was measured to be here; None before.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class HFLanguageModel:
         self.extended_length = extended_length
         self.asking = Asking()
         self.remapping: Remapping | None = None
+        self.pace: Pace | None = None
         self._head_is_plain: bool | None = None
         self._rows = embedding_rows(model)
 
@@ -223,6 +228,7 @@ class HFLanguageModel:
 
         Its trained length is that of the config: a model whose RoPE was extended in training reads all of it.
         """
+        self.pace = None
         if self.remapping is not None:
             self.remapping.detach()
             self.remapping, self.extended_length = None, 0
@@ -293,13 +299,6 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     is_top1[is_top1.clone()] = logits[is_top1].argmax(-1) == targets[is_top1]
     nll = logits.sub_(best[..., None]).exp_().sum(-1).log_() + (best - chosen)
     return TokenScores(nll, is_top1)
-
-
-def kv_numbers(config: Any) -> int:
-    """Return the numbers that keys and values of one position are, in all layers of a model of this text config."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size)
 
 
 def load_language_model(

@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from longext.evals.base import Advance
 from longext.report.tables import Table
+
+if TYPE_CHECKING:
+    from longext.models.engine.cost import Cost
 
 _PLAIN_SECONDS = 15.0  # without a terminal, one progress line at most this often
 
@@ -45,6 +48,18 @@ def print_table(table: Table) -> None:
 def say(text: str, *, aside: bool = False) -> None:
     """Print one line to standard output (`aside`: to standard error, if JSON has the other)."""
     (stderr() if aside else stdout()).print(text)
+
+
+def say_cost(cost: Cost) -> None:
+    """Print what a run reads and writes, its seconds on this device and its price, to standard error."""
+    shared = f" ({cost.num_shared_tokens:,} shared, read once)" if cost.num_shared_tokens else ""
+    new = f", at most {cost.num_new_tokens:,} to write" if cost.num_new_tokens else ""
+    say(f"{cost.num_prompts:,} texts: {cost.num_read_tokens:,} tokens to read{shared}{new}", aside=True)
+    if cost.seconds is not None:
+        together = f", {cost.num_at_once} answers at once" if cost.num_at_once > 1 else ""
+        price = "" if cost.usd is None else f", {cost.usd:,.2g} USD"
+        most = "at most about" if cost.num_new_tokens else "about"
+        say(f"{most} {duration(cost.seconds)} on this device{together}{price}", aside=True)
 
 
 @contextlib.contextmanager

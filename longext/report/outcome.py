@@ -70,8 +70,8 @@ class Tables(list[Table]):
     def __repr__(self) -> str:
         from rich.console import Console
 
-        # in a notebook rich would show the tables itself, a second time, and leave nothing to return
-        console = Console(width=_WIDTH, file=io.StringIO(), highlight=False, force_jupyter=False)
+        # in a notebook rich would show the tables itself, a second time, or write colours that only a terminal reads
+        console = Console(width=_WIDTH, file=io.StringIO(), highlight=False, force_jupyter=False, force_terminal=False)
         for part in (part for table in self for part in table.parts(_WIDTH)):
             console.print(part.to_rich(mark="*"))
         return str(console.file.getvalue())  # type: ignore[attr-defined]

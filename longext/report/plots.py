@@ -23,7 +23,7 @@ INK, GRID = "#222222", "#e3e3e3"
 TRAINED_DASHES = (0, (4, 3))  # of the line at the trained length, in every picture
 
 
-class _Shown(Figure):
+class NotebookFigure(Figure):
     """A figure that a notebook shows as it is; one made without pyplot is a line of text there."""
 
     def _repr_png_(self) -> bytes:
@@ -34,7 +34,7 @@ class _Shown(Figure):
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of this project's look, sizes in inches; no backend is chosen for it."""
-    return _Shown(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    return NotebookFigure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
 def style(axes: Any, title: str, x: str, y: str) -> None:

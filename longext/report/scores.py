@@ -17,7 +17,7 @@ _HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
 _PARTS = ("model", "protocol", "data", "versions")
 _ADVICE = "Give the -o directory of an evaluation."
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")
-_NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor"})
+_NO_SCORES = frozenset({"seconds", "low", "high", "order", "trained_length", "short_length", "factor", "usd"})
 _INTERVALS = ("_low", "_high")
 _NO_SCORES_INSIDE = frozenset(
     {

@@ -30,8 +30,9 @@ from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, 
 from longext.data.packing import Windows
 from longext.data.rows import open_rows
 from longext.errors import ConfigError, TrainingError
+from longext.models.batching import kv_numbers
 from longext.models.head import head_is_plain
-from longext.models.hf import HFLanguageModel, kv_numbers
+from longext.models.hf import HFLanguageModel
 from longext.models.remap import attach
 from longext.processes.group import is_main_process, is_sharded, main_process_first, wait_for_all
 from longext.rope.spec import methods_that

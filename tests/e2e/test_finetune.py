@@ -320,6 +320,8 @@ def test_a_swept_run_is_the_run(run, tmp_path, args):
     objective = "full attention" if "full" in args[-3:] and "--attention" in args else "s2 attention in groups of 64"
     assert record["attention"]["objective"] == objective
     assert objective in (tmp_path / "swept" / "README.md").read_text()
+    told = "by longce, short is 64 tokens" in (tmp_path / "swept" / "table.md").read_text()
+    assert told == ("longce" in args)
 
 
 def test_a_router_loss_is_not_dropped_in_silence(run, tmp_path):

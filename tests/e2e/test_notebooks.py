@@ -28,6 +28,7 @@ def test_a_notebook_runs(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel sets it
     names = {"__name__": "__main__"}
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -37,6 +38,7 @@ def test_a_notebook_runs(file, tmp_path, monkeypatch):
     assert matplotlib.get_backend() == backend, "the pictures of a user's own notebook would no longer appear"
     for value in shown:
         assert repr(value), "rich shows it itself"
+        assert "\x1b" not in repr(value)
         if isinstance(value, Figure):
             assert value._repr_png_().startswith(b"\x89PNG")
 

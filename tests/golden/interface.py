@@ -30,6 +30,7 @@ def command_lines(text: str) -> list[str]:
     Left out are notations (`longext eval ppl|passkey`, `longext recipes [list|show|copy]`), groups, and measured times.
     """
     blocks = [block.partition("\n")[2] for block in re.findall(r"```(.*?)```", text, re.DOTALL)]
+    blocks = [block for block in blocks if not block.startswith("longext/")]  # the tree of the package
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
     lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " "))
     found = [match[1].strip() for line in lines if (match := re.search(r"(?:^|\s|/)(longext\s+[a-z].*)", line))]

@@ -40,6 +40,7 @@ _MARKS = {
     "lm_eval": "<version>",
     "num_threads": "<threads>",
     "seconds": "<time>",
+    "num_at_once": "<measured>",
     "peak_bytes": "<bytes>",
     "peak_memory_bytes": "<bytes>",
     "peak_memory_gib": "<bytes>",

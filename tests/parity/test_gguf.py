@@ -282,3 +282,10 @@ def test_the_engine_makes_the_tokens_of_the_tokenizer(tmp_path):
         assert engine.detokenize(ids) == tokenizer.decode(ids, skip_special_tokens=True)
     assert dataclasses.asdict(ExportConfig(format="gguf", model="x"))["dtype"] == "auto"
     assert {"llama"} <= READ_FREQS
+
+
+def test_a_temperature_alone_is_carried(written, tmp_path):
+    spec = spec_of("yarn", factor=1.0, attention_factor=1.1)
+    rope = read_gguf_rope(changed(written, tmp_path / "out.gguf", rope_for("llama", spec, 256)))
+    inv_freq, temperature = compute_inv_freq(rope.spec)
+    assert np.allclose(inv_freq, compute_inv_freq(spec)[0], rtol=1e-6) and temperature == pytest.approx(1.1)

@@ -343,6 +343,17 @@ def test_a_conversation_goes_on_from_its_file(books, uio, tmp_path):
         Conversation(open_text(MemoryConfig(memory=str(tmp_path / "a.memory"), device="cpu")), system="Be kind.")
 
 
+def test_positions_are_those_that_the_next_token_sees(uio):
+    """Memories inside the overlap take none."""
+    for spec, held in (("uio", 1 + 3 * 32 // 4), ("thinned:8+32", 1 + 2 * 32 // 8 + 32), ("", 96)):
+        text = opened(spec, uio).text
+        text.absorb(range(3, 3 + 3 * 32 + 5))
+        text.logits()
+        assert text.positions() == (held + 5, 512)
+        decoder = getattr(text, "_decoder", None)
+        assert decoder is None or decoder.length == held + 5
+
+
 def test_what_no_file_stands_for_is_refused(uio, tmp_path):
     for spec, text in (
         ("", "window is no memory"),

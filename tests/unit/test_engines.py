@@ -10,7 +10,7 @@ import pytest
 
 from longext.attention.bands import REMAPS, SHARED
 from longext.conversion.engines import ENGINES, KINDS, OTHER, REMAPPED, RIGHT, RUN, engine_notes, kind_of, readers
-from longext.report.commands.engines import methods_by_kind
+from longext.report.commands.engines import gguf_engine_table, methods_by_kind
 from longext.rope.spec import extension_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -40,6 +40,26 @@ def test_the_pages_have_the_tables():
         text = page.read_text(encoding="utf-8")
         for table in tables:
             assert table.to_markdown() in text, "python benchmarks/methods.py --write puts it there"
+
+
+def test_every_method_was_run_in_llama_cpp_as_the_page_says():
+    """Static methods give the perplexity and greedy text of transformers; what follows the length is refused."""
+    file = DOCS / "results" / "engines" / "llama-cpp-python-0.3.36.json"
+    record, page = json.loads(file.read_text(encoding="utf-8")), (DOCS / "engines.md").read_text(encoding="utf-8")
+    assert gguf_engine_table(record).to_markdown() in page, "report.commands.engines.gguf_engine_table makes it"
+    run = [row for row in record["results"] if "refused" not in row]
+    assert {row["setting"].partition(",")[0] for row in record["results"]} >= set(extension_methods())
+    for row in run:
+        assert row["ppl_llama_cpp"] == pytest.approx(row["ppl_transformers"], rel=1e-4), row
+        assert row["same_tokens"] == record["new_tokens"], row
+    refused = {row["setting"] for row in record["results"] if "refused" in row}
+    assert refused == {"dynamic", "longrope, factors 1 up to L"}
+
+
+def test_the_rope_of_a_server_was_told_as_the_page_says():
+    record = json.loads((DOCS / "results" / "engines" / "endpoint.json").read_text(encoding="utf-8"))
+    assert all(row["found"] == row["applied"] for row in record["results"])
+    assert f"{record['right']} of {record['of']}" in (DOCS / "engines.md").read_text(encoding="utf-8")
 
 
 def test_every_parameter_of_a_remapping_is_documented():

@@ -156,7 +156,14 @@ def test_every_kind_that_a_report_takes_is_tested_here():
     records = (made.perplexity, made.memory_perplexity, made.short, made.effective, made.passkey, made.longeval)
     records += (made.babilong, made.reconstruction, made.efficiency, made.harness, made.compare, made.training)
     known = {own()["kind"] for own in records} | {"needle", "longbench", "compress-train"}
-    known |= {"ruler", "nolit", "mrcr", "graphwalks", "longbench2"}  # drawn by the views of every question, as needle
+    known |= {
+        "ruler",
+        "nolit",
+        "mrcr",
+        "graphwalks",
+        "longbench2",
+        "infinitebench",
+    }  # drawn by the views of every question, as needle
     known |= {"longppl"}  # lines, as perplexity
     assert known == set(kinds())
     assert {"positions", "longbench-e", "longbench-lm-eval", "training"} | known - {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pydoc
 import re
 import sys
 from pathlib import Path
@@ -62,6 +63,11 @@ def test_every_public_name_is_in_the_reference(pages):
     python = "\n".join(text for path, text in pages.items() if path.startswith("reference/python/"))
     for name in set(longext.__all__) - {"__version__"}:
         assert re.search(rf"^(?:## {name}|::: longext\.[\w.]+\.{name})$", python, re.MULTILINE), name
+
+
+def test_what_the_reference_takes_docstrings_from_exists(pages):
+    for path in re.findall(r"^::: (.*)$", "\n".join(pages.values()), re.MULTILINE):
+        assert pydoc.locate(path).__doc__, path
 
 
 def test_the_site_builds_without_a_warning(tmp_path, monkeypatch, caplog):

@@ -124,9 +124,20 @@ class Reader:
         stream = self.stream(input_ids)
         return continue_rows(stream.next_logits, stream.add, max_new_tokens, self.ending_tokens)[0]
 
+    @torch.no_grad()
+    def greedy_rows(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Return what `greedy` returns of each of several prompts, all of one length; they are read together."""
+        stream = self._stream(torch.tensor([list(ids) for ids in prompts], device=self.device))
+        count = len(prompts)
+        return continue_rows(stream.next_logits, stream.add, max_new_tokens, self.ending_tokens, num_rows=count)
+
     def stream(self, input_ids: Sequence[int], advance: Callable[[int], object] = lambda _: None) -> Stream:
         """Return one text as it is read, its tokens so far taken; `advance` as in `Stream.add`."""
-        stream, tokens = HeldSession(self), torch.tensor([list(input_ids)], device=self.device)
+        return self._stream(torch.tensor([list(input_ids)], device=self.device), advance)
+
+    def _stream(self, tokens: torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> Stream:
+        """Return texts of one length, int64 [B, T], as they are read."""
+        stream = HeldSession(self)
         stream.trail.ask(tokens[:, -QUESTION:])
         stream.add(tokens, advance)
         return stream

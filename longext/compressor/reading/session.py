@@ -150,9 +150,9 @@ class Session(Stream, Continued):
 
     def positions(self) -> tuple[int, int]:
         """Return the positions in use: the sink, slots, and raw tokens; and how many the model has."""
-        raw = sum(ids.shape[1] for ids in (self.trail.overlap, self.tail) if ids is not None)
-        sink = self.spec.sink if self.trail.state.num_segments else 0
-        return sink + self.num_slots + raw, self.compressor.backbone.window
+        read = self.trail.schedule.num_readable(self.trail.state.num_segments)
+        raw = 0 if self.tail is None else self.tail.shape[1]
+        return read + raw, self.compressor.backbone.window
 
     def reset(self) -> None:
         """Forget everything and start a new document."""

@@ -75,6 +75,7 @@ class Conversation:
         when_full: str | None = None,
     ) -> None:
         self.opened, self.model, self.text = opened, opened.model, opened.text
+        self.text.eos = self.model.ending_tokens  # as the model is asked now
         self.writing = writing or Writing()
         is_window = isinstance(self.text, WindowSession)
         if is_window and when_full == "thin":

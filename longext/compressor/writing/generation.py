@@ -101,6 +101,7 @@ class Writer:
         self.opened = open_text(config)
         self._model, self._text = self.opened.model, self.opened.text
         set_asking(self._model, config)
+        self._text.eos = self._model.ending_tokens
         self.is_chat = bool(config.chat_template) or (config.chat_template is None and self.opened.turn == "user")
         self._context, self._prompt = self._tokens(context)
         self.num_unread = len(self._context) + len(self._prompt)

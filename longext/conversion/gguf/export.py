@@ -15,7 +15,14 @@ from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import TORCH_NAMES, StoredTensor, read_shards, tensors_of
 from longext.conversion.config import ExportConfig
 from longext.conversion.extend import trained_rope, written_rope
-from longext.conversion.gguf.extend import RECORD_KEY, check_gguf_output, extension_record, gguf_output, record_value
+from longext.conversion.gguf.extend import (
+    RECORD_KEY,
+    check_gguf_output,
+    extension_record,
+    gguf_output,
+    path_from,
+    record_value,
+)
 from longext.conversion.gguf.tokenizer import CONVERTER, GgufTokenizer, gguf_tokenizer
 from longext.errors import CheckpointError, ConfigError
 from longext.extras import require
@@ -193,8 +200,8 @@ def _add_keys(writer: Any, plan: ExportPlan, gguf: Any) -> None:
         if value is not None:
             writer.add_key_value(name, value[1], kinds(value[0]))
     record = extension_record(
-        base_model=plan.config.model,
-        base_path=str(plan.source.resolve()),
+        base_model=shown_name(plan.config.model),
+        base_path=path_from(Path(plan.config.named_output), plan.source),
         origin=plan.origin,
         spec=plan.spec,
         old_length=plan.origin.original_max_position_embeddings,

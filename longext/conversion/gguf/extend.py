@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from longext.conversion.extend import bare_spec, new_spec
 from longext.errors import CheckpointError, ConfigError
 from longext.rope.reading import spec_from_json
 from longext.rope.spec import ROPE_METHODS, RopeSpec, rope_parameters
+from longext.settings import shown_name
 from longext.staging import staged_file
 from longext.untrusted import parse_json
 
@@ -87,6 +89,11 @@ def plan_gguf(config: ExtendConfig) -> GgufPlan:
 
 def _origin(config: ExtendConfig, file: GgufFile, rope: ModelRope) -> RopeSpec:
     """Return the RoPE that the weights were trained with, which nothing may have scaled."""
+    if any(name in file.tensors for name in (FREQS, "rope_factors_long.weight")):
+        raise ConfigError(
+            f"{config.model} holds factors of single frequencies ({FREQS}), which longext cannot take out of a file: "
+            "extend the file or checkpoint that it was made from."
+        )
     record = read_record(file)
     origin = spec_from_json(record["origin"]) if record else rope.spec
     if record and origin != spec_from_json(record["spec"]) and not config.replace:
@@ -99,11 +106,6 @@ def _origin(config: ExtendConfig, file: GgufFile, rope: ModelRope) -> RopeSpec:
             f"{config.model} has a scaled RoPE already ({origin.method}, factor {origin.factor:g} of "
             f"{origin.original_max_position_embeddings} tokens). Extend the file it was made from, or start from the "
             "bare base theta with --replace."
-        )
-    if any(name in file.tensors for name in (FREQS, "rope_factors_long.weight")):
-        raise ConfigError(
-            f"{config.model} holds factors of single frequencies ({FREQS}), which longext cannot take out of a file: "
-            "extend the file or checkpoint that it was made from."
         )
     origin = bare_spec(origin)
     if config.original_length is None:
@@ -131,13 +133,20 @@ def read_record(file: GgufFile) -> dict[str, Any]:
 def provenance(plan: GgufPlan) -> dict[str, Any]:
     """Return what `verify` and a later `extend` need to know."""
     return extension_record(
-        base_model=plan.config.model,
-        base_path=str(plan.file.path.resolve()),
+        base_model=shown_name(plan.config.model),
+        base_path=path_from(Path(plan.config.named_output), plan.file.path),
         origin=plan.origin,
         spec=plan.spec,
         old_length=plan.rope.max_position_embeddings,
         new_length=plan.new_length,
     )
+
+
+def path_from(output: Path, base: Path) -> str:
+    """Return where `base` is, seen from the folder of `output`: a file that is published names no home."""
+    with contextlib.suppress(ValueError):  # another drive
+        return os.path.relpath(base.resolve(), output.resolve().parent)
+    return base.name
 
 
 def extension_record(

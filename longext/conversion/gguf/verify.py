@@ -44,8 +44,8 @@ def verify_gguf(
     rope, record = read_gguf_rope(file), read_record(file)
     spec = spec_from_json(record["spec"]) if record else rope.spec
     checks = [*_check_keys(file, record, spec), _check_frequencies(rope, spec)]
-    named = base or record.get("base_path")
-    other = read_gguf(Path(named)) if named and is_gguf(named) and Path(named).is_file() else None
+    named = Path(base) if base else file.path.parent / record["base_path"] if record else None
+    other = read_gguf(named) if named and is_gguf(named) and (base or named.is_file()) else None
     if other is None:
         why = "was exported from a checkpoint" if named and not is_gguf(named) else "has no base that is here"
         checks.append(Check("weights", "skip", f"the file {why}: pass --base FILE.gguf"))

@@ -46,6 +46,7 @@ class Scorer:
         window: tokens the model reads at once; longer inputs lose their beginning. None: it reads any length.
         batch_tokens: tokens of a forward pass.
         on_progress: called with the number of documents just finished.
+        expect: told of what is done next, for the cost of the run.
         folder: where answers are kept while the run lasts: one file for each kind of request.
         needs_system: a chat template that refuses system messages is an error; else they are left out, as `HFLM` does.
         is_chat: texts come rendered by the chat template.
@@ -62,6 +63,7 @@ class Scorer:
     batch_tokens: int | None = None
     on_progress: Progress | None = None
     folder: Path | None = None
+    expect: Callable[..., None] = lambda model, prompts, num_new, shares=True: None
     needs_system: bool = False
     is_chat: bool = False
     truncated: set[Owner] = field(default_factory=set)
@@ -117,6 +119,7 @@ class Scorer:
         texts = [self._window(*pair, owner) for pair, owner in zip(pairs, owners, strict=True)]
         lengths = [len(continuation) for _, continuation in pairs]
         self.prompt_hashes.update(map(tokens_hash, texts))
+        self.expect(self.model, texts, 0, False)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         budget = batch_size(self.batch_tokens, max(map(len, texts), default=1), self.model.device)
 
@@ -176,9 +179,9 @@ class Scorer:
             if ids[-1] not in requests:
                 requests[ids[-1]] = self._request(ids[-1], text, settings, owner)
         path = self._file("generate_until")
-        made = generate_predictions(
-            self.model, list(requests.values()), path, self.on_progress, self.batch_tokens, is_chat=None
-        )
+        asked = list(requests.values())
+        self.expect(self.model, [each.input_ids for each in asked], sum(each.max_new_tokens for each in asked))
+        made = generate_predictions(self.model, asked, path, self.on_progress, self.batch_tokens, is_chat=None)
         self.predictions += made
         self.prompt_hashes.update(prediction.prompt_sha256 for prediction in made)
         texts = {prediction.id: prediction.text for prediction in made}

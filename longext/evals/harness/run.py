@@ -48,6 +48,7 @@ def measure_harness(config: Harness, model: LanguageModel, tasks: Tasks, work: W
         window=config.max_length or (None if config.memory else model.context_length),
         batch_tokens=config.batch_tokens,
         folder=work.answers,
+        expect=work.expect,
         needs_system=config.system_instruction is not None,
         is_chat=config.is_chat,
     )

@@ -111,6 +111,8 @@ def _ask(config: LongBench, model: LanguageModel, runs: Sequence[TaskRun], work:
     limit, chat = prompt_limit(model, config), uses_template(model, config.chat_template)
     for run in runs:
         run.requests, run.num_truncated = build_requests(model, run.name, run.rows, limit, chat)
+    requests = [request for run in runs for request in run.requests]
+    work.expect(model, [each.input_ids for each in requests], sum(each.max_new_tokens for each in requests))
     with work.progress("longbench", sum(len(run.rows) for run in runs), "answers") as advance:
         for run in runs:
             path = work.answers / f"{run.name}.jsonl" if work.answers else None

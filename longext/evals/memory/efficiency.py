@@ -25,7 +25,8 @@ from longext.errors import ConfigError
 from longext.evals.base import Outcome, Work
 from longext.evals.memory.reconstruction import describe_compressor, open_compressor, read_spec
 from longext.manifest import result_record
-from longext.models.hf import kv_numbers, load_language_model
+from longext.models.batching import kv_numbers
+from longext.models.hf import load_language_model
 from longext.planning.tracker import MemoryTracker
 
 if TYPE_CHECKING:

@@ -246,6 +246,10 @@ class Needle(RetrievalEval):
             value_type=task.value_type or self.value_type,
         )
 
+    def num_new(self, question: NeedleQuestion) -> int:
+        """Return the tokens that are written at most: none for exact scoring."""
+        return question.max_new_tokens if self.scoring == "match" else 0
+
     def ask(
         self,
         model: LanguageModel,

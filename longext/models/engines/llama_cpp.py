@@ -39,7 +39,7 @@ class EngineTokenizer:
 
 
 class LlamaCppModel:
-    """A GGUF file that llama.cpp runs: scored and continued, not put questions to (chat templates are the engine's).
+    """A GGUF file that llama.cpp runs: scored and continued, not put questions to.
 
     Args:
         name: what the user called it.
@@ -50,26 +50,15 @@ class LlamaCppModel:
 
     device = torch.device("cpu")  # where inputs go
     follows_length = False  # one RoPE for all lengths
+    kinds = ("perplexity", "passkey")  # what can be measured of it
 
     def __init__(self, name: str, file: GgufFile, engine: LlamaCpp, cache: str) -> None:
         self.name, self.file, self.engine, self._cache = name, file, engine, cache
+        self.asking = Asking()
         self.rope = read_gguf_rope(file)
         self.prefix: tuple[int, ...] = engine.prefix
         self.ending_tokens: frozenset[int] = engine.ending_tokens
         self.tokenizer = EngineTokenizer(tuple(engine.control_tokens), engine.bos, engine.eos)
-
-    @property
-    def asking(self) -> Asking:
-        """How questions are put to it."""
-        return Asking()
-
-    @asking.setter
-    def asking(self, asking: Asking) -> None:
-        """Refuse: raises ConfigError."""
-        raise ConfigError(
-            f"{self.name} is a .gguf, which `eval ppl` and `passkey` read; questions are put to checkpoints. Evaluate "
-            "the checkpoint that it was made from."
-        )
 
     @property
     def trained_length(self) -> int:

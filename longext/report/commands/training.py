@@ -137,11 +137,12 @@ def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
     tuning, attention = record["tuning"], record["attention"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in tuning["by_kind"].items())
     swept = f"; swept in chunks of {record['sweep']:,} tokens" if record["sweep"] else ""
+    weighed = f" by {loss['name']}, short is {loss['short_context']:,} tokens" if (loss := record.get("loss")) else ""
     share = tuning["num_trainable"] / tuning["num_total"]
     per_step, length = record["rows_per_step"], record["row_length"]
     rows = [
         ("length", f"{record['trained_length']:,} -> {record['target_length']:,} tokens"),
-        ("objective", f"next token, {attention['objective']}{swept}"),
+        ("objective", f"next token{weighed}, {attention['objective']}{swept}"),
         ("evaluation", f"attention: {attention['evaluation']}"),
         ("trained", f"{tuning['tuning']}: {tuning['num_trainable']:,} of {tuning['num_total']:,} ({share:.1%})"),
         ("", kinds),
