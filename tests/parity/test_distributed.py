@@ -38,14 +38,14 @@ MIXED = (
 # evaluations, whose samples are dealt: a suite that generates, one by likelihood, perplexity, all in one
 EVALS = {
     "eval-needle": ("eval", "needle", "books-5m", "--tasks", "single", "--lengths", "200,256",
-        "--num-trials", 2, "--haystack", "noise", "--max-new-tokens", 8),
+        "--num-trials", 1, "--haystack", "noise", "--max-new-tokens", 8),
     "eval-ranked": ("eval", "longeval", "books-5m", "--sizes", "2,3", "--num-cases", 3, "--complete",
         "--answers", "likelihood"),
     "eval-ppl": ("eval", "ppl", "books-5m", "--lengths", "64,96", "--max-tokens", 500, "--batch-tokens", 200),
-    "eval-compare": ("compare", "books-5m", "--methods", "none,yarn", "--factor", 2, "--lengths", "80,128",
-        "--max-tokens", 400, "--num-trials", 1, "--depths", "0,1"),
-    "eval-memory": ("eval", "ppl", "books-5m", "--memory", "window:64", "--segment", 32, "--lengths", "0,64",
-        "--num-places", 3),
+    "eval-compare": ("compare", "books-5m", "--methods", "none,yarn", "--factor", 2, "--lengths", "96",
+        "--max-tokens", 250, "--num-trials", 1, "--depths", "0,1"),
+    "eval-memory": ("eval", "ppl", "books-5m", "--memory", "window:64", "--segment", 32, "--lengths", "0,32",
+        "--num-places", 2),
 }  # fmt: skip
 ONE = {
     "finetune": (*RUN, "--accumulation", 2),
