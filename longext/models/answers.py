@@ -203,8 +203,9 @@ class _Writer:
             request = self._requests[number]
             # one rotation holds for a batch, and every prompt has that of its own length when it is alone
             length = len(request.input_ids) + request.max_new_tokens if self._model.follows_length else None
-            # keys that only fill are read with every token, so lengths in a batch are alike
-            size = int(4 * math.log2(longest / len(request.input_ids))) if self._most != 1 else 0
+            # padding is read too, and keys that only fill with every token, so lengths in a batch are alike
+            parts = 0 if self._most == 1 else 4 if self._reader is None else 1  # of an octave
+            size = int(parts * math.log2(longest / len(request.input_ids)))
             if not self._is_plain:
                 size = len(request.input_ids)
             return request.max_new_tokens, request.stop_ids, request.min_new_tokens, length, size

@@ -29,6 +29,7 @@ _NEW = 8  # tokens read in the time of one written, at least
 _LEAST_READ, _MOST_READ = 64, 1024  # tokens of the probe
 _PART = 50  # of a run's tokens and time, what each half of the probe takes at most
 _GAIN = 1.15  # by which twice the rows have to write more tokens a second
+_TOGETHER = 1.5  # what reading prompts in one tensor has to gain, which pads them
 _STEPS = 3  # of each number of rows; the fastest counts
 _MEMORY_SHARE = 0.3  # of what is free, for keys and values of a batch (they exist twice while a cache grows)
 
@@ -160,7 +161,7 @@ def measure_pace(model: HFLanguageModel, load: Load) -> Pace:
 
 def _gain(together: float, apart: float) -> float:
     """Return how many times as fast something is done together, 1 if that is not worth it."""
-    return apart / together if apart > _GAIN * together else 1.0
+    return apart / together if apart > _TOGETHER * together else 1.0
 
 
 def _best_rows(model: HFLanguageModel, cache: Any, load: Load, fitting: int, reading: float) -> tuple[float, int]:
