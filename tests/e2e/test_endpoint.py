@@ -45,7 +45,7 @@ def record(directory):
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     found = json.loads((directory / "result.json").read_text())
-    return {key: rounded(value) for key, value in found.items() if key not in ("command", "model", "seconds", "bars")}
+    return {key: rounded(value) for key, value in found.items() if key not in ("command", "model", "seconds", "cost")}
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +97,13 @@ def test_log_probabilities_are_those_of_the_model(books, kind):
 
 def test_a_server_without_log_probabilities_of_prompts_is_told_so_and_generates(run, books):
     with CompletionsServer(books, "llama").running() as url:
-        fails_in_one_line(
-            run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "gives no log-probabilities"
-        )
+        fails(run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "gives no log-probabilities")
         ok(run("eval", *SUITES["generating"][:-2], "--endpoint", url, "-o", "out"))
 
 
 def test_a_server_that_splits_texts_itself_scores_no_window_without_its_beginning(run, books):
     with CompletionsServer(books, "echo").running() as url:
-        fails_in_one_line(
-            run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "as text alone", "yarn-truncated"
-        )
+        fails(run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "as text alone", "yarn-truncated")
 
 
 def test_a_server_that_goes_away_leaves_the_answers_so_far(run, tmp_path, books, here):
@@ -123,7 +119,7 @@ def test_a_server_that_goes_away_leaves_the_answers_so_far(run, tmp_path, books,
             return real(body)
 
         server._complete = complete
-        fails_in_one_line(run(*args, "--endpoint", url), 1, "after 6 tries", "HTTP 503 (busy)")
+        fails(run(*args, "--endpoint", url), 1, "after 6 tries", "HTTP 503 (busy)")
         kept = (tmp_path / "out.scores.jsonl").read_text().splitlines()[1:]
         assert len(kept) >= 2
         server._complete, server.failures, server.asked = real, [], []

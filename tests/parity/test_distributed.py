@@ -180,7 +180,7 @@ def untimed_record(directory):
 
     def untimed(value):
         if isinstance(value, dict):
-            return {key: untimed(own) for key, own in value.items() if key not in ("seconds", "command")}
+            return {key: untimed(own) for key, own in value.items() if key not in ("seconds", "command", "cost")}
         return list(map(untimed, value)) if isinstance(value, list) else value
 
     records = [untimed(json.loads(file.read_text())) for file in sorted(directory.rglob("result.json"))]
