@@ -133,6 +133,7 @@ def plan_rope(
         relation=record.get("relation", "keeps" if is_kept else "replaces"),
         shards=(),
         side_files=side_files(base),
+        is_checked=record.get("checked", request.check),
     )
     return plan, {**provenance(plan), "trained": True}, home or base, notes
 

@@ -20,7 +20,6 @@ from longext.models.protocol import LanguageModel
 from longext.models.throughput.caches import join_rows, row_of
 from longext.models.throughput.pace import Load, Pace, is_out_of_memory, measured_pace, release_memory
 from longext.models.throughput.prefixes import (
-    STRETCH,
     PrefixReader,
     is_worth_it,
     kept_prefix,
@@ -219,7 +218,7 @@ class _Writer:
         found = []
         for group in groups.values():
             kept = [0, *(kept_prefix(texts[a], texts[b], len(texts[b]) - 1) for a, b in itertools.pairwise(group))]
-            found += stretches_of(group, kept, max(STRETCH, self._most or 0))
+            found += stretches_of(group, kept, self._most or 0)
         return found
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:

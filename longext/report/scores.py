@@ -13,7 +13,7 @@ from longext.manifest import RESULT_SCHEMA
 from longext.untrusted import fields, is_a, read_json
 
 _FAMILY = RESULT_SCHEMA.partition("/")[0] + "/"
-_HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data")
+_HEADER = ("schema", "kind", "command", "versions", "model", "protocol", "data", "cost")
 _PARTS = ("model", "protocol", "data", "versions")
 _ADVICE = "Give the -o directory of an evaluation."
 _ROW_NAMES = ("name", "task", "method", "way", "content", "memory", "ratio", "start", "length", "depth")

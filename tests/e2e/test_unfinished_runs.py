@@ -21,7 +21,7 @@ class PowerCut(BaseException):
 
 
 NEEDLE = ("needle", "books-5m", "--tasks", "single", "--lengths", "200,256", "--num-trials", 2, "--haystack", "noise")
-NEEDLE = (*NEEDLE, "--max-new-tokens", 8)
+NEEDLE = (*NEEDLE, "--max-new-tokens", 8, "--batch-tokens", 1)
 SUITES = {
     "needle": NEEDLE,
     "longeval": ("longeval", "books-5m", "--sizes", "2,3", "--num-cases", 2, "--complete"),
@@ -36,6 +36,14 @@ SUITES = {
 DISK = "disk"
 WHERE = {"longbench": "out.predictions", "choices": "out.predictions", "mixed": "out.predictions"}
 WHERE |= dict.fromkeys(("ppl", "ranked", "passkey"), "out.scores.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """Answers are kept one by one, not a batch or a stretch of prompts with one prefix at a time."""
+    monkeypatch.setattr("longext.models.throughput.prefixes.STRETCH", 1)
+    for name, words in SUITES.items():
+        monkeypatch.setitem(SUITES, name, (*words, "--batch-tokens", 1))
 
 
 @pytest.fixture

@@ -164,6 +164,13 @@ def _sample_lines(results: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's config without where the model lies, which `_find_tasks` tells tasks that make their own data."""
+    told = {"pretrained", "tokenizer"}
+    metadata = {key: value for key, value in config.get("metadata", {}).items() if key not in told}
+    return {**config, "metadata": metadata} if "metadata" in config else config
+
+
 def _record(
     scorer: Scorer,
     results: dict[str, Any],
@@ -193,7 +200,7 @@ def _record(
     tasks = {
         name: {
             "version": results["versions"].get(name),
-            "config": json.loads(json.dumps(task_config, default=str)),
+            "config": _without_paths(json.loads(json.dumps(task_config, default=str))),
             "sha256": _hash_of(results["samples"].get(name, [])),
         }
         for name, task_config in results["configs"].items()

@@ -61,14 +61,16 @@ def is_worth_it(texts: Sequence[Sequence[int]], kept: Sequence[int]) -> bool:
     return sum(kept) >= _WORTH * num_tokens(texts)
 
 
-def stretches_of(order: Sequence[int], kept: Sequence[int], most: int = STRETCH) -> list[list[int]]:
-    """Return texts in order in lists: a new one where nothing is kept of the text before, and after `most` texts.
+def stretches_of(order: Sequence[int], kept: Sequence[int], most: int = 0) -> list[list[int]]:
+    """Return texts in order in lists: a new one where nothing is kept of the text before, and after so many texts.
+
+    These are `most`, and not fewer than STRETCH.
 
     A list is read from its beginning, so that its results do not depend on where and after what it is read.
     """
     stretches: list[list[int]] = []
     for index, size in zip(order, kept, strict=True):
-        if size and len(stretches[-1]) < most:
+        if size and len(stretches[-1]) < max(STRETCH, most):
             stretches[-1].append(index)
         else:
             stretches.append([index])
