@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from command_line import fails_in_one_line
+from command_line import fails, fails_in_one_line
 from longbench_data import TASKS, write_data
 
 
@@ -124,7 +124,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run(run, tmp_path, many):
     before = first.read_bytes()
     with first.open("ab") as file:
         file.write(b'{"id": "hotpotqa:99", "te')  # a write that was cut off
-    fails_in_one_line(run(*args, "-o", "cut", "--max-length", 100), 2, "other prompts or of another model")
+    fails(run(*args, "-o", "cut", "--max-length", 100), 2, "other prompts or of another model")
     result = run(*args, "-o", "cut", "--resume")
     assert result.exit_code == 0, result.output
     assert before.count(b"\n") > 1

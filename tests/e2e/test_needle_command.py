@@ -36,18 +36,20 @@ def test_match_scoring_keeps_the_answers(run, tmp_path):
 def test_a_run_cut_off_goes_on_where_it_was(run, tmp_path, monkeypatch):
     from longext.models import answers as predictions
 
-    args = ("eval", "needle", "books-5m", *SMALL, "--tasks", "single", "--max-new-tokens", 10, "-o", "n")
+    args = ("eval", "needle", "books-5m", *SMALL, "--tasks", "single", "--max-new-tokens", 10, "--batch-tokens", 1)
+    args = (*args, "-o", "n")
+    monkeypatch.setattr("longext.models.throughput.prefixes.STRETCH", 1)  # kept one by one
     ok(run(*args))
     whole = (tmp_path / "n/answers.jsonl").read_text()
-    real, calls = predictions._answer, []
+    real, calls = predictions._Writer.answer, []
 
-    def once(model, batch, *rest):
-        calls.append(batch)
+    def once(self, numbers):
+        calls.append(numbers)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(model, batch, *rest)
+        return real(self, numbers)
 
-    monkeypatch.setattr(predictions, "_answer", once)
+    monkeypatch.setattr(predictions._Writer, "answer", once)
     cut = run(*args, "--force")
     assert cut.exit_code != 0
     assert "The answers so far are in n.predictions.jsonl" in cut.stderr

@@ -256,7 +256,7 @@ def test_a_picture_that_fails_is_a_line(run, tmp_path, monkeypatch, broken):
     monkeypatch.setattr(f"longext.report.{broken}", explode)
     result = run(*PPL)
     ok(result)
-    assert len(result.stderr.splitlines()) == 1
+    assert len([line for line in result.stderr.splitlines() if "tokens to read" not in line]) == 1
     assert "not made: " in result.stderr and "(ValueError: no such font)" in result.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["results"]
     pictures = ["ppl.png"] if broken == "layout.shown_tables" else []

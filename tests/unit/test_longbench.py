@@ -71,7 +71,7 @@ def test_another_wording_is_refused(monkeypatch):
         read_prompt("hotpotqa")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LongextError, match="pip install lm-eval"):
+    with pytest.raises(LongextError, match=r"prompts needs lm-eval: pip install 'longext\[eval\]'"):
         read_prompt("hotpotqa")
 
 

@@ -148,7 +148,7 @@ def test_a_file_of_another_run_is_refused(books, requests, tmp_path):
     ("line", "message"),
     [
         ("{not json", r"answers.jsonl:3 is not valid JSON"),
-        ('{"id": "r1"}', r"answers.jsonl:3 is no prediction that longext wrote"),
+        ('{"id": "r1"}', r"answers.jsonl:3 is no answer that longext wrote"),
         ("[1]", r"answers.jsonl:3 must hold a JSON object"),
     ],
 )

@@ -99,7 +99,7 @@ def read_prompt(name: str) -> str:
     Raises:
         LongextError: lm-eval is not installed, or its prompt is not the authors' any more.
     """
-    require("LongBench's prompts, which are read from lm-eval,", ["eval"], ["lm_eval"])
+    require("Reading LongBench's prompts", ["eval"], ["lm_eval"])
     found = importlib.util.find_spec("lm_eval")
     path = Path(str(found.origin)).parent / "tasks" / "longbench" / f"{name}.yaml" if found else None
     if path is None or not path.is_file():
