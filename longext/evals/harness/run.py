@@ -165,8 +165,8 @@ def _sample_lines(results: dict[str, Any]) -> str:
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a task's config without where the model lies, which `_find_tasks` tells tasks that make their own data."""
-    told = {"pretrained", "tokenizer"}
+    """Return a task's config without `pretrained`, which `_find_tasks` tells tasks that make their own data."""
+    told = {"pretrained"}
     metadata = {key: value for key, value in config.get("metadata", {}).items() if key not in told}
     return {**config, "metadata": metadata} if "metadata" in config else config
 
