@@ -34,6 +34,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import Reader, load_reader
 from longext.compressor.schedule import Schedule
 from longext.compressor.spec import CompressorSpec
+from longext.errors import ConfigError
 from longext.evals.memory.controls import Texts
 from longext.evals.memory.efficiency import bytes_per_position
 from longext.evals.memory.next_segment import choose_places, gather_texts
@@ -191,7 +192,10 @@ def main() -> None:
 
     for spec in methods(arguments):
         if spec not in rows:
-            add(spec, [(arguments.model, spec)])
+            try:
+                add(spec, [(arguments.model, spec)])
+            except ConfigError as error:  # a pyramid needs room for its widest layer
+                print(f"{spec}: {error}", flush=True)
     for name, reader_of in trained_readers(arguments).items() if arguments.train else ():
         if name not in rows:
             add(name, [reader_of(seed) for seed in range(arguments.seeds)])

@@ -27,7 +27,7 @@ _MOST_ROWS = 64
 _LEAST_PROMPTS, _LEAST_TOKENS = 8, 8192  # of a run that is worth a probe
 _NEW = 8  # tokens read in the time of one written, at least
 _LEAST_READ, _MOST_READ = 64, 1024  # tokens of the probe
-_PART = 50  # of a run's tokens and time, what each half of the probe takes at most
+_PART = 100  # of a run's tokens and time, what each half of the probe takes at most
 _GAIN = 1.15  # by which twice the rows have to write more tokens a second
 _TOGETHER = 1.5  # what reading prompts in one tensor has to gain, which pads them
 _STEPS = 3  # of each number of rows; the fastest counts
@@ -130,8 +130,8 @@ def _probe_size(load: Load) -> int:
 def measure_pace(model: HFLanguageModel, load: Load) -> Pace:
     """Return how fast a model reads the beginning of a middling prompt and writes behind it.
 
-    A fiftieth of what there is to read is read, 1,024 tokens at most; then tokens are written at batch 1, 2, 4, ...
-    until twice the rows do not write more, or a fiftieth of the run's time is used up.
+    A hundredth of what there is to read is read, 1,024 tokens at most; then tokens are written at batch 1, 2, 4, ...
+    until twice the rows do not write more, or a hundredth of the run's time is used up.
     """
     network, device = model.model, model.device
     middle = sorted(load.prompts, key=len)[len(load.prompts) // 2]
