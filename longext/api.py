@@ -87,7 +87,7 @@ def load(
     method: str | None = None,
     factor: float | None = None,
     memory: str | None = None,
-    segment: int = 128,
+    segment: int | None = None,
     **settings: Any,
 ) -> LanguageModel:
     """Load a model for evaluation.
@@ -98,7 +98,7 @@ def load(
             position remapping, "leaky-rerope:logn=true" (`longext.attach` for a model that transformers loaded).
         factor: target length / trained length of `method`.
         memory: read by segments with this memory, as `--memory` spells it.
-        segment: tokens of a segment; a compressor has its own.
+        segment: tokens of a segment (default: 128; a compressor has its own).
         settings: device, dtype, attention, revision, trust_remote_code, threads, seed.
 
     Returns:

@@ -31,6 +31,11 @@ def short_step(context: int) -> int:
     return max(1, context // _STEPS)
 
 
+def short_windows(length: int, context: int, step: int) -> list[tuple[int, int, int]]:
+    """Return the windows of a text of that length: (start, first token that is scored, end)."""
+    return [(max(0, first - context), first, min(first + step, length)) for first in range(1, length, step)]
+
+
 def windowed_loss(
     score: Score, tokens: torch.Tensor, context: int, step: int, whole: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -45,8 +50,7 @@ def windowed_loss(
     import torch
 
     parts = []
-    for first in range(1, tokens.shape[1], step):
-        start, stop = max(0, first - context), min(first + step, tokens.shape[1])
+    for start, first, stop in short_windows(tokens.shape[1], context, step):
         if whole is not None and start == 0:
             parts.append(whole[:, first - 1 : stop - 1])
         else:

@@ -134,9 +134,10 @@ def generate_predictions(
 
 def _agreed_pace(model: LanguageModel, requests: Sequence[Request], keeper: Journal | None) -> Pace | None:
     """Return what was measured, by the run that this one goes on with if there is one, the same in all processes."""
-    kept = {} if keeper is None else keeper.read()
-    if _PACE in kept:
-        found = Pace(**kept[_PACE]["pace"])
+    # the main process's file counts: another machine may not have it
+    kept = share().agreed(None if keeper is None else keeper.read().get(_PACE))
+    if kept is not None:
+        found = Pace(**kept["pace"])
     else:
         found = share().agreed(measured_pace(model, load_of(requests)))
         if keeper is not None and found is not None and is_main_process():

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from longext.evals.base import Advance
+from longext.processes.launcher import num_processes
 from longext.report.tables import Table
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def say_cost(cost: Cost) -> None:
         together = f", {cost.num_at_once} answers at once" if cost.num_at_once > 1 else ""
         price = "" if cost.usd is None else f", {cost.usd:,.2g} USD"
         most = "at most about" if cost.num_new_tokens else "about"
-        say(f"{most} {duration(cost.seconds)} on this device{together}{price}", aside=True)
+        where = "this device" if num_processes() == 1 else f"{num_processes()} devices"
+        say(f"{most} {duration(cost.seconds)} on {where}{together}{price}", aside=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from longext.errors import ConfigError
 from longext.models.engines import client
-from longext.models.engines.client import base_url
+from longext.models.engines.client import Client, base_url
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SECRET = "sk-very-secret-0123456789"
@@ -151,12 +151,35 @@ def test_the_key_goes_to_the_server_and_nowhere_else(run, tmp_path, books, monke
         assert secret.encode() not in written
 
 
+@pytest.mark.parametrize("key", [f"{SECRET}\nX-Other: 1", f"{SECRET}\u2026"])
+def test_a_key_that_no_header_can_hold_is_in_no_message(key):
+    with pytest.raises(ConfigError, match="--endpoint-key") as caught:
+        Client("http://a:8", key)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_key_read_from_a_file_ends_with_a_line_break(books):
+    server = CompletionsServer(books, key=SECRET)
+    with server.running() as url:
+        assert Client(url, f"{SECRET}\n").get("/models")["data"]
+
+
+def test_a_gate_compares_a_served_model_with_a_baseline_here(run, books):
+    """The served model is worse than the one in this process, and so fails against it."""
+    from longext import load
+
+    text = ("--tests", "none", "--lengths", 64, "--max-tokens", 900, "--num-windows", 4)
+    with CompletionsServer(load("books-5m", method="linear", factor=8)).running() as url:
+        args = ("gate", "books-5m", *text, "--baseline", "books-5m", "--endpoint", url)
+        fails(run(*args), 1, "baseline at 64 is", "at most")
+
+
 def test_what_a_server_cannot_follow_is_refused(run, books):
     with CompletionsServer(books).running() as url:
         base = ("eval", *SUITES["likelihood"], "-o", "out", "--endpoint", url)
         fails(run(*base, "--method", "yarn", "--factor", 2), 2, "--method, --factor", "as it is")
         fails(run(*base, "--endpoint-model", "servd"), 2, "No model 'servd'", "served")
-    for wrong in ("localhost:8000", "ftp://a/v1", "http://:80", "http://a:b/v1"):
+    for wrong in ("localhost:8000", "ftp://a/v1", "http://:80", "http://a:b/v1", "http://[::1/v1"):
         with pytest.raises(ConfigError, match="must be an address"):
             base_url(wrong)
     for secret in (f"http://me:{SECRET}@host/v1", f"https://host/v1?key={SECRET}"):

@@ -11,6 +11,7 @@ import torch
 from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, load_backbone, save_compressor
 from longext.compressor.spec import CompressorSpec
+from longext.models.answer_file import Journal
 
 SMALL = ("--num-samples", 6, "--num-bootstrap", 20, "--max-tokens", 600)
 
@@ -65,6 +66,34 @@ def test_other_ratios_batches_and_json(run, compressor):
     for a, b in zip(one["results"], many["results"], strict=True):
         assert a["examples"] == b["examples"]
         assert a["metrics"]["ce_memory"]["mean"] == pytest.approx(b["metrics"]["ce_memory"]["mean"], rel=1e-5)
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_it_scored(run, tmp_path, compressor, monkeypatch):
+    args, scored, add = ("eval", "reconstruction", "uio", *SMALL, "--batch-tokens", 64), [], Journal.add
+
+    def cut(self, rows):
+        add(self, rows)
+        scored.extend(rows)
+        if len(scored) == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", cut)
+    assert run(*args, "-o", "out").exit_code == 130
+    assert run(*args, "-o", "out").exit_code == 0
+    assert len(scored) == len(set(scored)) == 12  # six segments at two ratios, none of them twice
+    assert run(*args, "-o", "whole").exit_code == 0
+    found, expected = (
+        [{**row, "seconds": 0} for row in json.loads((tmp_path / name / "result.json").read_text())["results"]]
+        for name in ("out", "whole")
+    )
+    assert found == expected
+
+
+def test_a_compressor_that_is_loaded_as_a_memory_has_its_own_segment(compressor):
+    from longext import load
+
+    assert load("books-5m", memory="uio").segment == 32
+    assert load("books-5m", memory="window:64").segment == 128
 
 
 def test_notes_say_what_was_not_as_asked(run, compressor):

@@ -41,6 +41,9 @@ EVALS = {
         "--num-trials", 1, "--haystack", "noise", "--max-new-tokens", 8),
     "eval-ranked": ("eval", "longeval", "books-5m", "--sizes", "2,3", "--num-cases", 3, "--complete",
         "--answers", "likelihood"),
+    # prompts that begin alike, whose beginning is read once: more than a stretch of them
+    "eval-shared": ("eval", "passkey", "books-5m", "--lengths", 96, "--depths", 1, "--num-trials", 18,
+        "--answers", "both"),
     "eval-ppl": ("eval", "ppl", "books-5m", "--lengths", "64,96", "--max-tokens", 500, "--batch-tokens", 200),
     "eval-compare": ("compare", "books-5m", "--methods", "none,yarn", "--factor", 2, "--lengths", "96",
         "--max-tokens", 250, "--num-trials", 1, "--depths", "0,1"),
@@ -173,6 +176,8 @@ def test_an_evaluation_dealt_to_two_processes_has_the_record_of_one(place, name)
     assert found == expected
     assert untimed_record(place / name / "out") == untimed_record(place / f"one-{name}" / "out")
     assert [path.name for path in (place / name).iterdir()] == ["out"]  # nothing kept is left
+    if name == "eval-shared":
+        assert json.loads((place / name / "out" / "result.json").read_text())["cost"]["num_shared_tokens"] > 0
 
 
 def untimed_record(directory):

@@ -224,6 +224,16 @@ def test_rows_double_while_more_tokens_are_written(books, monkeypatch):
     assert pace.writing(80, 64) == 30.0 and pace.token > 0 and pace.most_tokens > 1000
 
 
+def test_processes_share_the_time_and_are_all_paid(books, monkeypatch):
+    books.pace = dataclasses.replace(FAST)
+    load = Load(prompts=[tuple(range(5, 105))] * 3, num_new=0)
+    one = expected_cost(books, load, 3.6, shares=False)
+    for processes, sharing in ((2, 2), (8, 3)):  # a text is read by one process
+        monkeypatch.setattr("longext.models.throughput.cost.num_processes", lambda count=processes: count)
+        cost = expected_cost(books, load, 3.6, shares=False)
+        assert (cost.seconds, cost.usd) == (pytest.approx(one.seconds / sharing), one.usd)
+
+
 def test_costs_by_hand(books):
     prompts = [tuple(range(5, 105)), tuple(range(5, 85)) + (1,) * 20]
     cost = expected_cost(books, Load(prompts=prompts, num_new=64), 3.6)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longext.checkpoint.checks import weights_checksum
 from longext.compressor.base import Compressor
 from longext.compressor.checkpoint import LoadedCompressor, check_base_options, load_compressor, read_description
 from longext.compressor.gradients import Sweep
@@ -28,8 +29,9 @@ from longext.evals.base import Advance, Outcome, Work
 from longext.evals.statistics import bootstrap_mean
 from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, rouge_l
 from longext.manifest import result_record
+from longext.models.answer_file import kept_scores
 from longext.models.batching import batched_by
-from longext.processes.dealing import deal
+from longext.processes.dealing import Keeper, deal
 from longext.registry import Registry
 
 if TYPE_CHECKING:
@@ -258,12 +260,15 @@ def _evaluate(
     vocabulary = vocabulary_of(tokenizer, compressor.backbone.embedding.weight.shape[0])
     # before a text stands BOS, else EOS, else token 0
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    rows = []
+    told = (weights_checksum(compressor), compressor.spec.to_json())
+    plain, rows = loaded.plain, []
     for name in config.content:
         rng = np.random.default_rng(config.seed)
         made = np.stack([CONTENTS[name].make(row, vocabulary, rng) for row in segments])
         base = np.concatenate([_base_nll(compressor, batch, start) for batch in _batches(made, compressor, config)])
-        rows += [_row(loaded, name, made, base, ratio, config, advance) for ratio in sorted(ratios)]
+        for ratio in sorted(ratios):
+            kept = kept_scores(plain, "reconstruction", [(*told, ratio, row) for row in made.tolist()])
+            rows.append(_row(loaded, name, made, base, ratio, config, kept, advance))
     return rows
 
 
@@ -284,6 +289,7 @@ def _row(
     base: Floats,
     ratio: int,
     config: Reconstruction,
+    kept: tuple[list[str], Keeper | None],
     advance: Advance,
 ) -> dict[str, Any]:
     """Return what came back of one kind of content at one ratio.
@@ -303,7 +309,8 @@ def _row(
         return [dict(zip(_SCORED, values, strict=True)) for values in zip(*columns, strict=True)]
 
     numbers = batched_by(range(len(segments)), _rows_at_once(segments, compressor, config), lambda _: 0)
-    rows = deal([str(number) for number in range(len(segments))], list(numbers), answer, on_progress=advance)
+    names, keeper = kept
+    rows = deal(names, list(numbers), answer, keeper=keeper, on_progress=advance)
     pairs = list(zip((row["hypothesis"] for row in rows), segments.tolist(), strict=True))
     decode = loaded.plain.decode
     texts = [(decode(hypothesis[sink:]), decode(reference[sink:])) for hypothesis, reference in pairs]

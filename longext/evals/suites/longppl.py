@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from longext.data.long_short import MAX_LOSS, MIN_GAIN, is_key, long_short, short_context, short_step
+from longext.data.long_short import (
+    MAX_LOSS,
+    MIN_GAIN,
+    is_key,
+    long_short,
+    short_context,
+    short_step,
+    short_windows,
+)
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, register, silent
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceLimit, check_lengths, place_limits
@@ -170,11 +178,19 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
         settings = {name: getattr(self, name) for name in names} | {"model": self.evaluator, "revision": None}
         model = load_language_model(RuntimeConfig(**settings), self.evaluator_method, self.evaluator_factor)
         texts = cut_texts(model, data, self)
+        work.expect(
+            model, [text for length, own in texts.items() for _ in own for text in self._read(length)], 0, False
+        )
         with work.progress("key tokens", sum(length * len(texts[length]) for length in texts), "tokens") as advance:
             keys = {length: self._keys_of(model, data, texts[length], advance) for length in texts}
         found = model.describe()
         told = ("id", "config_sha256", "tokenizer_sha256", "remapping")
         return keys, {name: found[name] for name in told if name in found}
+
+    def _read(self, length: int) -> list[range]:
+        """Return what the evaluator reads of a text, as texts of these lengths: all of it, and the short windows."""
+        windows = short_windows(length, self.context, self.step)
+        return [range(length), *(range(stop - start) for start, _, stop in windows if start)]
 
     def _keys_of(
         self, model: LanguageModel, data: Sequence[Document], pieces: Sequence[Piece], advance: Advance
@@ -213,6 +229,7 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
 
         keys, who = self.find_keys(data, work)
         model = model if model is not None else open_model(self)
+        work.expect(model, [range(length) for length in sorted(keys) for _ in keys[length]], 0, False)
         with work.progress("longppl", sum(length * len(keys[length]) for length in keys), "tokens") as advance:
             rows = [measure_keys(model, data, length, keys[length], self, advance) for length in sorted(keys)]
         text = keys_text(keys, who, data, self)

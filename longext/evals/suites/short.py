@@ -132,6 +132,8 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         lengths = self.lengths_within(base.trained_length)
         cuts = cut_windows(base, data, lengths, self)
         num_tokens = sum(cut.length * len(cut.windows) for cut in cuts)
+        texts = [range(cut.length) for cut in cuts for _ in cut.windows]
+        work.expect(base, texts, 0, False)
         with work.progress("short texts, the base", num_tokens, "tokens") as advance:
             base_rows, base_facts = score_short(base, cuts, self, advance), base.describe()
         del base
@@ -141,6 +143,7 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
                 f"{self.model} and {self.reference.model} split this text into different tokens: their perplexities "
                 "are not of the same thing."
             )
+        work.expect(model, texts, 0, False)
         with work.progress("short texts, the model", num_tokens, "tokens") as advance:
             rows = score_short(model, cuts, self, advance)
         record = short_record(model.describe(), base_facts, data, self, compare_short(rows, base_rows, cuts, self))

@@ -49,8 +49,9 @@ def base_url(url: str) -> str:
     Raises:
         ConfigError: no http or https address, or one that holds a secret.
     """
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.SplitResult("", "", "", "", "")
     try:
+        parts = urllib.parse.urlsplit(url)
         is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         is_whole = False
@@ -73,13 +74,18 @@ class Client:
         key: sent as a bearer token; "" for none. It is in no message.
         timeout: seconds to wait for an answer.
 
+    Raises:
+        ConfigError: an address that is none, or a key that no header can hold.
+
     Attributes:
         url: of the API, which ends with /v1.
     """
 
     def __init__(self, url: str, key: str = "", timeout: float = 600.0) -> None:
         self.url = base_url(url)
-        self._key, self._timeout = key, timeout
+        self._key, self._timeout = key.strip(), timeout  # files of keys end with a line break
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError("The key of --endpoint-key has characters that no key has: a line break or no ASCII.")
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def get(self, path: str) -> dict[str, Any]:

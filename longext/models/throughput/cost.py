@@ -9,6 +9,7 @@ from typing import Any
 
 from longext.models.throughput.pace import Load, Pace, measured_pace
 from longext.models.throughput.prefixes import PrefixReader, is_worth_it, sharing_order
+from longext.processes.launcher import num_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,9 @@ class Cost:
         num_shared_tokens: of these, in a prefix that another prompt has too: they are read once.
         num_new_tokens: written at most.
         num_at_once: answers that are written together.
-        seconds: at most, if every answer has its whole budget; None if there is too little to do for a probe.
-        usd: at a price for an hour; None without one, or without seconds.
+        seconds: at most, if every answer has its whole budget, shared evenly by the processes of the run; None if there
+            is too little to do for a probe.
+        usd: at a price for an hour of one device; None without one, or without seconds.
     """
 
     num_prompts: int
@@ -50,15 +52,15 @@ def expected_cost(model: Any, load: Load, price_per_hour: float | None, shares: 
     if not is_worth_it(load.prompts, kept) or PrefixReader.of(model) is None:
         order, kept = list(range(len(load.prompts))), [0] * len(load.prompts)
     pace = measured_pace(model, load)
-    seconds = None if pace is None else _seconds(pace, load, order, kept)
+    busy = None if pace is None else _seconds(pace, load, order, kept)  # of all devices together
     return Cost(
         num_prompts=len(load.prompts),
         num_read_tokens=load.num_tokens,
         num_shared_tokens=sum(kept),
         num_new_tokens=load.num_new,
         num_at_once=pace.rows if pace and load.num_new else 1,
-        seconds=seconds,
-        usd=None if seconds is None or price_per_hour is None else seconds / 3600 * price_per_hour,
+        seconds=None if busy is None else busy / min(num_processes(), len(load.prompts)),
+        usd=None if busy is None or price_per_hour is None else busy / 3600 * price_per_hour,
     )
 
 

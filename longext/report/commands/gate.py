@@ -45,7 +45,7 @@ _ACCURACY = 0.8
 _WINDOWS = (
     "windows of L tokens of the documents, by the seed; the last tokens of each are scored, as `eval ppl --protocol "
     "sliding` scores all but the first; the mean difference to the limit is looked at after "
-    f"{', '.join(map(str, LOOKS))}, ... windows (Student's t, the error divided by the looks)"
+    f"{', '.join(map(str, LOOKS))} windows and after all of them (Student's t, the error divided by the looks)"
 )
 
 
@@ -193,7 +193,7 @@ class _Texts:
 
     def _open_baseline(self, model: LanguageModel) -> LanguageModel:
         plain: dict[str, Any] = {"model": self._config.baseline, "revision": None}
-        plain.update(method=None, factor=None, memory=None)
+        plain.update(method=None, factor=None, memory=None, endpoint=None)
         other = open_model(dataclasses.replace(self._config, **plain))
         text = self._documents[0].text[:10_000]
         if other.encode(text) != model.encode(text):
