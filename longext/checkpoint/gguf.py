@@ -146,9 +146,9 @@ def read_gguf(path: Path) -> GgufFile:
         raise CheckpointError(f"{path} is a {kind} GGUF file; longext reads versions 2 and 3, little-endian.")
     with _mapped(path) as content:
         found = _read_header(content, path, version)
-    if found.values.get("split.count", 1) > 1:
+    if (parts := found.values.get("split.count", 1)) not in (0, 1):
         raise CheckpointError(
-            f"{path} is one part of {found.values['split.count']}. Join them first: llama-gguf-split --merge FIRST OUT"
+            f"{path} is one part of {parts!r:.40}. Join them first: llama-gguf-split --merge FIRST OUT"
         )
     return found
 

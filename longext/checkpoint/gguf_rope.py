@@ -31,6 +31,7 @@ READ_KEYS = READ_FREQS | frozenset(
 )
 FREQS = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_KINDS = ("none", "linear", "yarn", "longrope")
 _SCALING = "type factor attn_factor original_context_length alpha yarn_log_multiplier"
 _SCALING_KEYS = tuple(f"rope.scaling.{name}" for name in _SCALING.split()) + tuple(
     f"rope.scaling.yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
@@ -58,7 +59,7 @@ def read_gguf_rope(file: GgufFile) -> ModelRope:
         )
     head_dim = _whole(file, "attention.key_length") or (_whole(file, "embedding_length") or 0) // _heads(file)
     rotary_dim = _whole(file, "rope.dimension_count") or head_dim
-    if not 2 <= rotary_dim <= head_dim:
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
         raise CheckpointError(f"{file.path} rotates {rotary_dim} of {head_dim} dimensions. Convert the model again.")
     parameters = _parameters(file, rotary_dim, length)
     return ModelRope(
@@ -75,12 +76,11 @@ def read_gguf_rope(file: GgufFile) -> ModelRope:
 
 def _heads(file: GgufFile) -> int:
     key = "attention.head_count"
-    heads = max(file.array(f"{file.architecture}.{key}"), default=None) or _whole(
-        file, key
-    )  # one for each layer, or all
+    each = [n for n in file.array(f"{file.architecture}.{key}") if type(n) is int and n > 0]  # one for each layer
+    heads = max(each, default=None) or _whole(file, key)
     if not heads:
         raise CheckpointError(f"{file.path} does not say how many heads it has ({key}). Convert the model again.")
-    return int(heads)
+    return heads
 
 
 def _whole(file: GgufFile, name: str) -> int | None:
@@ -106,12 +106,17 @@ def _number(file: GgufFile, name: str) -> float | None:
 def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
     """Return flat `rope_parameters`, as transformers would spell what the file says."""
     kind = str(file.get("rope.scaling.type", "linear"))
+    if kind not in _KINDS:
+        raise CheckpointError(
+            f"{file.path}: rope.scaling.type is '{kind:.40}', which llama.cpp does not know ({', '.join(_KINDS)}). "
+            "Convert the model again."
+        )
     # the second name is that of files of 2023
     factor = _number(file, "rope.scaling.factor") or _number(file, "rope.scale_linear") or 1.0
     original = _whole(file, "rope.scaling.original_context_length") or length
     temperature = _number(file, "rope.scaling.attn_factor")
     found: RopeParameters = {"rope_type": "default", "rope_theta": _number(file, "rope.freq_base") or 10000.0}
-    if kind == "linear" and factor != 1:
+    if kind in ("linear", "longrope") and factor != 1:  # llama.cpp divides positions by it but for "none"
         found |= {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
     if kind == "yarn":
         found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}

@@ -80,7 +80,13 @@ def pack(directory: Path, repo: str, leave_out: bool = False) -> Parcel:
     paths = {*_paths(manifest), *paths_of(str(manifest.get("command", "")))}
     texts = {name: without_folders(_text(files[name]), paths) for name in _TEXTS if name in files}
     card = without_folders(_text(files[CARD_NAME]).replace(LINKS, ""), paths)
+    card = re.sub(r"(?<=`)python convert[^`|]*", _downloaded, card)
     return Parcel(files, {**texts, CARD_NAME: re.sub(r"\bDIR\b", repo, card)}, others)
+
+
+def _downloaded(command: re.Match[str]) -> str:
+    """Return the command of a converter, which reads a folder and no Hub id."""
+    return "hf download DIR --local-dir HF && " + re.sub(r"\bDIR\b", "HF", command[0])
 
 
 def _is_part(file: Path, directory: Path, shards: set[str], has_code: bool) -> bool:

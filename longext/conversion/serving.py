@@ -98,7 +98,7 @@ def _for_checkpoint(config: ServeConfig, engine: Engine, model: str, parameters:
     if reading.verdict != RIGHT:
         verb = "refuses this RoPE: it" if reading.verdict == REFUSED else "makes something else of this RoPE: it"
         raise ConfigError(f"{engine.title} {verb} {reading.what}. Which engine reads what: docs/engines.md.")
-    command = engine.serve.replace("DIR", shlex.quote(model)).replace(" N", f" {length}")
+    command = engine.serve.replace(" N", f" {length}").replace("DIR", shlex.quote(model))
     if config.method is None:
         return command
     if not engine.override:

@@ -111,11 +111,12 @@ def test_each_line_is_a_turn_and_answers_alone_are_printed(talk, story, tmp_path
     assert back.ask("Then?").text == again.ask("Then?").text
 
 
-def test_a_script_stops_at_what_cannot_be_done(talk):
+def test_a_script_stops_at_what_cannot_be_done(talk, story):
     for line, text in (
         ("/contxt a", "No command /contxt"),
         ("/context", "takes a text file"),
         ("/save", "name of a file"),
+        ("/save story.txt", "choose another file for /save."),
     ):
         fails(talk([line, "never"], "books-5m"), 2, text)
     result = talk(["//slash", "/reset", "/help"], "books-5m", "--max-new-tokens", 2)

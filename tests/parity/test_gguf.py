@@ -14,6 +14,7 @@ from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
 from longext.checkpoint.gguf import BLOCKS, STRING, UINT32, read_gguf, write_changed
 from longext.checkpoint.gguf_rope import READ_FREQS, GgufRope, read_gguf_rope, rope_for
 from longext.conversion.config import ExportConfig
+from longext.conversion.gguf.extend import RECORD_KEY, extension_record, path_from, read_record, record_value
 from longext.errors import CheckpointError, ConfigError
 from longext.rope.spec import ROPE_METHODS, RopeSpec, compute_inv_freq, rope_parameters
 
@@ -110,6 +111,38 @@ def test_random_damage_never_ends_in_another_error(written, tmp_path):
             read_gguf_rope(read_gguf(tmp_path / "x.gguf"))
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"split.count": (STRING, "x")}, "one part of 'x'"),
+        ({"llama.rope.dimension_count": (UINT32, 63)}, "rotates 63 of 64"),
+        ({"llama.rope.scaling.type": (STRING, "new")}, "llama.cpp does not know"),
+        ({"llama.rope.scaling.type": (UINT32, 3)}, "llama.cpp does not know"),
+        ({"llama.attention.head_count": (STRING, "x")}, "not a number"),
+    ],
+)
+def test_keys_of_another_type_or_meaning_are_one_line(written, tmp_path, keys, told):
+    write_changed(read_gguf(written), tmp_path / "x.gguf", keys, {})
+    with pytest.raises(CheckpointError, match=told):
+        read_gguf_rope(read_gguf(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("change", [{"base_path": 3}, {"new_length": "x"}, {"new_length": None}, {"spec": [1]}])
+def test_a_note_with_parts_of_another_type_is_one_line(written, tmp_path, change):
+    spec = spec_of("none")
+    note = extension_record(base_model="b", base_path="b", origin=spec, spec=spec, old_length=1, new_length=2)
+    write_changed(read_gguf(written), tmp_path / "x.gguf", {RECORD_KEY: record_value({**note, **change})}, {})
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        read_record(read_gguf(tmp_path / "x.gguf"))
+
+
+def test_a_note_names_no_home(tmp_path, monkeypatch):
+    home = tmp_path / "home" / "me"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    assert path_from(home / "out" / "a.gguf", home / "models" / "b.gguf") == str(Path("..", "models", "b.gguf"))
+    assert path_from(tmp_path / "out" / "a.gguf", home / "models" / "b.gguf") == "b.gguf"
 
 
 # --- keys of a RoPE ---------------------------------------------------------------------------------------------------

@@ -390,6 +390,7 @@ def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
         "held.values.0": tensors["held.values.0"][..., :3].contiguous(),
         "origins.2": tensors["origins.2"] + 10**6,
         "kept.sum.0": tensors["kept.sum.0"][..., 1:].contiguous(),
+        "held.bias.0": torch.full(tensors["held.keys.0"].shape[:-1], float("inf")),
         "held.keys.9": tensors["held.keys.1"].clone(),
         "tail": tensors["tail"][1:],
     }
@@ -397,6 +398,9 @@ def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
         save_file({**tensors, name: tensor}, path, said)
         with pytest.raises(CheckpointError, match="damaged"):
             open_text(MemoryConfig(memory=str(path), device="cpu"))
+    save_file({**tensors, "tail": torch.full_like(tensors["tail"], -1)}, path, said)  # a compressor's token alone
+    with pytest.raises(ConfigError, match="Token id -1"):
+        open_text(MemoryConfig(memory=str(path), device="cpu"))
 
 
 def test_rows_draw_as_their_choice_says(books):

@@ -42,6 +42,7 @@ def test_a_dry_run_lists_files_and_shows_a_card_without_paths_of_this_machine(ru
     assert str(tmp_path) not in card
     assert 'from_pretrained("me/books-1k")' in card and "DIR" not in card
     assert "hard links" not in card
+    assert "hf download me/books-1k --local-dir HF && python convert_hf_to_gguf.py HF --outfile" in card
     assert front_of(card)["license"] == "apache-2.0", "that of the bundled model"
     assert "The weights of `base`, unchanged" in card
 

@@ -37,6 +37,12 @@ def test_a_checkpoint_carries_its_rope(extended):
     assert "twice" in command(str(extended)).notes[0]
 
 
+def test_a_folder_may_be_called_anything(extended, tmp_path):
+    folder = tmp_path / "my Nets DIR"
+    folder.symlink_to(extended, target_is_directory=True)
+    assert shlex.split(command(str(folder)).command)[2] == str(folder)
+
+
 def test_flags_extend_a_model_as_it_is():
     for engine, flag in (("vllm", "--hf-overrides"), ("sglang", "--json-model-override-args")):
         given = override(command(engine=engine, method="yarn", factor=8.0).command, flag)

@@ -41,12 +41,14 @@ class Continued(ABC):
         eos: tokens that end what is generated.
         num_tokens: absorbed so far.
         num_computed: tokens that have gone through the model so far, those read again included.
+        takes_repeat: the text may hold REPEAT, which only a compressor has a vector for.
         when_full: what happens when there is no more room: "thin", "forget", "refuse"; "" if what is kept is bounded.
     """
 
     eos: Collection[int] = frozenset()
     num_tokens = 0
     num_computed = 0
+    takes_repeat = False
     when_full = ""
 
     # --- what a kind of text defines --------------------------------------------------------------------------------
@@ -126,12 +128,15 @@ class Continued(ABC):
         """Return token ids as int64 [B, n] on the model's device (ConfigError as `absorb`)."""
         tokens = ids if isinstance(ids, torch.Tensor) else torch.tensor(list(ids), dtype=torch.int64)
         tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]) if tokens.numel() else tokens.reshape(1, 0).long()
-        wrong = next((t for t in tokens.flatten().tolist() if not (0 <= t < self.num_ids or t == REPEAT)), None)
+        wrong = next((t for t in tokens.flatten().tolist() if not self._is_token(t)), None)
         if wrong is not None:
             raise ConfigError(f"Token id {wrong} is none of the model's {self.num_ids:,}.")
         if self.limit is not None and self.num_tokens + tokens.shape[1] > self.limit:
             raise ConfigError(self.refusal(self.num_tokens + tokens.shape[1]))
         return tokens.to(self.device)
+
+    def _is_token(self, token: int) -> bool:
+        return 0 <= token < self.num_ids or (self.takes_repeat and token == REPEAT)
 
     def logits(self) -> torch.Tensor:
         """Return the logits [V] of the token that follows.

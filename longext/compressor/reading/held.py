@@ -169,9 +169,9 @@ def _put_in(
     bias = found.pop("held.bias", None)
     own = {part: {n.partition(".")[2]: one for n, one in found.items() if n.startswith(f"{part}.")} for part in _PARTS}
     of_keys = [one for one in (bias, *own["kept"].values()) if one is not None]
-    if any(tuple(one.shape) != rows for one in of_keys) or any(
-        bool(one.isnan().any()) for one in (*of_keys, *own["notes"].values())
-    ):
+    is_number = not any(bool(one.isnan().any()) for one in (*of_keys, *own["notes"].values()))
+    is_bias = bias is None or not bool(bias.isposinf().any())
+    if any(tuple(one.shape) != rows for one in of_keys) or not (is_number and is_bias):
         raise damaged(path, f"layer {layer.number} has biases or notes of other keys")
     dtype = trail.backbone.dtype
     layer.held, layer.bias, layer.origins = (keys.to(dtype), values.to(dtype)), bias, origins

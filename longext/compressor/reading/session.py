@@ -58,6 +58,7 @@ class Session(Stream, Continued):
     """
 
     trail: CompressorTrail
+    takes_repeat = True
 
     def __init__(
         self,

@@ -49,14 +49,14 @@ def check_generate_config(config: GenerateConfig) -> None:
         raise ConfigError(f"{config.model} is a plain model, whose window refuses what does not fit: no --when-full.")
 
 
-def check_file(flag: str, name: str, force: bool) -> None:
+def check_file(flag: str, name: str, force: bool, advice: str = ", or add --force to replace it") -> None:
     """Raise ConfigError unless a memory file can be written there: a directory that exists, nothing in the way."""
     path = Path(name).expanduser()
     is_other = (path.exists() or path.is_symlink()) and not path.is_file()  # a directory, a device, a dead link
     if is_other or not path.parent.is_dir():
         raise ConfigError(f"{flag} {path} must be a file in a directory that exists.")
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists already: choose another {flag}, or add --force to replace it.")
+        raise ConfigError(f"{path} exists already: choose another {flag}{advice}.")
 
 
 def read_context(name: str | None) -> str:

@@ -73,7 +73,9 @@ def check_memory_config(config: MemoryConfig) -> None:
         return
     trained = find_compressor(config.memory) if config.memory else None
     if not (config.model or trained):
-        raise ConfigError("Missing: model. Give MODEL, or a file of `longext memory build` with --memory.")
+        raise ConfigError(
+            "Missing: model. Name the model that reads, or a file of `longext memory build` with --memory."
+        )
     if trained is None:
         _check_unused(config, ("ratio", "base"), "a plain model")
     elif config.ratio:

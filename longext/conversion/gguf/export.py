@@ -78,11 +78,11 @@ def plan_export(config: ExportConfig) -> ExportPlan:
         ConfigError: llama.cpp cannot compute its RoPE.
         MissingExtraError: the package gguf is not installed.
     """
-    gguf_package()
     if config.format != "gguf":
         raise ConfigError(f"longext export writes gguf, got '{config.format}'.")
     if config.dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got '{config.dtype}'.")
+    gguf_package()
     source = resolve_model(config.model, config.revision)
     shards = read_shards(source)
     rope = read_model_rope(source)

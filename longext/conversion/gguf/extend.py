@@ -24,9 +24,13 @@ from longext.rope.reading import spec_from_json
 from longext.rope.spec import ROPE_METHODS, RopeSpec, rope_parameters
 from longext.settings import shown_name
 from longext.staging import staged_file
-from longext.untrusted import parse_json
+from longext.untrusted import fields, parse_json
 
 RECORD_KEY = "longext.extension"  # what longext notes in a file that it wrote; engines pass over it
+_RECORD = {
+    **{"origin": dict, "spec": dict, "rope_parameters": dict, "new_length": int},
+    **{"base_model": str, "base_path": str},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +129,7 @@ def read_record(file: GgufFile) -> dict[str, Any]:
     if not isinstance(text, str):
         return {}
     record: dict[str, Any] = parse_json(text, f"{file.path}: {RECORD_KEY}", CheckpointError, want=dict)
-    if not {"origin", "spec", "rope_parameters", "base_path", "base_model"} <= set(record):
-        raise CheckpointError(f"{file.path}: the key {RECORD_KEY} lacks a part. Make the file again.")
+    fields(record, f"{file.path}: {RECORD_KEY}", _RECORD, CheckpointError, "Make the file again.")
     return record
 
 
@@ -143,9 +146,11 @@ def provenance(plan: GgufPlan) -> dict[str, Any]:
 
 
 def path_from(output: Path, base: Path) -> str:
-    """Return where `base` is, seen from the folder of `output`: a file that is published names no home."""
+    """Return where `base` is, seen from the folder of `output`; its name alone if the way goes through a home."""
+    base, folder = base.resolve(), output.resolve().parent
     with contextlib.suppress(ValueError):  # another drive
-        return os.path.relpath(base.resolve(), output.resolve().parent)
+        if Path(os.path.commonpath([base, folder])) not in Path.home().resolve().parents:
+            return os.path.relpath(base, folder)
     return base.name
 
 

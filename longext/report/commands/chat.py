@@ -167,7 +167,7 @@ class Terminal:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigError("/save takes the name of a file.")
-        check_file("file for /save", name, force=False)
+        check_file("file for /save", name, force=False, advice="")
         self._conversation.save(Path(name).expanduser())
         self._aside(f"Wrote {name}. Go on from it: longext chat --memory {name}")
 
