@@ -213,3 +213,6 @@ def test_a_model_from_the_command_line(run, tmp_path):
         "eval", "longppl", "books-5m", *args[2:], "--key-tokens", "out/key_tokens.json", "--num-bootstrap", 5, "--json"
     )
     assert json.loads(again.stdout)["results"] == record["results"]
+    read, own = record["cost"]["num_read_tokens"], json.loads(again.stdout)["cost"]["num_read_tokens"]
+    # the evaluator reads each text whole, then its tokens from the 17th on in steps of 4 behind 16 others
+    assert (own, read - own) == (128 * row["num_windows"], (128 + 27 * 20 + 19) * row["num_windows"])
