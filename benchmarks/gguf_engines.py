@@ -26,7 +26,7 @@ import numpy as np
 FACTORS, NUM_NEW, SEED = (2, 8), 24, 0
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("none", {}),
-    "abf": ("abf", {"rope_theta": 80000.0}),
+    "abf": ("abf", {"rope_theta": 8.0}),  # times the model's own
     "linear": ("linear", {}),
     "ntk": ("ntk", {}),
     "ntk-by-parts": ("ntk-by-parts", {}),
@@ -101,6 +101,7 @@ def measure(out: Path, record: dict[str, Any], model: str, original: int, names:
     import longext
     from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
     from longext.checkpoint.load import load_tokenizer
+    from longext.checkpoint.rope_config import read_model_rope
     from longext.conversion.config import ExportConfig
     from longext.conversion.gguf.export import export_gguf
     from longext.errors import ConfigError
@@ -116,6 +117,8 @@ def measure(out: Path, record: dict[str, Any], model: str, original: int, names:
             if any(all(each[key] == row[key] for key in row) for each in record["results"]):
                 continue
             given, ids = options(out, name, original, factor), tokens[: factor * original]
+            if "rope_theta" in given:
+                given["rope_theta"] *= read_model_rope(source).spec.rope_theta
             checkpoint, file = out / "checkpoint", out / "extended.gguf"
             try:
                 longext.extend(base, output=file, force=True, **given)
