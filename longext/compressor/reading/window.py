@@ -78,7 +78,7 @@ class WindowSession(Continued):
             return
         try:
             self._read(advance)
-        except BaseException:
+        except BaseException:  # what was half done is undone, and the text can go on
             self._ids = before
             raise
 

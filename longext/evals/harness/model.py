@@ -149,7 +149,10 @@ class Scorer:
         if path is None:
             return None
         questions = (json.dumps([text, length]) for text, length in zip(texts, lengths, strict=True))
-        check = lambda row: (float(row["value"]), bool(row["is_greedy"]))  # noqa: E731
+
+        def check(row: dict[str, Any]) -> tuple[float, bool]:
+            return float(row["value"]), bool(row["is_greedy"])
+
         return Journal(path, fingerprint_of(self.model, questions), check)
 
     def rolling(self, texts: Sequence[str], owners: Sequence[Owner]) -> list[float]:
