@@ -23,7 +23,7 @@ from longext.evals.ruler.samples import TooShort, ruler_samples
 from longext.evals.ruler.sources import read_sources
 from longext.evals.ruler.tasks import RULER_TASKS
 
-TRAINED_ON = tuple(name for name, task in RULER_TASKS.items() if task.kind != "qa")
+TRAINED_ON = tuple(name for name in RULER_TASKS if RULER_TASKS[name].kind != "qa")
 LENGTHS = (512, 1024, 2048, 4096)
 SEED = 1_000_003  # of the training prompts; the test's is 0
 
