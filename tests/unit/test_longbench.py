@@ -108,13 +108,13 @@ def test_the_middle_is_cut_by_tokens(limit, expected, is_cut):
 
 def test_prompts_are_cut_as_text_and_encoded_again(books):
     rows = [row(context="One two three four. " * 100, question="What is five?")]
-    (request,), num_cut = bench.build_requests(books, "hotpotqa", rows, 101, chat=False)
+    (request,), is_cut = bench.build_requests(books, "hotpotqa", rows, 101, chat=False)
     whole = books.encode(fill_prompt(read_prompt("hotpotqa"), rows[0].context, rows[0].question))
-    assert num_cut == 1
+    assert is_cut == [True]
     assert list(request.input_ids) == books.encode(books.decode(whole[:50]) + books.decode(whole[-50:]))
     assert request.max_new_tokens == 32 and request.stop_ids == () and request.min_new_tokens == 0
-    (request,), num_cut = bench.build_requests(books, "hotpotqa", rows, len(whole), chat=False)
-    assert num_cut == 0 and list(request.input_ids) == whole
+    (request,), is_cut = bench.build_requests(books, "hotpotqa", rows, len(whole), chat=False)
+    assert is_cut == [False] and list(request.input_ids) == whole
 
 
 def test_the_chat_template_goes_around_the_cut_prompt(books):
@@ -122,9 +122,9 @@ def test_the_chat_template_goes_around_the_cut_prompt(books):
     bos = books.tokenizer.bos_token or ""
     rows = [row(context="One two three four. " * 100)]
     (plain,), _ = bench.build_requests(books, "hotpotqa", rows, 100, chat=False)
-    (chat,), num_cut = bench.build_requests(books, "hotpotqa", rows, 100, chat=True)
+    (chat,), is_cut = bench.build_requests(books, "hotpotqa", rows, 100, chat=True)
     text = books.decode(plain.input_ids)
-    assert num_cut == 1 and books.decode(chat.input_ids) == f"<u>{text}</u>"
+    assert is_cut == [True] and books.decode(chat.input_ids) == f"<u>{text}</u>"
     once = books.encode(f"{bos}<u>{text}</u>", add_bos=not bos)
     assert list(chat.input_ids) == once
     if books.prefix:
