@@ -45,13 +45,6 @@ _OF_LOADING = frozenset(
     ).split()
 )
 _EXTRAS = dict.fromkeys(("load", "evaluate", "compare", "advise", "gate", "generate"), ("eval",))
-    "load": ("eval",),
-    "evaluate": ("eval",),
-    "compare": ("eval",),
-    "advise": ("eval",),
-    "gate": ("eval",),
-    "generate": ("eval",),
-}
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
