@@ -248,3 +248,21 @@ def test_costs_by_hand(books):
     bill.expect(books, prompts, 64)
     bill.expect(books, prompts, 0, shares=False)
     assert len(told) == 2 and bill.facts()["cost"]["num_read_tokens"] == 400
+    assert "is_most" not in bill.facts()["cost"]
+
+
+def test_the_cost_of_parts_is_one_and_at_most(books, capsys):
+    from longext.report.console import say_cost
+
+    books.pace = FAST
+    told = []
+    parts = [[(1,) * 900, (2,) * 900], [(1,) * 300]]  # each is too little for a probe
+    bill = Bill(told.append, 3.6)
+    bill.expect_at_most(books, iter(parts))
+    (cost,) = told
+    assert (cost.num_prompts, cost.num_read_tokens, cost.num_shared_tokens, cost.is_most) == (3, 2100, 0, True)
+    assert cost.seconds == pytest.approx(2100 * FAST.token + FAST.pair * (2 * 900**2 + 300**2))
+    assert bill.facts()["cost"]["is_most"] is True
+    say_cost(cost)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "at most 3 texts: 2,100 tokens to read" and lines[1].startswith("at most about 2.1 s on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,14 @@ def expected_cost(model: Any, load: Load, price_per_hour: float | None, shares: 
     Args:
         shares: prefixes that prompts have in common are read once, where the model allows.
     """
+    return cost_at(measured_pace(model, load), model, load, price_per_hour, shares)
+
+
+def cost_at(pace: Pace | None, model: Any, load: Load, price_per_hour: float | None, shares: bool = True) -> Cost:
+    """Return what a load costs at a pace; see `expected_cost`."""
     order, kept = sharing_order(load.prompts) if shares else ([], [])
     if not is_worth_it(load.prompts, kept) or PrefixReader.of(model) is None:
         order, kept = list(range(len(load.prompts))), [0] * len(load.prompts)
-    pace = measured_pace(model, load)
     busy = None if pace is None else _seconds(pace, load, order, kept)  # of all devices together
     return Cost(
         num_prompts=len(load.prompts),
@@ -91,8 +96,18 @@ class Bill:
             self._add(expected_cost(model, Load(prompts=prompts, num_new=num_new), self._price, shares))
 
     def expect_at_most(self, model: Any, parts: Iterable[Sequence[Sequence[int]]]) -> None:
-        """Take the prompts of several parts into account, the largest first; nothing is written."""
-        costs = (expected_cost(model, Load(prompts=each, num_new=0), self._price) for each in parts)
+        """Take the prompts of several parts into account, the largest first; nothing is written.
+
+        They are made one part after another; only if the first is too little for a probe, all at once.
+        """
+        rest = iter(parts)
+        probe = first = Load(prompts=next(rest), num_new=0)
+        if not probe.is_worth_a_probe:
+            others = list(rest)
+            probe, rest = Load(prompts=[*first.prompts, *itertools.chain(*others)], num_new=0), iter(others)
+        pace = measured_pace(model, probe)
+        loads = itertools.chain([first], (Load(prompts=each, num_new=0) for each in rest))
+        costs = (cost_at(pace, model, load, self._price) for load in loads)
         self._add(dataclasses.replace(functools.reduce(operator.add, costs), is_most=True))
 
     def _add(self, cost: Cost) -> None:
