@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
-from longext.errors import DataError
+from longext.errors import ConfigError, DataError
+from longext.untrusted import json_lines
+
+RowT = TypeVar("RowT")
 
 
 def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list[str]:
@@ -23,6 +27,24 @@ def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list
                 f"{where} is no {what}: no text under '{name}' (found: {', '.join(sorted(value))[:200] or 'nothing'})."
             )
     return [value[name] for name in names]
+
+
+def rows_of(path: Path, read: Callable[[str, Any], RowT], what: str) -> list[RowT]:
+    """Return what `read` makes of the place and value of each JSON line of a file.
+
+    Args:
+        what: what --data has to be, and where that is found, in two sentences.
+
+    Raises:
+        ConfigError, DataError: no such file, or nothing in it; what `read` raises.
+    """
+    if not path.is_file():
+        kind, _, where = what.partition(". ")
+        raise ConfigError(f"--data must be {kind}, got '{path}'. {where}")
+    rows = [read(where, value) for where, value in json_lines(path)]
+    if not rows:
+        raise DataError(f"{path} holds no row.")
+    return rows
 
 
 def repeated_note(rows: Iterable[tuple[str, Hashable]]) -> list[str]:

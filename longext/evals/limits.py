@@ -154,3 +154,9 @@ def check_lengths(lengths: Sequence[int], minimum: int) -> None:
     if not lengths or min(lengths) < minimum or len(set(lengths)) < len(lengths):
         given = ",".join(map(str, lengths))
         raise ConfigError(f"--lengths must be different whole numbers >= {minimum}, for example 512,1024; got {given}.")
+
+
+def check_depths(depths: Sequence[float], apart: float, least: int = 0) -> None:
+    """Raise ConfigError unless there are `least` depths, and all are at least `apart`."""
+    if len(depths) < least or len({round(depth / apart) for depth in depths}) < len(depths):
+        raise ConfigError(f"--depths must differ by at least {apart:g}, got {list(depths)}.")

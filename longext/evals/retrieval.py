@@ -57,7 +57,6 @@ class Question:
         depth: where the needle is, None if that is drawn.
         input_ids: the prompt.
         expected: the right answers.
-        score: text of an answer -> share of `expected` that it holds, 0 to 1.
         max_new_tokens, stop: where the answer ends at the latest.
         choices: right and wrong answers for likelihood; None if the question has none.
         asked: the question itself, if the score of an answer depends on it.
@@ -69,7 +68,6 @@ class Question:
     depth: float | None = None
     input_ids: tuple[int, ...]
     expected: tuple[str, ...]
-    score: Callable[[str], float] = field(compare=False)
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     choices: Choices | None = None
@@ -165,7 +163,15 @@ class RetrievalEval(QuestionEval, AnswersEval):
 
     def places(self, data: Any) -> list[Place]:
         """Return every task and length that is measured, lengths as users spell them."""
-        raise NotImplementedError
+        own: Any = self
+        return [(task, str(length)) for task in own.wanted for length in sorted(own.lengths)]
+
+    @property
+    def wanted(self) -> Sequence[str]:
+        """Return the tasks that are asked for."""
+        own: Any = self
+        chosen: Sequence[str] = own.tasks
+        return chosen
 
     def spell(self, length: int) -> str:
         """Return a length as users spell it."""
@@ -184,7 +190,7 @@ class RetrievalEval(QuestionEval, AnswersEval):
         return None
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
-        """Return what a reader of the scores has to know, besides what spoilt answers."""
+        """Return what a reader of the scores has to know, besides what spoilt answers and prompts that are too long."""
         return []
 
     def uses_chat(self, model: LanguageModel) -> bool:
@@ -234,7 +240,8 @@ class RetrievalEval(QuestionEval, AnswersEval):
         is_chat = self.uses_chat(model)
         predictions = generate_predictions(model, requests, path, advance, self.batch_tokens, is_chat=is_chat)
         answers = {prediction.id: prediction for prediction in predictions}
-        return [score_of(each, each.score(answers[each.id].text)) for each in questions], answers
+        rated = [self.rate(each.task, each.expected, answers[each.id].text, each.asked) for each in questions]
+        return [score_of(question, score) for question, score in zip(questions, rated, strict=True)], answers
 
     def tables(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
         """Return the tables of a record: every task, length and depth under "results", and the pools."""
@@ -256,7 +263,8 @@ class RetrievalEval(QuestionEval, AnswersEval):
         questions, scores, answers, ranks = asked.questions, asked.scores, asked.answers, asked.ranks
         seconds = time.perf_counter() - started
         notes = [decisions.note(self.unit)] if decisions else []
-        notes += [*self.notes(model, data, scores or ranks), *(answer_notes(answers.values()) if answers else [])]
+        notes += [*self.notes(model, data, scores or ranks), *self.window_notes(model, scores or ranks)]
+        notes += answer_notes(answers.values()) if answers else []
         is_chat = self.uses_chat(model)
         record = result_record(
             self.kind,
@@ -430,6 +438,29 @@ def first_choices(
     names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
     rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [torch.tensor(row["is_top1"]) for row in rows]
+
+
+def most_that_fit(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number that fits: above `low`, which does; `high` is tried first, and doubled."""
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def first_that_holds(lengths: Sequence[int], sizes: Sequence[int], data: str | None) -> list[tuple[int, int]]:
+    """Return (number, length) of the rows that fit, each at the first of `lengths` that holds its tokens.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    places = ((i, next((n for n in sorted(lengths) if size <= n), None)) for i, size in enumerate(sizes))
+    found = [(number, length) for number, length in places if length is not None]
+    if not found:
+        raise ConfigError(f"No row of {data} fits {max(lengths):,} tokens: give longer --lengths.")
+    return found
 
 
 def begun_text(model: LanguageModel, answer_ids: Sequence[int], is_first: torch.Tensor) -> str:

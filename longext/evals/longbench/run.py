@@ -11,11 +11,12 @@ import importlib.metadata
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longext.evals.base import Outcome, Work
 from longext.evals.limits import PlaceLimit
+from longext.evals.longbench.cutting import cut_middle, prompt_limit
 from longext.evals.longbench.rows import LongBenchRow, TaskRun, references_hash, rows_hash
 from longext.evals.longbench.scores import TaskScore, average_entries, least_mean, row_weights, score_rows, score_task
 from longext.evals.longbench.tasks import TASKS, fill_prompt, prompt_hash, read_prompt
@@ -59,36 +60,6 @@ def measure_longbench(
 
 
 # --- prompts and answers ----------------------------------------------------------------------------------------------
-
-
-def default_max_length(context: int) -> int:
-    """Return the length that prompts are cut to: 1,000 for each 1,024 of the context less 500, as the authors' table.
-
-    That is 3,500 for 4,096 positions, 15,500 for 16,384, 31,500 for 32,768; half of a small context.
-    """
-    return max(context // 1024 * 1000 - 500, context // 2)
-
-
-def prompt_limit(model: LanguageModel, config: LongBench) -> int | None:
-    """Return the length that prompts are cut to: --max-length, else by the context; a memory reads all (None)."""
-    if config.max_length is not None or config.memory:
-        return config.max_length
-    return default_max_length(model.context_length)
-
-
-def cut_middle(
-    text: str, max_length: int | None, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
-) -> tuple[str, bool]:
-    """Return the text, and whether it was longer than `max_length` tokens, BOS counted, and so lost its middle.
-
-    What remains is the text of the first and of the last max_length // 2 tokens, put together as text: it is encoded
-    again, so it may have a few tokens more or less, and an odd `max_length` loses one.
-    """
-    ids = encode(text)
-    if max_length is None or len(ids) <= max_length:
-        return text, False
-    half = max_length // 2
-    return decode(ids[:half]) + decode(ids[-half:]), True
 
 
 def build_requests(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -221,7 +220,6 @@ class BABILong(RetrievalEval):
                 length=row.length,
                 input_ids=self.prompt_tokens(model, prompt_text(row, self.prompt), "\nAnswer:"),
                 expected=(row.target,),
-                score=partial(self.rate, row.task, (row.target,), asked=row.question),
                 max_new_tokens=self.max_new_tokens,
                 choices=self.choices(
                     model,
@@ -258,9 +256,9 @@ class BABILong(RetrievalEval):
         return {"data": self.data, "num_rows": len(data), "sha256": text_hash(texts)}
 
     def notes(self, model: LanguageModel, data: Sequence[BABILongRow], scores: Sequence[QuestionScore]) -> list[str]:
-        """Return a note on rows that repeat, and on prompts that are too long."""
+        """Return a note on rows that repeat."""
         rows = ((f"{row.task} at {length_name(row.length)}", (row.text, row.question)) for row in data)
-        return [*repeated_note(rows), *self.window_notes(model, scores)]
+        return repeated_note(rows)
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,27 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from longext.data.json_lines import text_fields
+from longext.data.json_lines import rows_of, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import Place, check_lengths
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, pooled, text_hash
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    first_that_holds,
+    most_that_fit,
+    pooled,
+    text_hash,
+)
 from longext.evals.views import SEVERAL, Section
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
-from longext.untrusted import json_lines
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -150,7 +157,7 @@ class GraphWalks(RetrievalEval):
 
     def places(self, data: Any) -> list[Place]:
         """Return the tasks and lengths."""
-        return [] if self.data else [(task, str(length)) for task in self.tasks for length in sorted(self.lengths)]
+        return [] if self.data else super().places(data)
 
     def questions(self, model: LanguageModel, data: Any) -> list[Question]:
         """Return every graph.
@@ -168,19 +175,19 @@ class GraphWalks(RetrievalEval):
         ]
 
     def _of_rows(self, model: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
-        questions = []
-        for number, row in enumerate(rows):
-            ids = self.prompt_tokens(model, row["prompt"])
-            length = next((n for n in sorted(self.lengths) if len(ids) + self.max_new_tokens <= n), None)
-            if length is not None and row["task"] in self.tasks:
-                questions.append(self._question(row["task"], length, number, ids, row["nodes"], None))
-        if not questions:
-            raise ConfigError(f"No row of {self.data} fits {max(self.lengths):,} tokens: give longer --lengths.")
-        return questions
+        known = {i: (row, self.prompt_tokens(model, row["prompt"])) for i, row in enumerate(rows)}
+        asked = [number for number, (row, _) in known.items() if row["task"] in self.tasks]
+        sizes = [len(known[number][1]) + self.max_new_tokens for number in asked]
+        places = [(asked[i], length) for i, length in first_that_holds(self.lengths, sizes, self.data)]
+        return [
+            self._question(row["task"], length, number, ids, row["nodes"], None)
+            for number, length in places
+            for row, ids in (known[number],)
+        ]
 
     def _made(self, model: LanguageModel, task: str, length: int, trial: int) -> Question:
         """Return a graph of as many nodes as fit."""
-        low, high = self.degree + 2, 16
+        least = self.degree + 2
 
         def built(size: int) -> tuple[str, set[str], list[set[str]]]:
             return _build(random.Random(f"{self.seed} {task} {length} {trial}"), task, size, self.degree, self.depths)
@@ -188,14 +195,9 @@ class GraphWalks(RetrievalEval):
         def fits(size: int) -> bool:
             return len(self.prompt_tokens(model, built(size)[0])) + self.max_new_tokens <= length
 
-        if not fits(low):
+        if not fits(least):
             raise ConfigError(f"GraphWalks' {task} does not fit {length:,} tokens: give longer --lengths.")
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        text, nodes, wrong = built(low)
+        text, nodes, wrong = built(most_that_fit(fits, least, 16))
         spelled = [", ".join(sorted(each)) + "]" for each in (nodes, *wrong)]
         opening = _OPENING if self.uses_chat(model) else f"\n{_OPENING}"
         choices = self.choices(model, text, opening, spelled[:1], spelled[1:]) if wrong else None
@@ -211,7 +213,6 @@ class GraphWalks(RetrievalEval):
             length=length,
             input_ids=input_ids,
             expected=expected,
-            score=partial(self.rate, task, expected),
             max_new_tokens=self.max_new_tokens,
             choices=choices,
         )
@@ -251,9 +252,9 @@ class GraphWalks(RetrievalEval):
         return {"data": self.data or "made here", "sha256": text_hash(texts) if texts else None}
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
-        """Return notes on own graphs and prompts that are too long."""
+        """Return a note on own graphs."""
         own = ["Graphs are longext's own: compare with results on the same, not with published ones."]
-        return [*(own if data is None else []), *self.window_notes(model, scores)]
+        return own if data is None else []
 
 
 def _build(
@@ -290,12 +291,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError, DataError: no such file, or a line of another form, with its number.
     """
-    if not path.is_file():
-        raise ConfigError(f"--data must be a file of GraphWalks rows (JSON lines), got '{path}'. {_WHERE}")
-    rows = [_row(where, value) for where, value in json_lines(path)]
-    if not rows:
-        raise DataError(f"{path} holds no row.")
-    return rows
+    return rows_of(path, _row, f"a file of GraphWalks rows (JSON lines). {_WHERE}")
 
 
 def _row(where: str, value: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -205,7 +204,6 @@ class LongEval(RetrievalEval):
                     length=case.size,
                     input_ids=self.prompt_tokens(model, prompt_text(case, self.complete)),
                     expected=(case.expected,),
-                    score=partial(self.rate, case.task, (case.expected,)),
                     max_new_tokens=_COMPLETION_TOKENS if self.complete else task.max_new_tokens,
                     stop=("\n",) if self.complete else (),
                     choices=self._choices(model, case),
@@ -245,12 +243,12 @@ class LongEval(RetrievalEval):
         }
 
     def notes(self, model: LanguageModel, data: Sequence[LongEvalCase], scores: Sequence[QuestionScore]) -> list[str]:
-        """Return notes on tasks without cases, cases that repeat, and prompts that are too long."""
+        """Return notes on tasks without cases, and cases that repeat."""
         missing = [task for task in self.tasks if task not in {case.task for case in data}]
         source = f"{self.data} has none" if self.data else "their conversations come with --data"
         absent = [f"{task.capitalize()} were not asked for: {source}." for task in missing]
         repeated = repeated_note((f"{case.size} {case.task}", case.prompt) for case in data)
-        return [*absent, *repeated, *self.window_notes(model, scores)]
+        return [*absent, *repeated]
 
 
 def score_published(path: Path) -> GivenAnswers:

@@ -16,18 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from longext.data.json_lines import text_fields
+from longext.data.json_lines import rows_of, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place, check_lengths
 from longext.evals.ranks import Choices, choices_of, ranked_view
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, text_hash
+from longext.evals.retrieval import (
+    Question,
+    QuestionScore,
+    RetrievalEval,
+    by_task,
+    first_that_holds,
+    most_that_fit,
+    text_hash,
+)
 from longext.evals.ruler.sources import read_essays, split_sentences
 from longext.evals.ruler.words import ADJECTIVES, NOUNS
 from longext.evals.views import SEVERAL, Section
 from longext.models.chat import render_chat, user_text, with_prefix
 from longext.settings import LENGTH, MANY, option
-from longext.untrusted import json_lines, parse_json
+from longext.untrusted import parse_json
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -131,22 +139,18 @@ class Mrcr(RetrievalEval):
 
     def _of_rows(self, model: LanguageModel, rows: Sequence[Conversation]) -> list[Question]:
         """Return the rows that fit the longest of --lengths, each at the first length that it fits."""
-        questions = []
-        for number, row in enumerate(rows):
-            tokens = len(self._ids(model, row, "")) + len(model.encode(row.mark + row.answer, add_bos=False))
-            length = next((length for length in sorted(self.lengths) if tokens <= length), None)
-            if length is not None:
-                questions.append(self._question(model, row, length, f"{_task(row.num_needles)}/{length}/{number}"))
-        if not questions:
-            raise ConfigError(f"No row of {self.data} fits {max(self.lengths):,} tokens: give longer --lengths.")
-        return questions
+        texts = (model.encode(row.mark + row.answer, add_bos=False) for row in rows)
+        sizes = [len(self._ids(model, row, "")) + len(answer) for row, answer in zip(rows, texts, strict=True)]
+        return [
+            self._question(model, rows[number], length, f"{_task(rows[number].num_needles)}/{length}/{number}")
+            for number, length in first_that_holds(self.lengths, sizes, self.data)
+        ]
 
     def _conversation(
         self, model: LanguageModel, sentences: Sequence[str], rng: random.Random, count: int, length: int
     ) -> Conversation:
         """Return a conversation of as many turns as fit; draws are the same for every model of one tokenizer."""
         turns = _Turns(rng, [user_text(model, each) for each in sentences], self.answer_words, count)
-        low, high = count, count
         budget = len(model.encode(turns.mark + turns.asked_for, add_bos=False)) + 1
 
         def fits(number: int) -> bool:
@@ -154,12 +158,7 @@ class Mrcr(RetrievalEval):
 
         if not fits(count):
             raise ConfigError(f"MRCR with {count} needles does not fit {length:,} tokens: give longer --lengths.")
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return turns.conversation(low)
+        return turns.conversation(most_that_fit(fits, count, 2 * count))
 
     def _ids(self, model: LanguageModel, row: Conversation, opening: str) -> tuple[int, ...]:
         """Return a conversation as tokens: in the chat template, or as lines "User:" and "Assistant:"."""
@@ -185,7 +184,6 @@ class Mrcr(RetrievalEval):
             length=length,
             input_ids=self._ids(model, row, ""),
             expected=expected,
-            score=partial(self.rate, task, expected),
             max_new_tokens=budget,
             choices=choices,
         )
@@ -223,9 +221,9 @@ class Mrcr(RetrievalEval):
         return {"data": self.data or f"made here, of {self.essays}", "sha256": text_hash(texts)}
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
-        """Return notes on own texts and prompts that are too long."""
+        """Return a note on own texts."""
         own = ["Conversations are longext's own: compare with results on the same, not with published ones."]
-        return [*(own if self.data is None else []), *self.window_notes(model, scores)]
+        return own if self.data is None else []
 
 
 def _task(count: int) -> str:
@@ -276,9 +274,7 @@ def read_rows(path: Path, needles: Sequence[int]) -> list[Conversation]:
     Raises:
         ConfigError, DataError: no such file, or a line of another form, with its number.
     """
-    if not path.is_file():
-        raise ConfigError(f"--data must be a file of MRCR rows (JSON lines), got '{path}'. {_WHERE}")
-    rows = [_row(where, value) for where, value in json_lines(path)]
+    rows = rows_of(path, _row, f"a file of MRCR rows (JSON lines). {_WHERE}")
     chosen = [row for row in rows if row.num_needles in needles]
     if not chosen:
         raise DataError(f"{path} holds no row with --needles {','.join(map(str, needles))}.")

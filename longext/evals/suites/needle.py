@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, check_tasks, register, silent
-from longext.evals.limits import Place, check_lengths
+from longext.evals.limits import check_depths, check_lengths
 from longext.evals.passkey_prompts import PromptTokens
 from longext.evals.ranks import Choices, ranked_view
 from longext.evals.retrieval import (
@@ -147,13 +147,8 @@ class Needle(RetrievalEval):
         if self.predictions is not None and self.scoring == "exact":
             raise ConfigError("--scoring exact is of a model's choice at every token: score --predictions by match.")
         check_lengths(self.lengths, minimum=64)
-        if len({round(1000 * depth) for depth in self.depths}) < len(self.depths):
-            raise ConfigError(f"--depths must differ by at least 0.001, got {list(self.depths)}.")
+        check_depths(self.depths, 0.001)
         super().check()
-
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and lengths that are asked for."""
-        return [(task, str(length)) for task in self.tasks for length in sorted(self.lengths)]
 
     def answers_path(self, output: Path) -> Path | None:
         """Return where answers are kept, None if none are generated (exact scoring)."""
@@ -192,7 +187,6 @@ class Needle(RetrievalEval):
                                 depth=depth,
                                 input_ids=prompt.input_ids,
                                 expected=prompt.answers,
-                                score=partial(self.rate, name, prompt.answers),
                                 max_new_tokens=self.max_new_tokens,
                                 prompt=prompt,
                                 choices=self._choices(tokens, prompt),
@@ -332,6 +326,10 @@ class Needle(RetrievalEval):
         if self.answer_prefix == self.opens_answer(model):
             return []
         return ["The chat template opens a thought: prompts do not end with the beginning of the answer."]
+
+    def window_notes(self, model: LanguageModel, scores: Sequence[Any]) -> list[str]:
+        """Return nothing: lengths are exact, and tables have them."""
+        return []
 
 
 def _sentences(model: LanguageModel, tokens: PromptTokens, haystack: str, value_type: str) -> Sentences:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.checkpoint.bundled import FACTS
 from longext.errors import ConfigError
 from longext.evals.base import check_tasks, register
-from longext.evals.limits import Place, check_lengths
+from longext.evals.limits import check_depths, check_lengths
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
     Question,
@@ -24,6 +24,7 @@ from longext.evals.retrieval import (
     cells_of,
     depth_map,
     depths_of,
+    most_that_fit,
     pooled,
     text_hash,
 )
@@ -108,8 +109,7 @@ class NoLit(RetrievalEval):
         """Raise ConfigError for an unknown task, or lengths and depths that are too short or too close."""
         check_tasks(self.tasks, HOPS)
         check_lengths(self.lengths, minimum=128)
-        if not self.depths or len({round(1000 * depth) for depth in self.depths}) < len(self.depths):
-            raise ConfigError(f"--depths must differ by at least 0.001, got {list(self.depths)}.")
+        check_depths(self.depths, 0.001, least=1)
         if self.ranks and not self.num_distractors:
             raise ConfigError("--answers likelihood ranks the names in the text: give --num-distractors 1 or more.")
         super().check()
@@ -117,10 +117,6 @@ class NoLit(RetrievalEval):
     def read_data(self) -> list[str]:
         """Return the sentences of the text."""
         return split_sentences(" ".join(read_essays(self.essays).split()))
-
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and lengths."""
-        return [(task, str(length)) for task in self.tasks for length in sorted(self.lengths)]
 
     @cached_property
     def _facts(self) -> list[Fact]:
@@ -164,7 +160,6 @@ class NoLit(RetrievalEval):
             depth=depth,
             input_ids=self.prompt_tokens(model, prompt(low), _OPENING),
             expected=(names[0], *distractors),
-            score=partial(self.rate, task, (names[0], *distractors)),
             max_new_tokens=self.max_new_tokens,
             choices=self.choices(model, prompt(low), _OPENING, names[:1], distractors) if distractors else None,
         )
@@ -175,15 +170,9 @@ class NoLit(RetrievalEval):
         def fits(number: int) -> bool:
             return len(self.prompt_tokens(model, prompt(number), _OPENING)) + self.max_new_tokens <= length
 
-        low, high = 1, 2
-        if not fits(low):
+        if not fits(1):
             raise ConfigError(f"A fact, its text and the question do not fit {length:,} tokens: give longer --lengths.")
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return most_that_fit(fits, 1, 2)
 
     def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
         """Return 1 if the answer has the first name of `expected` and none of the others, which distract."""
@@ -215,9 +204,8 @@ class NoLit(RetrievalEval):
         return {"data": f"longext's facts in {self.essays}", "num_facts": len(self._facts), "sha256": text_hash(data)}
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
-        """Return notes on own facts and prompts that are too long."""
-        own = "Facts and questions are longext's own: compare with results on the same, not with NoLiMa's."
-        return [own, *self.window_notes(model, scores)]
+        """Return a note on own facts."""
+        return ["Facts and questions are longext's own: compare with results on the same, not with NoLiMa's."]
 
 
 def _far(rng: random.Random, depth: float) -> float:

@@ -23,7 +23,7 @@ from longext.evals.base import (
     fail_under,
     register,
 )
-from longext.evals.limits import PlaceLimit, check_lengths, place_limits
+from longext.evals.limits import PlaceLimit, check_depths, check_lengths, place_limits
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
     MEAN_TOKENS,
@@ -166,8 +166,7 @@ class Passkey(ReadingConfig, AnswersEval):
         check_lengths(self.lengths, minimum=64)
         check_answers(self)
         check_method(self.method, self.factor)
-        if not self.depths or len({round(depth * 100) for depth in self.depths}) < len(self.depths):
-            raise ConfigError(f"--depths must differ by at least 0.01, got {list(self.depths)}.")
+        check_depths(self.depths, 0.01, least=1)
         if not rules.has_depths and (self.num_needles > 1 or self.filler != "landmark"):
             raise ConfigError(
                 f"The {self.protocol} protocol is as published: --num-needles and --filler are for landmark."

@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, register
-from longext.evals.limits import ALL, Place, check_lengths
+from longext.evals.limits import ALL, check_lengths
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
     Question,
@@ -115,10 +114,6 @@ class Ruler(RetrievalEval):
 
         return read_sources(self.words, self.essays, self.squad, self.hotpotqa)
 
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and lengths that are asked for."""
-        return [(task, str(length)) for task in self.wanted for length in sorted(self.lengths)]
-
     def opens(self, model: LanguageModel) -> bool:
         """Return True if a prompt ends with the beginning of the answer: by --answer-prefix, but never in a thought."""
         return self.answer_prefix and not (self.uses_chat(model) and chat_frame(model).thinks)
@@ -173,7 +168,6 @@ class Ruler(RetrievalEval):
             length=length,
             input_ids=input_ids,
             expected=answers,
-            score=partial(self.rate, name, answers),
             max_new_tokens=task.max_new_tokens,
             choices=self.choices(model, sample.text, sample.opening, right, sample.wrong),
         )
@@ -254,7 +248,7 @@ class Ruler(RetrievalEval):
                 notes.append(f"At {length:,} tokens left out, since no sample fits: {', '.join(left)}.")
         if self.answer_prefix and not self.opens(model):
             notes.append("The chat template opens a thought: prompts do not end with the beginning of the answer.")
-        return [*notes, *self.window_notes(model, scores)]
+        return notes
 
 
 def _told(name: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,7 @@ from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import Place
+from longext.evals.longbench.cutting import cut_prompt
 from longext.evals.longbench.infinitebench import INFINITE_TASKS, label_of, prompt_of
 from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
 from longext.evals.views import Bars, Detail, Score, Section
@@ -102,10 +102,7 @@ class InfiniteBench(RetrievalEval):
         ]
 
     def _question(self, model: LanguageModel, task: str, row: Row, number: int) -> Question:
-        from longext.evals.longbench.run import cut_middle, default_max_length
-
-        limit = self.max_length if self.memory else self.max_length or default_max_length(model.context_length)
-        text, _ = cut_middle(prompt_of(task, row), limit, model.encode, model.decode)
+        text, _ = cut_prompt(model, self, prompt_of(task, row))
         label = label_of(task, row)
         right = label[1] if task in _OPTIONS else ""
         expected = (json.dumps(label, ensure_ascii=False),)
@@ -115,7 +112,6 @@ class InfiniteBench(RetrievalEval):
             length=0,
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=expected,
-            score=partial(self.rate, task, expected),
             max_new_tokens=INFINITE_TASKS[task].max_new_tokens,
             choices=self.choices(model, text, "\n\nAnswer:", [right], [each for each in "ABCD" if each != right])
             if right
@@ -157,10 +153,6 @@ class InfiniteBench(RetrievalEval):
         """Return what the record says of the rows."""
         texts = (f"{task}{row['context']}{row['input']}{row['answer']}" for task, rows in data.items() for row in rows)
         return {"data": self.data, "num_rows": sum(map(len, data.values())), "sha256": text_hash(texts)}
-
-    def notes(self, model: LanguageModel, data: Any, scores: Sequence[Any]) -> list[str]:
-        """Return a note on prompts that are too long."""
-        return self.window_notes(model, scores)
 
 
 def _published(task: str, where: str, row: Any) -> QuestionScore:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,7 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place
+from longext.evals.longbench.cutting import cut_prompt
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, cells_of, text_hash
 from longext.evals.views import ONE, SEVERAL, Section
@@ -100,10 +100,7 @@ class LongBench2(RetrievalEval):
     def _question(self, model: LanguageModel, row: dict[str, str], number: int) -> Question:
         letters = {letter: row[f"choice_{letter}"].strip() for letter in _LETTERS}
         text = _PROMPT.format(context=row["context"].strip(), question=row["question"].strip(), **letters)
-        from longext.evals.longbench.run import cut_middle, default_max_length
-
-        limit = self.max_length if self.memory else self.max_length or default_max_length(model.context_length)
-        text, _ = cut_middle(text, limit, model.encode, model.decode)
+        text, _ = cut_prompt(model, self, text)
         opening = _OPENING if self.uses_chat(model) else f"\n\n{_OPENING}"
         wrong = [letter for letter in _LETTERS if letter != row["answer"]]
         return Question(
@@ -112,7 +109,6 @@ class LongBench2(RetrievalEval):
             length=_SIZES[row["length"]],
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=(row["answer"],),
-            score=partial(self.rate, row["difficulty"], (row["answer"],)),
             max_new_tokens=self.max_new_tokens,
             choices=self.choices(model, text, opening, [row["answer"]], wrong),
         )
@@ -153,8 +149,8 @@ class LongBench2(RetrievalEval):
         return {"data": self.data, "num_rows": len(data), "sha256": text_hash(texts)}
 
     def notes(self, model: LanguageModel, data: Sequence[dict[str, str]], scores: Sequence[Any]) -> list[str]:
-        """Return notes on rows that repeat and prompts that are too long."""
-        return [*repeated_note(("the rows", row["question"]) for row in data), *self.window_notes(model, scores)]
+        """Return a note on rows that repeat."""
+        return repeated_note(("the rows", row["question"]) for row in data)
 
 
 def read_rows(file: str) -> list[dict[str, str]]:
