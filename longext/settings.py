@@ -84,6 +84,12 @@ def override(kind: type, name: str, default: Any = dataclasses.MISSING, **change
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def shared_settings(config: Any, kind: type, but: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the settings that `config` has in common with a class of settings, without those named."""
+    names = {field.name for field in dataclasses.fields(kind)} - {*but}
+    return {key: value for key, value in vars(config).items() if key in names}
+
+
 def option_of(field: dataclasses.Field[Any]) -> Option:
     """Return the `Option` of a dataclass field; of a plain field one that is no flag and has no bounds."""
     return field.metadata.get("option") or Option(is_flag=False)

@@ -97,6 +97,12 @@ def data_hash(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
+def documents_facts(config: DataConfig, texts: Iterable[Document], /, **more: Any) -> dict[str, Any]:
+    """Return what a record says of documents, and of how they were read."""
+    facts = {"source": config.data, "split": config.split, "sha256": data_hash(texts)}
+    return {**facts, **more, "max_tokens": config.max_tokens}
+
+
 def _open_source(config: DataConfig) -> Iterator[Row]:
     files = _source_files(config)
     if files is None:

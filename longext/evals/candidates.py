@@ -11,14 +11,14 @@ from longext.attention.bands import REMAPS, remap_spec
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.engines import REMAPPED, RIGHT, kind_of, serving_engines
-from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
-from longext.data.documents import data_hash, load_documents
+from longext.conversion.extend import ExtensionPlan
+from longext.data.documents import documents_facts, load_documents
 from longext.errors import CheckpointError, ConfigError, DataError
 from longext.evals.base import Progress
 from longext.evals.sequential.elimination import FEWEST, Candidate, best_of, eliminate, groups, summary
 from longext.evals.suites.passkey import Passkey
 from longext.manifest import result_record
-from longext.models.methods import RemapRequest, described, method_request, remap_request
+from longext.models.methods import RemapRequest, apply_method, described, plan_method
 from longext.rope.spec import RopeSpec, extension_methods
 
 if TYPE_CHECKING:
@@ -85,14 +85,12 @@ def _sensible(factor: float) -> list[str]:
 
 
 def _choice(text: str, config: Any, rope: RopeSpec, factor: float) -> Choice:
-    remap = remap_request(text, factor)
-    if remap:
-        lengths = rope.original_max_position_embeddings, config.target_length, rope.rotary_dim // 2
-        return Choice(text, remap_spec(remap.name, *lengths, remap.parameters).formula, REMAPPED, remap)
-    request = method_request(text, config.model, config.revision, factor)
-    if request.method == "none":
+    plan = plan_method(text, config.model, config.revision, factor)
+    if plan is None:
         raise ConfigError("`none` is what every method is compared with; it is always measured.")
-    plan = plan_extension(request)
+    if isinstance(plan, RemapRequest):
+        lengths = rope.original_max_position_embeddings, config.target_length, rope.rotary_dim // 2
+        return Choice(text, remap_spec(plan.name, *lengths, plan.parameters).formula, REMAPPED, plan)
     return Choice(text, described(plan.spec), kind_of(plan.parameters), plan)
 
 
@@ -124,9 +122,7 @@ class Trial:
 
     def apply(self, choice: Choice | None) -> None:
         """Give the model a method; None for the model as it is."""
-        plan = choice.plan if choice else None
-        self.model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else self.plain)
-        self.model.remap(plan if isinstance(plan, RemapRequest) else None)
+        apply_method(self.model, choice.plan if choice else None, self.plain)
 
     def nll(self, place: int, length: int) -> float:
         """Return the mean NLL of the scored tokens of a place with `length` tokens, nats."""
@@ -322,7 +318,7 @@ def _record(
             "seed": config.seed,
             "minutes": config.minutes,
         },
-        {"source": config.data, "split": config.split, "sha256": data_hash(documents), "max_tokens": config.max_tokens},
+        documents_facts(config, documents),
         trained_length=trial.trained,
         target_length=target,
         window_perplexity=base.perplexity(trial.trained),

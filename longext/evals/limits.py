@@ -104,6 +104,12 @@ def place_limits(
     return [PlaceLimit(name or ALL, *_find(name, measured, option), limit) for name, limit in limits.items()]
 
 
+def perplexity_limits(given: Sequence[str], lengths: Iterable[int], form: str = "LENGTH=PPL") -> list[PlaceLimit]:
+    """Return the limits of --fail-over at lengths that are measured."""
+    places = [("", str(length)) for length in sorted(lengths)]
+    return place_limits(given, places, form=form, scale=PERPLEXITY, option=FAIL_OVER, has_whole=False)
+
+
 def _find(name: str, places: Sequence[Place], option: str) -> tuple[str | None, str | None]:
     """Return (task, length) of a name, None for what it leaves open."""
     tasks = list(dict.fromkeys(task for task, _ in places if task))

@@ -34,10 +34,9 @@ from longext.evals.retrieval import (
 from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
-from longext.models.answer_file import hash_of, kept_scores, tokens_hash
+from longext.models.answer_file import hash_of, score_each, tokens_hash
 from longext.models.batching import batch_size
 from longext.models.protocol import LanguageModel
-from longext.processes.dealing import deal, workers_of
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -200,18 +199,11 @@ def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, n
 def _short_answers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[str]:
     """Return the greedy answer to each prompt, as many tokens as YaRN's script writes."""
 
-    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
+    def answer(number: int) -> dict[str, Any]:
+        return {"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)}
 
-    names, keeper = kept_scores(model, f"greedy {_YARN_NEW_TOKENS}", [prompt.input_ids for prompt in prompts])
-    rows = deal(
-        names,
-        [[number] for number in range(len(prompts))],
-        answer,
-        keeper=keeper,
-        on_progress=advance,
-        workers=workers_of(model),
-    )
+    items = [prompt.input_ids for prompt in prompts]
+    rows = score_each(model, f"greedy {_YARN_NEW_TOKENS}", items, answer, advance)
     ends = model.ending_tokens
     return [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longext.data.documents import Document, data_hash
+from longext.data.documents import Document, documents_facts
 from longext.errors import DataError
 from longext.evals.base import Advance, Outcome, Work, silent
 from longext.evals.statistics import MIN_DOCUMENTS, bootstrap_mean
@@ -305,15 +305,13 @@ def perplexity_record(
             "bos": protocol.adds_bos,
             "seed": config.seed,
         },
-        {
-            "source": config.data,
-            "split": config.split,
-            "sha256": data_hash(documents),
-            "num_documents": len(tokenized),
-            "num_too_short": num_short,
-            "num_tokens": sum(len(document.input_ids) for document in tokenized),
-            "max_tokens": config.max_tokens,
-        },
+        documents_facts(
+            config,
+            documents,
+            num_documents=len(tokenized),
+            num_too_short=num_short,
+            num_tokens=sum(len(document.input_ids) for document in tokenized),
+        ),
         results=[asdict(result) for result in results],
     )
 

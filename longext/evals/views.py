@@ -208,7 +208,7 @@ class Section:
     """What a report shows of one kind of result.
 
     Attributes:
-        kind: of the records it shows, with `protocol` (an id) if those of other protocols have another section.
+        kind: of the records it shows, "" for `name`; with `protocol` (an id) if those of others have another section.
         picture: name of the picture's file for a single result; "" for `name`.
         must_agree: fields of `model` that must agree, besides protocol and data, for numbers to share a table.
         measured: record -> what else must agree, that its numbers or its model say.
@@ -224,6 +224,9 @@ class Section:
     must_agree: frozenset[str] = frozenset()
     measured: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda record: {}
     unknown: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or self.name)
 
 
 TOKENS = "context length (tokens)"  # axes that evaluations share

@@ -19,7 +19,7 @@ import numpy as np
 
 from longext.errors import ConfigError, DataError
 from longext.models.protocol import LanguageModel
-from longext.processes.dealing import Row, files_of_all, own_file, share
+from longext.processes.dealing import Row, deal, files_of_all, own_file, share, workers_of
 from longext.untrusted import decode, parse_json, read_bytes
 
 PREDICTIONS_SCHEMA = "longext.predictions/1"
@@ -138,6 +138,32 @@ def kept_scores(model: Any, kind: str, items: Sequence[Any]) -> tuple[list[str],
         digest.update(json.dumps(item).encode())
         names.append(digest.hexdigest())
     return names, _Scores(path, _SCORES)
+
+
+def score_each(
+    model: Any,
+    kind: str,
+    items: Sequence[Any],
+    answer: Callable[[int], Row],
+    on_progress: Callable[[int], object] | None = None,
+    weights: Sequence[int] | None = None,
+) -> list[Row]:
+    """Return the row that `answer` gives for each item, by number: one at a time, dealt, and kept as `kept_scores`.
+
+    Args:
+        weights: what each counts in `on_progress`; default 1.
+    """
+    names, keeper = kept_scores(model, kind, items)
+    one_by_one, workers = [[number] for number in range(len(items))], workers_of(model)
+    return deal(
+        names,
+        one_by_one,
+        lambda batch: [answer(batch[0])],
+        keeper=keeper,
+        on_progress=on_progress,
+        weights=weights,
+        workers=workers,
+    )
 
 
 def _packed(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longext.attention.bands import REMAPS, check_parameters
 from longext.conversion.config import ExtendConfig
@@ -13,6 +13,10 @@ from longext.options import RopeConfig
 from longext.registry import did_you_mean
 from longext.rope.spec import ROPE_METHODS, RopeSpec
 from longext.settings import build_config
+
+if TYPE_CHECKING:
+    from longext.conversion.extend import ExtensionPlan
+    from longext.models.hf import HFLanguageModel
 
 
 def method_request(text: str, model: str, revision: str | None = None, factor: float | None = None) -> ExtendConfig:
@@ -80,6 +84,31 @@ def remap_request(text: str, factor: float | None = None, target_length: int | N
         raise ConfigError(told).about("factor")
     check_parameters(name, given)
     return RemapRequest(name, sized.factor, sized.target_length, sized.original_length, given)
+
+
+def plan_method(
+    text: str, model: str, revision: str | None, factor: float | None
+) -> ExtensionPlan | RemapRequest | None:
+    """Return the extension or remapping that a method is; None for "none". Raises as the two above."""
+    from longext.conversion.extend import plan_extension
+
+    remap = remap_request(text, factor)
+    if remap is not None:
+        return remap
+    request = method_request(text, model, revision, factor)
+    return None if request.method == "none" else plan_extension(request)
+
+
+def apply_method(model: HFLanguageModel, plan: ExtensionPlan | RemapRequest | None, plain: dict[str, Any]) -> None:
+    """Give a loaded model a method, in place of the one that it has.
+
+    Args:
+        plain: config.json of the model as it is, which None leaves.
+    """
+    from longext.conversion.extend import ExtensionPlan, extended_config
+
+    model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else plain)
+    model.remap(plan if isinstance(plan, RemapRequest) else None)
 
 
 def _split(text: str) -> tuple[str, list[str]]:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
-from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension
+from longext.conversion.extend import ExtensionPlan
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Progress
 from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
-from longext.models.methods import RemapRequest, described, method_request, remap_request
+from longext.models.methods import RemapRequest, apply_method, described, plan_method
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
 from longext.report.results import Contents, Written, write_result_files
+from longext.settings import shared_settings
 from longext.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -43,13 +44,7 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | RemapReques
         raise ConfigError("--methods needs at least one method, for example none,linear,yarn.")
     if len(set(config.methods)) != len(config.methods):
         raise ConfigError(f"--methods names one method twice: {','.join(config.methods)}.")
-    plans: dict[str, ExtensionPlan | RemapRequest | None] = {}
-    for name in config.methods:
-        plans[name] = remap_request(name, config.factor)
-        if plans[name] is None:
-            request = method_request(name, config.model, config.revision, config.factor)
-            plans[name] = None if request.method == "none" else plan_extension(request)
-    return plans
+    return {name: plan_method(name, config.model, config.revision, config.factor) for name in config.methods}
 
 
 def compare_methods(
@@ -83,8 +78,7 @@ def compare_methods(
     methods = []
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
-        model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else plain)
-        model.remap(plan if isinstance(plan, RemapRequest) else None)
+        apply_method(model, plan, plain)
         measured = {
             key: run_eval(
                 _with_method(task, name, config, key),
@@ -113,18 +107,12 @@ def _titled(progress: Progress, title: str) -> Progress:
 def _tasks(config: CompareConfig, trained: int) -> dict[str, Any]:
     """Return the evaluations that every method runs through; a length within the trained window is among them."""
     lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
-    perplexity = Perplexity(**_shared(config, Perplexity), lengths=lengths, protocol="sliding")
+    perplexity = Perplexity(**shared_settings(config, Perplexity, _OF_TASKS), lengths=lengths, protocol="sliding")
     positions = dataclasses.replace(perplexity, protocol="positional", stride=perplexity.step)
     tasks: dict[str, Any] = {"perplexity": perplexity, "positions": positions}
     if config.passkey:
-        tasks["passkey"] = Passkey(**_shared(config, Passkey), lengths=config.lengths)
+        tasks["passkey"] = Passkey(**shared_settings(config, Passkey, _OF_TASKS), lengths=config.lengths)
     return tasks
-
-
-def _shared(config: CompareConfig, kind: Any) -> dict[str, Any]:
-    """The fields that `config` and `kind` have in common, but for those that differ by evaluation."""
-    names = {field.name for field in dataclasses.fields(kind)} - _OF_TASKS
-    return {key: value for key, value in vars(config).items() if key in names}
 
 
 def _with_method(task: Eval, name: str, config: CompareConfig, key: str) -> Any:

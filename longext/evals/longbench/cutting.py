@@ -19,9 +19,8 @@ def default_max_length(context: int) -> int:
 
 def prompt_limit(model: LanguageModel, config: Any) -> int | None:
     """Return the length that prompts are cut to: --max-length, else by the context; a memory reads all (None)."""
-    if config.max_length is not None or config.memory:
-        return config.max_length
-    return default_max_length(model.context_length)
+    own: int | None = config.max_length
+    return own if own is not None or config.memory else default_max_length(model.context_length)
 
 
 def cut_middle(

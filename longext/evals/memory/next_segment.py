@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from longext.compressor.base import Compressor
 from longext.compressor.reading.readers import Reader
 from longext.compressor.schedule import Ratio
-from longext.data.documents import Document, data_hash
+from longext.data.documents import Document, documents_facts
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Outcome, Work
 from longext.evals.limits import check_lengths
@@ -387,16 +387,14 @@ def measure_memory(task: Perplexity, reader: Reader, documents: Sequence[Documen
             "bos": False,
             "seed": task.seed,
         },
-        {
-            "source": task.data,
-            "split": task.split,
-            "sha256": data_hash(documents),
-            "documents": [document.id for document in tokenized],
-            "num_documents": len(tokenized),
-            "num_too_short": num_short,
-            "num_tokens": sum(map(len, texts)),
-            "max_tokens": task.max_tokens,
-        },
+        documents_facts(
+            task,
+            documents,
+            documents=[document.id for document in tokenized],
+            num_documents=len(tokenized),
+            num_too_short=num_short,
+            num_tokens=sum(map(len, texts)),
+        ),
         results=[asdict(result) for result in results],
     )
     by_length = {str(row.length): row.ppl for row in results if row.method == MEMORY}

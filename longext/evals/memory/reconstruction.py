@@ -23,7 +23,7 @@ from longext.compressor.memory import Memory
 from longext.compressor.reading.decoder import greedy, memory_decoder
 from longext.compressor.segments import Segment, reconstruction_segments
 from longext.compressor.spec import CompressorSpec, check_ratios
-from longext.data.documents import Document, data_hash, load_documents
+from longext.data.documents import Document, documents_facts, load_documents
 from longext.data.json_lines import text_fields
 from longext.errors import DataError
 from longext.evals.base import Advance, GivenAnswers, Outcome, Work
@@ -253,14 +253,8 @@ def measure_reconstruction(config: Reconstruction, loaded: LoadedCompressor, sou
         notes.append(f"Ratio {', '.join(new)}: not trained (trained: {', '.join(map(str, spec.ratios))}).")
     if len(segments) < config.num_samples:
         notes.append(f"{config.data} has {available} segments of {spec.segment} tokens: all of them were used.")
-    facts = {
-        "source": config.data,
-        "split": config.split,
-        "sha256": data_hash(source.documents),
-        "num_documents": len(source.documents),
-        "num_segments_available": available,
-        "max_tokens": config.max_tokens,
-    }
+    counts = {"num_documents": len(source.documents), "num_segments_available": available}
+    facts = documents_facts(config, source.documents, **counts)
     record = _record(config, config.content, results, model=describe_compressor(loaded), data=facts)
     return Outcome(record=record, notes=notes, files=answer_files([each._asdict() for each in came_back]))
 

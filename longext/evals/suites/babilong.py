@@ -172,7 +172,6 @@ class BABILong(RetrievalEval):
         Section(
             name="babilong",
             title="BABILong",
-            kind="babilong",
             views=(
                 by_task(
                     "BABILong accuracy by length", "results.score", "length of the text", spell=_folder, picture=SEVERAL

@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from longext.evals.views import ANY, NEVER, ONE, PROMPT, Bars, Detail, Lines, Se
 from longext.manifest import result_record
 from longext.options import ChatConfig
 from longext.registry import Registry
-from longext.settings import LENGTH, option, override
+from longext.settings import LENGTH, option, override, shared_settings
 
 STEP = 64  # lengths are multiples of it
 _FAILURES = 2  # in a row end the doubling: nothing says that accuracy falls with length
@@ -190,7 +190,6 @@ class Effective(ReadingConfig, ChatConfig, AnswersEval):
         Section(
             name="effective-length",
             title="Effective length",
-            kind="effective-length",
             picture="effective",
             views=(
                 Bars(
@@ -246,8 +245,7 @@ class Effective(ReadingConfig, ChatConfig, AnswersEval):
     def task_at(self, *lengths: int) -> Any:
         """Return the evaluation that is run at some lengths."""
         test = LENGTH_TESTS[self.test]
-        names = {each.name for each in fields(test.kind)} - {"fail_under", "error_rate", "predictions"}
-        shared = {key: value for key, value in vars(self).items() if key in names}
+        shared = shared_settings(self, test.kind, ("fail_under", "error_rate", "predictions"))
         return test.kind(**{**shared, "lengths": tuple(dict.fromkeys(lengths)), **test.fixed})
 
     def check(self) -> None:

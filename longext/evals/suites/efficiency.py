@@ -43,7 +43,6 @@ def _by_length(key: str, title: str, unit: str, lower: bool = True, **more: Any)
 _SECTION = Section(
     name="efficiency",
     title="Efficiency",
-    kind="efficiency",
     must_agree=_MACHINE,
     views=(
         _by_length(

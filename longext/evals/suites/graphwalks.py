@@ -122,7 +122,6 @@ class GraphWalks(RetrievalEval):
         Section(
             name="graphwalks",
             title="GraphWalks",
-            kind="graphwalks",
             views=(
                 by_task("GraphWalks F1 by length", "by_task.score", picture=SEVERAL),
                 pooled("GraphWalks F1 by length, all tasks together"),

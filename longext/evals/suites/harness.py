@@ -34,7 +34,6 @@ def _column(score: Score) -> str:
 _SECTION = Section(
     name="harness",
     title="lm-eval",
-    kind="harness",
     views=(
         Bars(
             "lm-eval tasks",

@@ -62,7 +62,6 @@ def _by_task(title: str, of: str = "results.score", **more: Any) -> Bars:
 _LONGBENCH = Section(
     name="longbench",
     title="LongBench",
-    kind="longbench",
     views=(
         _averages(
             "LongBench averages, as the authors report them",

@@ -126,7 +126,6 @@ class LongEval(RetrievalEval):
         Section(
             name="longeval",
             title="LongEval",
-            kind="longeval",
             views=(
                 by_task(
                     "LongEval accuracy by number of lines or topics",

@@ -28,13 +28,12 @@ from longext.data.long_short import (
 )
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, register, silent
-from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceLimit, check_lengths, place_limits
+from longext.evals.limits import FAIL_OVER, PlaceLimit, check_lengths, perplexity_limits
 from longext.evals.views import SEVERAL, TOKENIZER, TOKENS, Detail, Lines, Section
 from longext.manifest import result_record
-from longext.models.answer_file import kept_scores
+from longext.models.answer_file import score_each
 from longext.models.methods import check_method
 from longext.options import DataConfig, RuntimeConfig
-from longext.processes.dealing import deal, workers_of
 from longext.settings import LENGTH, MANY, option
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
         Section(
             name="longppl",
             title="LongPPL",
-            kind="longppl",
             must_agree=TOKENIZER,
             views=(
                 Lines(
@@ -160,10 +158,7 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
 
     def limits(self, data: Any) -> list[PlaceLimit]:
         """Return the limits of --fail-over."""
-        places = [("", str(length)) for length in sorted(self.lengths)]
-        return place_limits(
-            self.fail_over, places, form="LENGTH=LONGPPL", scale=PERPLEXITY, option=FAIL_OVER, has_whole=False
-        )
+        return perplexity_limits(self.fail_over, self.lengths, form="LENGTH=LONGPPL")
 
     def open_model(self) -> None:
         """Return None: the model is opened once the evaluator is done, since memory may not hold both."""
@@ -200,18 +195,14 @@ class LongPPL(ReadingConfig, DataConfig, Eval):
 
         texts = [tokens_of(model, data[piece.document].text[piece.start : piece.stop]) for piece in pieces]
 
-        def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
-            row = torch.tensor([texts[batch[0]][0]])
+        def answer(number: int) -> dict[str, Any]:
+            row = torch.tensor([texts[number][0]])
             gain, loss = long_short(lambda own, first: model.score(own, first).nll, row, self.context, self.step)
-            return [{"is_key": is_key(gain, loss, self.min_gain, self.max_loss)[0].tolist()}]
+            return {"is_key": is_key(gain, loss, self.min_gain, self.max_loss)[0].tolist()}
 
         rule = (self.context, self.step, self.min_gain, self.max_loss)
-        names, keeper = kept_scores(model, "key tokens", [(*rule, ids) for ids, _ in texts])
-        weights = [len(ids) for ids, _ in texts]
-        one_by_one = [[number] for number in range(len(texts))]
-        rows = deal(
-            names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights, workers=workers_of(model)
-        )
+        items = [(*rule, ids) for ids, _ in texts]
+        rows = score_each(model, "key tokens", items, answer, advance, [len(ids) for ids, _ in texts])
         found = (
             joined(tile for tile, key in zip(tiles[1:], row["is_key"], strict=True) if key)
             for (_, tiles), row in zip(texts, rows, strict=True)
@@ -403,14 +394,10 @@ def measure_keys(
     texts = [documents[piece.document].text[piece.start : piece.stop] for piece in pieces]
     tokens = [tokens_of(model, text) for text in texts]
 
-    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"nll": model.score(torch.tensor([tokens[batch[0]][0]]), 1).nll[0].cpu().numpy()}]
+    def answer(number: int) -> dict[str, Any]:
+        return {"nll": model.score(torch.tensor([tokens[number][0]]), 1).nll[0].cpu().numpy()}
 
-    names, keeper = kept_scores(model, "text", [ids for ids, _ in tokens])
-    one_by_one, weights = [[number] for number in range(len(texts))], [length] * len(texts)
-    rows = deal(
-        names, one_by_one, answer, keeper=keeper, on_progress=advance, weights=weights, workers=workers_of(model)
-    )
+    rows = score_each(model, "text", [ids for ids, _ in tokens], answer, advance, [length] * len(texts))
     sums = np.zeros((len(pieces), len(SUMS)))
     for number, (text, (_, tiles), piece, row) in enumerate(zip(texts, tokens, pieces, rows, strict=True)):
         nll = row["nll"].astype(np.float64)
@@ -458,7 +445,7 @@ def longppl_record(
     config: LongPPL,
 ) -> dict[str, Any]:
     """Return the JSON record."""
-    from longext.data.documents import data_hash
+    from longext.data.documents import documents_facts
 
     read = {entry["id"] for row in rows for entry in row["per_document"]}
     return result_record(
@@ -475,13 +462,6 @@ def longppl_record(
             "num_windows": config.num_windows,
             "seed": config.seed,
         },
-        {
-            "source": config.data,
-            "split": config.split,
-            "sha256": data_hash(documents),
-            "num_documents": len(read),
-            "num_too_short": len(documents) - len(read),
-            "max_tokens": config.max_tokens,
-        },
+        documents_facts(config, documents, num_documents=len(read), num_too_short=len(documents) - len(read)),
         results=list(rows),
     )

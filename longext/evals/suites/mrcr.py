@@ -85,7 +85,6 @@ class Mrcr(RetrievalEval):
         Section(
             name="mrcr",
             title="MRCR",
-            kind="mrcr",
             views=(by_task("MRCR score by length and needles", "by_task.score", picture=SEVERAL), ranked_view()),
         ),
     )

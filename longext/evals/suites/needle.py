@@ -92,7 +92,6 @@ class Needle(RetrievalEval):
         Section(
             name="needle",
             title="Needles (RULER)",
-            kind="needle",
             measured=depths_of,
             views=(
                 by_task("Needles found by prompt length", "by_task.score", picture=SEVERAL),

@@ -80,7 +80,6 @@ class NoLit(RetrievalEval):
         Section(
             name="nolit",
             title="Needles without shared words",
-            kind="nolit",
             measured=depths_of,
             views=(
                 by_task("Facts found without shared words", "by_task.score", picture=SEVERAL),

@@ -108,7 +108,6 @@ class Passkey(ReadingConfig, AnswersEval):
         Section(
             name="passkey",
             title="Passkey",
-            kind="passkey",
             measured=depths_of,
             views=(
                 Lines(

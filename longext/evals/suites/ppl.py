@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
 from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
-from longext.evals.limits import FAIL_OVER, PERPLEXITY, PlaceLimit, check_lengths, place_limits
+from longext.evals.limits import FAIL_OVER, PlaceLimit, check_lengths, perplexity_limits
 from longext.evals.views import ONE, SCORED, SEVERAL, TOKENIZER, TOKENS, Detail, Lines, Score, Section
 from longext.models.methods import check_method
 from longext.options import DataConfig
@@ -178,7 +178,6 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         Section(
             name="perplexity",
             title="Perplexity",
-            kind="perplexity",
             picture="ppl",
             must_agree=TOKENIZER,
             views=(
@@ -219,7 +218,6 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         Section(
             name="memory-perplexity",
             title="Perplexity with a memory",
-            kind="memory-perplexity",
             picture="ppl",
             must_agree=TOKENIZER,
             measured=_longest,
@@ -346,14 +344,7 @@ class Perplexity(ReadingConfig, DataConfig, Eval):
         """Return the limits of --fail-over (ConfigError: not LENGTH=PPL, or a length that is not measured)."""
         if self.fail_over and self.protocol == "positional":
             raise ConfigError("--fail-over is for a perplexity at a length, and --protocol positional gives ranges.")
-        return place_limits(
-            self.fail_over,
-            [("", str(length)) for length in sorted(self.resolved().lengths)],
-            form="LENGTH=PPL",
-            scale=PERPLEXITY,
-            option=FAIL_OVER,
-            has_whole=False,
-        )
+        return perplexity_limits(self.fail_over, self.resolved().lengths)
 
     def measure(self, model: Any, data: list[Document], work: Work) -> Outcome:
         """Return the record, of the protocol that was chosen."""

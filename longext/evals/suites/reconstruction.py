@@ -44,7 +44,6 @@ def _by_ratio(metric: str, title: str, unit: str, **more: Any) -> Lines:
 _SECTION = Section(
     name="reconstruction",
     title="Reconstruction from memory",
-    kind="reconstruction",
     measured=lambda record: {"segment": (record["model"].get("compressor") or {}).get("segment")},
     views=(
         _by_ratio(

@@ -55,7 +55,6 @@ class Ruler(RetrievalEval):
         Section(
             name="ruler",
             title="RULER",
-            kind="ruler",
             views=(
                 by_task("RULER by task and prompt length", "by_task.score", picture=SEVERAL),
                 pooled(

@@ -55,7 +55,6 @@ class ShortTexts(ReadingConfig, DataConfig, Eval):
         Section(
             name="short-context",
             title="Short texts",
-            kind="short-context",
             picture="short",
             views=(
                 Lines(
@@ -283,7 +282,7 @@ def short_record(
     results: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the JSON record; `model` and `base` are what the two say of themselves."""
-    from longext.data.documents import data_hash
+    from longext.data.documents import documents_facts
 
     return result_record(
         ShortTexts.kind,
@@ -297,14 +296,12 @@ def short_record(
             "num_windows": config.num_windows,
             "seed": config.seed,
         },
-        {
-            "source": config.data,
-            "split": config.split,
-            "sha256": data_hash(documents),
-            "num_documents": results[0]["num_documents"],
-            "num_too_short": len(documents) - results[0]["num_documents"],
-            "max_tokens": config.max_tokens,
-        },
+        documents_facts(
+            config,
+            documents,
+            num_documents=results[0]["num_documents"],
+            num_too_short=len(documents) - results[0]["num_documents"],
+        ),
         base=base,
         passed=all(row["passed"] for row in results),
         verdict=verdict_text(results, config.tolerance),

@@ -16,7 +16,7 @@ from longext.checkpoint.source import resolve_model
 from longext.data.documents import data_hash
 from longext.errors import ConfigError, DataError, LongextError
 from longext.evals.base import Progress
-from longext.evals.limits import FAIL_OVER, PERPLEXITY, check_lengths, place_limits
+from longext.evals.limits import check_lengths, perplexity_limits, place_limits
 from longext.evals.models import open_model
 from longext.evals.perplexity import TokenizedDocument, tokenize_documents
 from longext.evals.runner import run_eval
@@ -31,6 +31,7 @@ from longext.models.methods import check_method
 from longext.registry import did_you_mean
 from longext.report.outcome import Tables
 from longext.report.tables import Table, number
+from longext.settings import shared_settings
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -127,7 +128,7 @@ def _tests(config: GateConfig) -> dict[str, Any]:
             for length in sorted(config.lengths)
         }
         tests[name] = kind(
-            **_shared(config, kind),
+            **shared_settings(config, kind, _OWN),
             **fixed,
             lengths=config.lengths,
             num_trials=math.ceil(config.num_prompts / size),
@@ -136,12 +137,6 @@ def _tests(config: GateConfig) -> dict[str, Any]:
         )
         tests[name].check()
     return tests
-
-
-def _shared(config: GateConfig, kind: Any) -> dict[str, Any]:
-    """Return the settings that `config` and an evaluation have in common."""
-    names = {field.name for field in dataclasses.fields(kind)} - _OWN
-    return {key: value for key, value in vars(config).items() if key in names}
 
 
 # --- perplexity -------------------------------------------------------------------------------------------------------
@@ -157,8 +152,7 @@ class _TextLimit:
 
 
 def _limits_of_text(config: GateConfig) -> list[_TextLimit]:
-    places = [("", str(length)) for length in sorted(config.lengths)]
-    own = place_limits(config.fail_over, places, form="LENGTH=PPL", scale=PERPLEXITY, option=FAIL_OVER, has_whole=False)
+    own = perplexity_limits(config.fail_over, config.lengths)
     limits = [_TextLimit("perplexity", int(each.length or 0), each.limit) for each in own]
     if config.baseline is None:
         return limits
@@ -171,7 +165,7 @@ class _Texts:
 
     def __init__(self, config: GateConfig) -> None:
         self._config = config
-        shared = _shared(config, Perplexity)
+        shared = shared_settings(config, Perplexity, _OWN)
         self._task = Perplexity(**{**shared, "data": config.data}, lengths=config.lengths, protocol="sliding")
         self._task.check()
         self._documents = self._task.load_data()

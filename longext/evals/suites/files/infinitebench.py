@@ -49,7 +49,6 @@ class InfiniteBench(RetrievalEval):
         Section(
             name="infinitebench",
             title="InfiniteBench",
-            kind="infinitebench",
             views=(
                 Bars(
                     "InfiniteBench by task",

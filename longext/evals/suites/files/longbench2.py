@@ -59,7 +59,6 @@ class LongBench2(RetrievalEval):
         Section(
             name="longbench2",
             title="LongBench v2",
-            kind="longbench2",
             views=(
                 by_task(
                     "LongBench v2 accuracy by difficulty and words (1 short, 2 medium, 3 long)",
