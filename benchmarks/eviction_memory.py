@@ -12,7 +12,7 @@ read   the same, and the copy that one layer is read from: its keys turned to th
 live   all tensors that operators make above the weights, the network's own states too; counted operator by operator in
        the last chunks before each length.
 
-Random tokens, one text. `window` holds raw tokens alone and reads them again with every chunk.
+Random tokens, one text. `window` holds raw tokens alone and reads them again with every chunk, without a cache.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def measure(reader: Reader, slots: int, lengths: list[int]) -> Iterator[dict[str
         if any(0 <= mark - number < TRACKED for mark in marks):
             with MemoryTracker([*backbone.model.parameters(), *backbone.model.buffers(), chunk]) as tracker:
                 make_again(trail)
-                trail.write(chunk)
+                trail.advance(chunk)
             live = max(live, tracker.peak)
         else:
-            trail.write(chunk)
+            trail.advance(chunk)
         if number in marks:
             peaks = (held.held, held.read) if held else (chunk.nbytes + sum_bytes(tensors_of(trail)),) * 2
             row = {"memory": reader.spec, "tokens": marks[number], "budget_bytes": budget}
