@@ -3,7 +3,7 @@
 Every compressor is trained with the exact gradient on the next tokens alone, then measured on held-out books: the next
 segment with its memory, with none and with another book's. Finished runs are not run again.
 
-    python benchmarks/compressor_family.py MODEL --train BOOKS --validation OTHER_BOOKS -o results/family
+    python benchmarks/compressor_family.py MODEL --train BOOKS --validation OTHER_BOOKS -o family.json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from compressor_policies import validation_books
+from records import add_output, write_record
 
 FAMILY = ("uio", "anchor", "icae", "icae:kv", "gist", "autocompressor", "rmt", "beacon", "prefix")
 CONTEXTS = (1, 4, 11)  # segments of memory before the scored one
@@ -30,8 +31,8 @@ def main() -> None:
     for name in arguments.archs.split(","):
         train(arguments, name)
         rows.append(measure(arguments, name))
-        record = {"arguments": {k: v for k, v in vars(arguments).items() if k not in ("output", "train")}, "rows": rows}
-        (Path(arguments.output) / "family.json").write_text(json.dumps(record, indent=2) + "\n")
+        about = {key: value for key, value in vars(arguments).items() if key not in ("output", "train", "work")}
+        write_record(arguments.output, arguments=about, rows=rows)
     print_table(arguments, rows)
 
 
@@ -41,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
-    parser.add_argument("-o", "--output", default="results/family")
+    parser.add_argument("--work", default="out/family", help="where what is trained goes")
+    add_output(parser)
     parser.add_argument("--archs", default=",".join(FAMILY), help="arch or arch:memory kind, comma-separated")
     parser.add_argument("--segment", type=int, default=64)
     parser.add_argument("--ratio", type=int, default=8)
@@ -55,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 def directory_of(arguments: argparse.Namespace, name: str) -> Path:
     """Return where a run lies."""
-    return Path(arguments.output) / f"family-{name.replace(':', '-')}-{arguments.seed}"
+    return Path(arguments.work) / f"family-{name.replace(':', '-')}-{arguments.seed}"
 
 
 def train(arguments: argparse.Namespace, name: str) -> None:

@@ -8,7 +8,7 @@ released:2   the reservoir of UIO's published training code, restated in `releas
 exact        our sweep: one segment's graph alive, every segment encoded twice: the exact gradient
 exact/1      the same with the first encoding one segment at a time, not L / 2 of them: least memory
 
-    python benchmarks/compressor_gradients.py [--segments 4,8,16,32,64] [--repeats 3] [--device cuda]
+    python benchmarks/compressor_gradients.py [--segments 4,8,16,32,64] [--repeats 3] [--device cuda] [-o FILE]
 
 Peak memory is above weights and tokens: on CUDA the allocator's peak, on a CPU that of all live tensors, counted
 operator by operator in an untimed run. Seconds on one CPU thread are CPU time, else wall time. A model of the size of
@@ -18,12 +18,12 @@ books-5m, random weights, float32.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from records import add_output, write_record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longext.checkpoint.source import resolve_model
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON too")
+    add_output(parser)
     arguments = parser.parse_args()
     compressor = make_compressor(arguments)
     counts = [int(count) for count in arguments.segments.split(",")]
@@ -66,9 +66,27 @@ def main() -> None:
         cells += [f"{row['exact'][0] / row[other][0]:.2f}" for other in ("window:2", "full")]
         cells += [f"{peak / 1e6:.1f}" for peak in peaks]
         print(f"| {' | '.join(cells)} |", flush=True)
+        write_record(arguments.output, seed=0, **record_of(compressor, measured, arguments))
     summarise(compressor, measured, arguments)
-    if arguments.json:
-        print(json.dumps(measured))
+
+
+def record_of(compressor, measured, arguments) -> dict:
+    """Return the numbers as JSON takes them."""
+    names = ("seconds", "peak_bytes", "backwards_of_zeros")
+    runs = [
+        {"segments": count, "gradient": policy, **dict(zip(names, found, strict=True))}
+        for count, row in measured.items()
+        for policy, found in row.items()
+    ]
+    sizes = {name: getattr(arguments, name) for name in ("segment", "ratio", "repeats")}
+    return {**sizes, "bytes_of_a_memory": memory_numbers(compressor, arguments) * 4, "runs": runs}
+
+
+def memory_numbers(compressor, arguments) -> int:
+    """Return how many numbers the keys and values of one segment's memory are."""
+    config = compressor.backbone.config
+    slots = arguments.segment // arguments.ratio
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots
 
 
 def make_compressor(arguments):
@@ -245,8 +263,8 @@ def summarise(compressor, measured: dict[int, dict[str, tuple[float, int, int]]]
     """Print what a further segment costs each policy, beside the bytes of one segment's memory and its gradients."""
     counts = sorted(measured)
     first, last = counts[0 if len(counts) < 2 else -2], counts[-1]
-    config, slots = compressor.backbone.config, arguments.segment // arguments.ratio
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots
+    slots = arguments.segment // arguments.ratio
+    numbers = memory_numbers(compressor, arguments)
     needed = numbers * compressor.backbone.dtype.itemsize + numbers * 4
     print(f"\nOne segment's memory ({slots} slots) and its float32 gradients: {needed / 1e6:.3f} MB.")
     if first == last:

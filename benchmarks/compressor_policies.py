@@ -4,7 +4,7 @@ Every run has the same documents in the same order and the same initial weights 
 Held-out perplexity of the next segment is measured at each checkpoint, on the same places for all. Time of a step is
 measured apart, interleaved, so that a busy machine does not favour one. Finished runs are not run again.
 
-    python benchmarks/compressor_policies.py MODEL --train BOOKS --validation OTHER_BOOKS -o results/policies
+    python benchmarks/compressor_policies.py MODEL --train BOOKS --validation OTHER_BOOKS -o policies.json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from records import add_output, write_record
 
 POLICIES = ("exact", "window:2", "reservoir:2", "reservoir-raw:2")
 CONTEXTS = (1, 4, 11)  # segments of memory before the scored one
@@ -34,9 +35,9 @@ def main() -> None:
     record = {
         "seconds_per_step": seconds,
         "nll": [{"policy": p, "seed": s, "by_step": values} for (p, s), values in nll.items()],
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("output", "train")},
+        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("output", "train", "work")},
     }
-    (Path(arguments.output) / "policies.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.output, **record)
     print_tables(arguments, nll, seconds)
 
 
@@ -46,7 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
-    parser.add_argument("-o", "--output", default="results/policies")
+    parser.add_argument("--work", default="out/policies", help="where what is trained goes")
+    add_output(parser)
     parser.add_argument("--arch", default="anchor")
     parser.add_argument("--segment", type=int, default=64)
     parser.add_argument("--ratio", type=int, default=8)
@@ -60,7 +62,7 @@ def parse() -> argparse.Namespace:
 
 def directory_of(arguments: argparse.Namespace, policy: str, seed: int) -> Path:
     """Return where a run lies."""
-    return Path(arguments.output) / f"pol-{policy.replace(':', '_')}-{seed}"
+    return Path(arguments.work) / f"pol-{policy.replace(':', '_')}-{seed}"
 
 
 def train(arguments: argparse.Namespace, policy: str, seed: int) -> None:

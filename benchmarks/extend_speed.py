@@ -1,19 +1,23 @@
 """`longext extend`: time and disk on a 13 GB checkpoint, and against load + save_pretrained on one that fits anywhere.
 
-python benchmarks/extend_speed.py [--gigabytes 13] [--folder DIR]
+python benchmarks/extend_speed.py [--gigabytes 13] [--folder DIR] [-o FILE]
+
+Seconds are CPU time of the command and what it starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from records import add_output, write_record
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
 
@@ -48,10 +52,11 @@ def added_bytes(directory: Path, base: Path) -> int:
 
 
 def timed(*command: str) -> float:
-    """Run a command and return its wall time in seconds, process start included."""
-    started = time.perf_counter()
+    """Run a command and return its CPU time in seconds, process start included."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def load_and_save(base: Path, output: Path) -> list[str]:
@@ -72,10 +77,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=int, default=13)
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+    add_output(parser)
     args = parser.parse_args()
     longext = [sys.executable, "-m", "longext"]
-    print(f"longext --help: {min(timed(*longext, '--help') for _ in range(3)):.2f} s")
-    print(f"longext extend --help: {min(timed(*longext, 'extend', '--help') for _ in range(3)):.2f} s")
+    rows = []
+    for words in (["--help"], ["extend", "--help"]):
+        seconds = min(timed(*longext, *words) for _ in range(3))
+        rows.append({"command": " ".join(["longext", *words]), "seconds": seconds})
+        print(f"{rows[-1]['command']}: {seconds:.2f} s")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         root = Path(name)
         big = sparse_checkpoint(root / "big", args.gigabytes * 10**9)
@@ -85,19 +94,24 @@ def main() -> None:
             seconds = timed(*extend, str(big), *flags, "-o", str(output))
             added = added_bytes(output, big)
             name = " ".join(["extend", *flags])
+            rows.append({"command": name, "gigabytes": args.gigabytes, "seconds": seconds, "bytes_added": added})
             print(f"{name} {args.gigabytes} GB (sparse): {seconds:.2f} s, {added / 1e6:.2f} MB added")
         small = random_checkpoint(root / "small")
         size = (small / "model.safetensors").stat().st_size
         theirs = timed(*load_and_save(small, root / "theirs"))
         theirs_added = added_bytes(root / "theirs", small)
         print(f"\n{size / 1e9:.2f} GB checkpoint{'':<8}{'seconds':>9}{'MB added':>10}{'time':>8}{'disk':>10}")
+        rows.append({"command": "load + save", "gigabytes": size / 1e9, "seconds": theirs, "bytes_added": theirs_added})
         print(f"{'load + save_pretrained':<26}{theirs:>9.2f}{theirs_added / 1e6:>10.2f}{1:>7.2f}x{1:>9.4f}x")
         for flags in ([], ["--no-check"]):
             output = root / f"ours{len(flags)}"
             ours = timed(*extend, str(small), *flags, "-o", str(output))
             added = added_bytes(output, small)
+            name = " ".join(["extend", *flags])
+            rows.append({"command": name, "gigabytes": size / 1e9, "seconds": ours, "bytes_added": added})
             ratios = f"{ours / theirs:>7.2f}x{added / theirs_added:>9.4f}x"
-            print(f"{' '.join(['longext extend', *flags]):<26}{ours:>9.2f}{added / 1e6:>10.2f}{ratios}")
+            print(f"{f'longext {name}':<26}{ours:>9.2f}{added / 1e6:>10.2f}{ratios}")
+    write_record(args.output, clock="CPU time of the command and what it starts", rows=rows)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ Both columns run the same engine pieces (gradient checkpointing, LoRA + embeddin
 same tokens; the attention variant is the only difference. The "allowed" ratio is that of the training FLOPs as
 torch's own counter and our closed form (longext/planning/flops.py) give them.
 
-    python benchmarks/s2_attention.py [MODEL] [--lengths 2048,8192,16384,32768]
+    python benchmarks/s2_attention.py [MODEL] [--lengths 2048,8192,16384,32768] [-o FILE]
+
+Seconds are CPU time on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import time
+from pathlib import Path
 
 import torch
+from records import CLOCK, add_output, now, write_record
 
 from longext.checkpoint.source import resolve_model
 from longext.planning.flops import training_flops
@@ -28,12 +31,14 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="books-5m")
     parser.add_argument("--lengths", default="2048,8192,16384,32768")
     parser.add_argument("--steps", type=int, default=1)
+    add_output(parser)
     arguments = parser.parse_args()
     print(
         f"{arguments.model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, groups of a quarter row\n"
     )
     print("| tokens | full s | S2 s | full/S2 | FLOPs allow | of allowed | full GiB | S2 GiB |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
+    rows = []
     for length in map(int, arguments.lengths.split(",")):
         measured = {kind: in_fresh_process(arguments.model, length, kind, arguments.steps) for kind in ("full", "s2")}
         ratio = measured["full"][0] / measured["s2"][0]
@@ -42,6 +47,14 @@ def main() -> None:
         cells += [f"{allowed:.2f}", f"{ratio / allowed:.0%}"]
         cells += [f"{measured[kind][1] / 2**30:.2f}" for kind in ("full", "s2")]
         print(f"| {' | '.join(cells)} |", flush=True)
+        found = {
+            f"{kind}_{name}": value
+            for kind, both in measured.items()
+            for name, value in zip(("seconds", "peak_bytes"), both, strict=True)
+        }
+        rows.append({"tokens": length, **found, "ratio": ratio, "ratio_of_flops": allowed})
+        about = {"model": Path(arguments.model).name, "steps": arguments.steps, "clock": CLOCK}
+        write_record(arguments.output, seed=0, **about, rows=rows)
 
 
 def in_fresh_process(*work) -> tuple[float, int]:
@@ -81,15 +94,13 @@ def measure(model: str, length: int, attention: str, steps: int) -> tuple[float,
         torch.manual_seed(0)
         ids = torch.randint(3, base.config.vocab_size, (1, tokens), device=device)
         plan = AttentionPlan(Layout(1, tokens), max(2, tokens // 4))
-        started = time.perf_counter()
+        started = now(device.type)
         with chunked_loss(base, 4096), torch.autocast(device.type, torch.bfloat16, uses_autocast(config, device)):
             loss = adapted(input_ids=ids, shift_labels=shift(ids), use_cache=False, **{PLAN: plan}).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(now(device.type) - started)
     return sorted(times[1:])[steps // 2], peak_memory(device)
 
 

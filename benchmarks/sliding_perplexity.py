@@ -3,7 +3,9 @@
 The loop is what most scripts do: one window at a time, full logits, `labels` with -100 before the new tokens
 (transformers' own loss). Each variant runs in a process of its own, so that peak memory is its own.
 
-    python benchmarks/sliding_perplexity.py [--model books-5m] [--window 2048] [--stride 256] [--windows 12]
+    python benchmarks/sliding_perplexity.py [--model books-5m] [--window 2048] [--stride 256] [--windows 12] [-o FILE]
+
+Seconds are CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from records import CLOCK, add_output, now, write_record
 
 VARIANTS = ("loop", "longext sliding", "longext positional")
 
@@ -72,7 +75,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
         num_bootstrap=0,
         num_buckets=1,
     )
-    model = load_language_model(RuntimeConfig(model=args.model, device="cpu"))
+    model = load_language_model(RuntimeConfig(model=args.model, device="cpu", threads=1))
     ids = model.encode(load_documents(config)[0].text)[: args.window + (args.windows - 1) * args.stride]
     documents = [TokenizedDocument("document", tuple(ids))]
 
@@ -84,9 +87,9 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
 
     run(ids[: args.window + args.stride])
     before = peak_reset()
-    started = time.perf_counter()
+    started = now("cpu")
     total, count = run(ids)
-    seconds = time.perf_counter() - started
+    seconds = now("cpu") - started
     forward = num_forward_tokens(documents, config)
     return {
         "nll": total / count,
@@ -106,6 +109,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest run of each variant counts")
+    add_output(parser)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant:
@@ -132,7 +136,7 @@ def report(rows: dict[str, dict], args: argparse.Namespace) -> None:
 
     base = rows["loop"]
     print(f"{args.model}, {args.data}, window {args.window}, stride {args.stride}, float32")
-    print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"one CPU thread, torch {torch.__version__}, transformers {transformers.__version__}")
     print(
         f"{'variant':<20}{'NLL':>12}{'scored':>8}{'seconds':>9}{'scored/s':>10}{'peak MB':>9}{'speed':>8}{'memory':>8}"
     )
@@ -141,6 +145,9 @@ def report(rows: dict[str, dict], args: argparse.Namespace) -> None:
         measured = f"{row['nll']:>12.7f}{row['scored']:>8}{row['seconds']:>9.2f}{rate:>10,.0f}{row['peak'] / 1e6:>9.1f}"
         print(f"{variant:<20}{measured}{rate / base_rate:>7.2f}x{row['peak'] / base['peak']:>7.2f}x")
     difference = abs(rows["longext sliding"]["nll"] / base["nll"] - 1)
+    about = {name: vars(args)[name] for name in ("window", "stride", "windows", "repeats")}
+    about |= {"model": Path(args.model).name, "data": args.data, "clock": CLOCK}
+    write_record(args.output, seed=0, **about, rows=rows, difference_of_nll=difference)
     print(f"relative difference of the two sliding NLLs: {difference:.1e} (must be below 1e-5)")
     assert difference < 1e-5
 

@@ -7,7 +7,7 @@ import dataclasses
 from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.config import CompressConfig
 from longext.compressor.policies import parse_objectives, parse_policy
-from longext.compressor.schedule import UNLIMITED, Ratio, spelled
+from longext.compressor.schedule import UNLIMITED, Ratio, Schedule, spelled
 from longext.compressor.spec import CompressorSpec, check_fading, check_spec
 from longext.data.config import RowsConfig
 from longext.errors import ConfigError
@@ -92,6 +92,11 @@ def spec_of(config: CompressConfig, window: int) -> CompressorSpec:
     return spec
 
 
+def shortest_text(config: CompressConfig, schedule: Schedule) -> int:
+    """Return the tokens of the shortest text that trains: one segment if it is only asked to come back (`ae`)."""
+    return schedule.segment if set(parse_objectives(config.objectives)) == {"ae"} else schedule.shortest
+
+
 def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -> int:
     """Return the tokens of a training document: as asked, else twelve segments or what fits.
 
@@ -111,10 +116,11 @@ def document_length(config: CompressConfig, spec: CompressorSpec, window: int) -
     most = schedule.max_segments
     if config.document_length is None:
         return spec.segment * min(_DEFAULT_SEGMENTS + first - 1, most)
-    if config.document_length < schedule.shortest:
+    shortest = shortest_text(config, schedule)
+    if config.document_length < shortest:
         raise ConfigError(
             f"--document-length {config.document_length} is too short for a memory to be read: with --segment "
-            f"{spec.segment} and --overlap {spec.overlap} give at least {schedule.shortest} tokens."
+            f"{spec.segment} and --overlap {spec.overlap} give at least {shortest} tokens."
         )
     segments = -(-config.document_length // spec.segment)
     if segments > most:

@@ -37,6 +37,7 @@ from longext.compressor.settings import (
     check_compress_config,
     document_length,
     same_shape,
+    shortest_text,
     spec_of,
     token_source,
 )
@@ -76,11 +77,12 @@ class CompressPlan(RunPlan):
         """Return the documents of the whole run; the main process tokenises, the others then find its cache."""
         config = self.config
         kind = COMPRESSORS[self.spec.arch]
-        shortest = Schedule.of(kind, self.spec, self.spec.ratios).shortest
+        schedule = Schedule.of(kind, self.spec, self.spec.ratios)
+        shortest = shortest_text(config, schedule)
         with main_process_first():
             cache = cached_tokens(token_source(config), tokenizer, length=self.row_length, on_progress=on_tokens)
         # nothing predicts the first token, and under a frozen reader what precedes the first memory trains nothing
-        skip = 1 if kind.trains_reader else shortest - 1
+        skip = 1 if kind.trains_reader or shortest < schedule.shortest else shortest - 1
         return DocumentRows(cache, self.row_length, config.seed, self.num_rows, minimum=shortest, skip=skip)
 
     def fingerprint(self, data: dict[str, Any]) -> dict[str, Any]:

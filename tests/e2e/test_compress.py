@@ -204,6 +204,7 @@ def test_a_run_that_has_just_started_is_not_removed_by_a_second_one(run, tmp_pat
         (("--data", "nowhere.txt"), ("nowhere.txt",)),
         (("--sequence-parallel", 2, "--gradient", "window:2"), ("--gradient exact, subset:N or stop:S",)),
         (("--document-length", 64), ("too short for a memory to be read", "at least 66")),
+        (("--document-length", 63, "--objectives", "ae"), ("too short for a memory to be read", "at least 64")),
         (("--document-length", 128, "--overlap", 64), ("too short for a memory to be read", "at least 130")),
         (("--sink", 64), ("--sink 64 must be below --segment 64",)),
         (("--sequence-parallel", 2), ("this run has 1", "--num-processes 2")),

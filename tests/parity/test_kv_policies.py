@@ -408,22 +408,36 @@ def test_generation_is_what_scores_call_first():
 
 
 @torch.no_grad()
-def test_peak_memory_is_the_budget():
-    """Every chunk is evicted layer by layer as it is read: 2,048 slots in chunks of 32, nothing else of the text."""
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming", "ada-snapkv"])
+def test_peak_memory_is_the_budget(name):
+    """512 slots in chunks of 32, read layer by layer: what is held, and all tensors that operators make.
+
+    Heads that keep fewer keys than others take no more room; the copy that a layer is read from is one layer's of 32.
+    """
     sizes = {"num_hidden_layers": 32, "hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 4096}
     model = tiny_llama(torch.float32, **sizes)
-    one = trail("snapkv:2048", model, 32)
-    ids = torch.randint(3, 64, (1, 2048 + 64))
-    one.write(ids[:, :2048])
-    budget = one.num_bytes
-    assert budget == 32 * 2 * 2 * 2048 * 64 * 4
+    one = trail(f"{name}:512", model, 32)
+    position = 32 * 2 * 2 * 64 * 4
+    ids = torch.randint(3, 64, (1, 512 + 64), generator=torch.Generator().manual_seed(1))
+    one.write(ids[:, :512])
     with MemoryTracker(list(model.parameters())) as tracker:
         for layer in one.layers:
             layer.held = tuple(states.clone() for states in layer.held)
-        for tokens in ids[:, 2048:].split(32, 1):
+        for tokens in ids[:, 512:].split(32, 1):
             one.write(tokens)
-    assert one.num_bytes == budget
-    assert tracker.peak <= 1.1 * budget, tracker.peak / budget
+            assert one.num_bytes == 512 * position
+    widest = max(layer.num_held for layer in one.layers)
+    assert (widest > 512) == name.startswith("ada-")
+    assert tracker.peak <= 1.1 * (512 + 32) * position, tracker.peak / (512 + 32) / position
+
+
+@torch.no_grad()
+def test_a_chunk_takes_no_more_room_than_its_tokens():
+    model = tiny_llama()
+    one = trail("streaming:20", model)
+    decoder, _ = one.begin(random_ids(1, 1), 3)
+    assert [layer._buffers[0].shape[-2] for layer in one.layers] == [CHUNK + 3] * 3
+    assert decoder.num_bytes == 3 * 2 * 2 * CHUNK * 8 * 8
 
 
 @pytest.mark.parametrize(

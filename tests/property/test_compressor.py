@@ -20,14 +20,17 @@ from families import tiny_model
 from longext.compressor.architectures.beacon import beacon_mask
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import Compressor
+from longext.compressor.config import CompressConfig
 from longext.compressor.gradients import Sweep
 from longext.compressor.independent import causal_mask, prefix_mask
 from longext.compressor.memory import MemoryStore, num_bytes, num_slots
 from longext.compressor.objectives import Batch, Objectives, compare_gradients
 from longext.compressor.policies import parse_objectives, parse_policy
 from longext.compressor.segments import reconstruction_segments, split_segments
+from longext.compressor.settings import document_length, spec_of
 from longext.compressor.spec import CompressorSpec, check_spec
 from longext.errors import ConfigError
+from longext.settings import build_config, find_recipe
 from longext.training.loading import enable_checkpointing
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -307,6 +310,13 @@ def test_the_position_budget_is_the_papers():
     assert [spec.schedule(4096, ratio).max_segments * 1024 for ratio in (32, 8)] == [99_328, 25_600]
     hybrid = CompressorSpec(segment=128, ratios=(32,), sink=1, overlap=128)
     assert hybrid.schedule(512, 32).max_segments == 1 + (512 - 1 - 256) // 4 + 1
+
+
+def test_the_recipe_for_smollm2_reads_128000_tokens():
+    config = build_config(CompressConfig, find_recipe("compress/smollm2-128k"), [], {})
+    spec = spec_of(config, 8192)
+    assert spec.schedule(8192, 16).max_segments * spec.segment == 129_024 >= 128_000
+    assert document_length(config, spec, 8192) == 4096
 
 
 @pytest.mark.parametrize(

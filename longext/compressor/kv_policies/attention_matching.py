@@ -28,11 +28,11 @@ class AttentionMatching(KVPolicy):
 
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the root mean square of the attention over queries and the query heads of a group."""
-        return seen.attention().square().mean((2, 3)).sqrt()
+        return (seen.total_attention(power=2).mean(2) / seen.queries.shape[-2]).sqrt()
 
     def fit(self, seen: Seen, index: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return values and biases of the keys that stay."""
-        scores = seen.scores(seen.queries.shape[-2])[..., : seen.num_keys].flatten(2, 3)  # of a head: [B, H, G q, n]
+        scores = seen.scores()[..., : seen.num_keys].flatten(2, 3)  # of a head: [B, H, G q, n]
         values = wide(seen.values[..., : seen.num_keys, :])
         top = scores.amax(-1, keepdim=True)
         exp = (scores - top).exp()

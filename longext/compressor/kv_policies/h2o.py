@@ -22,7 +22,7 @@ class H2O(KVPolicy):
 
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the mean attention of the queries that could see each key."""
-        received = seen.attention().sum(-2).mean(2)
+        received = seen.total_attention().mean(2)
         total = received + seen.kept.get("sum", 0.0)
         seen.kept["sum"] = total
         return total / (seen.num_read - seen.origins).clamp(min=1)

@@ -19,11 +19,13 @@ class KeyDiff(KVPolicy):
     needs_queries = False
 
     def score(self, seen: Seen) -> torch.Tensor:
-        """Return minus the cosine."""
-        directions = F.normalize(seen.text_keys, dim=-1)
-        there = (seen.origins >= 0)[..., None].to(directions.dtype)
-        mean = (directions * there).sum(-2, keepdim=True) / there.sum(-2, keepdim=True)
-        return -F.cosine_similarity(directions, mean, dim=-1)
+        """Return minus the cosine, without copies of all keys."""
+        keys = seen.text_keys
+        norms = torch.linalg.vector_norm(keys, dim=-1).clamp(min=torch.finfo(keys.dtype).tiny)
+        share = (seen.origins >= 0).to(keys.dtype) / norms
+        mean = F.normalize(share[..., None, :] @ keys, dim=-1)  # its direction: its length does not matter
+        cosine: torch.Tensor = (keys @ mean.transpose(-1, -2))[..., 0] / norms
+        return -cosine
 
 
 KV_POLICIES.register("keydiff", KeyDiff)

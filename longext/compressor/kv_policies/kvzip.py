@@ -6,6 +6,8 @@ that models without a chat format can); a key keeps the score that its own chunk
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 
 from longext.compressor.kv_policies import KV_POLICIES
@@ -20,7 +22,7 @@ class KVzip(KVPolicy):
 
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the largest attention so far."""
-        found = seen.attention().amax((2, 3))
+        found = reduce(torch.maximum, (part.amax((2, 3)) for part in seen.attention()))
         if "most" in seen.kept:
             found = torch.maximum(found, seen.kept["most"])
         seen.kept["most"] = found

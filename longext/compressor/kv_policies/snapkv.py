@@ -28,7 +28,8 @@ class SnapKV(KVPolicy):
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the smoothed attention; keys of the window itself stay out of it."""
         last = min(self.num_last(seen.budget), seen.num_keys - 1)
-        window = seen.attention(WINDOW if self.aware else max(1, last)).mean(-2)[..., : seen.num_keys - last]
+        count = min(WINDOW if self.aware else max(1, last), seen.queries.shape[-2])
+        window = seen.total_attention(count)[..., : seen.num_keys - last] / count
         pooled = F.avg_pool1d(window.flatten(1, 2), KERNEL, stride=1, padding=KERNEL // 2)
         found = pooled.unflatten(1, window.shape[1:3]).mean(2)
         return torch.cat([found, found.new_zeros(*found.shape[:-1], last)], -1)

@@ -23,7 +23,7 @@ class TOVA(KVPolicy):
 
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the attention of the last query, the same for all heads."""
-        found = seen.attention(1)[..., 0, :].mean((1, 2))
+        found = seen.total_attention(1).mean((1, 2))
         return found[:, None].expand(-1, seen.keys.shape[1], -1)
 
 

@@ -2,6 +2,8 @@
 
 The model attends through transformers' attention interface, so queries and keys arrive as each family makes them. A
 layer is evicted as soon as it has attended: what is held at any time is the budget of every layer, and one chunk.
+Beside that one layer at a time has a copy that it is read from. Heads that keep fewer keys than others are held without
+the gaps between them.
 
 Positions are relative to the cache: held keys stand right before the tokens that are read, in their order. They are
 kept unrotated and turned where they are read, so each is rounded twice, however often it moves.
@@ -22,19 +24,20 @@ import torch.nn.functional as F
 from longext.compressor.backbone import Backbone
 from longext.compressor.reading.budgets import Budget
 from longext.compressor.reading.decoder import CachedDecoder, RoomyLayer
-from longext.compressor.reading.seen import KVPolicy, Seen, wide
+from longext.compressor.reading.seen import KVPolicy, Seen, rows_at_once, wide
 from longext.compressor.reading.trails import Trail
 
 _NAME = "longext_kv_attn"
 _READING: ContextVar[PolicyTrail] = ContextVar("reading")
 QUESTION = 64  # tokens of the prompt's end that stand for a question
+_AT_ONCE = 256  # keys that are turned or gathered at once
 
 
 class HeldLayer(RoomyLayer):
     """Keys and values of one layer: those held, [B, H, n, d], then those of the chunk as they come.
 
     Attributes:
-        held: (keys unrotated, values).
+        held: (keys unrotated, values), [B, H, n, d]; [B, all of a text's heads, d] where heads hold different numbers.
         bias: [B, H, n] of the held keys, or None.
         origins: int32 [B, H, n], numbers of their tokens; -1 where a head holds fewer than others.
         kept, notes: see `Seen`.
@@ -52,7 +55,7 @@ class HeldLayer(RoomyLayer):
     @property
     def num_held(self) -> int:
         """Slots of a head."""
-        return 0 if self.held is None else self.held[0].shape[-2]
+        return 0 if self.origins is None else self.origins.shape[-1]
 
     def get_seq_length(self) -> int:
         """Return the positions so far, the same for all layers."""
@@ -67,8 +70,33 @@ class HeldLayer(RoomyLayer):
         """Return keys and values as they are read."""
         if self.held is None:
             return self.keys, self.values
+        keys, values = (self._laid_out(*pair) for pair in zip(self.held, (self.keys, self.values), strict=True))
         places = torch.arange(self._trail.start - self.num_held, self._trail.start)
-        return torch.cat([self.turn(self.held[0], places), self.keys], -2), torch.cat([self.held[1], self.values], -2)
+        for part, by in zip(keys[..., : self.num_held, :].split(_AT_ONCE, -2), places.split(_AT_ONCE), strict=True):
+            part.copy_(self.turn(part, by))
+        return keys, values
+
+    def padded(self, held: torch.Tensor) -> torch.Tensor:
+        """Return keys or values held as [B, H, n, d]: zeros where a head holds none."""
+        return held if held.dim() == 4 else self._laid_out(held)
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor, origins: torch.Tensor) -> None:
+        """Hold keys and values [B, H, n, d] whose origins, [B, H, n], are not -1."""
+        self.held, self.origins = (_packed(keys, origins >= 0), _packed(values, origins >= 0)), origins
+
+    def _laid_out(self, held: torch.Tensor, chunk: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [B, H, n + c, d]: keys or values held, and behind them those of the chunk."""
+        assert self.origins is not None
+        count = 0 if chunk is None else chunk.shape[-2]
+        laid = held.new_zeros(*self.origins.shape[:-1], self.num_held + count, held.shape[-1])
+        front = laid[..., : self.num_held, :]
+        if held.dim() == front.dim():
+            front.copy_(held)
+        else:
+            front[self.origins >= 0] = held.flatten(0, 1)
+        if chunk is not None:
+            laid[..., self.num_held :, :] = chunk
+        return laid
 
     def turn(self, keys: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Return keys [..., m, d] turned by int64 [m] positions."""
@@ -108,21 +136,41 @@ class HeldLayer(RoomyLayer):
         self, seen: Seen, index: torch.Tensor, there: torch.Tensor, values: torch.Tensor | None, fitted: Any
     ) -> None:
         start, count = self._trail.start, seen.num_keys - self.num_held
+        values = _gathered((seen.values,), index) if values is None else values.to(seen.values.dtype)
+        values = _packed(values, there)
+        if self.held is not None:
+            self.held = self.held[0], values  # the old values go before there are new keys
         fresh = self.turn(self.keys[..., :count, :], -torch.arange(start, start + count))
-        fresh = fresh if self.held is None else torch.cat([self.held[0], fresh], -2)
-        rows = index[..., None].expand(*index.shape, fresh.shape[-1])
-        if values is None:
-            of_values = index[..., None].expand(*index.shape, seen.values.shape[-1])
-            values = seen.values.gather(-2, of_values)
-        self.held = fresh.gather(-2, rows), values.to(seen.values.dtype)
+        keys = _gathered((fresh,) if self.held is None else (self.padded(self.held[0]), fresh), index)
         bias = fitted if fitted is not None else (None if seen.bias is None else seen.bias.gather(-1, index))
         if bias is not None or not bool(there.all()):
-            bias = wide(self.held[0]).new_zeros(index.shape) if bias is None else bias
+            bias = wide(keys).new_zeros(index.shape) if bias is None else bias
             bias = bias.masked_fill(~there, -torch.inf)
         self.bias = bias
+        self.held = _packed(keys, there), values
         self.origins = seen.origins.gather(-1, index).masked_fill(~there, -1)
         self.kept = {name: one.gather(-1, index) for name, one in seen.kept.items()}
         self.forget_chunk()
+
+
+def _packed(states: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Return states [B, H, n, d], those of a text in a row, [B, m, d], if `there` is not so everywhere."""
+    return states if bool(there.all()) else states[there].view(len(states), -1, states.shape[-1])
+
+
+def _gathered(parts: tuple[torch.Tensor, ...], index: torch.Tensor) -> torch.Tensor:
+    """Return the rows `index`, int64 [B, H, m], of one tensor or two in a row, [B, H, n, d], which are not joined."""
+    first, last = parts[0], parts[-1]
+    size, found = first.shape[-2], first.new_empty(*index.shape, first.shape[-1])
+    for place, into in zip(index.split(_AT_ONCE, -1), found.split(_AT_ONCE, -2), strict=True):
+        rows = place[..., None].expand(into.shape)
+        if len(parts) == 1:
+            torch.gather(first, -2, rows, out=into)
+            continue
+        old = first.gather(-2, place.clamp(max=size - 1)[..., None].expand(into.shape))
+        new = last.gather(-2, (place - size).clamp(min=0)[..., None].expand(into.shape))
+        into.copy_(torch.where(rows < size, old, new))
+    return found
 
 
 class PolicyTrail(Trail):
@@ -197,7 +245,7 @@ class PolicyTrail(Trail):
         """Run the frozen model behind what is held, with a cache."""
         self._forget_chunk()
         for layer in self.layers:
-            layer.room = tokens.shape[1] + room
+            layer.room = room
         decoder = CachedDecoder(self.backbone, layers=self.layers, adapted=self._attending)
         return decoder, decoder.feed(tokens)
 
@@ -265,23 +313,39 @@ def _attend(
     bias = None
     if layer.bias is not None:
         bias = F.pad(layer.bias, (0, total - layer.num_held)).repeat_interleave(groups, 1)[:, :, None]
+    # a bias or a cap makes numbers of every query, key and head: some queries at a time
+    size = count if bias is None and softcap is None else rows_at_once(key, groups)
+    parts = []
+    for first in range(0, count, size):
+        rows = query[..., first : first + size, :]
+        last = total - count + first + rows.shape[-2]  # keys that its last query sees
+        seen = None if bias is None else bias[..., :last]
+        parts.append(_attend_rows(rows, key[..., :last, :], value[..., :last, :], seen, scale, softcap))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if trail.evicts:
+        layer.evict(query, key, value, scale, softcap)
+    return output.transpose(1, 2), None
+
+
+def _attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: Any
+) -> torch.Tensor:
+    """Attend causally, the last query to all keys; `bias` is [B, H G, 1, n]."""
+    count, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     mask = None
-    if count > 1 and (count < total or softcap is not None or bias is not None):
+    if count > 1 and (count < total or cap is not None or bias is not None):
         mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         mask = mask.to(query.dtype)
-    if softcap is None:
-        output = F.scaled_dot_product_attention(
+    if cap is None:
+        return F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, is_causal=mask is None and count > 1, enable_gqa=groups > 1
         )
-    else:
-        scores = query.unflatten(1, (-1, groups)) @ key[:, :, None].transpose(-1, -2) * scale
-        scores = softcap * torch.tanh(scores.flatten(1, 2) / softcap)
-        if mask is not None:
-            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
-        weights = scores.softmax(-1).unflatten(1, (-1, groups))
-        output = (weights @ value[:, :, None]).flatten(1, 2)
-    if trail.evicts:
-        layer.evict(query, key, value, scale, softcap)
-    return output.transpose(1, 2), None
+    scores = query.unflatten(1, (-1, groups)).flatten(2, 3) @ key.transpose(-1, -2) * scale
+    scores = cap * torch.tanh(scores.unflatten(2, (groups, count)).flatten(1, 2) / cap)
+    if mask is not None:
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).unflatten(1, (-1, groups)).flatten(2, 3)
+    output: torch.Tensor = (weights @ value).unflatten(2, (groups, count)).flatten(1, 2)
+    return output

@@ -128,7 +128,8 @@ def check_holds(spec: str, trail: Any) -> None:
 def _tensors_of(layer: HeldLayer) -> dict[str, torch.Tensor]:
     """Return what a layer holds, by names that end with its number."""
     assert layer.held is not None and layer.origins is not None
-    found = {"held.keys": layer.held[0], "held.values": layer.held[1], "origins": layer.origins}
+    keys, values = map(layer.padded, layer.held)
+    found = {"held.keys": keys, "held.values": values, "origins": layer.origins}
     if layer.bias is not None:
         found["held.bias"] = layer.bias
     for part in _PARTS:
@@ -174,7 +175,8 @@ def _put_in(
     if any(tuple(one.shape) != rows for one in of_keys) or not (is_number and is_bias):
         raise damaged(path, f"layer {layer.number} has biases or notes of other keys")
     dtype = trail.backbone.dtype
-    layer.held, layer.bias, layer.origins = (keys.to(dtype), values.to(dtype)), bias, origins
+    layer.hold(keys.to(dtype), values.to(dtype), origins)
+    layer.bias = bias
     layer.kept, layer.notes = own["kept"], own["notes"]
 
 

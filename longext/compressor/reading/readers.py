@@ -27,7 +27,7 @@ from longext.compressor.kv_policies.streaming import Streaming
 from longext.compressor.reading.budgets import Budget
 from longext.compressor.reading.eviction import QUESTION, PolicyTrail
 from longext.compressor.reading.held import HeldSession
-from longext.compressor.reading.kv_memory import is_policy, open_policy, policy_of, policy_summary
+from longext.compressor.reading.kv_memory import attends_by_interface, is_policy, open_policy, policy_of, policy_summary
 from longext.compressor.reading.session import UNTRAINED, Session
 from longext.compressor.reading.trails import CompressorTrail, Stream, Trail, WindowTrail
 from longext.compressor.schedule import Ratio
@@ -185,14 +185,14 @@ class MemoryKind:
     Attributes:
         reference: for reports.
         form: how it is spelled, with as many numbers of tokens as `num_sizes`.
-        trail: (the frozen model, first tokens, last tokens) -> a trail that keeps so many.
+        trail: (the frozen model, first tokens, last tokens, `attends` of `PolicyTrail`) -> a trail that keeps so many.
         moves: it turns keys, so a RoPE that follows the length of the text cannot be used.
     """
 
     reference: str
     form: str
     num_sizes: int
-    trail: Callable[[Backbone, int, int], Trail]
+    trail: Callable[[Backbone, int, int, bool], Trail]
     moves: bool = False
 
     def open(self, backbone: Backbone, argument: str, segment: int) -> tuple[Callable[[], Trail], int]:
@@ -219,16 +219,16 @@ class MemoryKind:
             )
         if self.moves:
             backbone.check_rotation()
-        return partial(self.trail, backbone, num_first, num_last), size
+        return partial(self.trail, backbone, num_first, num_last, self.moves and attends_by_interface(backbone)), size
 
 
-def _window(backbone: Backbone, _: int, size: int) -> Trail:
+def _window(backbone: Backbone, _: int, size: int, __: bool) -> Trail:
     return WindowTrail(backbone, size)
 
 
-def _newest(backbone: Backbone, num_first: int, size: int) -> Trail:
+def _newest(backbone: Backbone, num_first: int, size: int, attends: bool) -> Trail:
     budget = Budget(num_first + size, 0, num_first + size, len(backbone.layers))
-    return PolicyTrail(backbone, Streaming(num_sinks=num_first), budget, attends=False)
+    return PolicyTrail(backbone, Streaming(num_sinks=num_first), budget, attends)
 
 
 MEMORIES: Registry[MemoryKind] = Registry("memory")

@@ -6,7 +6,7 @@ Shape legend: B texts, H KV heads, G query heads of each, n keys, q queries, d h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,29 +57,41 @@ class Seen:
         return self.keys.shape[-2] - self.num_probes
 
     @cached_property
+    def wide_keys(self) -> torch.Tensor:
+        """All keys, in float32 at least."""
+        return wide(self.keys)
+
+    @property
     def text_keys(self) -> torch.Tensor:
         """The keys to choose from, in float32 at least."""
-        return wide(self.keys[..., : self.num_keys, :])
+        return self.wide_keys[..., : self.num_keys, :]
 
-    def scores(self, last: int) -> torch.Tensor:
-        """Return the scores before the softmax, [B, H, G, last, n], of the last queries; -inf where they see nothing.
+    def scores(self, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return the scores before the softmax, [B, H, G, stop - first, n], of these queries; -inf at what is not seen.
 
         In float32 at least.
         """
-        queries, keys = wide(self.queries[..., -last:, :]), wide(self.keys)
-        found = queries @ keys[:, :, None].transpose(-1, -2) * self.scale
+        total, end = self.keys.shape[-2], self.queries.shape[-2]
+        queries = wide(self.queries[..., first:stop, :])
+        # keys are not repeated for their group
+        found = queries.flatten(2, 3) @ self.wide_keys.transpose(-1, -2) * self.scale
+        found = found.unflatten(2, queries.shape[2:4])
         if self.cap is not None:
             found = self.cap * torch.tanh(found / self.cap)
         if self.bias is not None:
-            found = found + wide(self.bias)[:, :, None, None]
-        count, total = found.shape[-2:]
-        unseen = torch.ones(count, total, dtype=torch.bool, device=found.device).triu(total - count + 1)
-        return found.masked_fill(unseen, -torch.inf)
+            found += wide(self.bias)[:, :, None, None]
+        unseen = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(total - end + first + 1)
+        return found.masked_fill_(unseen, -torch.inf)
 
-    def attention(self, last: int | None = None) -> torch.Tensor:
-        """Return the attention [B, H, G, last, n] of the last queries (None: all) over the keys to choose from."""
-        count = self.queries.shape[-2] if last is None else min(last, self.queries.shape[-2])
-        return self.scores(count).softmax(-1)[..., : self.num_keys]
+    def attention(self, last: int | None = None) -> Iterator[torch.Tensor]:
+        """Yield the attention of the last queries (None: all) over the keys to choose from: [B, H, G, some, n] each."""
+        end, size = self.queries.shape[-2], rows_at_once(self.keys, self.queries.shape[2])
+        for first in range(0 if last is None else max(0, end - last), end, size):
+            yield self.scores(first, first + size).softmax(-1)[..., : self.num_keys]
+
+    def total_attention(self, last: int | None = None, power: int = 1) -> torch.Tensor:
+        """Return the sum [B, H, G, n] over these queries of the attention to some power."""
+        return sum((part.pow(power).sum(-2) for part in self.attention(last)), torch.zeros(()))
 
 
 class KVPolicy(ABC):
@@ -129,3 +141,8 @@ class KVPolicy(ABC):
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rows_at_once(keys: torch.Tensor, groups: int) -> int:
+    """Return how many queries of a head may have numbers for each of keys [..., d]: an eighth of keys and values."""
+    return max(1, keys.shape[-1] // (4 * groups))
