@@ -23,11 +23,10 @@ import torch
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.evals.passkey import Prompts
-from longext.evals.retrieval import first_choices
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import Passkey
 from longext.models.answers import Request, generate_predictions, load_of
-from longext.models.continuations import Continuations
+from longext.models.continuations import Continuations, first_choices
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.throughput.cost import expected_cost
 from longext.models.throughput.prefixes import sharing_order

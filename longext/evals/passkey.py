@@ -19,16 +19,15 @@ from longext.evals.passkey_prompts import (
     longlora_prompt,
     yarn_prompt,
 )
-from longext.evals.ranks import Choices, Rank, rank_questions, ranked_tables
+from longext.evals.ranks import Choices, Rank, grouped, rank_questions, ranked_tables
 from longext.evals.retrieval import (
     ANSWERS,
     BOTH,
     GENERATE,
     LIKELIHOOD,
+    QuestionScore,
     answer_files,
     answer_line,
-    begun_text,
-    first_choices,
     mean_at,
 )
 from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
@@ -36,6 +35,7 @@ from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
 from longext.models.answer_file import hash_of, score_each, tokens_hash
 from longext.models.batching import batch_size
+from longext.models.continuations import begun_text, first_choices
 from longext.models.protocol import LanguageModel
 from longext.untrusted import read_text
 
@@ -89,20 +89,11 @@ class Prompts:
 
 
 class Tried(NamedTuple):
-    """A prompt that was asked.
+    """A prompt that was asked: how it was answered (tokens: landmark's with the answer), its line, its hash."""
 
-    Attributes:
-        is_right: so is the answer.
-        num_tokens: of the prompt (landmark: with the answer).
-        line: of answers.jsonl; None if the answer was given.
-        sha256: of the prompt.
-    """
-
-    trial: Trial
-    is_right: bool
-    num_tokens: int
-    line: dict[str, Any] | None = None
-    sha256: str = ""
+    score: QuestionScore
+    line: dict[str, Any]
+    sha256: str
 
 
 def check_prompts(model: LanguageModel, config: Passkey) -> None:
@@ -123,7 +114,7 @@ def evaluate_passkey(model: LanguageModel, config: Passkey, advance: Advance = s
         advance: called with the number of prompts just answered.
     """
     prompts = Prompts(model, config)
-    return cells_of(try_prompts(prompts, prompts.trials, advance))
+    return cells_of([each.score for each in try_prompts(prompts, prompts.trials, advance)])
 
 
 def try_prompts(prompts: Prompts, trials: Sequence[Trial], advance: Advance = silent) -> list[Tried]:
@@ -146,17 +137,15 @@ def _tried(config: Passkey, trial: Trial, prompt: NeedlePrompt, answer: str, is_
     size, counts_answer = len(prompt.input_ids), config.rules.has_depths  # the published protocols report the prompt
     line = answer_line(trial, name, [str(prompt.key)], answer, float(is_right), num_prompt_tokens=size)
     num_tokens = size + len(prompt.answer_ids) * counts_answer
-    return Tried(trial, is_right, num_tokens, line, tokens_hash(prompt.input_ids))
+    score = QuestionScore(trial.task, trial.length, trial.depth, float(is_right), num_tokens)
+    return Tried(score, line, tokens_hash(prompt.input_ids))
 
 
-def cells_of(tried: Sequence[Tried]) -> list[dict[str, Any]]:
+def cells_of(scores: Sequence[QuestionScore]) -> list[dict[str, Any]]:
     """Return one cell per length and depth, sorted."""
-    groups: dict[tuple[int, float | None], list[Tried]] = {}
-    for each in tried:
-        groups.setdefault((each.trial.length, each.trial.depth), []).append(each)
     return [
-        _cell(*place, sum(each.is_right for each in own), len(own), sum(each.num_tokens for each in own) / len(own))
-        for place, own in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+        _cell(length, depth, sum(each.score == 1 for each in own), len(own), sum(s.num_tokens for s in own) / len(own))
+        for (_, length, depth), own in grouped(scores, by_task=False)
     ]
 
 
@@ -269,7 +258,7 @@ class _Asking:
         ranks = rank_passkey(self._prompts, trials, self._advance) if self._answers != GENERATE else []
         self.tried += tried
         self.ranks += ranks
-        return [float(each.is_right) for each in tried] or [each.score for each in ranks]
+        return [each.score.score for each in tried] or [each.score for each in ranks]
 
 
 def answer_lines(
@@ -280,7 +269,7 @@ def answer_lines(
     asking = _Asking(prompts, GENERATE, advance)
     size = batch_size(config.batch_tokens, max(config.lengths), model.device)
     ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
-    return [each.line for each in asking.tried if each.line]
+    return [each.line for each in asking.tried]
 
 
 def _expect(task: Passkey, model: LanguageModel, prompts: Prompts, work: Work) -> None:
@@ -313,31 +302,18 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
         protocol.update(answers=task.answers, answers_definition=ANSWERS[task.answers])
         tables = ranked_tables(ranks, ("by_length",))
     facts = {"model": model.describe(), "protocol": protocol, "seconds": time.perf_counter() - started}
-    outcome = _outcome(tried, ranks, facts, tables)
-    if decisions is None:
-        return outcome
-    return dataclasses.replace(outcome, notes=[decisions.note("prompts")], bars=decisions.rows())
+    outcome = _outcome([each.score for each in tried], {**facts, **tables}, mean_at(ranks))
+    told: dict[str, Any] = {"notes": [decisions.note("prompts")], "bars": decisions.rows()} if decisions else {}
+    return dataclasses.replace(outcome, files=answer_files([each.line for each in tried]), **told)
 
 
 def score_given(task: Passkey, given: GivenAnswers) -> Outcome:
     """Return the record of answers that are given."""
-    tried = [Tried(Trial(row.length, row.depth, 0), row.score == 1, row.num_tokens) for row in given.scores]
-    return _outcome(tried, [], {**task.given_facts(given), "protocol": _protocol(task, ())}, {})
+    return _outcome(given.scores, {**task.given_facts(given), "protocol": _protocol(task, ())})
 
 
-def _outcome(
-    tried: Sequence[Tried], ranks: Sequence[Rank], facts: Mapping[str, Any], tables: Mapping[str, Any]
-) -> Outcome:
-    cells = cells_of(tried)
-    record = result_record("passkey", **facts, results=cells, by_length=accuracy_by_length(cells), **tables)
-
-    def accuracy(_: str | None, length: str | None) -> float:
-        if not cells:
-            return mean_at(ranks)(None, length) or 0.0
-        chosen = [cell for cell in cells if length in (None, str(cell["length"]))]
-        correct: int = sum(cell["num_correct"] for cell in chosen)
-        trials: int = sum(cell["num_trials"] for cell in chosen)
-        return correct / trials
-
-    lines = [each.line for each in tried if each.line]
-    return Outcome(record=record, score_at=accuracy, files=answer_files(lines))
+def _outcome(scores: Sequence[QuestionScore], facts: Mapping[str, Any], ranked_at: Any = None) -> Outcome:
+    """Return the record; without scores the limits are of the ranks."""
+    cells = cells_of(scores)
+    record = result_record("passkey", **facts, results=cells, by_length=accuracy_by_length(cells))
+    return Outcome(record=record, score_at=mean_at(scores) if scores else ranked_at)

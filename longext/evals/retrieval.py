@@ -30,18 +30,15 @@ from longext.evals.sequential.asking import (
 )
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
-from longext.models.answer_file import kept_scores, tokens_hash
-from longext.models.batching import batch_size, batched_by
+from longext.models.answer_file import tokens_hash
+from longext.models.batching import batch_size
 from longext.models.chat import asked_facts, chat_tokens, render_chat, user_text, uses_template, with_prefix
 from longext.models.methods import check_method
-from longext.processes.dealing import deal, workers_of
 from longext.registry import Registry
 from longext.settings import option
 from longext.untrusted import is_a
 
 if TYPE_CHECKING:
-    import torch
-
     from longext.models.answers import Prediction
     from longext.models.protocol import LanguageModel
 
@@ -404,42 +401,6 @@ def score_of(question: Question, score: float) -> QuestionScore:
     return QuestionScore(question.task, question.length, question.depth, score, len(question.input_ids))
 
 
-def first_choices(
-    model: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, advance: Advance = silent
-) -> list[torch.Tensor]:
-    """Return for each (prompt, answer) which tokens of the answer are the model's first choice, bool [n].
-
-    One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
-    and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
-    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that
-    saves enough.
-    """
-    import torch
-
-    from longext.models.throughput.prefixes import shared_stretches
-
-    texts = [[*prompt, *answer] for prompt, answer in prompts]
-    firsts = [len(prompt) for prompt, _ in prompts]
-
-    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
-        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
-        return [{"is_top1": row.tolist()} for row in scores.is_top1.cpu()]
-
-    def answer_behind(batch: Sequence[int]) -> list[dict[str, Any]]:
-        assert reader is not None
-        reader.forget()  # what a stretch gives depends on it alone
-        return [{"is_top1": reader.first_choices(*prompts[number]).tolist()} for number in batch]
-
-    reader, batches = shared_stretches(model, [prompt for prompt, _ in prompts])
-    if reader is not None:
-        answer = answer_behind
-    else:
-        batches = list(batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number]))))
-    names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
-    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
-    return [torch.tensor(row["is_top1"]) for row in rows]
-
-
 def most_that_fit(fits: Callable[[int], bool], low: int, high: int) -> int:
     """Return the largest number that fits: above `low`, which does; `high` is tried first, and doubled."""
     while fits(high):
@@ -461,15 +422,6 @@ def first_that_holds(lengths: Sequence[int], sizes: Sequence[int], data: str | N
     if not found:
         raise ConfigError(f"No row of {data} fits {max(lengths):,} tokens: give longer --lengths.")
     return found
-
-
-def begun_text(model: LanguageModel, answer_ids: Sequence[int], is_first: torch.Tensor) -> str:
-    """Return what greedy decoding begins with: the tokens of an answer up to the one that is not the first choice.
-
-    Args:
-        is_first: of `first_choices`, bool [n].
-    """
-    return model.decode(answer_ids[: int(is_first.long().cumprod(0).sum())])
 
 
 def begins_with(answer: str, expected: str) -> float:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longext.errors import ConfigError
+from longext.models.answer_file import kept_scores
+from longext.models.batching import batched_by
 from longext.models.protocol import LanguageModel
-from longext.models.throughput.prefixes import PrefixReader, sharing_order, stretches_of
+from longext.models.throughput.prefixes import PrefixReader, shared_stretches, sharing_order, stretches_of
+from longext.processes.dealing import deal, workers_of
 
 if TYPE_CHECKING:
     import torch
@@ -119,3 +122,52 @@ def _nll(logits: torch.Tensor, ids: Sequence[int]) -> float:
     from torch.nn.functional import cross_entropy
 
     return float(cross_entropy(logits, torch.tensor(list(ids), device=logits.device), reduction="sum"))
+
+
+# --- whether a model answers by itself --------------------------------------------------------------------------------
+
+
+def first_choices(
+    model: LanguageModel,
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    size: int,
+    advance: Callable[[int], object] | None = None,
+) -> list[torch.Tensor]:
+    """Return for each (prompt, answer) which tokens of the answer are the model's first choice, bool [n].
+
+    One forward pass over prompt + answer decides it, `size` of one length at once: greedy decoding gives the answer if
+    and only if every token is the first choice given the prompt and the answer before it. A length-dependent RoPE has
+    the rotation of prompt + answer throughout, as `LanguageModel.greedy` has. What prompts share is read once, if that
+    saves enough.
+    """
+    import torch
+
+    texts = [[*prompt, *answer] for prompt, answer in prompts]
+    firsts = [len(prompt) for prompt, _ in prompts]
+
+    def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
+        scores = model.score(torch.tensor([texts[number] for number in batch]), firsts[batch[0]])
+        return [{"is_top1": row.tolist()} for row in scores.is_top1.cpu()]
+
+    def answer_behind(batch: Sequence[int]) -> list[dict[str, Any]]:
+        assert reader is not None
+        reader.forget()  # what a stretch gives depends on it alone
+        return [{"is_top1": reader.first_choices(*prompts[number]).tolist()} for number in batch]
+
+    reader, batches = shared_stretches(model, [prompt for prompt, _ in prompts])
+    if reader is not None:
+        answer = answer_behind
+    else:
+        batches = list(batched_by(range(len(texts)), size, lambda number: (firsts[number], len(texts[number]))))
+    names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
+    rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
+    return [torch.tensor(row["is_top1"]) for row in rows]
+
+
+def begun_text(model: LanguageModel, answer_ids: Sequence[int], is_first: torch.Tensor) -> str:
+    """Return what greedy decoding begins with: the tokens of an answer up to the one that is not the first choice.
+
+    Args:
+        is_first: of `first_choices`, bool [n].
+    """
+    return model.decode(answer_ids[: int(is_first.long().cumprod(0).sum())])

@@ -11,12 +11,11 @@ from families import tiny_model
 
 from longext.errors import LongextError
 from longext.evals.models import open_model
-from longext.evals.retrieval import first_choices
 from longext.evals.runner import run_eval
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import Passkey
 from longext.models.answers import Request, generate_predictions
-from longext.models.continuations import Continuations
+from longext.models.continuations import Continuations, first_choices
 from longext.models.methods import RemapRequest
 from longext.models.throughput import pace as pace_module
 from longext.models.throughput.cost import Bill, expected_cost

@@ -22,11 +22,9 @@ from longext.evals.retrieval import (
     QuestionScore,
     RetrievalEval,
     answer_line,
-    begun_text,
     by_task,
     depth_map,
     depths_of,
-    first_choices,
     pooled,
     score_of,
     task_map,
@@ -300,6 +298,8 @@ class Needle(RetrievalEval):
         Args:
             decide: makes of all questions what says which to ask, and when enough were; None: all are asked.
         """
+        from longext.models.continuations import begun_text
+
         questions = self.questions(model, None)
         lines: list[dict[str, Any]] = []
 
@@ -316,6 +316,8 @@ class Needle(RetrievalEval):
     def _first_choices(
         self, model: LanguageModel, questions: Sequence[NeedleQuestion], advance: Advance
     ) -> list[torch.Tensor]:
+        from longext.models.continuations import first_choices
+
         size = batch_size(self.batch_tokens, max(self.lengths), model.device)
         prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
         return first_choices(model, prompts, size, advance)
