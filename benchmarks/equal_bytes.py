@@ -9,8 +9,8 @@ slots of a method cannot be the budget exactly they are the most below it, and t
     python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o out.json --train OTHER_BOOKS
 
 --train adds what is trained, each on as many tokens, three seeds: anchors at drawn ratios and at ratios by distance,
-read at one ratio, fading and hybrid; and two controls that remember nothing: a constant prefix, and LoRA for the reader
-of raw tokens. Their rows are means over the seeds. A run goes on where it was stopped.
+read at the lowest ratio that fits, fading and beside raw tokens; and two controls that remember nothing: a constant
+prefix, and LoRA for the reader of raw tokens. Their rows are means over the seeds. A run goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
 from longext.untrusted import read_text
 
+RATIOS = (4, 8, 16, 32)
 POLICIES = "snapkv ada-snapkv pyramid-snapkv h2o tova knorm keydiff expected kvzip attention-matching".split()
 
 
@@ -64,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="of --train-batch documents of twelve segments")
     parser.add_argument("--train-batch", type=int, default=8)
     parser.add_argument("--work", default="out/equal-bytes", help="where what is trained goes")
+    parser.add_argument("--skip", default="", help="rows that are left out, comma-separated beginnings of names")
     parser.add_argument("-o", "--output", required=True)
     return parser.parse_args()
 
@@ -82,10 +84,10 @@ def train(arguments: argparse.Namespace, name: str, seed: int) -> Path:
         row = arguments.slots + arguments.segment
         rows = round(arguments.train_batch * tokens / row)
         command = ["finetune", arguments.model, "--method", "none", "--target-length", row, "--attention", "full"]
-        command += ["--tuning", "lora", "--batch-size", rows, *shared]
+        command += ["--tuning", "lora", "--batch-size", rows, "--accumulation", 1, *shared]
     else:
         fading = ["--fading"] if name == "anchor-fading" else []
-        ratios = "8" if name == "prefix" else "4,8,16,32"
+        ratios = ",".join(map(str, RATIOS))
         command = ["compress-train", arguments.model, "--arch", name.partition("-")[0], "--segment", arguments.segment]
         command += ["--ratio", ratios, *fading, "--document-length", tokens, "--objectives", "lm"]
         command += ["--batch-size", arguments.train_batch, *shared]
@@ -107,26 +109,32 @@ def trained_readers(arguments: argparse.Namespace) -> dict[str, Callable[[int], 
             longext.merge(adapter, output=merged)
         return str(merged), f"window:{slots}"
 
-    raw = slots // 2
-    return {
-        "anchor@8": memory("anchor", "8"),
-        "anchor-fading@4,8,16,32": memory("anchor-fading", f"4,8,16,32+{fading_raw(arguments)}"),
-        "anchor read fading@4,8,16,32": memory("anchor", f"4,8,16,32+{fading_raw(arguments)}"),
-        "anchor@16 and raw tokens": memory("anchor", f"16+{raw}"),
-        "prefix@8 (control)": memory("prefix", "8"),
-        "LoRA, raw window (control)": adapted,
-    }
+    found = {}
+    for first in range(len(RATIOS)):
+        ratios = RATIOS[first:]
+        name, one = ",".join(map(str, ratios)), ratios[:1]
+        if "anchor" not in "".join(found) and fits(arguments, one, 0):
+            found[f"anchor@{one[0]}"] = memory("anchor", str(one[0]))
+            found[f"prefix@{one[0]} (control)"] = memory("prefix", str(one[0]))
+        if fits(arguments, one, 1):
+            found[f"anchor@{one[0]} and raw tokens"] = memory("anchor", f"{one[0]}+{most_raw(arguments, one)}")
+        if len(ratios) > 1 and fits(arguments, ratios, 1):
+            sizes = f"{name}+{most_raw(arguments, ratios)}"
+            found[f"anchor-fading@{name}"] = memory("anchor-fading", sizes)
+            found[f"anchor read fading@{name}"] = memory("anchor", sizes)
+    return found | {"LoRA, raw window (control)": adapted}
 
 
-def fading_raw(arguments: argparse.Namespace) -> int:
-    """Return how many raw tokens fit the budget beside a fading memory of 4,8,16,32."""
-    spec = CompressorSpec(arch="anchor", segment=arguments.segment, ratios=(4, 8, 16, 32), sink=1)
-    for raw in range(arguments.slots, 0, -1):
-        found = dataclasses.replace(spec, overlap=raw)
-        schedule = Schedule.of(COMPRESSORS["anchor"], found, (4, 8, 16, 32))
-        if schedule.num_readable(arguments.length // arguments.segment) <= arguments.slots:
-            return raw
-    raise SystemExit("--slots are too few for a fading memory of this length.")
+def fits(arguments: argparse.Namespace, ratios: tuple[int, ...], raw: int) -> bool:
+    """Tell whether memories of these ratios, a sink and so many raw tokens are within the budget."""
+    spec = CompressorSpec(arch="anchor", segment=arguments.segment, ratios=ratios, sink=1, overlap=raw)
+    schedule = Schedule.of(COMPRESSORS["anchor"], spec, ratios)
+    return schedule.num_readable(arguments.length // arguments.segment) <= arguments.slots
+
+
+def most_raw(arguments: argparse.Namespace, ratios: tuple[int, ...]) -> int:
+    """Return how many raw tokens fit the budget beside memories of these ratios."""
+    return next(raw for raw in range(arguments.slots, 0, -1) if fits(arguments, ratios, raw))
 
 
 def methods(arguments: argparse.Namespace) -> list[str]:
@@ -190,14 +198,15 @@ def main() -> None:
         print_table(record, owners, only=name)
         save(record, output)
 
+    skipped = tuple(filter(None, arguments.skip.split(",")))
     for spec in methods(arguments):
-        if spec not in rows:
+        if spec not in rows and not spec.startswith(skipped):
             try:
                 add(spec, [(arguments.model, spec)])
             except ConfigError as error:  # a pyramid needs room for its widest layer
                 print(f"{spec}: {error}", flush=True)
     for name, reader_of in trained_readers(arguments).items() if arguments.train else ():
-        if name not in rows:
+        if name not in rows and not name.startswith(skipped):
             add(name, [reader_of(seed) for seed in range(arguments.seeds)])
     print_table(record, owners)
     save(record, output)

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/ruler"))
     parser.add_argument("--prompts", type=int, default=12, help="of each task and length, to train on")
     parser.add_argument("--steps", type=int, default=40, help="of 2 rows of 4,096 tokens")
-    parser.add_argument("--num-trials", type=int, default=5, help="samples of each task and length in the test")
+    parser.add_argument("--num-trials", type=int, default=3, help="samples of each task and length in the test")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     prompts, adapter, trained = given.work / "prompts.jsonl", given.work / "lora", given.work / "trained"
@@ -83,15 +83,15 @@ def main() -> None:
         longext("merge", adapter, "-o", trained)
     if not extended.exists():
         longext("extend", given.model, "--method", "yarn", "--target-length", 4096, "-o", extended)
-    for name, model in (("untouched", given.model), ("yarn", extended), ("trained", trained)):
+    for name, model in (("trained", trained), ("yarn", extended), ("untouched", given.model)):
         if (given.out / name / "result.json").exists():
             continue
         longext(
             "eval", "ruler", model, "--lengths", ",".join(map(str, LENGTHS)), "--num-trials", given.num_trials,
-            "--answers", "both", "--threads", 1, "-o", given.work / name,
+            "--answers", "both", "--threads", 1, "-o", given.work / "runs" / name,
         )  # fmt: skip
         (given.out / name).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(given.work / name / "result.json", given.out / name / "result.json")
+        shutil.copyfile(given.work / "runs" / name / "result.json", given.out / name / "result.json")
 
 
 if __name__ == "__main__":

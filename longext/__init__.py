@@ -13,6 +13,7 @@ _PUBLIC = {
     "evaluate": "longext.api",
     "compare": "longext.api",
     "advise": "longext.api",
+    "gate": "longext.api",
     "extend": "longext.api",
     "search": "longext.api",
     "finetune": "longext.api",

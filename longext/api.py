@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
     from longext.planning.fit import TrainingPlan
     from longext.report.commands.advise import Advice
+    from longext.report.commands.gate import Verdict
     from longext.report.commands.runs import Trainer
     from longext.report.outcome import Comparison, Result
     from longext.training.run import TrainingResult
@@ -43,7 +44,7 @@ _OF_LOADING = frozenset(
         "endpoint endpoint_model endpoint_key endpoint_timeout concurrency"
     ).split()
 )
-_EXTRAS = {"load": ("eval",), "evaluate": ("eval",), "compare": ("eval",), "advise": ("eval",), "generate": ("eval",)}
+_EXTRAS = dict.fromkeys(("load", "evaluate", "compare", "advise", "gate", "generate"), ("eval",))
 CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
@@ -207,6 +208,30 @@ def advise(model: str | Path, target_length: int, *, progress: bool = False, **s
     config = build_config(AdviseConfig, None, [], given)
     show, tell = (progress_bar, lambda text: say(text, aside=True)) if progress else (no_progress, lambda text: None)
     return Advice(try_methods(config, show, tell))
+
+
+@_python_errors
+def gate(model: str | Path, *, progress: bool = False, **settings: Any) -> Verdict:
+    """Decide whether a model passes: accuracy and perplexity at given lengths, with as little asking as that takes.
+
+    Args:
+        model: a directory, Hub id or bundled name.
+        progress: show progress bars on standard error.
+        settings: the options of `longext gate`: lengths, fail_under, fail_over, baseline, error_rate, method, ...
+
+    Returns:
+        A `Verdict`, true if every check passed: `passed`, `require()` (raises LongextError), `table()`, `record`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something given cannot be used.
+    """
+    from longext.evals.base import no_progress
+    from longext.report.commands.gate import Verdict, run_gate
+    from longext.report.config import GateConfig
+    from longext.report.console import progress as progress_bar
+
+    config = build_config(GateConfig, None, [], {"model": str(model), **settings})
+    return Verdict(run_gate(config, progress_bar if progress else no_progress))
 
 
 @_python_errors

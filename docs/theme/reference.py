@@ -28,6 +28,7 @@ _PYTHON = {
             "longext.report.outcome.Result",
             "longext.report.outcome.Comparison",
             "longext.report.commands.advise.Advice",
+            "longext.report.commands.gate.Verdict",
             "longext.models.protocol.LanguageModel",
             "longext.models.remap.Remapping",
             "longext.training.run.TrainingResult",

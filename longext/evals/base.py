@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from longext.errors import ConfigError
+from longext.errors import ConfigError, DataError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
 from longext.options import ChatConfig, EndpointConfig, RuntimeConfig, SharedConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
+from longext.untrusted import json_lines
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -25,6 +26,21 @@ _ORDER = (
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
+_ANSWER_FILES = (".jsonl", ".txt")  # what a name of results leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenAnswers:
+    """Answers of a file, scored.
+
+    Attributes:
+        facts: what else the record says of them.
+        notes: what a reader of the scores has to know.
+    """
+
+    scores: Sequence[Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Advance(Protocol):
@@ -59,11 +75,13 @@ class Work:
             None if nothing is kept.
         expect: told (model, prompts in tokens, new tokens at most, whether prefixes are shared) of what is done next,
             for the cost of the run.
+        expect_at_most: told (model, prompts of each part), where nothing is written, and it may turn out to be less.
     """
 
     progress: Progress = no_progress
     answers: Path | None = None
     expect: Callable[..., None] = lambda model, prompts, num_new, shares=True: None
+    expect_at_most: Callable[..., None] = lambda model, parts: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +194,60 @@ class Eval(SharedConfig, RuntimeConfig):
         """Raise LongextError, which ends the command with exit code 1, if a limit was missed."""
         if self.limit_option:
             require_limits(record, self.limit_option)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersEval(Eval):
+    """An evaluation that scores answers of a file as it scores a model's: `load_data` returns them in place of data."""
+
+    predictions: str | None = option(
+        None, "Score this file of answers (answers.jsonl of a run, or the authors'); no model is run.", panel="Output"
+    )
+
+    @property
+    def subject(self) -> str:
+        """Return the model, or the file of answers."""
+        path = Path(str(self.predictions))
+        return self.model or (path.stem if path.suffix in _ANSWER_FILES else path.name)
+
+    def open_model(self) -> Any:
+        """Return the model, None if answers are given."""
+        return None if self.predictions is not None else super().open_model()
+
+    def load_data(self) -> Any:
+        """Return what questions are made of, or the scores of --predictions."""
+        return self.read_data() if self.predictions is None else self.read_answers(Path(self.predictions).expanduser())
+
+    def read_data(self) -> Any:
+        """Return what questions are made of."""
+        return None
+
+    def read_answers(self, path: Path) -> GivenAnswers:
+        """Return the answers of a file, scored: by default `given_score` of each of its JSON lines.
+
+        Raises:
+            ConfigError, DataError: no such file, or a line of another form, with its number.
+        """
+        if not path.is_file():
+            raise ConfigError(f"--predictions must be a file of answers, got '{path}'.")
+        scores = [self.given_score(where, row) for where, row in json_lines(path)]
+        if not scores:
+            raise DataError(f"{path} holds no answer.")
+        return GivenAnswers(scores=scores)
+
+    def given_score(self, where: str, row: Any) -> Any:
+        """Return the score of one line of a file of answers."""
+        raise NotImplementedError
+
+    @property
+    def given_model(self) -> dict[str, Any]:
+        """Return what the record says of the model if answers are given."""
+        return {"id": self.model or None, "answers_from": self.predictions}
+
+    def given_facts(self, data: GivenAnswers) -> dict[str, Any]:
+        """Return what the record says of model and data if answers are given."""
+        facts = {"data": self.predictions, "num_cases": len(data.scores), "sha256": None}
+        return {"model": self.given_model, "data": facts}
 
 
 @dataclass(frozen=True, kw_only=True)

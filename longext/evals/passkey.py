@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.errors import ConfigError, DataError
-from longext.evals.base import Advance, Outcome, Work, silent
+from longext.evals.base import Advance, GivenAnswers, Outcome, Work, silent
 from longext.evals.passkey_prompts import (
     FILLER,
     NeedlePrompt,
@@ -20,8 +20,18 @@ from longext.evals.passkey_prompts import (
     yarn_prompt,
 )
 from longext.evals.ranks import Choices, Rank, rank_questions, ranked_tables
-from longext.evals.retrieval import ANSWERS, BOTH, GENERATE, LIKELIHOOD, first_choices, mean_at
-from longext.evals.sequential.asking import STOPPING, Decisions
+from longext.evals.retrieval import (
+    ANSWERS,
+    BOTH,
+    GENERATE,
+    LIKELIHOOD,
+    answer_files,
+    answer_line,
+    begun_text,
+    first_choices,
+    mean_at,
+)
+from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
 from longext.evals.statistics import wilson_interval
 from longext.manifest import result_record
 from longext.models.answer_file import hash_of, kept_scores, tokens_hash
@@ -74,14 +84,26 @@ class Prompts:
             num_digits=self.config.num_digits,
         )
 
+    def input_ids(self) -> list[tuple[int, ...]]:
+        """Return the tokens of all prompts."""
+        return [self.make(trial).input_ids for trial in self.trials]
+
 
 class Tried(NamedTuple):
-    """A prompt that was asked: whether the answer is right, its tokens (landmark: with the answer), its hash."""
+    """A prompt that was asked.
+
+    Attributes:
+        is_right: so is the answer.
+        num_tokens: of the prompt (landmark: with the answer).
+        line: of answers.jsonl; None if the answer was given.
+        sha256: of the prompt.
+    """
 
     trial: Trial
     is_right: bool
     num_tokens: int
-    sha256: str
+    line: dict[str, Any] | None = None
+    sha256: str = ""
 
 
 def check_prompts(model: LanguageModel, config: Passkey) -> None:
@@ -112,14 +134,20 @@ def try_prompts(prompts: Prompts, trials: Sequence[Trial], advance: Advance = si
     if config.rules.scoring == "exact":
         size = batch_size(config.batch_tokens, max(trial.length for trial in trials), model.device)
         rows = first_choices(model, [(each.input_ids, each.answer_ids) for each in made], size, advance)
+        answers = [begun_text(model, each.answer_ids, row) for each, row in zip(made, rows, strict=True)]
         right = [bool(row.all()) for row in rows]
     else:
-        right = _first_integers(model, made, advance)
-    counts_answer = config.rules.has_depths  # the published protocols report the prompt alone
-    return [
-        Tried(trial, is_right, len(each.input_ids) + len(each.answer_ids) * counts_answer, tokens_hash(each.input_ids))
-        for trial, is_right, each in zip(trials, right, made, strict=True)
-    ]
+        answers = _short_answers(model, made, advance)
+        right = [config.rate("", (str(each.key),), text) == 1 for each, text in zip(made, answers, strict=True)]
+    return [_tried(config, *each) for each in zip(trials, made, answers, right, strict=True)]
+
+
+def _tried(config: Passkey, trial: Trial, prompt: NeedlePrompt, answer: str, is_right: bool) -> Tried:
+    name = f"{trial.length}/{'random' if trial.depth is None else f'{trial.depth:g}'}/{trial.seed}"
+    size, counts_answer = len(prompt.input_ids), config.rules.has_depths  # the published protocols report the prompt
+    line = answer_line(trial, name, [str(prompt.key)], answer, float(is_right), num_prompt_tokens=size)
+    num_tokens = size + len(prompt.answer_ids) * counts_answer
+    return Tried(trial, is_right, num_tokens, line, tokens_hash(prompt.input_ids))
 
 
 def cells_of(tried: Sequence[Tried]) -> list[dict[str, Any]]:
@@ -169,8 +197,8 @@ def _cell(length: int, depth: float | None, num_correct: int, num_trials: int, n
     }
 
 
-def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[bool]:
-    """Return for each prompt whether the first whole number of its greedy answer is the key."""
+def _short_answers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advance: Advance) -> list[str]:
+    """Return the greedy answer to each prompt, as many tokens as YaRN's script writes."""
 
     def answer(batch: Sequence[int]) -> list[dict[str, Any]]:
         return [{"tokens": model.greedy(prompts[number].input_ids, _YARN_NEW_TOKENS)} for number in batch]
@@ -185,9 +213,7 @@ def _first_integers(model: LanguageModel, prompts: Sequence[NeedlePrompt], advan
         workers=workers_of(model),
     )
     ends = model.ending_tokens
-    texts = [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
-    numbers = [re.search(r"\d+", text) for text in texts]
-    return [found is not None and int(found[0]) == each.key for found, each in zip(numbers, prompts, strict=True)]
+    return [model.decode([token for token in row["tokens"] if token not in ends]) for row in rows]
 
 
 def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -201,30 +227,20 @@ def accuracy_by_length(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return pooled
 
 
-def _record(
-    model: LanguageModel, config: Passkey, cells: Sequence[Mapping[str, Any]], hashes: Iterable[str], seconds: float
-) -> dict[str, Any]:
+def _protocol(config: Passkey, hashes: Iterable[str]) -> dict[str, Any]:
     protocol = config.rules
-    return result_record(
-        "passkey",
-        model.describe(),
-        {
-            "id": f"passkey/{config.protocol}",
-            "definition": protocol.summary,
-            "reference": protocol.reference,
-            "scoring": protocol.scoring,
-            "filler": config.filler,
-            "num_needles": config.num_needles,
-            "num_digits": config.num_digits,
-            "seed": config.seed,
-            "prompts_sha256": hash_of(hashes),
-            **({} if config.error_rate is None else {"error_rate": config.error_rate, "stopping": STOPPING}),
-        },
-        None,
-        seconds=seconds,
-        results=cells,
-        by_length=accuracy_by_length(cells),
-    )
+    return {
+        "id": f"passkey/{config.protocol}",
+        "definition": protocol.summary,
+        "reference": protocol.reference,
+        "scoring": protocol.scoring,
+        "filler": config.filler,
+        "num_needles": config.num_needles,
+        "num_digits": config.num_digits,
+        "seed": config.seed,
+        "prompts_sha256": hash_of(hashes) if config.predictions is None else None,
+        **stopping_facts(config.error_rate),
+    }
 
 
 def rank_passkey(prompts: Prompts, trials: Sequence[Trial], advance: Advance = silent) -> list[Rank]:
@@ -264,40 +280,64 @@ class _Asking:
         return [float(each.is_right) for each in tried] or [each.score for each in ranks]
 
 
-def count_right(
+def answer_lines(
     model: LanguageModel, config: Passkey, advance: Advance, decide: Callable[[Sequence[Any]], Decisions] | None = None
-) -> list[bool]:
-    """Return whether each prompt was answered right, in the order of asking: all, or until `decide` has its verdict."""
+) -> list[dict[str, Any]]:
+    """Return what was answered, as lines of answers.jsonl: to all prompts, or until `decide` has its verdict."""
     prompts = Prompts(model, config)
     asking = _Asking(prompts, GENERATE, advance)
-    if decide is None:
-        asking.ask(prompts.trials)
-    else:
-        decide(prompts.trials).ask(batch_size(config.batch_tokens, max(config.lengths), model.device), asking.ask)
-    return [each.is_right for each in asking.tried]
+    size = batch_size(config.batch_tokens, max(config.lengths), model.device)
+    ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
+    return [each.line for each in asking.tried if each.line]
+
+
+def _expect(task: Passkey, model: LanguageModel, prompts: Prompts, work: Work) -> None:
+    texts = prompts.input_ids()
+    is_exact = task.rules.scoring == "exact"
+    if task.answers != LIKELIHOOD:
+        work.expect(model, texts, 0 if is_exact else len(texts) * _YARN_NEW_TOKENS, is_exact)
+    if task.answers != GENERATE:
+        work.expect(model, texts, 0)
 
 
 def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
     """Return the record of `passkey`."""
     started = time.perf_counter()
     prompts, decisions = Prompts(model, task), None
-    texts = [prompts.make(trial).input_ids for trial in prompts.trials]
-    is_exact = task.rules.scoring == "exact"
-    if task.answers != LIKELIHOOD:
-        work.expect(model, texts, 0 if is_exact else len(texts) * _YARN_NEW_TOKENS, is_exact)
-    if task.answers != GENERATE:
-        work.expect(model, texts, 0)
+    _expect(task, model, prompts, work)
+    if task.error_rate is not None:
+        grain = 0 if task.answers == LIKELIHOOD else 1
+        decisions = Decisions(task.limits(None), prompts.trials, error=task.error_rate, seed=task.seed, grain=grain)
     with work.progress(
         f"passkey {task.protocol}", len(prompts.trials) * (2 if task.answers == BOTH else 1), "prompts"
     ) as advance:
         asking = _Asking(prompts, task.answers, advance)
-        if task.error_rate is None:
-            asking.ask(prompts.trials)
-        else:
-            grain = 0 if task.answers == LIKELIHOOD else 1
-            decisions = Decisions(task.limits(None), prompts.trials, error=task.error_rate, seed=task.seed, grain=grain)
-            decisions.ask(batch_size(task.batch_tokens, max(task.lengths), model.device), asking.ask)
-    cells, ranks = cells_of(asking.tried), asking.ranks
+        size = batch_size(task.batch_tokens, max(task.lengths), model.device)
+        ask_questions(decisions, prompts.trials, size, asking.ask)
+    tried, ranks = asking.tried, asking.ranks
+    hashes = [each.sha256 for each in tried] or [tokens_hash(ids) for ids in prompts.input_ids()]
+    protocol, tables = _protocol(task, hashes), {}
+    if ranks:
+        protocol.update(answers=task.answers, answers_definition=ANSWERS[task.answers])
+        tables = ranked_tables(ranks, ("by_length",))
+    facts = {"model": model.describe(), "protocol": protocol, "seconds": time.perf_counter() - started}
+    outcome = _outcome(tried, ranks, facts, tables)
+    if decisions is None:
+        return outcome
+    return dataclasses.replace(outcome, notes=[decisions.note("prompts")], bars=decisions.rows())
+
+
+def score_given(task: Passkey, given: GivenAnswers) -> Outcome:
+    """Return the record of answers that are given."""
+    tried = [Tried(Trial(row.length, row.depth, 0), row.score == 1, row.num_tokens) for row in given.scores]
+    return _outcome(tried, [], {**task.given_facts(given), "protocol": _protocol(task, ())}, {})
+
+
+def _outcome(
+    tried: Sequence[Tried], ranks: Sequence[Rank], facts: Mapping[str, Any], tables: Mapping[str, Any]
+) -> Outcome:
+    cells = cells_of(tried)
+    record = result_record("passkey", **facts, results=cells, by_length=accuracy_by_length(cells), **tables)
 
     def accuracy(_: str | None, length: str | None) -> float:
         if not cells:
@@ -307,13 +347,5 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
         trials: int = sum(cell["num_trials"] for cell in chosen)
         return correct / trials
 
-    hashes = [each.sha256 for each in asking.tried] or [
-        tokens_hash(prompts.make(trial).input_ids) for trial in prompts.trials
-    ]
-    record = _record(model, task, cells, hashes, time.perf_counter() - started)
-    if ranks:
-        record["protocol"].update(answers=task.answers, answers_definition=ANSWERS[task.answers])
-        record.update(ranked_tables(ranks, ("by_length",)))
-    if decisions is None:
-        return Outcome(record=record, score_at=accuracy)
-    return Outcome(record=record, score_at=accuracy, notes=[decisions.note("prompts")], bars=decisions.rows())
+    lines = [each.line for each in tried if each.line]
+    return Outcome(record=record, score_at=accuracy, files=answer_files(lines))

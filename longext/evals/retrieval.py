@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
-from longext.evals.base import Advance, Outcome, QuestionEval, Work, fail_under, silent
+from longext.evals.base import Advance, AnswersEval, GivenAnswers, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import PLACES, Place, PlaceLimit, place_limits
 from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, rank_questions, ranked_tables
-from longext.evals.sequential.asking import STOPPING, Decisions, check_error_rate, error_rate
+from longext.evals.sequential.asking import (
+    Decisions,
+    ask_questions,
+    check_error_rate,
+    error_rate,
+    rounds_path,
+    stopping_facts,
+)
 from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import kept_scores, tokens_hash
@@ -30,7 +37,7 @@ from longext.models.methods import check_method
 from longext.processes.dealing import deal, workers_of
 from longext.registry import Registry
 from longext.settings import option
-from longext.untrusted import is_a, json_lines
+from longext.untrusted import is_a
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +87,6 @@ class QuestionScore:
     num_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class GivenAnswers:
-    """Answers of a file, scored.
-
-    Attributes:
-        facts: what else the record says of them.
-        notes: what a reader of the scores has to know.
-    """
-
-    scores: Sequence[QuestionScore]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-
 @dataclass(kw_only=True)
 class Answered:
     """Questions that were asked, with their scores, the answers by id, and the ranks of the right ones."""
@@ -111,8 +104,16 @@ ANSWERS.register(LIKELIHOOD, f"nothing is generated: {DEFINITION}")
 ANSWERS.register(BOTH, f"answers are generated and scored; besides, {DEFINITION}")
 
 
+def check_answers(task: Any) -> None:
+    """Raise ConfigError for an unknown way of answering, and for one that goes with no given answers or error rate."""
+    ANSWERS[task.answers]
+    check_error_rate(task)
+    if task.predictions is not None and task.answers != GENERATE:
+        raise ConfigError("--predictions has answers that were generated: leave --answers out.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class RetrievalEval(QuestionEval):
+class RetrievalEval(QuestionEval, AnswersEval):
     """An evaluation that asks questions with known answers: a subclass says which they are, and by what protocol.
 
     Attributes:
@@ -130,19 +131,13 @@ class RetrievalEval(QuestionEval):
     answers: str = option(
         GENERATE, "Answers are generated, the right one is ranked by likelihood, or", names=lambda: ANSWERS
     )
-    predictions: str | None = option(
-        None, "Score this file of answers (answers.jsonl of a run, or the authors'); no model is run.", panel="Output"
-    )
     fail_under: tuple[str, ...] = fail_under()
     error_rate: float | None = error_rate()
 
     def check(self) -> None:
         """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked."""
         check_method(self.method, self.factor)
-        ANSWERS[self.answers]
-        check_error_rate(self)
-        if self.predictions is not None and self.answers != GENERATE:
-            raise ConfigError("--predictions has answers that were generated: leave --answers out.")
+        check_answers(self)
 
     @property
     def generates(self) -> bool:
@@ -154,45 +149,15 @@ class RetrievalEval(QuestionEval):
         """True if the right answers are ranked among wrong ones."""
         return self.answers != GENERATE
 
-    @property
-    def subject(self) -> str:
-        """Return the model, or the file of answers."""
-        return self.model or Path(str(self.predictions)).stem
-
-    def open_model(self) -> LanguageModel | None:
-        """Return the model, None if answers are given."""
-        return None if self.predictions is not None else super().open_model()
-
     def answers_path(self, output: Path) -> Path | None:
         """Return where answers are kept, a folder if they are asked for in rounds; None if none are generated."""
         if not self.generates or self.predictions is not None:
             return None
-        return super().answers_path(output) if self.error_rate is None else output.with_name(f"{output.name}.rounds")
-
-    def load_data(self) -> Any:
-        """Return what questions are made of, or the scores of --predictions."""
-        return self.read_data() if self.predictions is None else self.read_answers(Path(self.predictions).expanduser())
-
-    def read_data(self) -> Any:
-        """Return what questions are made of."""
-        return None
+        return super().answers_path(output) if self.error_rate is None else rounds_path(output)
 
     def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
         """Return the score of an answer, 0 to 1."""
         raise NotImplementedError
-
-    def read_answers(self, path: Path) -> GivenAnswers:
-        """Return the scores of a file of answers: JSON lines as `answers.jsonl` of a run has them.
-
-        Raises:
-            ConfigError, DataError: no such file, or a line of another form, with its number.
-        """
-        if not path.is_file():
-            raise ConfigError(f"--predictions must be a file of answers, got '{path}'.")
-        scores = [self.given_score(where, row) for where, row in json_lines(path)]
-        if not scores:
-            raise DataError(f"{path} holds no answer.")
-        return GivenAnswers(scores=scores)
 
     def given_score(self, where: str, row: Any) -> QuestionScore:
         """Return the score of one line of a file of answers."""
@@ -287,10 +252,7 @@ class RetrievalEval(QuestionEval):
         decisions = None if self.error_rate is None else self._decisions(planned, data)
         self._expect(model, planned, work)
         with work.progress(self.name, len(planned) * (self.generates + self.ranks), self.unit) as advance:
-            if decisions is None:
-                asked = self._answered(model, planned, work.answers, advance)
-            else:
-                asked = self._decided(model, planned, decisions, work.answers, advance)
+            asked = self._answered(model, planned, decisions, work.answers, advance)
         questions, scores, answers, ranks = asked.questions, asked.scores, asked.answers, asked.ranks
         seconds = time.perf_counter() - started
         notes = [decisions.note(self.unit)] if decisions else []
@@ -302,7 +264,7 @@ class RetrievalEval(QuestionEval):
             {
                 **self.protocol(model),
                 **({"answers": self.answers, "answers_definition": ANSWERS[self.answers]} if self.ranks else {}),
-                **({"error_rate": self.error_rate, "stopping": STOPPING} if decisions else {}),
+                **stopping_facts(self.error_rate),
                 "chat_template": is_chat,
                 **asked_facts(model, is_chat, (tokens_hash(each.input_ids) for each in questions)),
             },
@@ -312,14 +274,14 @@ class RetrievalEval(QuestionEval):
             **(ranked_tables(ranks, self.pools) if ranks else {}),
             notes=notes,
         )
-        files = {"answers.jsonl": _answer_lines(questions, scores, answers)} if answers else {}
+        pairs = zip(questions, scores, strict=True) if answers else ()
+        lines = [_generated_line(question, score, answers[question.id]) for question, score in pairs]
         bars = decisions.rows() if decisions else None
         score_at = mean_at(scores or ranks, self.spell)
-        return Outcome(record=record, score_at=score_at, notes=notes, files=files, bars=bars)
+        return Outcome(record=record, score_at=score_at, notes=notes, files=answer_files(lines), bars=bars)
 
-    def _answered(
-        self, model: LanguageModel, questions: Sequence[Any], path: Path | None, advance: Advance
-    ) -> Answered:
+    def _round(self, model: LanguageModel, questions: Sequence[Any], path: Path | None, advance: Advance) -> Answered:
+        """Return what was asked at once."""
         asked = Answered(questions=questions)
         if self.generates:
             asked.scores, asked.answers = self.ask(model, questions, path, advance)
@@ -340,19 +302,24 @@ class RetrievalEval(QuestionEval):
             grain=1 / math.lcm(*(len(each.expected) for each in questions)) if is_exact else 0,
         )
 
-    def _decided(
-        self, model: LanguageModel, planned: Sequence[Any], decisions: Decisions, folder: Path | None, advance: Advance
+    def _answered(
+        self,
+        model: LanguageModel,
+        planned: Sequence[Any],
+        decisions: Decisions | None,
+        path: Path | None,
+        advance: Advance,
     ) -> Answered:
-        """Return what was asked until every limit had its verdict, in the order of `planned`."""
+        """Return what was asked, in the order of `planned`: all of it, or until every limit had its verdict."""
         rounds: list[Answered] = []
 
         def answer(questions: list[Any]) -> list[float]:
-            path = None if folder is None else folder / f"{len(rounds):05d}.jsonl"
-            rounds.append(self._answered(model, questions, path, advance))
+            file = path if path is None or decisions is None else path / f"{len(rounds):05d}.jsonl"
+            rounds.append(self._round(model, questions, file, advance))
             return [each.score for each in rounds[-1].scores or rounds[-1].ranks]
 
-        longest = max(len(each.input_ids) + each.max_new_tokens for each in planned)
-        decisions.ask(batch_size(self.batch_tokens, longest, model.device), answer)
+        longest = max((len(each.input_ids) + each.max_new_tokens for each in planned), default=0)
+        ask_questions(decisions, planned, batch_size(self.batch_tokens, longest, model.device), answer)
         asked = {question.id for each in rounds for question in each.questions}
         scores = {q.id: score for each in rounds for q, score in zip(each.questions, each.scores, strict=False)}
         return Answered(
@@ -375,9 +342,8 @@ class RetrievalEval(QuestionEval):
     def _outcome_of(self, given: GivenAnswers) -> Outcome:
         record = result_record(
             self.kind,
-            {"id": self.model or None, "answers_from": self.predictions},
-            {**self.protocol(None), "chat_template": None},
-            {"data": self.predictions, "num_cases": len(given.scores), "sha256": None},
+            protocol={**self.protocol(None), "chat_template": None},
+            **self.given_facts(given),
             **self.tables(given.scores),
             **given.facts,
             notes=list(given.notes),
@@ -419,6 +385,12 @@ def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore
     return QuestionScore(task, length, depth, score, tokens if is_a(tokens, int) else 0)
 
 
+def answer_files(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return answers as the file of a result that --predictions reads; no file without an answer."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return {"answers.jsonl": text} if text else {}
+
+
 def score_of(question: Question, score: float) -> QuestionScore:
     """Return a question's score at its place."""
     return QuestionScore(question.task, question.length, question.depth, score, len(question.input_ids))
@@ -458,6 +430,21 @@ def first_choices(
     names, keeper = kept_scores(model, "first choices", list(zip(firsts, texts, strict=True)))
     rows = deal(names, batches, answer, keeper=keeper, on_progress=advance, workers=workers_of(model))
     return [torch.tensor(row["is_top1"]) for row in rows]
+
+
+def begun_text(model: LanguageModel, answer_ids: Sequence[int], is_first: torch.Tensor) -> str:
+    """Return what greedy decoding begins with: the tokens of an answer up to the one that is not the first choice.
+
+    Args:
+        is_first: of `first_choices`, bool [n].
+    """
+    return model.decode(answer_ids[: int(is_first.long().cumprod(0).sum())])
+
+
+def begins_with(answer: str, expected: str) -> float:
+    """Return 1 if an answer begins with the expected word or number, and not a longer one; else 0."""
+    text = answer.lstrip()
+    return float(text.startswith(expected) and not text[len(expected) :][:1].isalnum())
 
 
 def mean_at(
@@ -522,29 +509,35 @@ def text_hash(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _answer_lines(
-    questions: Sequence[Question], scores: Sequence[QuestionScore], answers: Mapping[str, Prediction]
-) -> str:
-    """Return JSON lines: what was expected, the answer, its score."""
-    lines = []
-    for question, score in zip(questions, scores, strict=True):
-        answer = answers[question.id]
-        row = {
-            "id": question.id,
-            "task": question.task,
-            "length": question.length,
-            "depth": question.depth,
-            **({"asked": question.asked} if question.asked else {}),
-            "expected": list(question.expected),
-            "answer": answer.text,
-            "score": score.score,
-            "num_prompt_tokens": answer.num_prompt_tokens,
-            "num_new_tokens": answer.num_new_tokens,
-            "num_thought_tokens": answer.num_thought_tokens,
-            "is_cut": answer.is_cut,
-        }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
+def answer_line(
+    place: Any, name: str, expected: Sequence[str], answer: str, score: float, **more: Any
+) -> dict[str, Any]:
+    """Return a line of answers.jsonl; `place` has task, length and depth."""
+    return {
+        "id": name,
+        "task": place.task,
+        "length": place.length,
+        "depth": place.depth,
+        "expected": list(expected),
+        "answer": answer,
+        "score": score,
+        **more,
+    }
+
+
+def _generated_line(question: Question, score: QuestionScore, answer: Prediction) -> dict[str, Any]:
+    return answer_line(
+        question,
+        question.id,
+        question.expected,
+        answer.text,
+        score.score,
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_new_tokens=answer.num_new_tokens,
+        num_thought_tokens=answer.num_thought_tokens,
+        is_cut=answer.is_cut,
+        **({"asked": question.asked} if question.asked else {}),
+    )
 
 
 # --- tables and pictures ----------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def run_eval(
     from longext.models.throughput.cost import Bill
 
     bill = Bill(tell_cost, task.price_per_hour)
-    outcome = task.measure(model, data, Work(progress=progress, answers=answers, expect=bill.expect))
+    work = Work(progress=progress, answers=answers, expect=bill.expect, expect_at_most=bill.expect_at_most)
+    outcome = task.measure(model, data, work)
     outcome.record.update(bill.facts())
     if task.limit_option:
         outcome.record["bars"] = task.verdicts(limits, outcome)

@@ -55,11 +55,12 @@ def say_cost(cost: Cost) -> None:
     """Print what a run reads and writes, its seconds on this device and its price, to standard error."""
     shared = f" ({cost.num_shared_tokens:,} shared, read once)" if cost.num_shared_tokens else ""
     new = f", at most {cost.num_new_tokens:,} to write" if cost.num_new_tokens else ""
-    say(f"{cost.num_prompts:,} texts: {cost.num_read_tokens:,} tokens to read{shared}{new}", aside=True)
+    most = "at most " if cost.is_most else ""
+    say(f"{most}{cost.num_prompts:,} texts: {cost.num_read_tokens:,} tokens to read{shared}{new}", aside=True)
     if cost.seconds is not None:
         together = f", {cost.num_at_once} answers at once" if cost.num_at_once > 1 else ""
         price = "" if cost.usd is None else f", {cost.usd:,.2g} USD"
-        most = "at most about" if cost.num_new_tokens else "about"
+        most = "at most about" if cost.num_new_tokens or cost.is_most else "about"
         where = "this device" if num_processes() == 1 else f"{num_processes()} devices"
         say(f"{most} {duration(cost.seconds)} on {where}{together}{price}", aside=True)
 

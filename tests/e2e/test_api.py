@@ -13,7 +13,7 @@ from longext.errors import ConfigError, LongextError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = {"lengths": [96, 192], "max_tokens": 400, "num_bootstrap": 20, "device": "cpu"}
-FUNCTIONS = "load evaluate compare extend finetune compress merge generate chat build_memory plan".split()
+FUNCTIONS = "load evaluate compare gate extend finetune compress merge generate chat build_memory plan".split()
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,21 @@ def test_a_loaded_model_is_asked_as_the_evaluation_says(yarn):
 
 def test_flags_become_arguments():
     assert in_python("Give --max-length, or --no-check with -o.") == "Give max_length, or check as output."
+
+
+def test_a_gate_is_true_or_says_what_failed():
+    given = {"lengths": [128], "num_prompts": 10, "fail_under": ["0.5"], "device": "cpu"}
+    verdict = longext.gate("books-5m", **given)
+    assert verdict and verdict.passed and verdict.record["kind"] == "gate"
+    assert repr(verdict).startswith("PASS: 1 of 1 checks passed (95 % sure).\n") and "passkey" in repr(verdict.table())
+    assert verdict._repr_html_().startswith("<p>PASS")
+    verdict.require()
+    failed = longext.gate("books-5m", **{**given, "lengths": [768]})
+    assert not failed
+    with pytest.raises(LongextError, match=r"passkey at 768 is 0.0% \(at least 50.0%\)"):
+        failed.require()
+    with pytest.raises(ConfigError, match="Unknown test 'pass'"):
+        longext.gate("books-5m", tests=["pass"])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -59,6 +59,15 @@ def test_tables_json_and_picture(run, tmp_path, compressor):
     assert of["text"]["ce_base"]["mean"] < of["shuffled"]["ce_base"]["mean"] < of["random"]["ce_base"]["mean"]
     assert (tmp_path / "out/reconstruction.png").stat().st_size > 10_000
 
+    # what came back, scored again without the compressor
+    again = run("eval", "reconstruction", "--predictions", "out/answers.jsonl", "--num-bootstrap", 20, "-o", "again")
+    assert again.exit_code == 0, again.output
+    given = json.loads((tmp_path / "again/result.json").read_text())
+    for row, old in zip(given["results"], record["results"], strict=True):
+        kept = {name: value for name, value in old["metrics"].items() if name in row["metrics"]}
+        assert row == {**old, "metrics": kept, "slots": None, "seconds": None}
+        assert list(kept) == ["bleu", "sentence_bleu", "rouge_l", "exact_prefix", "exact_match"]
+
 
 def test_other_ratios_batches_and_json(run, compressor):
     args = ("eval", "reconstruction", "uio", *SMALL, "--ratio", "16", "--json")

@@ -6,15 +6,21 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from longext.errors import ConfigError, DataError, LongextError
+from longext.evals.base import make_eval
+from longext.evals.limits import PlaceLimit
 from longext.evals.longbench import run as bench
 from longext.evals.longbench import scores as scoring
 from longext.evals.longbench import tasks
 from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench
 from longext.evals.longbench.run import prompt_limit
+from longext.evals.longbench.scores import least_mean, row_weights
 from longext.evals.longbench.tasks import TASKS, fill_prompt, read_prompt
+from longext.evals.runner import run_eval
+from longext.evals.sequential.asking import Decisions
 from longext.evals.suites import longbench as suite
 from longext.evals.suites.longbench import LongBench
 from longext.models.hf import load_language_model
@@ -108,13 +114,13 @@ def test_the_middle_is_cut_by_tokens(limit, expected, is_cut):
 
 def test_prompts_are_cut_as_text_and_encoded_again(books):
     rows = [row(context="One two three four. " * 100, question="What is five?")]
-    (request,), num_cut = bench.build_requests(books, "hotpotqa", rows, 101, chat=False)
+    (request,), is_cut = bench.build_requests(books, "hotpotqa", rows, 101, chat=False)
     whole = books.encode(fill_prompt(read_prompt("hotpotqa"), rows[0].context, rows[0].question))
-    assert num_cut == 1
+    assert is_cut == [True]
     assert list(request.input_ids) == books.encode(books.decode(whole[:50]) + books.decode(whole[-50:]))
     assert request.max_new_tokens == 32 and request.stop_ids == () and request.min_new_tokens == 0
-    (request,), num_cut = bench.build_requests(books, "hotpotqa", rows, len(whole), chat=False)
-    assert num_cut == 0 and list(request.input_ids) == whole
+    (request,), is_cut = bench.build_requests(books, "hotpotqa", rows, len(whole), chat=False)
+    assert is_cut == [False] and list(request.input_ids) == whole
 
 
 def test_the_chat_template_goes_around_the_cut_prompt(books):
@@ -122,9 +128,9 @@ def test_the_chat_template_goes_around_the_cut_prompt(books):
     bos = books.tokenizer.bos_token or ""
     rows = [row(context="One two three four. " * 100)]
     (plain,), _ = bench.build_requests(books, "hotpotqa", rows, 100, chat=False)
-    (chat,), num_cut = bench.build_requests(books, "hotpotqa", rows, 100, chat=True)
+    (chat,), is_cut = bench.build_requests(books, "hotpotqa", rows, 100, chat=True)
     text = books.decode(plain.input_ids)
-    assert num_cut == 1 and books.decode(chat.input_ids) == f"<u>{text}</u>"
+    assert is_cut == [True] and books.decode(chat.input_ids) == f"<u>{text}</u>"
     once = books.encode(f"{bos}<u>{text}</u>", add_bos=not bos)
     assert list(chat.input_ids) == once
     if books.prefix:
@@ -313,3 +319,88 @@ def test_without_the_hub_it_is_said_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(DataError, match=r"cannot be fetched from the Hub \(offline\).*--data DIR/data"):
         longbench_files("hub", [])
+
+
+# --- limits that end the asking ---------------------------------------------------------------------------------------
+
+
+def average_of(scores, language):
+    return scoring.averages({name: (float(own.mean()), 0.0, 1.0) for name, own in scores.items()})[language]["average"][
+        0
+    ]
+
+
+@pytest.mark.parametrize("language", ["english", "chinese"])
+def test_weighted_rows_give_the_average_of_the_authors_tables(language):
+    rng = np.random.default_rng(0)
+    counts = {name: int(rng.integers(1, 30)) for name in TASKS}
+    scores = {name: rng.random(count) for name, count in counts.items()}
+    weights = row_weights(language, counts)
+    total = sum(weights[name] * scores[name].sum() for name in weights)
+    mean = total / sum(weights[name] * counts[name] for name in weights)
+    wanted = scoring.averages({name: (float(own.mean()), 0.0, 1.0) for name, own in scores.items()})[language][
+        "average"
+    ]
+    assert mean == pytest.approx(wanted[0], abs=1e-12)
+    assert max(weights.values()) == 1 and row_weights("lcc", counts) == {"lcc": 1.0}
+
+
+@pytest.mark.parametrize("limit", [0, 33.33, 66.67, 66.666, 50, 99.999, 100])
+def test_a_mean_reaches_a_limit_as_its_rounded_score_does(limit):
+    means = np.arange(0, 100_001, 7) / 100_000 + 1.3e-6  # no ties
+    assert [mean >= least_mean(limit) for mean in means] == [round(100 * mean, 2) >= limit for mean in means]
+
+
+def test_an_average_is_decided_as_by_all_rows_in_at_least_ninety_five_percent_of_orders():
+    """Tasks of one row to 40, scores between 0 and 1, limits on both sides of the average and at it."""
+    rng = np.random.default_rng(2)
+    counts = {name: int(rng.choice([1, 8, 40])) for name in TASKS}
+    scores = {name: rng.beta(0.6, 0.9, count) for name, count in counts.items()}
+    places = [bench._Place(name, number) for name, count in counts.items() for number in range(count)]
+    weights = row_weights("english", counts)
+    average = scoring.averages({name: (float(own.mean()), 0.0, 1.0) for name, own in scores.items()})["english"][
+        "average"
+    ][0]
+    wrong, asked = [0, 0], 0
+    for seed in range(40):
+        limits = [PlaceLimit("english", "english", None, average + off) for off in (-0.1, 0.003)]
+        decisions = Decisions(
+            limits, places, error=0.05, seed=seed, weigh=lambda limit, place: weights.get(place.task, 0.0)
+        )
+        decisions.ask(8, lambda some: [scores[place.task][place.number] for place in some])
+        wrong = [
+            count + (passed != right) for count, passed, right in zip(wrong, decisions.passed, (1, 0), strict=True)
+        ]
+        asked += decisions.rows()[0]["num_asked"] / sum(counts[name] for name in weights)
+        low, value, high = (decisions.rows()[0][key] for key in ("low", "value", "high"))
+        assert 0 <= low <= value <= high <= 1
+    assert max(wrong) <= 2 and asked / 40 < 0.7
+
+
+def test_longbench_stops_once_its_limits_are_decided_and_goes_on_from_its_answers(books, tmp_path):
+    lines = [
+        {"input": f"Who is {n}?", "context": "The sea is deep.", "answers": ["7"], "length": 5, "all_classes": None}
+        for n in range(24)
+    ]
+    for name in ("hotpotqa", "trec"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = make_eval(
+        "longbench", "books-5m", data=str(tmp_path), fail_under=("hotpotqa=60",), error_rate=0.05, max_length=60
+    )
+    first = run_eval(task, books, answers=tmp_path / "rounds")
+    (bar,) = first.record["bars"]
+    assert (bar["name"], bar["limit"], bar["passed"]) == ("hotpotqa", 60, False)
+    assert bar["num_asked"] < bar["num_planned"] == 24 and bar["low"] <= bar["value"] <= bar["high"] <= 100
+    (row,) = first.record["results"]  # nothing is asked of trec
+    assert bar["num_asked"] <= row["num_rows"] < 24
+    assert row["score"] == pytest.approx(bar["value"]) or row["num_rows"] > bar["num_asked"]
+    assert first.record["protocol"]["error_rate"] == 0.05 and "stopping" in first.record["protocol"]
+    assert len(first.files["predictions/hotpotqa.jsonl"].splitlines()) == row["num_rows"]
+    kept = sorted((tmp_path / "rounds").iterdir())
+    assert kept[0].name == "hotpotqa.00000.jsonl"
+    before = [file.read_bytes() for file in kept]
+    again = run_eval(task, books, answers=tmp_path / "rounds").record
+    assert [again[key] for key in ("results", "bars")] == [first.record[key] for key in ("results", "bars")]
+    assert [file.read_bytes() for file in kept] == before
+    with pytest.raises(ConfigError, match="--fail-under is decided"):
+        make_eval("longbench", "books-5m", data=str(tmp_path), error_rate=0.05).check()

@@ -12,14 +12,13 @@ import functools
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
-from longext.errors import LongextError
 from longext.report.config import GateConfig
 
 
 def run(config: GateConfig, as_json: bool) -> None:
     """Measure, write the results and the summary, print the verdict first; exit with 1 if it is a failure."""
     from longext.cli.output import deliver, open_output
-    from longext.report.commands.gate import append_summary, failure, gate_tables, headline, run_gate
+    from longext.report.commands.gate import Verdict, append_summary, gate_tables, headline, run_gate
     from longext.report.console import progress
     from longext.report.results import Contents, output_directory
 
@@ -30,8 +29,7 @@ def run(config: GateConfig, as_json: bool) -> None:
     contents = Contents(command="gate", config=config, record=record, tables=tables)
     deliver(output, contents, as_json=as_json, lead=[headline(record)])
     append_summary(config, record)
-    if not record["passed"]:
-        raise LongextError(failure(record))
+    Verdict(record).require()
 
 
 COMMANDS.register("gate", Command(config=GateConfig, run=run, extras=("eval",)))

@@ -7,7 +7,7 @@ import itertools
 import json
 import zipfile
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class TaskRun:
     Attributes:
         answers: to each row, None if one is missing.
         requests: the prompts; none if the answers were given, as of the next two.
-        num_truncated: prompts that lost their middle.
+        is_cut: whether each prompt lost its middle.
         predictions: the answers with what is known of their making.
     """
 
@@ -65,8 +65,20 @@ class TaskRun:
     rows: list[LongBenchRow]
     answers: list[str | None] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    num_truncated: int = 0
+    is_cut: list[bool] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
+
+    def answered(self, answers: Mapping[int, Prediction]) -> TaskRun:
+        """Return the rows that were asked, by number, with their answers."""
+        numbers = sorted(answers)
+        return TaskRun(
+            self.name,
+            [self.rows[i] for i in numbers],
+            [answers[i].text for i in numbers],
+            [self.requests[i] for i in numbers],
+            [self.is_cut[i] for i in numbers],
+            [answers[i] for i in numbers],
+        )
 
 
 def file_stem(task: str, longbench_e: bool) -> str:

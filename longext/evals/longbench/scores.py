@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -149,6 +150,24 @@ def _tasks_of(category: str, language: str, longbench_e: bool) -> list[str]:
         and TASKS[name].language in (language, "code")
         and (TASKS[name].is_in_e or not longbench_e)
     ]
+
+
+def row_weights(name: str, counts: Mapping[str, int]) -> dict[str, float]:
+    """Return what a row of each task counts in a score: a task's own, or an average; the most is 1.
+
+    Args:
+        counts: rows of each task.
+    """
+    if name in counts:
+        return {name: 1.0}
+    groups = [_tasks_of(category, LANGUAGES[name], False) for category in CATEGORIES]
+    shares = {task: 1 / (len(group) * counts[task]) for group in groups for task in group}
+    return {task: share / max(shares.values()) for task, share in shares.items()}
+
+
+def least_mean(limit: float) -> float:
+    """Return the least mean, 0 to 1, that is rounded to a score of at least `limit`, 0 to 100."""
+    return max(0.0, (math.ceil(round(100 * limit, 6)) - 0.5) / 10_000)
 
 
 def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from longext.compressor.reading.decoder import greedy, memory_decoder
 from longext.compressor.segments import Segment, reconstruction_segments
 from longext.compressor.spec import CompressorSpec, check_ratios
 from longext.data.documents import Document, data_hash, load_documents
+from longext.data.json_lines import text_fields
 from longext.errors import DataError
-from longext.evals.base import Advance, Outcome, Work
+from longext.evals.base import Advance, GivenAnswers, Outcome, Work
+from longext.evals.retrieval import answer_files
 from longext.evals.statistics import bootstrap_mean
 from longext.evals.text_metrics import bleu, bleu_counts, bootstrap_corpus_bleu, rouge_l
 from longext.manifest import result_record
@@ -33,6 +35,7 @@ from longext.models.answer_file import kept_scores
 from longext.models.batching import batched_by
 from longext.processes.dealing import Keeper, deal
 from longext.registry import Registry
+from longext.untrusted import is_a
 
 if TYPE_CHECKING:
     from longext.evals.suites.efficiency import Efficiency
@@ -242,20 +245,35 @@ def measure_reconstruction(config: Reconstruction, loaded: LoadedCompressor, sou
     tokens = [plain.encode(document.text, add_bos=False)[: config.max_tokens] for document in source.documents]
     segments, available = draw_segments(tokens, spec.segment, config.num_samples, config.seed)
     total = len(segments) * len(source.ratios) * len(config.content)
+    came_back: list[CameBack] = []
     with work.progress("reconstruction", total, "segments") as advance:
-        results = _evaluate(loaded, segments, source.ratios, config, advance)
+        results = _evaluate(loaded, segments, source.ratios, config, came_back, advance)
     notes = []
     if new := [str(ratio) for ratio in source.ratios if ratio not in spec.ratios]:
         notes.append(f"Ratio {', '.join(new)}: not trained (trained: {', '.join(map(str, spec.ratios))}).")
     if len(segments) < config.num_samples:
         notes.append(f"{config.data} has {available} segments of {spec.segment} tokens: all of them were used.")
-    return Outcome(record=_record(loaded, source, available, config, results), notes=notes)
+    facts = {
+        "source": config.data,
+        "split": config.split,
+        "sha256": data_hash(source.documents),
+        "num_documents": len(source.documents),
+        "num_segments_available": available,
+        "max_tokens": config.max_tokens,
+    }
+    record = _record(config, config.content, results, model=describe_compressor(loaded), data=facts)
+    return Outcome(record=record, notes=notes, files=answer_files([each._asdict() for each in came_back]))
 
 
 def _evaluate(
-    loaded: LoadedCompressor, segments: Tokens, ratios: Sequence[int], config: Reconstruction, advance: Advance
+    loaded: LoadedCompressor,
+    segments: Tokens,
+    ratios: Sequence[int],
+    config: Reconstruction,
+    came_back: list[CameBack],
+    advance: Advance,
 ) -> list[dict[str, Any]]:
-    """Return one row of the record per content and ratio, for the same segments [n, l]."""
+    """Return one row of the record per content and ratio, for the same segments [n, l], and fill `came_back`."""
     compressor, tokenizer = loaded.compressor, loaded.tokenizer
     vocabulary = vocabulary_of(tokenizer, compressor.backbone.embedding.weight.shape[0])
     # before a text stands BOS, else EOS, else token 0
@@ -268,7 +286,9 @@ def _evaluate(
         base = np.concatenate([_base_nll(compressor, batch, start) for batch in _batches(made, compressor, config)])
         for ratio in sorted(ratios):
             kept = kept_scores(plain, "reconstruction", [(*told, ratio, row) for row in made.tolist()])
-            rows.append(_row(loaded, name, made, base, ratio, config, kept, advance))
+            row, texts = _row(loaded, name, made, base, ratio, config, kept, advance)
+            rows.append(row)
+            came_back += texts
     return rows
 
 
@@ -291,8 +311,8 @@ def _row(
     config: Reconstruction,
     kept: tuple[list[str], Keeper | None],
     advance: Advance,
-) -> dict[str, Any]:
-    """Return what came back of one kind of content at one ratio.
+) -> tuple[dict[str, Any], list[CameBack]]:
+    """Return (the row, what came back) of one kind of content at one ratio.
 
     Its metrics: `bleu`, `sentence_bleu`, `rouge_l`, `exact_prefix` (share of tokens before the first wrong one),
     `exact_match`; teacher-forced `accuracy` (share of tokens that are the first choice), `ce_memory`, `ce_none` (no
@@ -311,39 +331,92 @@ def _row(
     numbers = batched_by(range(len(segments)), _rows_at_once(segments, compressor, config), lambda _: 0)
     names, keeper = kept
     rows = deal(names, list(numbers), answer, keeper=keeper, on_progress=advance)
-    pairs = list(zip((row["hypothesis"] for row in rows), segments.tolist(), strict=True))
     decode = loaded.plain.decode
-    texts = [(decode(hypothesis[sink:]), decode(reference[sink:])) for hypothesis, reference in pairs]
+    pairs = [(row["hypothesis"][sink:], own[sink:]) for row, own in zip(rows, segments.tolist(), strict=True)]
+    texts = [CameBack(content, ratio, decode(own), decode(made), own, made) for made, own in pairs]
     scored = segments.shape[1] - sink
     with_memory, without, correct = (
         np.array([row[name] for row in rows]) / scored for name in ("nll_memory", "nll_none", "correct")
     )
-    prefix = np.array([_same_prefix(*pair, sink) for pair in pairs])
     per_segment = {
-        "exact_prefix": prefix,
-        "exact_match": (prefix == 1).astype(np.float64),
         "accuracy": correct,
         "ce_memory": with_memory,
         "ce_none": without,
         "ce_base": base / scored,
         "bits_saved": (without - with_memory) / np.log(2),
     }
+    row = _row_of(texts, config, slots=compressor.slots(ratio), seconds=time.perf_counter() - started)
+    row["metrics"] |= {name: _estimate(values, config) for name, values in per_segment.items()}
+    return row, texts
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+class CameBack(NamedTuple):
+    """A segment and what came back of it, a line of answers.jsonl; without tokens no prefix can be compared."""
+
+    content: str
+    ratio: int
+    expected: str
+    answer: str
+    expected_tokens: Sequence[int] | None = None
+    answer_tokens: Sequence[int] | None = None
+
+
+def read_line(where: str, row: Any) -> CameBack:
+    """Return a line of answers.jsonl.
+
+    Raises:
+        DataError: it is none.
+    """
+    content, expected, answer = text_fields(where, row, ("content", "expected", "answer"), "answer")
+    tokens = [row.get(name) for name in ("expected_tokens", "answer_tokens")]
+    has_tokens = all(isinstance(ids, list) and all(is_a(each, int) for each in ids) for ids in tokens) and tokens[0]
+    if content not in CONTENTS or not is_a(row.get("ratio"), int) or not (has_tokens or tokens == [None, None]):
+        raise DataError(
+            f"{where} is no answer: 'content' must be of {', '.join(CONTENTS)}, 'ratio' a whole number, "
+            "'expected_tokens' and 'answer_tokens' lists of them or both left out."
+        )
+    return CameBack(content, row["ratio"], expected, answer, *tokens)
+
+
+def score_given(config: Reconstruction, given: GivenAnswers) -> Outcome:
+    """Return the record of answers that are given: what texts and tokens say."""
+    groups: dict[tuple[str, int], list[CameBack]] = {}
+    for each in given.scores:
+        groups.setdefault((each.content, each.ratio), []).append(each)
+    rows = [_row_of(own, config) for own in groups.values()]
+    contents = list(dict.fromkeys(content for content, _ in groups))
+    return Outcome(record=_record(config, contents, rows, **config.given_facts(given)))
+
+
+def _row_of(
+    texts: Sequence[CameBack], config: Reconstruction, slots: int | None = None, seconds: float | None = None
+) -> dict[str, Any]:
+    """Return the row of the record of one content and ratio, with the metrics of its texts."""
+    metrics = _text_metrics([(each.answer, each.expected) for each in texts], config)
+    pairs = [(each.answer_tokens or (), each.expected_tokens) for each in texts if each.expected_tokens is not None]
+    if len(pairs) == len(texts):
+        prefix = np.array([_same_prefix(*pair) for pair in pairs])
+        metrics["exact_prefix"] = _estimate(prefix, config)
+        metrics["exact_match"] = _estimate((prefix == 1).astype(np.float64), config)
     return {
-        "content": content,
-        "ratio": ratio,
-        "slots": compressor.slots(ratio),
-        "num_segments": len(segments),
-        "num_tokens": len(segments) * scored,
-        "metrics": _text_metrics(texts, config) | {name: _estimate(v, config) for name, v in per_segment.items()},
-        "examples": [{"text": reference, "decoded": hypothesis} for hypothesis, reference in texts[:_NUM_EXAMPLES]],
-        "seconds": time.perf_counter() - started,
+        "content": texts[0].content,
+        "ratio": texts[0].ratio,
+        "slots": slots,
+        "num_segments": len(texts),
+        "num_tokens": sum(len(expected) for _, expected in pairs) if len(pairs) == len(texts) else None,
+        "metrics": metrics,
+        "examples": [{"text": each.expected, "decoded": each.answer} for each in texts[:_NUM_EXAMPLES]],
+        "seconds": seconds,
     }
 
 
-def _same_prefix(hypothesis: Sequence[int], reference: Sequence[int], sink: int) -> float:
+def _same_prefix(hypothesis: Sequence[int], reference: Sequence[int]) -> float:
     """Return the share of tokens before the first difference; a hypothesis may have ended early."""
-    same = [a == b for a, b in zip(hypothesis[sink:], reference[sink:], strict=False)]
-    return (same.index(False) if False in same else len(same)) / (len(reference) - sink)
+    same = [a == b for a, b in zip(hypothesis, reference, strict=False)]
+    return (same.index(False) if False in same else len(same)) / len(reference)
 
 
 def _text_metrics(texts: Sequence[tuple[str, str]], config: Reconstruction) -> dict[str, Estimate]:
@@ -378,26 +451,18 @@ def describe_compressor(loaded: LoadedCompressor) -> dict[str, Any]:
 
 
 def _record(
-    loaded: LoadedCompressor, source: Source, num_available: int, config: Reconstruction, results: list[dict[str, Any]]
+    config: Reconstruction, contents: Sequence[str], results: list[dict[str, Any]], **facts: Any
 ) -> dict[str, Any]:
     return result_record(
         "reconstruction",
-        describe_compressor(loaded),
-        {
+        protocol={
             "id": "reconstruction/greedy",
             "definition": _DEFINITION,
             "reference": "auto-encoding of ICAE, arXiv 2307.06945, and UIO-LLMs, arXiv 2406.18173",
-            "content": {name: CONTENTS[name].summary for name in config.content},
+            "content": {name: CONTENTS[name].summary for name in contents},
             "num_bootstrap": config.num_bootstrap,
             "seed": config.seed,
         },
-        {
-            "source": config.data,
-            "split": config.split,
-            "sha256": data_hash(source.documents),
-            "num_documents": len(source.documents),
-            "num_segments_available": num_available,
-            "max_tokens": config.max_tokens,
-        },
+        **facts,
         results=results,
     )

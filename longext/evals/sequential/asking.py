@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from longext.errors import ConfigError
@@ -11,6 +12,7 @@ from longext.evals.limits import PlaceLimit, verdict
 from longext.settings import option
 
 _GROWTH = 8  # a round asks for an eighth of what was asked before, or a batch: few rounds, little asked in vain
+NOT_ASKED = "--error-rate stops asking a model, and --predictions has the answers: leave it out."
 STOPPING = (
     "prompts in random order (by the seed), without replacement; a verdict is that of all planned prompts, and ends "
     "the asking once a bet against the opposite has won 1 / error rate (Waudby-Smith and Ramdas, arXiv 2006.04347), "
@@ -27,6 +29,16 @@ def error_rate() -> Any:
     return option(None, text, ge=0, le=0.5, panel="Output")
 
 
+def stopping_facts(error_rate: float | None) -> dict[str, Any]:
+    """Return what the protocol of a record says of an error rate; nothing if there is none."""
+    return {} if error_rate is None else {"error_rate": error_rate, "stopping": STOPPING}
+
+
+def rounds_path(output: Path) -> Path:
+    """Return the folder of answers to questions that are asked in rounds."""
+    return output.with_name(f"{output.name}.rounds")
+
+
 def check_error_rate(task: Any) -> None:
     """Raise ConfigError for an error rate without a limit to decide, or with answers that are given."""
     if task.error_rate is None:
@@ -34,7 +46,7 @@ def check_error_rate(task: Any) -> None:
     if not task.fail_under:
         raise ConfigError("--error-rate stops asking once --fail-under is decided: give that too.")
     if getattr(task, "predictions", None) is not None:
-        raise ConfigError("--error-rate stops asking a model, and --predictions has the answers: leave it out.")
+        raise ConfigError(NOT_ASKED)
 
 
 class Decisions:
@@ -47,6 +59,9 @@ class Decisions:
         questions: each with `task` and `length`.
         spell: a length as limits spell it.
         grain: all scores are multiples of it; 0 if that is not known.
+        weigh: (limit, question) -> 0 to 1, what the question's score counts in the mean that the limit is of; default 1
+            at the limit's task and length. A weighted mean is that of score times weight, a value of 0 to 1 as scores
+            are, over the mean weight.
     """
 
     def __init__(
@@ -58,23 +73,27 @@ class Decisions:
         seed: int,
         spell: Callable[[int], str] = str,
         grain: float = 0,
+        weigh: Callable[[PlaceLimit, Any], float] | None = None,
     ) -> None:
         from longext.evals.sequential.means import MeanTest
 
         self.planned, self.num_asked, self.error = len(questions), 0, error
         self._waiting = random.Random(f"{seed} order").sample(list(questions), len(questions))
         self._limits, self._spell = limits, spell
-        self._tests = [
-            MeanTest(each.limit, sum(self._counts(each, q) for q in questions), error, error / len(limits), grain)
-            for each in limits
-        ]
+        self._weigh = weigh or self._counts
+        self._tests, self._shares = list[MeanTest](), list[float]()
+        for limit in limits:
+            weights = [weight for question in questions if (weight := self._weigh(limit, question))]
+            share = sum(weights) / len(weights) if weights else 1.0
+            self._tests.append(MeanTest(limit.limit * share, len(weights), error, error / len(limits), grain))
+            self._shares.append(share)
 
-    def _counts(self, limit: PlaceLimit, question: Any) -> bool:
-        return limit.task in (None, question.task) and limit.length in (None, self._spell(question.length))
+    def _counts(self, limit: PlaceLimit, question: Any) -> float:
+        return float(limit.task in (None, question.task) and limit.length in (None, self._spell(question.length)))
 
     def _is_open(self, question: Any) -> bool:
         pairs = zip(self._limits, self._tests, strict=True)
-        return any(test.verdict is None and self._counts(limit, question) for limit, test in pairs)
+        return any(test.verdict is None and self._weigh(limit, question) > 0 for limit, test in pairs)
 
     def next(self, size: int) -> list[Any]:
         """Return questions to ask next, at least `size` if there are any that a verdict waits for."""
@@ -88,10 +107,16 @@ class Decisions:
         pairs = list(zip(questions, scores, strict=True))
         self.num_asked += len(pairs)
         for limit, test in zip(self._limits, self._tests, strict=True):
-            test.add([score for question, score in pairs if self._counts(limit, question)])
+            weighed = [(self._weigh(limit, question), score) for question, score in pairs]
+            test.add([weight * score for weight, score in weighed if weight])
 
     def ask(self, size: int, answer: Callable[[list[Any]], Sequence[float]]) -> None:
-        """Ask until every limit has its verdict; `answer` returns the score of each question."""
+        """Ask until every limit has its verdict.
+
+        Args:
+            size: questions of a round, at least.
+            answer: returns the score of each question.
+        """
         while questions := self.next(size):
             self.add(questions, answer(questions))
 
@@ -105,14 +130,25 @@ class Decisions:
         from longext.evals.sequential.means import planned_interval
 
         rows = []
-        for limit, test, passed in zip(self._limits, self._tests, self.passed, strict=True):
-            low, high = planned_interval(test.values, test.total, self.error) if test.values else (0.0, 1.0)
-            row = verdict(limit.name, limit.limit, test.mean)
+        for limit, test, share, passed in zip(self._limits, self._tests, self._shares, self.passed, strict=True):
+            low, high = planned_interval(test.values, test.total, self.error) if test.values else (0.0, share)
+            low, high = min(1.0, low / share), min(1.0, high / share)
+            value = None if test.mean is None else min(1.0, test.mean / share)
             more = {"low": low, "high": high, "num_asked": len(test.values), "num_planned": test.total}
-            rows.append({**row, "passed": passed, **more})
+            rows.append({**verdict(limit.name, limit.limit, value), "passed": passed, **more})
         return rows
 
     def note(self, unit: str) -> str:
         """Return how much was asked, in words."""
         how = f"wrong in at most {self.error:.2g} of runs" if self.error else "no other answer can change them"
         return f"Asked {self.num_asked} of {self.planned} {unit}: the verdicts are certain ({how})."
+
+
+def ask_questions(
+    decisions: Decisions | None, questions: Sequence[Any], size: int, answer: Callable[[list[Any]], Sequence[float]]
+) -> None:
+    """Ask all questions at once; with `decisions`, made of them, in rounds until every limit has its verdict."""
+    if decisions is None:
+        answer(list(questions))
+    else:
+        decisions.ask(size, answer)

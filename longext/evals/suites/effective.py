@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Eval, Outcome, ReadingConfig, Work, register
+from longext.evals.base import AnswersEval, Eval, GivenAnswers, Outcome, ReadingConfig, Work, register
 from longext.evals.limits import PlaceLimit, verdict
-from longext.evals.sequential.asking import STOPPING, Decisions
+from longext.evals.retrieval import QuestionScore, answer_files, begins_with, own_score
+from longext.evals.sequential.asking import NOT_ASKED, Decisions, stopping_facts
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
 from longext.evals.views import ANY, NEVER, ONE, PROMPT, Bars, Detail, Lines, Section, either
@@ -25,9 +27,6 @@ from longext.manifest import result_record
 from longext.options import ChatConfig
 from longext.registry import Registry
 from longext.settings import LENGTH, option, override
-
-if TYPE_CHECKING:
-    from longext.models.protocol import LanguageModel
 
 STEP = 64  # lengths are multiples of it
 _FAILURES = 2  # in a row end the doubling: nothing says that accuracy falls with length
@@ -44,7 +43,7 @@ class TriedLength:
         low, high: 95 % interval of `accuracy`: Wilson's; with an error rate, what all prompts would give.
         passed: `accuracy` is at or above the limit.
         clearly: `low` is, too.
-        seconds: wall time.
+        seconds: wall time; None if answers are given.
     """
 
     order: int
@@ -56,7 +55,23 @@ class TriedLength:
     high: float
     passed: bool
     clearly: bool
-    seconds: float
+    seconds: float | None = None
+
+    @staticmethod
+    def of(order: int, length: int, right: Sequence[bool], limit: float, bounds: Bounds) -> TriedLength:
+        """Return what answers at a length say of it; see `search_lengths`."""
+        accuracy, (low, high) = sum(right) / len(right), bounds(right)
+        return TriedLength(
+            order=order,
+            length=length,
+            num_correct=sum(right),
+            num_trials=len(right),
+            accuracy=accuracy,
+            low=low,
+            high=high,
+            passed=accuracy >= limit,
+            clearly=low >= limit,
+        )
 
 
 def _wilson(right: Sequence[bool]) -> tuple[float, float]:
@@ -83,22 +98,9 @@ def search_lengths(
 
     def passes(length: int) -> bool:
         started = time.perf_counter()
-        right = measure(length)
-        accuracy = sum(right) / len(right)
-        low, high = bounds(right)
-        tried[length] = TriedLength(
-            order=len(tried) + 1,
-            length=length,
-            num_correct=sum(right),
-            num_trials=len(right),
-            accuracy=accuracy,
-            low=low,
-            high=high,
-            passed=accuracy >= limit,
-            clearly=low >= limit,
-            seconds=time.perf_counter() - started,
-        )
-        return tried[length].passed
+        row = TriedLength.of(len(tried) + 1, length, measure(length), limit, bounds)
+        tried[length] = replace(row, seconds=time.perf_counter() - started)
+        return row.passed
 
     length, failures = minimum, 0 if passes(minimum) else 1
     while length < maximum and failures < _FAILURES:
@@ -117,6 +119,16 @@ def most_lengths(minimum: int, maximum: int) -> int:
     """Return how many lengths a search tries at most."""
     doublings = math.ceil(math.log2(maximum / minimum))
     return 1 + doublings + (math.ceil(math.log2(maximum / STEP)) if doublings else 0)
+
+
+def longest_search(minimum: int, maximum: int) -> list[int]:
+    """Return the lengths of the search that reads most: everything passes below one of the doubled lengths."""
+
+    def tried(end: int) -> list[int]:
+        rows = search_lengths(lambda length: [length < end], minimum=minimum, maximum=maximum, limit=1)
+        return [row.length for row in rows]
+
+    return max(map(tried, tried(maximum + 1)), key=sum)
 
 
 def longest(tried: Sequence[TriedLength], *, clearly: bool = False) -> int | None:
@@ -143,7 +155,7 @@ class LengthTest:
 
     Attributes:
         summary, reference: for reports.
-        kind: the evaluation, with `try_prompts` and `count_right`; options of the same name are those of the search.
+        kind: the evaluation, with `prompt_ids` and `answer_lines`; options of the same name are those of the search.
         fixed: its other options.
     """
 
@@ -170,7 +182,7 @@ _CHAT_FLAGS = ("chat_template", "template_arg", "neutralise_control_tokens")
 
 @register("effective")
 @dataclass(frozen=True, kw_only=True)
-class Effective(ReadingConfig, ChatConfig, Eval):
+class Effective(ReadingConfig, ChatConfig, AnswersEval):
     """The longest length at which retrieval reaches a limit: lengths double, then the step that failed is halved."""
 
     kind: ClassVar[str] = "effective-length"
@@ -225,10 +237,16 @@ class Effective(ReadingConfig, ChatConfig, Eval):
     # no answer is read as text here, so it is no flag; recipes may have the key
     strip_thinking: bool | None = override(ChatConfig, "strip_thinking", is_flag=False)
 
+    @classmethod
+    def implied_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return no bound of lengths if answers are given."""
+        found = super().implied_defaults(values)
+        return {**found, "max_length": LENGTH} if values.get("predictions") else found
+
     def task_at(self, *lengths: int) -> Any:
         """Return the evaluation that is run at some lengths."""
         test = LENGTH_TESTS[self.test]
-        names = {each.name for each in fields(test.kind)} - {"fail_under", "error_rate"}
+        names = {each.name for each in fields(test.kind)} - {"fail_under", "error_rate", "predictions"}
         shared = {key: value for key, value in vars(self).items() if key in names}
         return test.kind(**{**shared, "lengths": tuple(dict.fromkeys(lengths)), **test.fixed})
 
@@ -241,6 +259,10 @@ class Effective(ReadingConfig, ChatConfig, Eval):
             raise ConfigError(f"{flag} is for --test needle: the {self.test} prompt is a text that models continue.")
         if not 0 < self.bar <= 1:
             raise ConfigError(f"--bar must be a share above 0 and up to 1, for example 0.8, got {self.bar:g}.")
+        if self.predictions is not None:
+            if self.error_rate is not None:
+                raise ConfigError(NOT_ASKED)
+            return
         for name in ("min_length", "max_length"):
             value = getattr(self, name)
             if value < STEP or value % STEP:
@@ -263,23 +285,56 @@ class Effective(ReadingConfig, ChatConfig, Eval):
         limit = PlaceLimit("bar", None, None, self.bar)
         return Decisions([limit], prompts, error=error, seed=self.seed, grain=1)
 
+    def given_score(self, where: str, row: Any) -> QuestionScore:
+        """Return the score of a line of answers.jsonl: 1 if the answer begins with what is expected."""
+        return own_score(lambda task, expected, answer, asked: begins_with(answer, expected[0]), where, row)
+
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
-        """Return the record of the search."""
+        """Return the record of the search, or of the lengths that answers are given of."""
         from longext.evals.sequential.means import planned_interval
+        from longext.models.chat import template_facts, uses_template
 
+        if isinstance(data, GivenAnswers):
+            return self._outcome_of(data)
+        work.expect_at_most(
+            model,
+            (
+                self.task_at(length).prompt_ids(model)
+                for length in reversed(longest_search(self.min_length, self.max_length))
+            ),
+        )
         num_prompts = len(self.depths) * self.num_trials
-        self.task_at(self.min_length, self.max_length).try_prompts(model)
-
         decide = None if self.error_rate is None else self.decide
+        lines: list[dict[str, Any]] = []
 
         def measure(length: int) -> Sequence[bool]:
             with work.progress(f"{self.test} at {length:,}", num_prompts, "prompts") as advance:
-                right: list[bool] = self.task_at(length).count_right(model, advance, decide)
-                return right
+                own = self.task_at(length).answer_lines(model, advance, decide)
+            lines.extend(own)
+            return [line["score"] == 1 for line in own]
 
         bounds = partial(planned_interval, total=num_prompts) if decide else _wilson
         tried = search_lengths(measure, minimum=self.min_length, maximum=self.max_length, limit=self.bar, bounds=bounds)
-        record = effective_record(model, self, tried)
+        is_chat = self.test == "needle" and uses_template(model, self.chat_template)
+        chat = {"chat_template": is_chat, "seed": self.seed, **template_facts(model, is_chat)}
+        record = effective_record(self, tried, chat, model=model.describe())
+        return Outcome(record=record, notes=record["notes"], files=answer_files(lines))
+
+    def _outcome_of(self, given: GivenAnswers) -> Outcome:
+        """Return the record of answers at the lengths of a file, in its order; it says what was asked there."""
+        right: dict[int, list[bool]] = {}
+        for row in given.scores:
+            right.setdefault(row.length, []).append(row.score == 1)
+        tried = [TriedLength.of(i, length, own, self.bar, _wilson) for i, (length, own) in enumerate(right.items(), 1)]
+        asked = replace(
+            self,
+            min_length=min(right),
+            max_length=max(right) if self.max_length == LENGTH else self.max_length,
+            depths=tuple(sorted({row.depth for row in given.scores if row.depth is not None})),
+            num_trials=max(Counter((row.length, row.depth) for row in given.scores).values()),
+        )
+        tried.sort(key=lambda row: row.length)
+        record = effective_record(asked, tried, {"chat_template": None, "seed": self.seed}, **self.given_facts(given))
         return Outcome(record=record, notes=record["notes"])
 
     def verdicts(self, limits: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
@@ -315,16 +370,19 @@ def effective_notes(tried: Sequence[TriedLength], config: Effective) -> list[str
     return notes
 
 
-def effective_record(model: LanguageModel, config: Effective, tried: Sequence[TriedLength]) -> dict[str, Any]:
-    """Return the JSON record of a search."""
-    from longext.models.chat import template_facts, uses_template
+def effective_record(
+    config: Effective, tried: Sequence[TriedLength], asking: Mapping[str, Any], **facts: Any
+) -> dict[str, Any]:
+    """Return the JSON record of a search.
 
+    Args:
+        asking: how the model was asked, for the protocol.
+        facts: `model`, and `data` if answers are given.
+    """
     test = LENGTH_TESTS[config.test]
-    is_chat = config.test == "needle" and uses_template(model, config.chat_template)
     return result_record(
         Effective.kind,
-        model.describe(),
-        {
+        protocol={
             "id": f"effective/{config.test}",
             "definition": f"longest multiple of {STEP} tokens tried whose accuracy is at or above the bar; lengths "
             "double until two in a row fail, then the gap above the longest that passed is halved",
@@ -335,12 +393,10 @@ def effective_record(model: LanguageModel, config: Effective, tried: Sequence[Tr
             "max_length": config.max_length,
             "depths": list(config.depths),
             "num_trials": config.num_trials,
-            **({} if config.error_rate is None else {"error_rate": config.error_rate, "stopping": STOPPING}),
-            "chat_template": is_chat,
-            "seed": config.seed,
-            **template_facts(model, is_chat),
+            **stopping_facts(config.error_rate),
+            **asking,
         },
-        None,
+        **facts,
         effective_length=longest(tried),
         unbroken_length=longest_unbroken(tried),
         clear_length=longest(tried, clearly=True),

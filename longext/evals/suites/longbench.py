@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Outcome, QuestionEval, Work, register
+from longext.evals.base import AnswersEval, Outcome, QuestionEval, Work, register
 from longext.evals.limits import POINTS, PlaceLimit, check_names, read_limits
 from longext.evals.longbench.metrics import CODE_RATIOS, NEED_JIEBA, has_jieba
 from longext.evals.longbench.tasks import LANGUAGES, TASKS
+from longext.evals.sequential.asking import check_error_rate, error_rate, rounds_path
 from longext.evals.views import SEVERAL, Bars, Detail, Score, Section
 from longext.models.methods import check_method
 from longext.options import RuntimeConfig
@@ -115,7 +116,7 @@ _LONGBENCH_LM_EVAL = Section(
 
 @register("longbench")
 @dataclass(frozen=True, kw_only=True)
-class LongBench(QuestionEval):
+class LongBench(QuestionEval, AnswersEval):
     """LongBench's 21 tasks under their authors' protocol."""
 
     kind: ClassVar[str] = "longbench"
@@ -133,8 +134,10 @@ class LongBench(QuestionEval):
     code_similarity: str = option(
         "difflib", "difflib, or levenshtein (the authors' score where python-Levenshtein is installed)."
     )
-    predictions: str | None = option(
-        None, "Score these answers (<task>.jsonl in the authors' schema); MODEL only names them.", panel="Output"
+    predictions: str | None = override(
+        AnswersEval,
+        "predictions",
+        help="Score these answers (<task>.jsonl in the authors' schema); MODEL only names them.",
     )
     fail_under: tuple[str, ...] = option(
         (),
@@ -142,12 +145,8 @@ class LongBench(QuestionEval):
         repeats=True,
         panel="Output",
     )
+    error_rate: float | None = error_rate()
     resume: bool = option(False, "Only go on with an unfinished run of the same -o; start none.", panel="Output")
-
-    @property
-    def label(self) -> str:
-        """Return the name of the results directory, with that of the answers if no model is named."""
-        return self.name if self.model else f"{self.name}-{Path(str(self.predictions)).name}"
 
     @property
     def wanted(self) -> list[str]:
@@ -156,8 +155,10 @@ class LongBench(QuestionEval):
         return list(self.tasks) or [name for name in names if has_jieba() or TASKS[name].metric not in NEED_JIEBA]
 
     def answers_path(self, output: Path) -> Path | None:
-        """Return the folder of answers, one file for each task; None if answers are given."""
-        return None if self.predictions else output.with_name(f"{output.name}.predictions")
+        """Return the folder of answers, one file for each task (and round); None if answers are given."""
+        if self.predictions:
+            return None
+        return rounds_path(output) if self.error_rate is not None else output.with_name(f"{output.name}.predictions")
 
     def check(self) -> None:
         """Raise ConfigError for an unknown task or value, or for a task named that needs jieba if that is missing."""
@@ -178,6 +179,7 @@ class LongBench(QuestionEval):
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks names a task twice: {', '.join(self.tasks)}.")
         check_method(self.method, self.factor)
+        check_error_rate(self)
         least = self._least()
         if least and self.longbench_e:
             raise ConfigError("--fail-under is for LongBench's single scores, and LongBench-E has one for each length.")
@@ -197,11 +199,17 @@ class LongBench(QuestionEval):
         check_names(least, [*TASKS, *LANGUAGES])
         return least
 
-    def load_data(self) -> tuple[list[TaskRun], list[str]]:
-        """Return the tasks with their rows, or with the answers of --predictions; and notes on what was left out."""
-        from longext.evals.longbench.rows import load_tasks, read_answers
+    def read_data(self) -> tuple[list[TaskRun], list[str]]:
+        """Return the tasks with their rows, and notes on what was left out."""
+        from longext.evals.longbench.rows import load_tasks
 
-        return load_tasks(self) if self.predictions is None else read_answers(self)
+        return load_tasks(self)
+
+    def read_answers(self, path: Path) -> Any:
+        """Return the tasks with the answers of a folder, and notes on what was left out."""
+        from longext.evals.longbench.rows import read_answers
+
+        return read_answers(self)
 
     def limits(self, data: tuple[list[TaskRun], list[str]]) -> list[PlaceLimit]:
         """Return the limits of --fail-under.
@@ -221,10 +229,6 @@ class LongBench(QuestionEval):
                     f"--fail-under {name}: the average needs every task of its table, and some are left out."
                 )
         return [PlaceLimit(name, name, None, limit) for name, limit in least.items()]
-
-    def open_model(self) -> LanguageModel | None:
-        """Return the model; None if answers are given."""
-        return None if self.predictions else super().open_model()
 
     def measure(self, model: LanguageModel | None, data: tuple[list[TaskRun], list[str]], work: Work) -> Outcome:
         """Return the record, and the answers in the authors' schema."""

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
-from longext.evals.base import check_tasks, fail_under, register
+from longext.evals.base import GivenAnswers, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
 from longext.evals.ranks import Choices, ranked_view
 from longext.evals.retrieval import (
     MEAN_TOKENS,
-    GivenAnswers,
     Question,
     QuestionScore,
     RetrievalEval,

@@ -21,6 +21,8 @@ from longext.evals.retrieval import (
     Question,
     QuestionScore,
     RetrievalEval,
+    answer_line,
+    begun_text,
     by_task,
     depth_map,
     depths_of,
@@ -43,7 +45,7 @@ from longext.evals.ruler.haystacks import (
     text_sentences,
 )
 from longext.evals.ruler.tasks import match_all
-from longext.evals.sequential.asking import Decisions
+from longext.evals.sequential.asking import Decisions, ask_questions
 from longext.evals.views import NEVER, ONE, SEVERAL, Section
 from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
@@ -52,6 +54,8 @@ from longext.settings import LENGTH, MANY, option
 from longext.untrusted import read_text
 
 if TYPE_CHECKING:
+    import torch
+
     from longext.models.answers import Prediction
     from longext.models.protocol import LanguageModel
 
@@ -140,6 +144,8 @@ class Needle(RetrievalEval):
         for kind in (self.key_type, self.value_type):
             NAME_TYPES[kind]
         SCORINGS[self.scoring]
+        if self.predictions is not None and self.scoring == "exact":
+            raise ConfigError("--scoring exact is of a model's choice at every token: score --predictions by match.")
         check_lengths(self.lengths, minimum=64)
         if len({round(1000 * depth) for depth in self.depths}) < len(self.depths):
             raise ConfigError(f"--depths must differ by at least 0.001, got {list(self.depths)}.")
@@ -260,10 +266,8 @@ class Needle(RetrievalEval):
         """Return how each question was answered, and the generated answers by id (none for exact scoring)."""
         if self.scoring == "match":
             return super().ask(model, questions, path, advance)
-        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
-        prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
         scores = []
-        for question, row in zip(questions, first_choices(model, prompts, size, advance), strict=True):
+        for question, row in zip(questions, self._first_choices(model, questions, advance), strict=True):
             ends = question.prompt.ends
             values = [bool(row[start:end].all()) for start, end in zip((0, *ends), ends, strict=False)]
             scores.append(score_of(question, sum(values) / len(values)))
@@ -288,34 +292,40 @@ class Needle(RetrievalEval):
             "seed": self.seed,
         }
 
-    def try_prompts(self, model: LanguageModel) -> None:
-        """Raise ConfigError or DataError if a prompt cannot be built: the shortest has the least room."""
-        replace(self, lengths=(min(self.lengths),)).questions(model, None)
+    def prompt_ids(self, model: LanguageModel) -> list[tuple[int, ...]]:
+        """Return the tokens of every prompt; raises as `questions`."""
+        return [question.input_ids for question in self.questions(model, None)]
 
-    def count_right(
+    def answer_lines(
         self,
         model: LanguageModel,
         advance: Advance,
         decide: Callable[[Sequence[Any]], Decisions] | None = None,
-    ) -> list[bool]:
-        """Return whether each question has all its answers, in the order of asking.
+    ) -> list[dict[str, Any]]:
+        """Return what was answered under exact scoring in the order of asking, as lines of answers.jsonl.
 
         Args:
             decide: makes of all questions what says which to ask, and when enough were; None: all are asked.
         """
         questions = self.questions(model, None)
-        found: list[bool] = []
+        lines: list[dict[str, Any]] = []
 
         def answer(asked: Sequence[NeedleQuestion]) -> list[float]:
-            right = [each.score == 1 for each in self.ask(model, asked, advance=advance)[0]]
-            found.extend(right)
-            return [float(each) for each in right]
+            for each, row in zip(asked, self._first_choices(model, asked, advance), strict=True):
+                text = begun_text(model, each.prompt.answer_ids, row)
+                lines.append(answer_line(each, each.id, each.expected, text, float(row.all())))
+            return [line["score"] for line in lines[-len(asked) :]]
 
-        if decide is None:
-            answer(questions)
-        else:
-            decide(questions).ask(batch_size(self.batch_tokens, max(self.lengths), model.device), answer)
-        return found
+        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
+        ask_questions(decide(questions) if decide else None, questions, size, answer)
+        return lines
+
+    def _first_choices(
+        self, model: LanguageModel, questions: Sequence[NeedleQuestion], advance: Advance
+    ) -> list[torch.Tensor]:
+        size = batch_size(self.batch_tokens, max(self.lengths), model.device)
+        prompts = [(question.input_ids, question.prompt.answer_ids) for question in questions]
+        return first_choices(model, prompts, size, advance)
 
     def notes(self, model: LanguageModel, data: Any, scores: Sequence[QuestionScore]) -> list[str]:
         """Return a note if prompts do not end as RULER's."""

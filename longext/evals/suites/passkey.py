@@ -7,16 +7,35 @@ Example: longext passkey books-5m --method yarn --factor 8 --lengths 512,1024,20
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Advance, Eval, Outcome, ReadingConfig, Work, fail_under, register
+from longext.evals.base import (
+    Advance,
+    AnswersEval,
+    GivenAnswers,
+    Outcome,
+    ReadingConfig,
+    Work,
+    fail_under,
+    register,
+)
 from longext.evals.limits import PlaceLimit, check_lengths, place_limits
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import ANSWERS, MEAN_TOKENS, RetrievalEval, depth_map, depths_of
-from longext.evals.sequential.asking import Decisions, check_error_rate, error_rate
+from longext.evals.retrieval import (
+    MEAN_TOKENS,
+    QuestionScore,
+    RetrievalEval,
+    begins_with,
+    check_answers,
+    depth_map,
+    depths_of,
+    own_score,
+)
+from longext.evals.sequential.asking import Decisions, error_rate
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
 from longext.models.methods import check_method
 from longext.registry import Registry
@@ -81,7 +100,7 @@ PASSKEY_PROTOCOLS.register(
 
 @register("passkey")
 @dataclass(frozen=True, kw_only=True)
-class Passkey(ReadingConfig, Eval):
+class Passkey(ReadingConfig, AnswersEval):
     """Retrieval accuracy by length and depth."""
 
     kind: ClassVar[str] = "passkey"
@@ -144,9 +163,8 @@ class Passkey(ReadingConfig, Eval):
     def check(self) -> None:
         """Raise ConfigError for an unknown protocol or a value out of range."""
         rules = self.rules
-        ANSWERS[self.answers]
         check_lengths(self.lengths, minimum=64)
-        check_error_rate(self)
+        check_answers(self)
         check_method(self.method, self.factor)
         if not self.depths or len({round(depth * 100) for depth in self.depths}) < len(self.depths):
             raise ConfigError(f"--depths must differ by at least 0.01, got {list(self.depths)}.")
@@ -157,27 +175,44 @@ class Passkey(ReadingConfig, Eval):
 
     def limits(self, data: Any) -> list[PlaceLimit]:
         """Return the limits of --fail-under."""
-        return place_limits(self.fail_under, [("", str(length)) for length in sorted(self.lengths)], form=_FORM)
+        given = [each.length for each in data.scores] if isinstance(data, GivenAnswers) else self.lengths
+        return place_limits(self.fail_under, [("", str(length)) for length in sorted(given)], form=_FORM)
 
-    def try_prompts(self, model: LanguageModel) -> None:
-        """Raise ConfigError or DataError if a prompt cannot be built: too short, or too little filler."""
-        from longext.evals.passkey import check_prompts
+    def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
+        """Return 1 for a right answer, else 0: it begins with the key, or (yarn) the key is its first whole number."""
+        if self.rules.scoring == "exact":
+            return begins_with(answer, expected[0])
+        found = re.search(r"\d+", answer)
+        return float(found is not None and int(found[0]) == int(expected[0]))
 
-        check_prompts(model, self)
+    def given_score(self, where: str, row: Any) -> QuestionScore:
+        """Return the score of a line of answers.jsonl; a prompt with its answer has the length, if that is exact."""
+        score = own_score(self.rate, where, row)
+        return replace(score, num_tokens=score.length) if self.rules.has_depths else score
 
-    def count_right(
+    def prompt_ids(self, model: LanguageModel) -> list[tuple[int, ...]]:
+        """Return the tokens of every prompt.
+
+        Raises:
+            ConfigError, DataError: one cannot be built: a length is too short, or there is too little filler.
+        """
+        from longext.evals.passkey import Prompts
+
+        return Prompts(model, self).input_ids()
+
+    def answer_lines(
         self,
         model: LanguageModel,
         advance: Advance,
         decide: Callable[[Sequence[Any]], Decisions] | None = None,
-    ) -> list[bool]:
-        """Return whether each prompt was answered right, in the order of asking; see `Needle.count_right`."""
-        from longext.evals.passkey import count_right
+    ) -> list[dict[str, Any]]:
+        """Return what was answered in the order of asking, as lines of answers.jsonl; see `Needle.answer_lines`."""
+        from longext.evals.passkey import answer_lines
 
-        return count_right(model, self, advance, decide)
+        return answer_lines(model, self, advance, decide)
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record."""
-        from longext.evals.passkey import measure_passkey
+        from longext.evals.passkey import measure_passkey, score_given
 
-        return measure_passkey(self, model, work)
+        return score_given(self, data) if isinstance(data, GivenAnswers) else measure_passkey(self, model, work)

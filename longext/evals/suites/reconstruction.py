@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.errors import ConfigError
-from longext.evals.base import Eval, Outcome, Work, register
+from longext.evals.base import AnswersEval, GivenAnswers, Outcome, Work, register
 from longext.evals.views import SEVERAL, Detail, Lines, Section
 from longext.options import DataConfig, RuntimeConfig
 from longext.settings import MANY, option, override
 
 if TYPE_CHECKING:
-    from longext.evals.memory.reconstruction import Source
+    from longext.evals.memory.reconstruction import CameBack, Source
 
 
 def _estimate(value: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ _SECTION = Section(
 
 @register("reconstruction")
 @dataclass(frozen=True, kw_only=True)
-class Reconstruction(DataConfig, Eval):
+class Reconstruction(DataConfig, AnswersEval):
     """What comes back of a text from its memory."""
 
     kind: ClassVar[str] = "reconstruction"
@@ -110,20 +110,27 @@ class Reconstruction(DataConfig, Eval):
         if not self.content or len(set(self.content)) < len(self.content):
             raise ConfigError(f"--content must be different of {', '.join(CONTENTS)}, got {','.join(self.content)}.")
 
-    def load_data(self) -> Source:
+    def read_data(self) -> Source:
         """Return the documents, and the ratios that the compressor can make."""
         from longext.evals.memory.reconstruction import read_source
 
         return read_source(self)
 
     def open_model(self) -> Any:
-        """Return the compressor with its model."""
+        """Return the compressor with its model, None if answers are given."""
         from longext.evals.memory.reconstruction import open_compressor
 
-        return open_compressor(self)
+        return open_compressor(self) if self.predictions is None else None
 
-    def measure(self, model: Any, data: Source, work: Work) -> Outcome:
+    def given_score(self, where: str, row: Any) -> CameBack:
+        """Return a line of answers.jsonl."""
+        from longext.evals.memory.reconstruction import read_line
+
+        return read_line(where, row)
+
+    def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record."""
-        from longext.evals.memory.reconstruction import measure_reconstruction
+        from longext.evals.memory.reconstruction import measure_reconstruction, score_given
 
-        return measure_reconstruction(self, model, data, work)
+        given = isinstance(data, GivenAnswers)
+        return score_given(self, data) if given else measure_reconstruction(self, model, data, work)

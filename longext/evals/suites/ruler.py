@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
-from longext.evals.base import check_tasks, register
+from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import ALL, Place, check_lengths
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
-    GivenAnswers,
     Question,
     QuestionScore,
     RetrievalEval,

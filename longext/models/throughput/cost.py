@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ class Cost:
         seconds: at most, if every answer has its whole budget, shared evenly by the processes of the run; None if there
             is too little to do for a probe.
         usd: at a price for an hour of one device; None without one, or without seconds.
+        is_most: what is done first decides what comes next, and it may be less.
     """
 
     num_prompts: int
@@ -33,13 +36,14 @@ class Cost:
     num_at_once: int
     seconds: float | None
     usd: float | None
+    is_most: bool = False
 
     def __add__(self, other: Cost) -> Cost:
         """Return the cost of both; seconds and money of those that have them."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         known = {key: [value for value in (mine[key], theirs[key]) if value is not None] for key in mine}
         total: dict[str, Any] = {key: sum(values) if values else None for key, values in known.items()}
-        return Cost(**{**total, "num_at_once": max(self.num_at_once, other.num_at_once)})
+        return Cost(**{**total, **{key: max(mine[key], theirs[key]) for key in ("num_at_once", "is_most")}})
 
 
 def expected_cost(model: Any, load: Load, price_per_hour: float | None, shares: bool = True) -> Cost:
@@ -84,10 +88,20 @@ class Bill:
     def expect(self, model: Any, prompts: Sequence[Sequence[int]], num_new: int, shares: bool = True) -> None:
         """Take what will be done next into account; see `expected_cost`."""
         if prompts:
-            cost = expected_cost(model, Load(prompts=prompts, num_new=num_new), self._price, shares)
-            self._tell(cost)
-            self.total = cost if self.total is None else self.total + cost
+            self._add(expected_cost(model, Load(prompts=prompts, num_new=num_new), self._price, shares))
+
+    def expect_at_most(self, model: Any, parts: Iterable[Sequence[Sequence[int]]]) -> None:
+        """Take the prompts of several parts into account, the largest first; nothing is written."""
+        costs = (expected_cost(model, Load(prompts=each, num_new=0), self._price) for each in parts)
+        self._add(dataclasses.replace(functools.reduce(operator.add, costs), is_most=True))
+
+    def _add(self, cost: Cost) -> None:
+        self._tell(cost)
+        self.total = cost if self.total is None else self.total + cost
 
     def facts(self) -> dict[str, Any]:
         """Return what a record says: {"cost": ...}, nothing if nothing was expected."""
-        return {} if self.total is None else {"cost": dataclasses.asdict(self.total)}
+        if self.total is None:
+            return {}
+        told = dataclasses.asdict(self.total)
+        return {"cost": told if self.total.is_most else {key: told[key] for key in told if key != "is_most"}}

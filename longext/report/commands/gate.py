@@ -8,12 +8,13 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.source import resolve_model
 from longext.data.documents import data_hash
-from longext.errors import ConfigError, DataError
+from longext.errors import ConfigError, DataError, LongextError
 from longext.evals.base import Progress
 from longext.evals.limits import FAIL_OVER, PERPLEXITY, check_lengths, place_limits
 from longext.evals.models import open_model
@@ -28,6 +29,7 @@ from longext.evals.suites.ruler import Ruler
 from longext.manifest import result_record
 from longext.models.methods import check_method
 from longext.registry import did_you_mean
+from longext.report.outcome import Tables
 from longext.report.tables import Table, number
 
 if TYPE_CHECKING:
@@ -252,6 +254,36 @@ class _Texts:
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Verdict:
+    """What `longext gate` found; `record` is the JSON. It is true if every check passed."""
+
+    record: Mapping[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """True if every check passed."""
+        return bool(self.record["passed"])
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def require(self) -> None:
+        """Raise LongextError that names every check that failed."""
+        if not self.passed:
+            raise LongextError(failure(self.record))
+
+    def table(self) -> Tables:
+        """Return the table of all checks; it prints as text, and as HTML in a notebook."""
+        return Tables(gate_tables(self.record))
+
+    def __repr__(self) -> str:
+        return f"{headline(self.record)}\n{self.table()!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(headline(self.record))}</p>{self.table()._repr_html_()}"
 
 
 def headline(record: Mapping[str, Any]) -> str:

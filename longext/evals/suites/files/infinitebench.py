@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
-from longext.evals.base import check_tasks, register
+from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import Place
 from longext.evals.longbench.infinitebench import INFINITE_TASKS, label_of, prompt_of
-from longext.evals.retrieval import GivenAnswers, Question, QuestionScore, RetrievalEval, text_hash
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
 from longext.evals.views import Bars, Detail, Score, Section
 from longext.settings import LENGTH, option
 from longext.untrusted import json_lines, parse_json

@@ -1,0 +1,187 @@
+"""A hundred thousand tokens in a window of 4,096: a trained memory beside a raw window and KV policies of its bytes.
+
+    python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
+
+The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
+anchor is trained on it to answer drills of 256 to 1,024 tokens at 4x to 32x. Then memories of no more slots than the
+window holds read 1,024 to 100,000 tokens with a key in them: is it found, what does the next segment of a book cost,
+how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it fills. A stage that
+is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes far.json, far.png
+and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longext.compressor.reading.readers import load_reader
+from longext.manifest import command_line, versions
+from longext.options import RuntimeConfig
+
+SEGMENT = 128
+CHUNK = 512  # tokens that policies read at once
+DRILLS = {  # rows of tokens, what is in them, seed
+    "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
+    "memory": (1024, "drill:4*2 drill:2*1 drill:1*1", 6),
+}
+
+
+def arguments() -> argparse.Namespace:
+    """Return what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--books", required=True, help="folder of texts to train on")
+    parser.add_argument("--eval-books", type=Path, required=True, help="folder of texts to measure on")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("out/far"), help="where models go")
+    parser.add_argument("--window", type=int, default=4096)
+    parser.add_argument("--lengths", default="1024,8192,32768,100000")
+    parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
+    parser.add_argument("--memory-steps", type=int, default=300, help="of 16 drills")
+    parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
+    parser.add_argument("--depths", default="0,0.5")
+    parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
+    parser.add_argument("--places", type=int, default=2, help="of each book")
+    return parser.parse_args()
+
+
+def longext(*words: Any) -> float:
+    """Run a command of longext on one thread; return the CPU seconds it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "longext", *map(str, words), "--threads", "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
+    """Return a file of training texts: whole documents for the base, prompts and answers for the memory."""
+    file = given.work / f"{name}.jsonl"
+    length, mix, seed = DRILLS[name]
+    if file.is_file():
+        return file
+    command = [sys.executable, Path(__file__).with_name("passkey_drills.py"), given.model, "--books", given.books]
+    command += ["--length", length, "--mix", mix, "--edges", 0.3, "--rows", rows, "--seed", seed, "--out", file]
+    subprocess.run(list(map(str, command)), check=True)
+    if name == "memory":
+        texts = [json.loads(line)["text"].rpartition(" ") for line in file.read_text(encoding="utf-8").splitlines()]
+        rows_of = ({"prompt": before, "completion": f" {key}"} for before, _, key in texts)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of), encoding="utf-8")
+    return file
+
+
+def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the model that reads the window and the compressor on it; both are trained unless they are there."""
+    base, adapter, memory = (given.work / name for name in ("base", "adapter", "memory"))
+    shared = ["--learning-rate", 1e-3, "--set", "checkpointing=false", "--set", "warmup_steps=8", "--save-every", 10]
+
+    def resume(output: Path) -> list[str]:
+        return ["--resume"] if output.with_name(f"{output.name}.running").is_dir() else []
+
+    if not base.is_dir():
+        longext(
+            "finetune", given.model, "--method", "yarn", "--target-length", given.window, "--separate-documents",
+            "--data", drills(given, "base", given.base_steps * 2), "--attention", "full", "--tuning", "lora",
+            "--lora-r", 16, "--lora-alpha", 32, "--batch-size", 1, "--accumulation", 2,
+            "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
+        )  # fmt: skip
+        subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
+    if not memory.is_dir():
+        longext(
+            "compress-train", base, "--arch", "anchor", "--data", drills(given, "memory", given.memory_steps * 6),
+            "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", "4,8,16,32",
+            "--document-length", 1024, "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 16,
+            "--num-steps", given.memory_steps, "--set", "weight_decay=0", *shared, *resume(memory), "-o", memory,
+        )  # fmt: skip
+    return base, memory
+
+
+def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
+    """Return the record of one evaluation and its CPU seconds; it is run unless it is there."""
+    folder = given.work / "runs" / name
+    seconds = folder / "seconds.json"
+    if not seconds.is_file():
+        seconds.write_text(json.dumps(longext(*words, "-o", folder, "--force")))
+        print(f"{name}: {json.loads(seconds.read_text()):.0f} CPU s", flush=True)
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return {**record, "cpu_seconds": json.loads(seconds.read_text())}
+
+
+def memories(given: argparse.Namespace, memory: Path) -> dict[str, str | None]:
+    """Return what `--memory` reads, by name; None: full attention, where it fits."""
+    room = given.window - CHUNK
+    return {
+        "full attention": None,
+        "trained, 4x and thinned": f"{memory}@4",
+        "raw keys, 4x and thinned": "thinned:4",
+        "raw window": f"window:{room}",
+        "keydiff": f"keydiff:{room}",
+        "snapkv": f"snapkv:{room}",
+    }
+
+
+def read_on(base: Path, spec: str, book: Path, lengths: list[int]) -> list[dict[str, float]]:
+    """Return CPU seconds, slots and bytes of one session that reads a text, at each length."""
+    reader = load_reader(RuntimeConfig(model=str(base), device="cpu", dtype="float32"), spec, segment=chunk_of(spec))
+    ids = reader.tokenizer(book.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    session, rows, seconds, done = reader.session(), [], 0.0, 0
+    for length in lengths:
+        while done < length:
+            piece = ids[done : min(length, done + 2048)]
+            started = time.process_time()
+            session.absorb(piece)
+            seconds, done = seconds + time.process_time() - started, done + len(piece)
+        rows.append({"tokens": done, "seconds": seconds, "slots": session.num_slots, "bytes": session.num_bytes})
+    return rows
+
+
+def chunk_of(spec: str | None) -> int | None:
+    """Return `--segment` of a memory: what policies read at once, None if it has its own."""
+    return None if spec is None or "@" in spec else SEGMENT if spec.startswith("thinned") else CHUNK
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Return keys found, perplexity, time and bytes by length for every memory."""
+    base, memory = prepare(given)
+    book = max(given.eval_books.iterdir(), key=lambda path: path.stat().st_size)
+    found: dict[str, Any] = {}
+    for name, spec in memories(given, memory).items():
+        lengths = [n for n in map(int, given.lengths.split(",")) if spec or n <= given.window]
+        reads = ["--lengths", ",".join(map(str, lengths)), *(["--memory", spec] if spec else [])]
+        chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
+        label = "".join(c if c.isalnum() else "-" for c in name)
+        asks = ["--depths", given.depths, "--num-trials", given.num_trials]
+        keys = stage(given, f"{label}-passkey", "passkey", base, *reads, *chunk, *asks)
+        found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
+        if spec:
+            texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
+            found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
+            reading = given.work / "runs" / f"{label}-reading.json"
+            if not reading.is_file():
+                reading.write_text(json.dumps(read_on(base, spec, book, lengths)))
+            found[name]["reading"] = json.loads(reading.read_text())
+    return found
+
+
+def main() -> None:
+    """Train, measure, write."""
+    given = arguments()
+    torch.set_num_threads(1)
+    given.work.mkdir(parents=True, exist_ok=True)
+    given.output.mkdir(parents=True, exist_ok=True)
+    found = measure(given)
+    record = {"command": command_line(), "versions": versions(), "settings": vars(given), "memories": found}
+    (given.output / "far.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
