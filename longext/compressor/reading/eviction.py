@@ -30,7 +30,7 @@ from longext.compressor.reading.trails import Trail
 _NAME = "longext_kv_attn"
 _READING: ContextVar[PolicyTrail] = ContextVar("reading")
 QUESTION = 64  # tokens of the prompt's end that stand for a question
-_AT_ONCE = 256  # keys that are turned or gathered at once
+_AT_ONCE = 512  # keys that are turned or gathered at once
 
 
 class HeldLayer(RoomyLayer):

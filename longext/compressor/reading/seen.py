@@ -144,5 +144,5 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rows_at_once(keys: torch.Tensor, groups: int) -> int:
-    """Return how many queries of a head may have numbers for each of keys [..., d]: an eighth of keys and values."""
-    return max(1, keys.shape[-1] // (4 * groups))
+    """Return how many queries of a head may have numbers for each of keys [..., d]: a quarter of keys and values."""
+    return max(1, keys.shape[-1] // (2 * groups))
