@@ -4,7 +4,7 @@
 
 Prompts of eleven tasks at 512 to 4,096 tokens (questions on paragraphs are left out: there is one set of them, and it
 is the test's), other seeds and other books than the test's; YaRN to 4,096, LoRA on answers alone; then `eval ruler`
-with its own seed of the model as it is, extended, and trained. A stage that is finished is not run again.
+with its own seed of the model extended and trained, and extended alone. A stage that is finished is not run again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
         longext("merge", adapter, "-o", trained)
     if not extended.exists():
         longext("extend", given.model, "--method", "yarn", "--target-length", 4096, "-o", extended)
-    for name, model in (("trained", trained), ("yarn", extended), ("untouched", given.model)):
+    for name, model in (("trained", trained), ("yarn", extended)):
         if (given.out / name / "result.json").exists():
             continue
         longext(
