@@ -3,11 +3,11 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 256 to 1,024 tokens at 4x to 32x. Then memories of no more slots than the
-window holds read 1,024 to 100,000 tokens with a key in them: is it found, what does the next segment of a book cost,
-how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it fills. A stage that
-is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes far.json, far.png
-and table.md.
+anchor is trained on it to answer drills of 384 tokens at 4x and 8x, then of 1,024 at 4x to 32x. Then memories of no
+more slots than the window holds read 1,024 to 100,096 tokens with a key in them: is it found, what does the next
+segment of a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
+as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
+Writes far.json, far.png and table.md.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ import torch
 from longext.compressor.reading.readers import load_reader
 from longext.manifest import command_line, versions
 from longext.options import RuntimeConfig
+from longext.report.plots import INK, new_figure, save_png, style
+from longext.report.tables import Table, number
 
 SEGMENT = 128
 CHUNK = 512  # tokens that policies read at once
 DRILLS = {  # rows of tokens, what is in them, seed
     "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
-    "memory": (1024, "drill:4*2 drill:2*1 drill:1*1", 6),
+    "short": (384, "drill:1*1", 5),
+    "memory": (1024, "drill:1*1", 6),
 }
 
 
@@ -44,9 +47,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/far"), help="where models go")
     parser.add_argument("--window", type=int, default=4096)
-    parser.add_argument("--lengths", default="1024,8192,32768,100000")
+    parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--memory-steps", type=int, default=300, help="of 16 drills")
+    parser.add_argument("--short-steps", type=int, default=500, help="of 16 drills of 384 tokens")
+    parser.add_argument("--memory-steps", type=int, default=80, help="of 8 drills of 1,024 tokens")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
@@ -72,7 +76,7 @@ def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
     command = [sys.executable, Path(__file__).with_name("passkey_drills.py"), given.model, "--books", given.books]
     command += ["--length", length, "--mix", mix, "--edges", 0.3, "--rows", rows, "--seed", seed, "--out", file]
     subprocess.run(list(map(str, command)), check=True)
-    if name == "memory":
+    if name != "base":
         texts = [json.loads(line)["text"].rpartition(" ") for line in file.read_text(encoding="utf-8").splitlines()]
         rows_of = ({"prompt": before, "completion": f" {key}"} for before, _, key in texts)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows_of), encoding="utf-8")
@@ -81,7 +85,7 @@ def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
 
 def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
     """Return the model that reads the window and the compressor on it; both are trained unless they are there."""
-    base, adapter, memory = (given.work / name for name in ("base", "adapter", "memory"))
+    base, adapter, short, memory = (given.work / name for name in ("base", "adapter", "short", "memory"))
     shared = ["--learning-rate", 1e-3, "--set", "checkpointing=false", "--set", "warmup_steps=8", "--save-every", 10]
 
     def resume(output: Path) -> list[str]:
@@ -95,13 +99,19 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
             "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
-    if not memory.is_dir():
-        longext(
-            "compress-train", base, "--arch", "anchor", "--data", drills(given, "memory", given.memory_steps * 6),
-            "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", "4,8,16,32",
-            "--document-length", 1024, "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 16,
-            "--num-steps", given.memory_steps, "--set", "weight_decay=0", *shared, *resume(memory), "-o", memory,
-        )  # fmt: skip
+    stages = (
+        ("short", 16, given.short_steps, "4,8", []),
+        ("memory", 8, given.memory_steps, "4,8,16,32", ["--init", short]),
+    )
+    for name, documents, steps, ratios, start in stages:
+        if not (given.work / name).is_dir():
+            longext(
+                "compress-train", base, "--arch", "anchor", "--data", drills(given, name, steps * documents),
+                "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", ratios,
+                "--document-length", DRILLS[name][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", documents,
+                "--num-steps", steps, "--set", "weight_decay=0", *shared, *resume(given.work / name), *start,
+                "-o", given.work / name,
+            )  # fmt: skip
     return base, memory
 
 
@@ -172,6 +182,53 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def table_of(found: dict[str, Any]) -> Table:
+    """Return a row for every memory and length."""
+    rows = []
+    for name, one in found.items():
+        ppl = {r["length"]: r for r in one["ppl"]["results"] if r["method"] == "memory"} if "ppl" in one else {}
+        read = {r["tokens"]: r for r in one.get("reading", ())}
+        for cell in one["passkey"]["by_length"]:
+            length = cell["length"]
+            share = f"{cell['num_correct']} of {cell['num_trials']} ({cell['low']:.0%}-{cell['high']:.0%})"
+            row = [name, f"{length:,}", share, number(ppl[length]["ppl"]) if length in ppl else "-"]
+            held = read.get(length)
+            row += (
+                [f"{held['slots']:,}", f"{held['bytes'] / 2**20:.1f}", f"{held['seconds']:.1f}"] if held else ["-"] * 3
+            )
+            rows.append(row)
+    heads = ["memory", "tokens", "keys found", "perplexity of what follows", "slots", "MiB held", "CPU s to read"]
+    return Table("Reading far in a bounded memory", heads, rows, caption="in brackets Wilson's 95% interval")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw keys found, perplexity, bytes and time by tokens read."""
+    colours = dict(zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"), strict=False))
+    figure = new_figure(11.0, 6.4)
+    found_panel, ppl_panel, bytes_panel, time_panel = figure.subplots(2, 2).flatten()
+    for name, one in found.items():
+        line = {"marker": "o", "markersize": 4, "color": colours[name], "label": name}
+        cells = one["passkey"]["by_length"]
+        found_panel.plot([c["length"] for c in cells], [100 * c["accuracy"] for c in cells], **line)
+        rows = [r for r in one["ppl"]["results"] if r["method"] == "memory"] if "ppl" in one else []
+        ppl_panel.plot([r["length"] for r in rows], [r["ppl"] for r in rows], **line)
+        read = one.get("reading", [])
+        bytes_panel.plot([r["tokens"] for r in read], [r["bytes"] / 2**20 for r in read], **line)
+        time_panel.plot([r["tokens"] for r in read], [r["seconds"] for r in read], **line)
+    labels = ("keys found, %", "perplexity of the next segment", "MiB held", "CPU s to read")
+    for panel, label in zip((found_panel, ppl_panel, bytes_panel, time_panel), labels, strict=True):
+        if panel is not time_panel:  # time over tokens is a straight line on plain axes
+            panel.set_xscale("log", base=2)
+        ticks = [1024, 8192, 32768, 100096] if panel is not time_panel else [0, 32768, 65536, 100096]
+        panel.set_xticks(ticks, [f"{tick / 1024:.0f}k" for tick in ticks], minor=False)
+        style(panel, "", "tokens read", label)
+    found_panel.set_ylim(-3, 103)
+    bytes_panel.set_ylim(0)
+    time_panel.set_ylim(0)
+    found_panel.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
+    save_png(figure, path)
+
+
 def main() -> None:
     """Train, measure, write."""
     given = arguments()
@@ -181,6 +238,8 @@ def main() -> None:
     found = measure(given)
     record = {"command": command_line(), "versions": versions(), "settings": vars(given), "memories": found}
     (given.output / "far.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    (given.output / "table.md").write_text(table_of(found).to_markdown(), encoding="utf-8")
+    draw(found, given.output / "far.png")
 
 
 if __name__ == "__main__":
