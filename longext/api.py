@@ -230,6 +230,7 @@ def gate(model: str | Path, *, progress: bool = False, **settings: Any) -> Verdi
     from longext.report.config import GateConfig
     from longext.report.console import progress as progress_bar
 
+    _check_alone(settings)
     config = build_config(GateConfig, None, [], {"model": str(model), **settings})
     return Verdict(run_gate(config, progress_bar if progress else no_progress))
 

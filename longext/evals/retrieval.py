@@ -154,6 +154,10 @@ class RetrievalEval(QuestionEval, AnswersEval):
         """Return the score of an answer, 0 to 1."""
         raise NotImplementedError
 
+    def score(self, question: Any, answer: str) -> float:
+        """Return the score of an answer to a question, 0 to 1."""
+        return self.rate(question.task, question.expected, answer, question.asked)
+
     def given_score(self, where: str, row: Any) -> QuestionScore:
         """Return the score of one line of a file of answers."""
         return own_score(self.rate, where, row)
@@ -237,8 +241,7 @@ class RetrievalEval(QuestionEval, AnswersEval):
         is_chat = self.uses_chat(model)
         predictions = generate_predictions(model, requests, path, advance, self.batch_tokens, is_chat=is_chat)
         answers = {prediction.id: prediction for prediction in predictions}
-        rated = [self.rate(each.task, each.expected, answers[each.id].text, each.asked) for each in questions]
-        return [score_of(question, score) for question, score in zip(questions, rated, strict=True)], answers
+        return [score_of(each, self.score(each, answers[each.id].text)) for each in questions], answers
 
     def tables(self, scores: Sequence[QuestionScore]) -> dict[str, Any]:
         """Return the tables of a record: every task, length and depth under "results", and the pools."""

@@ -54,7 +54,7 @@ def test_openais_rows_and_answers_are_read(books, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     task = Mrcr(model="m", data=str(tmp_path / "rows.jsonl"), answers="both")
     (question,) = task.questions(books, task.read_data())
-    assert question.score("ZzTwo.") == 1
+    assert task.score(question, "ZzTwo.") == 1
     assert [books.decode(ids).strip() for ids in question.choices.wrong] == ["One."]
     (tmp_path / "pred.jsonl").write_text(json.dumps({**row, "response": "ZzTwo."}) + "\n")
     (score,) = Mrcr(model="", predictions=str(tmp_path / "pred.jsonl")).load_data().scores
@@ -97,7 +97,7 @@ def test_graphs_fit_and_the_question_has_its_answer(books):
         node, depth = re.search(r"(?:from|parents of) (\w{6})(?: reach at exactly depth (\d))?", text).groups()
         right = parents(edges, node) if question.task == "parents" else at_depth(edges, node, int(depth))
         assert set(question.expected) == right
-        assert question.score(f"Final Answer: [{', '.join(sorted(right))}]") == 1
+        assert task.score(question, f"Final Answer: [{', '.join(sorted(right))}]") == 1
     with pytest.raises(ConfigError, match="GraphWalks' bfs does not fit 200 tokens"):
         GraphWalks(model="m", lengths=(200,), max_new_tokens=100).questions(books, None)
 
@@ -137,8 +137,13 @@ def test_facts_stand_at_their_depth_and_distract(books):
         assert all(text.count(each) == 1 for each in (name, *others))
         body = text[: text.index("Question:")]
         assert abs(body.index(name) / len(body) - question.depth) < 0.3
-        assert question.score(f"It is {name}.") == 1
-        assert question.score(f"{name} or {others[0]}") == question.score("") == question.score(f"{name}x") == 0
+        assert task.score(question, f"It is {name}.") == 1
+        assert (
+            task.score(question, f"{name} or {others[0]}")
+            == task.score(question, "")
+            == task.score(question, f"{name}x")
+            == 0
+        )
     with pytest.raises(ConfigError, match="--num-distractors"):
         NoLit(model="m", num_distractors=0, answers="likelihood").check()
     with pytest.raises(ConfigError, match="do not fit 128 tokens"):
@@ -178,7 +183,7 @@ def test_questions_lose_their_middle_and_have_four_choices(books, tmp_path):
     text = books.decode(question.input_ids)
     assert text.startswith("Please read")
     assert "(D) answer D" in text
-    assert question.score("The correct answer is (B)") == 1
+    assert task.score(question, "The correct answer is (B)") == 1
     assert books.decode(question.choices.input_ids).endswith("The correct answer is (")
     assert [books.decode(ids) for ids in (*question.choices.right, *question.choices.wrong)] == ["B", "A", "C", "D"]
     answers = [{**row, "response": "The correct answer is (B)"}, {**row, "pred": "A", "difficulty": "hard"}]

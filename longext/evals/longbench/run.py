@@ -92,7 +92,7 @@ def _ask(
     Answers are kept, each task's in a file of its own (in rounds in one for each); those there are not made again.
     """
     limit, chat = prompt_limit(model, config), uses_template(model, config.chat_template)
-    weights = _weights(config, runs)
+    weights = {} if config.error_rate is None else _weights(config, runs)
     runs = [run for run in runs if config.error_rate is None or any(run.name in own for own in weights.values())]
     for run in runs:
         run.requests, run.is_cut = build_requests(model, run.name, run.rows, limit, chat)
