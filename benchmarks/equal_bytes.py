@@ -2,8 +2,9 @@
 
 The next segment after C tokens is scored, given what each method keeps of them in `--slots` positions a head and layer
 (sink, slots and raw tokens counted alike): raw window, streaming, KV policies, attention matching, thinned raw keys and
-trained memories at one ratio, fading and hybrid; beside no memory, and all raw tokens that the window holds. Where the
-slots of a method cannot be the budget exactly they are the most below it, and the table says how many.
+trained memories at one ratio, fading and hybrid; beside no memory, all raw tokens that the window holds, and full
+attention of the model extended by YaRN. Where the slots of a method cannot be the budget exactly they are the most below
+it, and the table says how many.
 
     python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o docs/results/equal-bytes/27m.json
     python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o out.json --train OTHER_BOOKS
@@ -109,13 +110,12 @@ def trained_readers(arguments: argparse.Namespace) -> dict[str, Callable[[int], 
             longext.merge(adapter, output=merged)
         return str(merged), f"window:{slots}"
 
-    found = {}
+    uniform = next(ratio for ratio in RATIOS if fits(arguments, (ratio,), 0))
+    found = {f"anchor@{uniform}": memory("anchor", str(uniform))}
+    found[f"prefix@{uniform} (control)"] = memory("prefix", str(uniform))
     for first in range(len(RATIOS)):
         ratios = RATIOS[first:]
         name, one = ",".join(map(str, ratios)), ratios[:1]
-        if "anchor" not in "".join(found) and fits(arguments, one, 0):
-            found[f"anchor@{one[0]}"] = memory("anchor", str(one[0]))
-            found[f"prefix@{one[0]} (control)"] = memory("prefix", str(one[0]))
         if fits(arguments, one, 1):
             found[f"anchor@{one[0]} and raw tokens"] = memory("anchor", f"{one[0]}+{most_raw(arguments, one)}")
         if len(ratios) > 1 and fits(arguments, ratios, 1):
@@ -135,6 +135,15 @@ def fits(arguments: argparse.Namespace, ratios: tuple[int, ...], raw: int) -> bo
 def most_raw(arguments: argparse.Namespace, ratios: tuple[int, ...]) -> int:
     """Return how many raw tokens fit the budget beside memories of these ratios."""
     return next(raw for raw in range(arguments.slots, 0, -1) if fits(arguments, ratios, raw))
+
+
+def extended(arguments: argparse.Namespace) -> Path:
+    """Return the model extended by YaRN to all tokens of context and the segment, untrained."""
+    length = arguments.length + 2 * arguments.segment
+    output = Path(arguments.work, f"{Path(arguments.model).name}-yarn-{length}")
+    if not output.is_dir():
+        longext.extend(arguments.model, "yarn", target_length=length, output=output)
+    return output
 
 
 def methods(arguments: argparse.Namespace) -> list[str]:
@@ -205,6 +214,8 @@ def main() -> None:
                 add(spec, [(arguments.model, spec)])
             except ConfigError as error:  # a pyramid needs room for its widest layer
                 print(f"{spec}: {error}", flush=True)
+    if "full attention" not in rows and not "full attention".startswith(skipped):
+        add("full attention", [(str(extended(arguments)), f"window:{arguments.length}")])
     for name, reader_of in trained_readers(arguments).items() if arguments.train else ():
         if name not in rows and not name.startswith(skipped):
             add(name, [reader_of(seed) for seed in range(arguments.seeds)])
