@@ -29,21 +29,29 @@ def text_fields(where: str, value: Any, names: Iterable[str], what: str) -> list
     return [value[name] for name in names]
 
 
-def rows_of(path: Path, read: Callable[[str, Any], RowT], what: str) -> list[RowT]:
+def rows_of(
+    path: Path,
+    read: Callable[[str, Any], RowT],
+    form: str,
+    advice: str = "",
+    *,
+    option: str = "--data",
+    kind: str = "row",
+) -> list[RowT]:
     """Return what `read` makes of the place and value of each JSON line of a file.
 
     Args:
-        what: what --data has to be, and where that is found, in two sentences.
+        form: what `option` has to be, for messages; `advice` says where that is found.
+        kind: what a line holds.
 
     Raises:
         ConfigError, DataError: no such file, or nothing in it; what `read` raises.
     """
     if not path.is_file():
-        kind, _, where = what.partition(". ")
-        raise ConfigError(f"--data must be {kind}, got '{path}'. {where}")
+        raise ConfigError(f"{option} must be {form}, got '{path}'. {advice}".rstrip())
     rows = [read(where, value) for where, value in json_lines(path)]
     if not rows:
-        raise DataError(f"{path} holds no row.")
+        raise DataError(f"{path} holds no {kind}.")
     return rows
 
 

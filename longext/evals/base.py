@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from longext.errors import ConfigError, DataError
+from longext.data.json_lines import rows_of
+from longext.errors import ConfigError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
 from longext.options import ChatConfig, EndpointConfig, RuntimeConfig, SharedConfig
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, build_config, option, shown_name
-from longext.untrusted import json_lines
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -228,11 +228,7 @@ class AnswersEval(Eval):
         Raises:
             ConfigError, DataError: no such file, or a line of another form, with its number.
         """
-        if not path.is_file():
-            raise ConfigError(f"--predictions must be a file of answers, got '{path}'.")
-        scores = [self.given_score(where, row) for where, row in json_lines(path)]
-        if not scores:
-            raise DataError(f"{path} holds no answer.")
+        scores = rows_of(path, self.given_score, "a file of answers", option="--predictions", kind="answer")
         return GivenAnswers(scores=scores)
 
     def given_score(self, where: str, row: Any) -> Any:

@@ -15,8 +15,8 @@ from longext.evals.limits import PlaceLimit
 from longext.evals.longbench import run as bench
 from longext.evals.longbench import scores as scoring
 from longext.evals.longbench import tasks
+from longext.evals.longbench.cutting import default_max_length, prompt_limit
 from longext.evals.longbench.rows import LongBenchRow, longbench_files, read_longbench
-from longext.evals.longbench.run import prompt_limit
 from longext.evals.longbench.scores import least_mean, row_weights
 from longext.evals.longbench.tasks import TASKS, fill_prompt, read_prompt
 from longext.evals.runner import run_eval
@@ -152,7 +152,7 @@ def test_samsum_ends_at_a_line_feed_that_is_not_first(books):
     ("context", "limit"), [(4096, 3500), (8192, 7500), (16384, 15500), (32768, 31500), (512, 256), (1024, 512)]
 )
 def test_default_lengths_are_the_authors(context, limit):
-    assert bench.default_max_length(context) == limit
+    assert default_max_length(context) == limit
 
 
 def test_the_default_length_follows_the_extension(books):

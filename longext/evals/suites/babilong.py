@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longext.data.json_lines import repeated_note, text_fields
-from longext.errors import ConfigError, DataError
+from longext.data.json_lines import repeated_note, rows_of, text_fields
+from longext.errors import ConfigError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import Place
 from longext.evals.ranks import ranked_view
@@ -29,7 +29,6 @@ from longext.evals.views import SEVERAL, Column, Section
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, option
-from longext.untrusted import json_lines
 
 _ENDS = (".", "<context>", "<example>")  # what follows is not the answer
 _WHERE = (
@@ -313,14 +312,12 @@ def _read_file(folder: Path, task: str, length: int) -> list[BABILongRow]:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl") if file.is_file())) or "none"
         raise ConfigError(f"No file {path}. Tasks there: {names}. {_WHERE}")
-    rows = []
-    for where, value in json_lines(path):
+
+    def row(where: str, value: Any) -> BABILongRow:
         parts = text_fields(where, value, ("input", "question", "target"), "row of BABILong")
-        number = where.rpartition(":")[2]
-        rows.append(BABILongRow(f"{task}/{folder.name}/{number}", task, length, *parts))
-    if not rows:
-        raise DataError(f"{path} holds no row.")
-    return rows
+        return BABILongRow(f"{task}/{folder.name}/{where.rpartition(':')[2]}", task, length, *parts)
+
+    return rows_of(path, row, "a file")
 
 
 def prompt_text(row: BABILongRow, prompt: str) -> str:

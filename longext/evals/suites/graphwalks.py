@@ -290,7 +290,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError, DataError: no such file, or a line of another form, with its number.
     """
-    return rows_of(path, _row, f"a file of GraphWalks rows (JSON lines). {_WHERE}")
+    return rows_of(path, _row, "a file of GraphWalks rows (JSON lines)", _WHERE)
 
 
 def _row(where: str, value: Any) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from longext.data.json_lines import repeated_note, text_fields
+from longext.data.json_lines import repeated_note, rows_of, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
@@ -33,7 +34,7 @@ from longext.evals.views import Detail, Section
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.settings import MANY, option
-from longext.untrusted import json_lines, numbered_lines
+from longext.untrusted import numbered_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,17 +321,11 @@ def read_cases(folder: str, tasks: Sequence[str], sizes: Sequence[int], num_case
     for key in chosen:
         if len(files[key]) > 1:
             raise ConfigError(f"Two files of one name: {files[key][0]} and {files[key][1]}. Give --data one's folder.")
-    return [case for task, size in chosen for case in _read_file(files[task, size][0], task, size)[:num_cases]]
+    read = {key: rows_of(files[key][0], partial(_case, *key), "a file", kind="case") for key in chosen}
+    return [case for cases in read.values() for case in cases[:num_cases]]
 
 
-def _read_file(path: Path, task: str, size: int) -> list[LongEvalCase]:
-    cases = [_case(value, where, task, size) for where, value in json_lines(path)]
-    if not cases:
-        raise DataError(f"{path} holds no case.")
-    return cases
-
-
-def _case(value: Any, where: str, task: str, size: int) -> LongEvalCase:
+def _case(task: str, size: int, where: str, value: Any) -> LongEvalCase:
     (prompt,) = text_fields(where, value, ("prompt",), _KIND)
     if task == TOPICS:
         first = _first_text(where, value, "topics")

@@ -273,7 +273,7 @@ def read_rows(path: Path, needles: Sequence[int]) -> list[Conversation]:
     Raises:
         ConfigError, DataError: no such file, or a line of another form, with its number.
     """
-    rows = rows_of(path, _row, f"a file of MRCR rows (JSON lines). {_WHERE}")
+    rows = rows_of(path, _row, "a file of MRCR rows (JSON lines)", _WHERE)
     chosen = [row for row in rows if row.num_needles in needles]
     if not chosen:
         raise DataError(f"{path} holds no row with --needles {','.join(map(str, needles))}.")
