@@ -18,7 +18,7 @@ Random tokens, one text. `window` holds raw tokens alone and reads them again wi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from records import add_output, write_record
 from torch.utils._pytree import tree_map_only
 
-from longext.compressor.reading.eviction import HeldLayer, PolicyTrail
+from longext.compressor.reading.eviction import PolicyTrail
 from longext.compressor.reading.readers import Reader, load_reader
 from longext.evals.memory.efficiency import bytes_per_position
 from longext.options import RuntimeConfig
@@ -87,26 +87,25 @@ def measure(reader: Reader, slots: int, lengths: list[int]) -> Iterator[dict[str
         else:
             trail.advance(chunk)
         if number in marks:
-            peaks = (held.held, held.read) if held else (chunk.nbytes + sum_bytes(tensors_of(trail)),) * 2
+            peaks = (held.held, held.read) if held else (sum(storages_of(tensors_of(trail)).values()),) * 2
             row = {"memory": reader.spec, "tokens": marks[number], "budget_bytes": budget}
             yield row | dict(zip(("held", "read"), peaks, strict=True)) | {"live": live}
 
 
 class Held:
-    """Counts what the layers of a trail keep, whenever one of them is about to be evicted and when it has been."""
+    """Counts what the layers of a trail keep, whenever one of them has attended and is about to be evicted."""
 
     def __init__(self, trail: PolicyTrail) -> None:
         self.held = self.read = 0
         for layer in trail.layers:
-            layer.evict = self._counting(trail, layer, layer.evict)  # type: ignore[method-assign]
+            layer.evict = self._counting(trail, layer.evict)  # type: ignore[method-assign]
 
-    def _counting(self, trail: PolicyTrail, layer: HeldLayer, evict: Any) -> Any:
+    def _counting(self, trail: PolicyTrail, evict: Any) -> Any:
         def counted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
-            self.held = max(self.held, sum_bytes(tensors_of(trail)))
-            self.read = max(self.read, sum_bytes([*tensors_of(trail), key, value]))
+            storages = storages_of(tensors_of(trail))
+            self.held = max(self.held, sum(storages.values()))
+            self.read = max(self.read, sum((storages | storages_of([key, value])).values()))
             evict(query, key, value, *rest)
-            self.held = max(self.held, sum_bytes(tensors_of(trail)))
-            self.read = max(self.read, sum_bytes([*tensors_of(trail), key, value]))
 
         return counted
 
@@ -130,10 +129,10 @@ def tensors_of(trail: Any) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in (layer.bias, layer.origins) if tensor is not None)
 
 
-def sum_bytes(tensors: Any) -> int:
-    """Return the bytes of the storages behind tensors, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+def storages_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Return the bytes of the storages behind tensors by their address: those of a view are those it keeps alive."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 if __name__ == "__main__":

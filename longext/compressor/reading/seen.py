@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 
@@ -91,7 +91,8 @@ class Seen:
 
     def total_attention(self, last: int | None = None, power: int = 1) -> torch.Tensor:
         """Return the sum [B, H, G, n] over these queries of the attention to some power."""
-        return sum((part.pow(power).sum(-2) for part in self.attention(last)), torch.zeros(()))
+        raised = (part if power == 1 else part.pow(power) for part in self.attention(last))
+        return reduce(torch.add, (part.sum(-2) for part in raised))
 
 
 class KVPolicy(ABC):
