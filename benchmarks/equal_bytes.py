@@ -3,8 +3,8 @@
 The next segment after C tokens is scored, given what each method keeps of them in `--slots` positions a head and layer
 (sink, slots and raw tokens counted alike): raw window, streaming, KV policies, attention matching, thinned raw keys and
 trained memories at one ratio, fading and hybrid; beside no memory, all raw tokens that the window holds, and full
-attention of the model extended by YaRN. Where the slots of a method cannot be the budget exactly they are the most below
-it, and the table says how many.
+attention of the model extended by YaRN. Where the slots of a method cannot be the budget exactly they are the most
+below it, and the table says how many.
 
     python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o docs/results/equal-bytes/27m.json
     python benchmarks/equal_bytes.py MODEL --data BOOKS --slots 257 --length 2048 -o out.json --train OTHER_BOOKS
