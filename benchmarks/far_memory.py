@@ -3,11 +3,11 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 384 tokens at 4x and 8x, then of 1,024 at 4x to 32x. Then memories of no
-more slots than the window holds read 1,024 to 100,096 tokens with a key in them: is it found, what does the next
-segment of a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
-as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
-Writes far.json, far.png and table.md.
+anchor is trained on it to answer drills of 384 tokens at 4x and 8x. Then memories of no more slots than the window
+holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what follows
+in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it
+fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes
+far.json, far.png and table.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ SEGMENT = 128
 CHUNK = 512  # tokens that policies read at once
 DRILLS = {  # rows of tokens, what is in them, seed
     "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
-    "short": (384, "drill:1*1", 5),
-    "memory": (1024, "drill:1*1", 6),
+    "memory": (384, "drill:1*1", 5),
 }
 
 
@@ -52,8 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--short-steps", type=int, default=500, help="of 16 drills of 384 tokens")
-    parser.add_argument("--memory-steps", type=int, default=80, help="of 8 drills of 1,024 tokens")
+    parser.add_argument("--memory-steps", type=int, default=500, help="of 16 drills")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
@@ -88,7 +86,7 @@ def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
 
 def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
     """Return the model that reads the window and the compressor on it; both are trained unless they are there."""
-    base, adapter, short, memory = (given.work / name for name in ("base", "adapter", "short", "memory"))
+    base, adapter, memory = (given.work / name for name in ("base", "adapter", "memory"))
     shared = ["--learning-rate", 1e-3, "--set", "checkpointing=false", "--set", "warmup_steps=8", "--save-every", 10]
 
     def resume(output: Path) -> list[str]:
@@ -102,19 +100,13 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
             "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
-    stages = (
-        ("short", 16, given.short_steps, "4,8", []),
-        ("memory", 8, given.memory_steps, "4,8,16,32", ["--init", short]),
-    )
-    for name, documents, steps, ratios, start in stages:
-        if not (given.work / name).is_dir():
-            longext(
-                "compress-train", base, "--arch", "anchor", "--data", drills(given, name, steps * documents),
-                "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", ratios,
-                "--document-length", DRILLS[name][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", documents,
-                "--num-steps", steps, "--set", "weight_decay=0", *shared, *resume(given.work / name), *start,
-                "-o", given.work / name,
-            )  # fmt: skip
+    if not memory.is_dir():
+        longext(
+            "compress-train", base, "--arch", "anchor", "--data", drills(given, "memory", given.memory_steps * 16),
+            "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", "4,8",
+            "--document-length", DRILLS["memory"][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 16,
+            "--num-steps", given.memory_steps, "--set", "weight_decay=0", *shared, *resume(memory), "-o", memory,
+        )  # fmt: skip
     return base, memory
 
 
@@ -174,12 +166,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         reads = ["--lengths", ",".join(map(str, lengths)), *(["--memory", spec] if spec else [])]
         chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
         label = "".join(c if c.isalnum() else "-" for c in name)
-        asks = ["--depths", given.depths, "--num-trials", given.num_trials]
+        slow = name in ("keydiff", "snapkv")  # minutes for each 100,000 tokens: answers alone, and fewer of them
+        asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else "both"]
         keys = stage(given, f"{label}-passkey", "passkey", base, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:
             texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
-            if name in ("keydiff", "snapkv"):  # a chunk of 128 at a time, eight places: minutes for each 10,000 tokens
+            if slow:
                 reads[1] = ",".join(str(n) for n in lengths if n <= 32768)
             found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
             reading = given.work / "runs" / f"{label}-reading.json"
