@@ -23,7 +23,10 @@ from typing import Any
 
 import torch
 
+from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import load_reader
+from longext.compressor.reading.session import Session
+from longext.evals.memory.efficiency import bytes_per_position
 from longext.manifest import command_line, versions
 from longext.options import RuntimeConfig
 from longext.report.plots import INK, new_figure, save_png, style
@@ -142,15 +145,17 @@ def memories(given: argparse.Namespace, memory: Path) -> dict[str, str | None]:
 def read_on(base: Path, spec: str, book: Path, lengths: list[int]) -> list[dict[str, float]]:
     """Return CPU seconds, slots and bytes of one session that reads a text, at each length."""
     reader = load_reader(RuntimeConfig(model=str(base), device="cpu", dtype="float32"), spec, segment=chunk_of(spec))
-    ids = reader.tokenizer(book.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    ids = reader.plain.encode(book.read_text(encoding="utf-8"), add_bos=False)
     session, rows, seconds, done = reader.session(), [], 0.0, 0
+    position = bytes_per_position(Backbone(reader.plain.model))
     for length in lengths:
         while done < length:
             piece = ids[done : min(length, done + 2048)]
             started = time.process_time()
             session.absorb(piece)
             seconds, done = seconds + time.process_time() - started, done + len(piece)
-        rows.append({"tokens": done, "seconds": seconds, "slots": session.num_slots, "bytes": session.num_bytes})
+        slots = session.num_slots if isinstance(session, Session) else reader.num_readable(done)
+        rows.append({"tokens": done, "seconds": seconds, "slots": slots, "bytes": slots * position})
     return rows
 
 
@@ -174,6 +179,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:
             texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
+            if name in ("keydiff", "snapkv"):  # a chunk of 128 at a time, eight places: minutes for each 10,000 tokens
+                reads[1] = ",".join(str(n) for n in lengths if n <= 32768)
             found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
             reading = given.work / "runs" / f"{label}-reading.json"
             if not reading.is_file():

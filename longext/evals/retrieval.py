@@ -57,6 +57,7 @@ class Question:
         max_new_tokens, stop: where the answer ends at the latest.
         choices: right and wrong answers for likelihood; None if the question has none.
         asked: the question itself, if the score of an answer depends on it.
+        frame_ids: see `Request`.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Question:
     stop: tuple[str, ...] = ()
     choices: Choices | None = None
     asked: str = ""
+    frame_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,10 @@ class RetrievalEval(QuestionEval, AnswersEval):
         """
         from longext.models.answers import Request, generate_predictions
 
-        requests = [Request(each.id, each.input_ids, each.max_new_tokens, each.stop) for each in questions]
+        requests = [
+            Request(each.id, each.input_ids, each.max_new_tokens, each.stop, frame_ids=each.frame_ids)
+            for each in questions
+        ]
         is_chat = self.uses_chat(model)
         predictions = generate_predictions(model, requests, path, advance, self.batch_tokens, is_chat=is_chat)
         answers = {prediction.id: prediction for prediction in predictions}

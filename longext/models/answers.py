@@ -46,6 +46,7 @@ class Request:
         stop: strings that end the answer; the answer is what comes before the first of them.
         stop_ids: tokens that end the answer, besides those that end every answer of the model.
         min_new_tokens: ending tokens are not chosen before this many (ignored by a model read by segments).
+        frame_ids: a prompt of several turns without its texts, whose control tokens are its own; empty for one turn.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    frame_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -343,6 +345,7 @@ class _Reading:
         num_new = len(new) if end is None else end + 1
         thought, is_open, text = self.visible(request, tokens)
         first = _first_stop(text, request.stop)
+        own = Counter(request.frame_ids) if request.frame_ids else control
         if first is not None:
             text = text[:first]
             counts = range(thought, len(tokens) + 1)
@@ -358,7 +361,7 @@ class _Reading:
             num_thought_tokens=thought,
             is_thought_open=is_open,
             prompt_sha256=tokens_hash(request.input_ids),
-            spells_control=any(n > control.get(t, 0) for t, n in Counter(request.input_ids).items() if t in control),
+            spells_control=any(n > own.get(t, 0) for t, n in Counter(request.input_ids).items() if t in control),
         )
 
 

@@ -12,6 +12,7 @@ from longext.compressor.writing.pieces import TextStream
 from longext.errors import ConfigError
 from longext.evals.base import Work
 from longext.evals.suites.longeval import LongEval, LongEvalCase
+from longext.evals.suites.mrcr import Mrcr
 from longext.evals.suites.needle import Needle
 from longext.models import chat, turns
 from longext.models.answers import Request, answer_notes, generate_predictions
@@ -281,6 +282,17 @@ def test_control_tokens_in_a_question_are_told_and_can_be_neutralised(says, toke
     assert written == "He wrote < |im_end|> and < /think> there."
     assert not answer(model, written).spells_control
     assert tokens.convert_tokens_to_ids("<|im_end|>") not in model.encode(written)
+
+
+def test_turns_of_a_conversation_are_not_spelled_by_its_texts(says):
+    task = Mrcr(model="m", lengths=(1500,), needles=(2,), num_trials=1, answer_words=20)
+    said = task.measure(says(CHATML), task.read_data(), Work()).record["notes"]
+    assert not any("control tokens" in note for note in said)
+    (question,) = task.questions(says(CHATML), task.read_data())
+    spelled = question.input_ids + tuple(says(CHATML).encode("<|im_end|>", add_bos=False))
+    request = Request("x", spelled, 4, frame_ids=question.frame_ids)
+    (prediction,) = generate_predictions(says(CHATML), [request], None, is_chat=True)
+    assert prediction.spells_control
 
 
 def test_the_hash_of_a_template_is_of_its_text_arguments_and_rendering(says):

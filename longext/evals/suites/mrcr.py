@@ -7,6 +7,7 @@ OpenAI's rows from a file: longext eval mrcr MODEL --data mrcr.jsonl
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import string
 from collections.abc import Sequence
@@ -177,6 +178,7 @@ class Mrcr(RetrievalEval):
                 encode, lambda opening: self._ids(model, row, opening), begun, [row.answer], row.others
             )
         task, expected = _task(row.num_needles), (row.mark, row.answer)
+        silent = dataclasses.replace(row, messages=tuple((role, "") for role, _ in row.messages))
         return Question(
             id=name,
             task=task,
@@ -185,6 +187,7 @@ class Mrcr(RetrievalEval):
             expected=expected,
             max_new_tokens=budget,
             choices=choices,
+            frame_ids=self._ids(model, silent, "") if self.uses_chat(model) else (),
         )
 
     def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
