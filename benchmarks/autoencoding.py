@@ -4,7 +4,7 @@
 
 An anchor learns `ae` alone on documents of one segment, at 2x to 16x; each checkpoint reconstructs segments of unseen
 books: BLEU-4, ROUGE-L, exact prefix. The last one then learns `lm`, and is asked again. A stage that is finished is not
-run again; a training that was stopped goes on from its last checkpoint. Writes autoencoding.json, .png and table.md.
+run again; a training that was stopped goes on from its last checkpoint. Writes autoencoding.json.
 """
 
 from __future__ import annotations
