@@ -415,3 +415,5 @@ def test_longbench_stops_once_its_limits_are_decided_and_goes_on_from_its_answer
     assert [file.read_bytes() for file in kept] == before
     with pytest.raises(ConfigError, match="--fail-under is decided"):
         make_eval("longbench", "books-5m", data=str(tmp_path), error_rate=0.05).check()
+    with pytest.raises(ConfigError, match="--error-rate is for LongBench's single scores"):
+        make_eval("longbench", "books-5m", data=str(tmp_path), error_rate=0.05, longbench_e=True).check()
