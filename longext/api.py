@@ -226,13 +226,16 @@ def gate(model: str | Path, *, progress: bool = False, **settings: Any) -> Verdi
         ConfigError, CheckpointError, DataError: something given cannot be used.
     """
     from longext.evals.base import no_progress
-    from longext.report.commands.gate import Verdict, run_gate
+    from longext.report.commands.gate import Verdict, append_summary, run_gate
     from longext.report.config import GateConfig
     from longext.report.console import progress as progress_bar
 
     _check_alone(settings)
     config = build_config(GateConfig, None, [], {"model": str(model), **settings})
-    return Verdict(run_gate(config, progress_bar if progress else no_progress))
+    record = run_gate(config, progress_bar if progress else no_progress)
+    if config.summary:
+        append_summary(config, record)
+    return Verdict(record)
 
 
 @_python_errors

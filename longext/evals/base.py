@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from longext.data.json_lines import rows_of
-from longext.errors import ConfigError
+from longext.errors import ConfigError, DataError
 from longext.evals.limits import FAIL_UNDER, PLACES, SHARE, PlaceLimit, place_verdicts, require_limits
 from longext.evals.views import Section
 from longext.options import ChatConfig, EndpointConfig, RuntimeConfig, SharedConfig
@@ -226,10 +226,19 @@ class AnswersEval(Eval):
         """Return the answers of a file, scored: by default `given_score` of each of its JSON lines.
 
         Raises:
-            ConfigError, DataError: no such file, or a line of another form, with its number.
+            ConfigError, DataError: no such file, or a line of another form or with the id of an earlier one.
         """
-        scores = rows_of(path, self.given_score, "a file of answers", option="--predictions", kind="answer")
-        return GivenAnswers(scores=scores)
+        ids = set[str]()
+
+        def score(where: str, row: Any) -> Any:
+            name = row.get("id") if isinstance(row, dict) else None
+            if isinstance(name, str):
+                if name in ids:
+                    raise DataError(f"{where} has the id '{name}' of an earlier line: give each answer once.")
+                ids.add(name)
+            return self.given_score(where, row)
+
+        return GivenAnswers(scores=rows_of(path, score, "a file of answers", option="--predictions", kind="answer"))
 
     def given_score(self, where: str, row: Any) -> Any:
         """Return the score of one line of a file of answers."""

@@ -398,6 +398,17 @@ def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore
     return QuestionScore(task, length, depth, score, tokens if is_a(tokens, int) else 0)
 
 
+def key_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore:
+    """Return the score of a line of `answers.jsonl` with one key; raises as `own_score`, and for several."""
+
+    def rate_key(task: str, expected: Sequence[str], answer: str, asked: str) -> float:
+        if len(expected) != 1:
+            raise DataError(f"{where} is no answer to one key: it has {len(expected)} texts under 'expected'.")
+        return rate(task, expected, answer)
+
+    return own_score(rate_key, where, row)
+
+
 def answer_files(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return answers as the file of a result that --predictions reads; no file without an answer."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -23,6 +23,8 @@ from longext.processes.dealing import Row, deal, files_of_all, own_file, share, 
 from longext.untrusted import decode, parse_json, read_bytes
 
 PREDICTIONS_SCHEMA = "longext.predictions/1"
+PACE = "(pace)"  # the row that makes a run that goes on cut the same batches: no answer
+_PACE_LINE = json.dumps({"id": PACE})[:-1].encode()
 _UNTOLD = ("num_threads",)  # what may differ between two runs whose answers belong together
 _SCORES = "scores"  # the fingerprint of a file whose rows are named after model and text themselves
 _SYNC_SECONDS = 1.0
@@ -215,7 +217,7 @@ def _read(path: Path, fingerprint: str) -> tuple[int | None, list[tuple[int, Row
     if whole and known.get("schema") != PREDICTIONS_SCHEMA:
         raise DataError(f"{path} is no file of predictions that longext wrote: it has no header line.")
     is_same = known.get("fingerprint") == fingerprint
-    if not is_same and not lines:
+    if not is_same and not _has_answer(lines):
         return None, []
     if not is_same:
         raise ConfigError(
@@ -223,6 +225,11 @@ def _read(path: Path, fingerprint: str) -> tuple[int | None, list[tuple[int, Row
             "was started with, or choose another -o to start over."
         )
     return len(whole), [(number, _parse(line, path, number)) for number, line in enumerate(lines, 2)]
+
+
+def _has_answer(lines: Iterable[bytes]) -> bool:
+    """Return True if one of these lines is an answer, not what was measured before the first."""
+    return not all(line.startswith(_PACE_LINE) for line in lines)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -252,8 +259,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def holds_answers(path: Path) -> bool:
-    """Return True if a file of answers, or one in a folder, has more than its header."""
-    return any(len(read_bytes(file, limit=None).splitlines()) > 1 for file in _files(path))
+    """Return True if a file of answers, or one in a folder, has an answer behind its header."""
+    return any(_has_answer(read_bytes(file, limit=None).splitlines()[1:]) for file in _files(path))
 
 
 def remove_answers(path: Path) -> None:

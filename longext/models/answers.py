@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longext.models.answer_file import Journal, fingerprint_of, tokens_hash
+from longext.models.answer_file import PACE, Journal, fingerprint_of, tokens_hash
 from longext.models.batching import default_batch_tokens
 from longext.models.chat import control_baseline, stripped_marks
 from longext.models.hf import HFLanguageModel
@@ -32,7 +32,6 @@ from longext.models.turns import control_tokens, split_thought
 from longext.processes.dealing import deal, share, workers_of
 from longext.processes.launcher import is_main_process
 
-_PACE = "(pace)"  # the row of a file of answers that makes a run that goes on cut the same batches
 _MARK_TOKENS = 16  # of a prompt's end: more than any mark of a thought has
 
 
@@ -137,13 +136,13 @@ def generate_predictions(
 def _agreed_pace(model: LanguageModel, requests: Sequence[Request], keeper: Journal | None) -> Pace | None:
     """Return what was measured, by the run that this one goes on with if there is one, the same in all processes."""
     # the main process's file counts: another machine may not have it
-    kept = share().agreed(None if keeper is None else keeper.read().get(_PACE))
+    kept = share().agreed(None if keeper is None else keeper.read().get(PACE))
     if kept is not None:
         found = Pace(**kept["pace"])
     else:
         found = share().agreed(measured_pace(model, load_of(requests)))
         if keeper is not None and found is not None and is_main_process():
-            keeper.add({_PACE: {"pace": dataclasses.asdict(found)}})
+            keeper.add({PACE: {"pace": dataclasses.asdict(found)}})
     return found
 
 
@@ -419,6 +418,4 @@ def _share(count: int, predictions: Collection[Prediction]) -> str:
 def _journal(model: LanguageModel, requests: Sequence[Request], path: Path) -> Journal:
     """Return the file of predictions at `path`."""
     fingerprint = fingerprint_of(model, (json.dumps(dataclasses.astuple(request)) for request in requests))
-    return Journal(
-        path, fingerprint, check=lambda row: Pace(**row["pace"]) if row["id"] == _PACE else Prediction(**row)
-    )
+    return Journal(path, fingerprint, check=lambda row: Pace(**row["pace"]) if row["id"] == PACE else Prediction(**row))

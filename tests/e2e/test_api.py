@@ -128,9 +128,10 @@ def test_flags_become_arguments():
     assert in_python("Give --max-length, or --no-check with -o.") == "Give max_length, or check as output."
 
 
-def test_a_gate_is_true_or_says_what_failed():
+def test_a_gate_is_true_or_says_what_failed(tmp_path):
     given = {"lengths": [128], "num_prompts": 10, "fail_under": ["0.5"], "device": "cpu"}
-    verdict = longext.gate("books-5m", **given)
+    verdict = longext.gate("books-5m", **given, summary=str(tmp_path / "summary.md"))
+    assert (tmp_path / "summary.md").read_text().startswith("### longext gate: books-5m")
     assert verdict and verdict.passed and verdict.record["kind"] == "gate"
     assert repr(verdict).startswith("PASS: 1 of 1 checks passed (95 % sure).\n") and "passkey" in repr(verdict.table())
     assert verdict._repr_html_().startswith("<p>PASS")

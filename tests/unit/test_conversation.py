@@ -391,6 +391,7 @@ def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
         "origins.2": tensors["origins.2"] + 10**6,
         "kept.sum.0": tensors["kept.sum.0"][..., 1:].contiguous(),
         "held.bias.0": torch.full(tensors["held.keys.0"].shape[:-1], float("inf")),
+        "origins.0": tensors["origins.0"].where(tensors["origins.0"] > 0, -1),  # a hole that nothing hides
         "held.keys.9": tensors["held.keys.1"].clone(),
         "tail": tensors["tail"][1:],
     }

@@ -94,6 +94,44 @@ def test_what_does_not_go_with_given_answers(tmp_path, name, settings, error, me
         run_eval(make_eval(name, "", predictions=str(tmp_path / "a.jsonl"), **settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "changes", "message"),
+    [
+        ("passkey", {}, {"expected": ["1", "2"]}, "a.jsonl:1 is no answer to one key: it has 2 texts"),
+        ("effective", {}, {"expected": ["1", "2"]}, "a.jsonl:1 is no answer to one key: it has 2 texts"),
+        ("passkey", {}, {}, "a.jsonl:2 has the id 'a' of an earlier line"),
+        ("needle", {}, {}, "a.jsonl:2 has the id 'a' of an earlier line"),
+    ],
+)
+def test_answers_of_two_runs_or_to_several_keys_are_refused(tmp_path, name, settings, changes, message):
+    line = {"id": "a", "task": "passkey", "length": 64, "depth": 0.5, "expected": ["1"], "answer": "1", **changes}
+    (tmp_path / "a.jsonl").write_text(2 * f"{json.dumps(line)}\n")
+    with pytest.raises(DataError, match=message):
+        run_eval(make_eval(name, "", predictions=str(tmp_path / "a.jsonl"), **settings))
+
+
+@pytest.mark.parametrize(("expected", "answer", "right"), [("17", "is 017.", 1), ("a", "1", 0), ("1", "1" * 5000, 0)])
+def test_any_text_can_be_rated_as_a_number(tmp_path, expected, answer, right):
+    line = {"task": "passkey", "length": 64, "depth": None, "expected": [expected], "answer": answer}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    task = make_eval("passkey", "", predictions=str(tmp_path / "a.jsonl"), protocol="yarn")
+    assert run_eval(task).record["by_length"][0]["num_correct"] == right
+
+
+def test_more_than_was_asked_for_is_no_exact_match(tmp_path):
+    line = {"content": "text", "ratio": 8, "expected": "a b", "answer": "a b c"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({**line, "expected_tokens": [1, 2], "answer_tokens": [1, 2, 3]}))
+    (row,) = run_eval(make_eval("reconstruction", "", predictions=str(tmp_path / "a.jsonl"))).record["results"]
+    assert [row["metrics"][name]["mean"] for name in ("exact_prefix", "exact_match")] == [1, 0]
+
+
+def test_a_search_reached_no_further_than_its_record_says(tmp_path):
+    line = {"task": "passkey", "length": 640, "depth": 0.5, "expected": ["1"], "answer": "1"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    record = run_eval(make_eval("effective", "", predictions=str(tmp_path / "a.jsonl"), max_length=512)).record
+    assert record["effective_length"] == record["protocol"]["max_length"] == 640
+
+
 def test_a_line_of_another_form_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"task": "passkey", "answer": "1"}')
     for name in ("passkey", "effective"):

@@ -377,6 +377,16 @@ def test_an_average_is_decided_as_by_all_rows_in_at_least_ninety_five_percent_of
     assert max(wrong) <= 2 and asked / 40 < 0.7
 
 
+def test_a_verdict_shows_a_score_rounded_as_it_is_compared():
+    """59.996 is the score 60, which reaches a limit of 60."""
+    limit, places = PlaceLimit("trec", "trec", None, 60), [bench._Place("trec", number) for number in range(2500)]
+    decided = [dataclasses.replace(limit, limit=least_mean(60))]
+    decisions = Decisions(decided, places, error=0, seed=0, weigh=lambda limit, place: 1.0)
+    decisions.ask(2500, lambda some: [float(place.number < 1499) + 0.9 * (place.number == 1499) for place in some])
+    (row,) = bench._bars([limit], decisions)
+    assert row["passed"] and row["value"] >= row["limit"] == 60
+
+
 def test_longbench_stops_once_its_limits_are_decided_and_goes_on_from_its_answers(books, tmp_path):
     lines = [
         {"input": f"Who is {n}?", "context": "The sea is deep.", "answers": ["7"], "length": 5, "all_classes": None}
@@ -392,6 +402,7 @@ def test_longbench_stops_once_its_limits_are_decided_and_goes_on_from_its_answer
     assert (bar["name"], bar["limit"], bar["passed"]) == ("hotpotqa", 60, False)
     assert bar["num_asked"] < bar["num_planned"] == 24 and bar["low"] <= bar["value"] <= bar["high"] <= 100
     (row,) = first.record["results"]  # nothing is asked of trec
+    assert "Not asked, since the verdicts did not need them: trec." in first.notes
     assert bar["num_asked"] <= row["num_rows"] < 24
     assert row["score"] == pytest.approx(bar["value"]) or row["num_rows"] > bar["num_asked"]
     assert first.record["protocol"]["error_rate"] == 0.05 and "stopping" in first.record["protocol"]
@@ -404,3 +415,5 @@ def test_longbench_stops_once_its_limits_are_decided_and_goes_on_from_its_answer
     assert [file.read_bytes() for file in kept] == before
     with pytest.raises(ConfigError, match="--fail-under is decided"):
         make_eval("longbench", "books-5m", data=str(tmp_path), error_rate=0.05).check()
+    with pytest.raises(ConfigError, match="--error-rate is for LongBench's single scores"):
+        make_eval("longbench", "books-5m", data=str(tmp_path), error_rate=0.05, longbench_e=True).check()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longext.errors import ConfigError, DataError
-from longext.models.answer_file import tokens_hash
+from longext.models.answer_file import holds_answers, tokens_hash
 from longext.models.answers import Prediction, Request, generate_predictions
 from longext.models.hf import load_language_model
 from longext.options import RuntimeConfig
@@ -142,6 +142,16 @@ def test_a_file_of_another_run_is_refused(books, requests, tmp_path):
         books.model.get_input_embeddings().weight[0, 0] += 1
     with pytest.raises(ConfigError, match="other prompts or of another model"):
         generate_predictions(books, requests, path)
+
+
+def test_a_file_with_a_measurement_and_no_answer_is_started_over(books, requests, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    generate_predictions(books, requests, path)
+    measured = b'{"id": "(pace)", "pace": {"rows": 4}}\n'
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + measured)
+    assert not holds_answers(path)
+    assert generate_predictions(books, requests[:-1], path) == generate_predictions(books, requests[:-1], None)
+    assert holds_answers(path) and measured not in path.read_bytes()
 
 
 @pytest.mark.parametrize(

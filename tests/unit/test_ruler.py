@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -114,6 +115,8 @@ def test_prompts_of_a_model_keep_to_the_budget_and_follow_the_seed(books):
         assert text.rstrip().endswith(("is", "are", "Answer:", "are:", "list are:"))
         right = [books.decode(ids).strip() for ids in question.choices.right]
         assert right == list(question.expected[: len(right)])
+    early = dataclasses.replace(task, answers="generate", error_rate=0.05, fail_under=("fwe=0.5",))
+    assert any("no sample fits or the verdicts did not need them: " in n for n in early.notes(books, data, []))
     with pytest.raises(ConfigError, match="does not fit 128 tokens"):
         Ruler(model="m", lengths=(128,), num_trials=1, tasks=("cwe",)).questions(books, data)
 

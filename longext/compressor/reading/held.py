@@ -171,9 +171,11 @@ def _put_in(
     own = {part: {n.partition(".")[2]: one for n, one in found.items() if n.startswith(f"{part}.")} for part in _PARTS}
     of_keys = [one for one in (bias, *own["kept"].values()) if one is not None]
     is_number = not any(bool(one.isnan().any()) for one in (*of_keys, *own["notes"].values()))
-    is_bias = bias is None or not bool(bias.isposinf().any())
-    if any(tuple(one.shape) != rows for one in of_keys) or not (is_number and is_bias):
+    if any(tuple(one.shape) != rows for one in of_keys) or not is_number:
         raise damaged(path, f"layer {layer.number} has biases or notes of other keys")
+    hides = origins >= 0 if bias is None else bias.isneginf() | (origins >= 0)  # no key of zeros is read
+    if not bool(hides.all()) or (bias is not None and bool(bias.isposinf().any())):
+        raise damaged(path, f"layer {layer.number} has biases that fit no keys")
     dtype = trail.backbone.dtype
     layer.hold(keys.to(dtype), values.to(dtype), origins)
     layer.bias = bias

@@ -42,7 +42,7 @@ def measure_longbench(
     (runs, notes), decisions = data, None
     if model is not None:
         runs, decisions = _ask(task, model, runs, work)
-        asked = [] if decisions is None else [decisions.note("prompts")]
+        asked = [] if decisions is None else [decisions.note("prompts"), *_unasked_note(data[0], runs)]
         notes = [*asked, *notes, *_model_notes(model, runs, task)]
     scores = [_score(run, task) for run in runs]
     notes = [*notes, *_score_notes(scores, task)]
@@ -154,11 +154,11 @@ def _decisions(
 
 
 def _bars(limits: Sequence[PlaceLimit], decisions: Decisions) -> list[dict[str, Any]]:
-    """Return the verdicts on limits, in points."""
+    """Return the verdicts on limits, in points, rounded as scores are."""
     pairs = zip(limits, decisions.rows(), strict=True)
     in_points = ("value", "low", "high")
     return [
-        {**row, "limit": each.limit, **{key: 100 * row[key] for key in in_points if row[key] is not None}}
+        {**row, "limit": each.limit, **{key: round(100 * row[key], 2) for key in in_points if row[key] is not None}}
         for each, row in pairs
     ]
 
@@ -200,6 +200,12 @@ def _model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBenc
     if beyond and not config.memory:
         notes.append(f"Prompts that with their answers go beyond the model's {positions:,} positions: {beyond}.")
     return [*notes, *answer_notes([prediction for run in runs for prediction in run.predictions], empty=False)]
+
+
+def _unasked_note(planned: Sequence[TaskRun], runs: Sequence[TaskRun]) -> list[str]:
+    """Return a note if the verdicts needed no prompt of some tasks."""
+    missing = [run.name for run in planned if run.name not in {run.name for run in runs}]
+    return [f"Not asked, since the verdicts did not need them: {', '.join(missing)}."] if missing else []
 
 
 def _score_notes(scores: Sequence[TaskScore], config: LongBench) -> list[str]:

@@ -392,9 +392,9 @@ def _row_of(
     metrics = _text_metrics([(each.answer, each.expected) for each in texts], config)
     pairs = [(each.answer_tokens or (), each.expected_tokens) for each in texts if each.expected_tokens is not None]
     if len(pairs) == len(texts):
-        prefix = np.array([_same_prefix(*pair) for pair in pairs])
-        metrics["exact_prefix"] = _estimate(prefix, config)
-        metrics["exact_match"] = _estimate((prefix == 1).astype(np.float64), config)
+        metrics["exact_prefix"] = _estimate(np.array([_same_prefix(*pair) for pair in pairs]), config)
+        same = [float(list(answer) == list(expected)) for answer, expected in pairs]
+        metrics["exact_match"] = _estimate(np.array(same), config)
     return {
         "content": texts[0].content,
         "ratio": texts[0].ratio,

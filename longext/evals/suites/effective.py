@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from longext.errors import ConfigError
 from longext.evals.base import AnswersEval, Eval, GivenAnswers, Outcome, ReadingConfig, Work, register
 from longext.evals.limits import PlaceLimit, verdict
-from longext.evals.retrieval import QuestionScore, answer_files, begins_with, own_score
+from longext.evals.retrieval import QuestionScore, answer_files, begins_with, key_score
 from longext.evals.sequential.asking import NOT_ASKED, Decisions, stopping_facts
 from longext.evals.suites.needle import Needle
 from longext.evals.suites.passkey import PASSKEY_PROTOCOLS, Passkey
@@ -285,7 +285,7 @@ class Effective(ReadingConfig, ChatConfig, AnswersEval):
 
     def given_score(self, where: str, row: Any) -> QuestionScore:
         """Return the score of a line of answers.jsonl: 1 if the answer begins with what is expected."""
-        return own_score(lambda task, expected, answer, asked: begins_with(answer, expected[0]), where, row)
+        return key_score(lambda task, expected, answer: begins_with(answer, expected[0]), where, row)
 
     def measure(self, model: Any, data: Any, work: Work) -> Outcome:
         """Return the record of the search, or of the lengths that answers are given of."""
@@ -327,7 +327,7 @@ class Effective(ReadingConfig, ChatConfig, AnswersEval):
         asked = replace(
             self,
             min_length=min(right),
-            max_length=max(right) if self.max_length == LENGTH else self.max_length,
+            max_length=max(right) if self.max_length == LENGTH else max(*right, self.max_length),
             depths=tuple(sorted({row.depth for row in given.scores if row.depth is not None})),
             num_trials=max(Counter((row.length, row.depth) for row in given.scores).values()),
         )

@@ -178,10 +178,11 @@ class LongBench(QuestionEval, AnswersEval):
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks names a task twice: {', '.join(self.tasks)}.")
         check_method(self.method, self.factor)
-        check_error_rate(self)
         least = self._least()
-        if least and self.longbench_e:
-            raise ConfigError("--fail-under is for LongBench's single scores, and LongBench-E has one for each length.")
+        if self.longbench_e and (least or self.error_rate is not None):
+            given = "--fail-under" if least else "--error-rate"
+            raise ConfigError(f"{given} is for LongBench's single scores, and LongBench-E has one for each length.")
+        check_error_rate(self)
         unmeasured = [name for name in least if self.tasks and name in TASKS and name not in self.tasks]
         if unmeasured:
             raise ConfigError(f"--fail-under {unmeasured[0]}: the task is not among --tasks {','.join(self.tasks)}.")

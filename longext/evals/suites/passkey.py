@@ -33,7 +33,7 @@ from longext.evals.retrieval import (
     check_answers,
     depth_map,
     depths_of,
-    own_score,
+    key_score,
 )
 from longext.evals.sequential.asking import Decisions, error_rate
 from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
@@ -181,11 +181,11 @@ class Passkey(ReadingConfig, AnswersEval):
         if self.rules.scoring == "exact":
             return begins_with(answer, expected[0])
         found = re.search(r"\d+", answer)
-        return float(found is not None and int(found[0]) == int(expected[0]))
+        return float(found is not None and found[0].lstrip("0") == expected[0].lstrip("0"))
 
     def given_score(self, where: str, row: Any) -> QuestionScore:
         """Return the score of a line of answers.jsonl; a prompt with its answer has the length, if that is exact."""
-        score = own_score(self.rate, where, row)
+        score = key_score(self.rate, where, row)
         return replace(score, num_tokens=score.length) if self.rules.has_depths else score
 
     def prompt_ids(self, model: LanguageModel) -> list[tuple[int, ...]]:

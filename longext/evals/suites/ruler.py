@@ -244,7 +244,8 @@ class Ruler(RetrievalEval):
         for length in sorted(self.lengths):
             left = [name for name in self.wanted if (name, length) not in done]
             if left:
-                notes.append(f"At {length:,} tokens left out, since no sample fits: {', '.join(left)}.")
+                other = "" if self.error_rate is None else " or the verdicts did not need them"
+                notes.append(f"At {length:,} tokens left out, since no sample fits{other}: {', '.join(left)}.")
         if self.answer_prefix and not self.opens(model):
             notes.append("The chat template opens a thought: prompts do not end with the beginning of the answer.")
         return notes
