@@ -279,6 +279,17 @@ def test_expected_attention_is_the_expectation():
     assert float(again.notes["count"]) == 24
 
 
+def test_a_fit_does_not_depend_on_how_many_keys_other_heads_hold():
+    seen = random_seen(num_probes=5)
+    index = torch.tensor([2, 5, 7]).expand(2, 2, -1)
+    padded = torch.nn.functional.pad(index, (2, 0))
+    policy = KV_POLICIES["attention-matching"]()
+    alone = policy.fit(seen, index, torch.ones_like(index, dtype=torch.bool))
+    beside = policy.fit(seen, padded, padded > 0)
+    close(beside[0][..., 2:, :], alone[0], 1e-12)
+    close(beside[1][..., 2:], alone[1], 1e-12)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_matching_is_its_two_fits(bias):
     seen = random_seen(num_probes=5, bias=bias)

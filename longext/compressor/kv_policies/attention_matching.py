@@ -62,9 +62,10 @@ def nearest_solution(matrix: torch.Tensor, target: torch.Tensor, start: torch.Te
     """Return X that minimises |matrix X - target|^2 + ridge |X - start|^2 (batched).
 
     Args:
-        matrix: [..., q, m]; target: [..., q, d]; start: [..., m, d].
+        matrix: [..., q, m], columns of zeros for what is not there; target: [..., q, d]; start: [..., m, d].
     """
-    size = matrix.square().sum((-1, -2), keepdim=True) / min(matrix.shape[-2:])
+    count = (matrix != 0).any(-2).sum(-1)[..., None, None].clamp(1, matrix.shape[-2])
+    size = matrix.square().sum((-1, -2), keepdim=True) / count
     # the dual form: q equations instead of m
     gram = matrix @ matrix.transpose(-1, -2)
     ridge = RIDGE * size.clamp(min=torch.finfo(matrix.dtype).tiny)
