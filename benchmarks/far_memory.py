@@ -171,10 +171,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         keys = stage(given, f"{label}-passkey", "passkey", base, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:
-            texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
-            if slow:
-                reads[1] = ",".join(str(n) for n in lengths if n <= 32768)
-            found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
+            if not slow:
+                texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
+                found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
             reading = given.work / "runs" / f"{label}-reading.json"
             if not reading.is_file():
                 reading.write_text(json.dumps(read_on(base, spec, book, lengths)))
