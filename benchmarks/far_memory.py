@@ -187,44 +187,50 @@ def table_of(found: dict[str, Any]) -> Table:
     for name, one in found.items():
         ppl = {r["length"]: r for r in one["ppl"]["results"] if r["method"] == "memory"} if "ppl" in one else {}
         read = {r["tokens"]: r for r in one.get("reading", ())}
+        ranks = {r["length"]: r for r in one["passkey"].get("ranked_by_length", ())}
         for cell in one["passkey"]["by_length"]:
             length = cell["length"]
             share = f"{cell['num_correct']} of {cell['num_trials']} ({cell['low']:.0%}-{cell['high']:.0%})"
-            row = [name, f"{length:,}", share, number(ppl[length]["ppl"]) if length in ppl else "-"]
+            first = f"{ranks[length]['score']:.0%}" if length in ranks else "-"
+            row = [name, f"{length:,}", share, first, number(ppl[length]["ppl"]) if length in ppl else "-"]
             held = read.get(length)
-            row += (
-                [f"{held['slots']:,}", f"{held['bytes'] / 2**20:.1f}", f"{held['seconds']:.1f}"] if held else ["-"] * 3
-            )
-            rows.append(row)
-    heads = ["memory", "tokens", "keys found", "perplexity of what follows", "slots", "MiB held", "CPU s to read"]
+            sizes = (f"{held['slots']:,}", f"{held['bytes'] / 2**20:.1f}", f"{held['seconds']:.1f}") if held else "---"
+            rows.append([*row, *sizes])
+    heads = ["memory", "tokens", "keys found", "likeliest of ten", "perplexity of what follows", "slots", "MiB held"]
+    heads.append("CPU s to read")
     return Table("Reading far in a bounded memory", heads, rows, caption="in brackets Wilson's 95% interval")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw keys found, perplexity, bytes and time by tokens read."""
     colours = dict(zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"), strict=False))
-    figure = new_figure(11.0, 6.4)
-    found_panel, ppl_panel, bytes_panel, time_panel = figure.subplots(2, 2).flatten()
+    figure = new_figure(12.0, 6.4)
+    panels = figure.subplots(2, 3).flatten()
+    found_panel, rank_panel, ppl_panel, bytes_panel, time_panel, names = panels
     for name, one in found.items():
         line = {"marker": "o", "markersize": 4, "color": colours[name], "label": name}
         cells = one["passkey"]["by_length"]
         found_panel.plot([c["length"] for c in cells], [100 * c["accuracy"] for c in cells], **line)
+        ranks = one["passkey"].get("ranked_by_length", [])
+        rank_panel.plot([c["length"] for c in ranks], [100 * c["score"] for c in ranks], **line)
         rows = [r for r in one["ppl"]["results"] if r["method"] == "memory"] if "ppl" in one else []
         ppl_panel.plot([r["length"] for r in rows], [r["ppl"] for r in rows], **line)
         read = one.get("reading", [])
         bytes_panel.plot([r["tokens"] for r in read], [r["bytes"] / 2**20 for r in read], **line)
         time_panel.plot([r["tokens"] for r in read], [r["seconds"] for r in read], **line)
-    labels = ("keys found, %", "perplexity of the next segment", "MiB held", "CPU s to read")
-    for panel, label in zip((found_panel, ppl_panel, bytes_panel, time_panel), labels, strict=True):
+    labels = ("keys found, %", "key is likeliest of ten, %", "perplexity of the next segment", "MiB held")
+    for panel, label in zip(panels[:5], (*labels, "CPU s to read"), strict=True):
         if panel is not time_panel:  # time over tokens is a straight line on plain axes
             panel.set_xscale("log", base=2)
         ticks = [1024, 8192, 32768, 100096] if panel is not time_panel else [0, 32768, 65536, 100096]
         panel.set_xticks(ticks, [f"{tick / 1024:.0f}k" for tick in ticks], minor=False)
         style(panel, "", "tokens read", label)
     found_panel.set_ylim(-3, 103)
+    rank_panel.set_ylim(-3, 103)
     bytes_panel.set_ylim(0)
     time_panel.set_ylim(0)
-    found_panel.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
+    names.axis("off")
+    names.legend(*found_panel.get_legend_handles_labels(), frameon=False, fontsize=9, labelcolor=INK, loc="center")
     save_png(figure, path)
 
 
