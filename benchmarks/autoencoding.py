@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from longext.manifest import command_line, versions
+from records import command
+
+from longext.manifest import versions
 
 METRICS = ("bleu", "rouge_l", "exact_prefix", "accuracy", "bits_saved")
 
@@ -97,7 +99,7 @@ def main() -> None:
     after = train(given, "lm", *more)
     tokens += given.lm_steps * 8 * 12 * given.segment
     stages.append({"objective": "ae, then lm", "tokens": tokens, "ratios": reconstruct(given, "lm", after)})
-    record = {"command": command_line(), "versions": versions(), "settings": vars(given), "stages": stages}
+    record = {"command": command(), "versions": versions(), "settings": vars(given), "stages": stages}
     text = json.dumps(record, indent=1, default=str)
     (given.output / "autoencoding.json").write_text(text + "\n", encoding="utf-8")
 

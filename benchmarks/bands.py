@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import command
 
 import longext
 from longext.data.documents import data_hash, load_documents
 from longext.evals.statistics import paired_interval
 from longext.evals.suites.ppl import Perplexity
-from longext.manifest import command_line, versions
+from longext.manifest import versions
 from longext.report.commands.advise import advice_figures
 from longext.report.results import dump_json
 from longext.report.tables import Table, number
@@ -92,7 +93,7 @@ def measure(given: argparse.Namespace, method: str) -> dict[str, Any]:
     passkey = longext.evaluate(model, "passkey", depths=depths, **settings).record
     return {
         "method": method,
-        "command": command_line(),
+        "command": command(),
         "versions": versions(),
         "model": model.describe(),
         "settings": settings_of(given),

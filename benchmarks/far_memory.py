@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import command
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import load_reader
 from longext.compressor.reading.session import Session
 from longext.evals.memory.efficiency import bytes_per_position
-from longext.manifest import command_line, versions
+from longext.manifest import versions
 from longext.options import RuntimeConfig
 from longext.report.plots import INK, new_figure, save_png, style
 from longext.report.tables import Table, number
@@ -241,7 +242,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     given.output.mkdir(parents=True, exist_ok=True)
     found = measure(given)
-    record = {"command": command_line(), "versions": versions(), "settings": vars(given), "memories": found}
+    record = {"command": command(), "versions": versions(), "settings": vars(given), "memories": found}
     (given.output / "far.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     (given.output / "table.md").write_text(table_of(found).to_markdown(), encoding="utf-8")
     draw(found, given.output / "far.png")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import command
 
 import longext
-from longext.manifest import command_line, versions
+from longext.manifest import versions
 from longext.report.results import dump_json
 from longext.report.tables import Table, number
 
@@ -76,7 +77,7 @@ def measure(given: argparse.Namespace, loss: str) -> dict[str, Any]:
     ).record  # fmt: skip
     return {
         "loss": loss,
-        "command": command_line(),
+        "command": command(),
         "versions": versions(),
         "settings": {key: value for key, value in vars(given).items() if key not in ("model", "output")},
         "training": facts,

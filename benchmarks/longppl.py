@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from records import command
 
 import longext
 from longext.data.long_short import MIN_GAIN
 from longext.evals.base import Work
 from longext.evals.suites.longppl import KEY_FILE, LongPPL, keys_text
-from longext.manifest import command_line, versions
+from longext.manifest import versions
 from longext.report.results import dump_json
 from longext.report.tables import Table, number
 
@@ -90,7 +91,7 @@ def measure(given: argparse.Namespace, variant: str, keys: Path) -> dict[str, An
     passkey = longext.evaluate(model, "passkey", lengths=[given.length], num_trials=given.trials).record
     return {
         "variant": variant,
-        "command": command_line(),
+        "command": command(),
         "versions": versions(),
         "longppl": record,
         "passkey": {key: passkey[key] for key in ("protocol", "results", "by_length")},

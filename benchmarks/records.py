@@ -20,6 +20,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="write a JSON record to this file")
 
 
+def command() -> str:
+    """Return the command line of this benchmark."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def write_record(path: Path | None, **measured: Any) -> None:
     """Write how the numbers were made and the numbers to `path`, if there is one."""
     if path is None:
@@ -28,7 +33,7 @@ def write_record(path: Path | None, **measured: Any) -> None:
 
     on_gpu = torch.cuda.is_available()
     made = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
