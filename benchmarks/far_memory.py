@@ -224,7 +224,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         if panel is not time_panel:  # time over tokens is a straight line on plain axes
             panel.set_xscale("log", base=2)
         ticks = [1024, 8192, 32768, 100096] if panel is not time_panel else [0, 32768, 65536, 100096]
-        panel.set_xticks(ticks, [f"{tick / 1024:.0f}k" for tick in ticks], minor=False)
+        panel.set_xticks(ticks, [f"{tick / 1000:.0f}k" for tick in ticks], minor=False)
         style(panel, "", "tokens read", label)
     found_panel.set_ylim(-3, 103)
     rank_panel.set_ylim(-3, 103)
