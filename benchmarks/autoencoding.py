@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from records import command
+from records import command, run_longext
 
 from longext.manifest import versions
 
@@ -42,18 +40,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def longext(*words: Any) -> None:
-    """Run a command of longext on one thread."""
-    command = [sys.executable, "-m", "longext", *map(str, words), "--threads", "1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def train(given: argparse.Namespace, name: str, *words: Any) -> Path:
     """Return the compressor of a stage; it is trained unless it is there."""
     output = given.work / name
     if not (output / "run.json").is_file():
         resume = ["--resume"] if output.with_name(f"{name}.running").is_dir() else []
-        longext(
+        run_longext(
             "compress-train", given.model, "--data", given.books, "--segment", given.segment, "--ratio", given.ratio,
             "--arch", "anchor", "--lora-r", 64, "--lora-alpha", 128, "--schedule", "cosine",
             "--save-every", given.save_every, "--keep-checkpoints", 100, "--set", "checkpointing=false",
@@ -66,7 +58,7 @@ def reconstruct(given: argparse.Namespace, name: str, compressor: Path) -> list[
     """Return what comes back by ratio: each metric with its interval."""
     output = given.work / "runs" / name
     if not (output / "result.json").is_file():
-        longext(
+        run_longext(
             "eval", "reconstruction", compressor, "--base", given.model, "--data", given.eval_books,
             "--num-samples", given.num_samples, "-o", output, "--force",
         )  # fmt: skip

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import command
+from records import command, run_longext
 
 from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import load_reader
@@ -60,24 +59,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def longext(*words: Any) -> float:
-    """Run a command of longext on one thread; return the CPU seconds it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "longext", *map(str, words), "--threads", "1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
     """Return a file of training texts: whole documents for the base, prompts and answers for the memory."""
     file = given.work / f"{name}.jsonl"
     length, mix, seed = DRILLS[name]
     if file.is_file():
         return file
-    command = [sys.executable, Path(__file__).with_name("passkey_drills.py"), given.model, "--books", given.books]
-    command += ["--length", length, "--mix", mix, "--edges", 0.3, "--rows", rows, "--seed", seed, "--out", file]
-    subprocess.run(list(map(str, command)), check=True)
+    asked = [sys.executable, Path(__file__).with_name("passkey_drills.py"), given.model, "--books", given.books]
+    asked += ["--length", length, "--mix", mix, "--edges", 0.3, "--rows", rows, "--seed", seed, "--out", file]
+    subprocess.run(list(map(str, asked)), check=True)
     if name != "base":
         texts = [json.loads(line)["text"].rpartition(" ") for line in file.read_text(encoding="utf-8").splitlines()]
         rows_of = ({"prompt": before, "completion": f" {key}"} for before, _, key in texts)
@@ -94,7 +84,7 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
         return ["--resume"] if output.with_name(f"{output.name}.running").is_dir() else []
 
     if not base.is_dir():
-        longext(
+        run_longext(
             "finetune", given.model, "--method", "yarn", "--target-length", given.window, "--separate-documents",
             "--data", drills(given, "base", given.base_steps * 2), "--attention", "full", "--tuning", "lora",
             "--lora-r", 16, "--lora-alpha", 32, "--batch-size", 1, "--accumulation", 2,
@@ -102,7 +92,7 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
     if not memory.is_dir():
-        longext(
+        run_longext(
             "compress-train", base, "--arch", "anchor", "--data", drills(given, "memory", given.memory_steps * 16),
             "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", "4,8",
             "--document-length", DRILLS["memory"][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 16,
@@ -116,7 +106,7 @@ def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
     folder = given.work / "runs" / name
     seconds = folder / "seconds.json"
     if not seconds.is_file():
-        seconds.write_text(json.dumps(longext(*words, "-o", folder, "--force")))
+        seconds.write_text(json.dumps(run_longext(*words, "-o", folder, "--force")))
         print(f"{name}: {json.loads(seconds.read_text()):.0f} CPU s", flush=True)
     record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {**record, "cpu_seconds": json.loads(seconds.read_text())}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def command() -> str:
     """Return the command line of this benchmark."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def run_longext(*words: Any) -> float:
+    """Run a command of longext on one thread; return the CPU seconds it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    asked = [sys.executable, "-m", "longext", *map(str, words), "--threads", "1"]
+    subprocess.run(asked, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def write_record(path: Path | None, **measured: Any) -> None:

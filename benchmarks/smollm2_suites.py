@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from records import run_longext
 
 from longext.manifest import versions
 
@@ -36,12 +35,8 @@ def run(model: str, words: str, output: Path) -> dict[str, Any]:
     """Return the record of one suite, with its CPU seconds; it is run unless it is there."""
     seconds = output / "seconds.json"
     if not seconds.is_file():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         suite, *rest = words.split()
-        command = ["eval", suite, model, *rest, "--threads", "1", "-o", str(output), "--force"]
-        subprocess.run([sys.executable, "-m", "longext", *command], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        taken = run_longext("eval", suite, model, *rest, "-o", output, "--force")
         seconds.write_text(json.dumps(taken))
         print(f"{output.name}: {taken:.0f} CPU s", flush=True)
     record: dict[str, Any] = json.loads((output / "result.json").read_text(encoding="utf-8"))
