@@ -11,7 +11,9 @@ below it, and the table says how many.
 
 --train adds what is trained, each on as many tokens, three seeds: anchors at drawn ratios and at ratios by distance,
 read at the lowest ratio that fits, fading and beside raw tokens; and two controls that remember nothing: a constant
-prefix, and LoRA for the reader of raw tokens. Their rows are means over the seeds. A run goes on where it was stopped.
+prefix, and LoRA for the reader of raw tokens. --in-front adds a fading anchor that is trained as it is read: on
+documents of the length, with its raw tokens in front. Their rows are means over the seeds. A run goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from records import run_longext
 
 import longext
 from longext.compressor.architectures import COMPRESSORS
 from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import Reader, load_reader
-from longext.compressor.schedule import Schedule
+from longext.compressor.schedule import Schedule, spelled
 from longext.compressor.spec import CompressorSpec
 from longext.errors import ConfigError
 from longext.evals.memory.controls import Texts
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="of --train-batch documents of twelve segments")
     parser.add_argument("--train-batch", type=int, default=8)
+    parser.add_argument("--in-front", default="", help="ratios by distance of an anchor trained with its raw tokens")
     parser.add_argument("--work", default="out/equal-bytes", help="where what is trained goes")
     parser.add_argument("--skip", default="", help="rows that are left out, comma-separated beginnings of names")
     parser.add_argument("-o", "--output", required=True)
@@ -76,24 +78,33 @@ def train(arguments: argparse.Namespace, name: str, seed: int) -> Path:
     output = Path(arguments.work, f"{Path(arguments.model).name}-{name}-{seed}")
     if (output / "run.json").is_file():
         return output
-    shared = ["--data", arguments.train, "--seed", seed, "--num-steps", arguments.steps, "--threads", 1, "-o", output]
+    shared = ["--data", arguments.train, "--seed", seed, "-o", output]
     shared += ["--lora-r", 64, "--lora-alpha", 128, "--learning-rate", 1e-3, "--set", "warmup_steps=4"]
     shared += ["--set", "checkpointing=false", "--set", "weight_decay=0", "--save-every", 8]
     shared += ["--resume"] if output.with_name(output.name + ".running").is_dir() else []
-    tokens = 12 * arguments.segment
+    tokens, steps = 12 * arguments.segment, arguments.steps
     if name == "lora":  # reads as many raw tokens as the budget in front of a segment
         row = arguments.slots + arguments.segment
         rows = round(arguments.train_batch * tokens / row)
         command = ["finetune", arguments.model, "--method", "none", "--target-length", row, "--attention", "full"]
         command += ["--tuning", "lora", "--batch-size", rows, "--accumulation", 1, *shared]
     else:
-        fading = ["--fading"] if name == "anchor-fading" else []
-        ratios = ",".join(map(str, RATIOS))
+        fading = ["--fading"] if name.startswith("anchor-fading") else []
+        ratios, raw = RATIOS, 0
+        if name.endswith("-in-front"):
+            ratios = in_front(arguments)
+            length, raw = arguments.length + arguments.segment, most_raw(arguments, ratios)
+            steps, tokens = round(arguments.steps * tokens / length), length
         command = ["compress-train", arguments.model, "--arch", name.partition("-")[0], "--segment", arguments.segment]
-        command += ["--ratio", ratios, *fading, "--document-length", tokens, "--objectives", "lm"]
-        command += ["--batch-size", arguments.train_batch, *shared]
-    subprocess.run([sys.executable, "-m", "longext", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+        command += ["--ratio", spelled(ratios), *fading, "--overlap", raw, "--document-length", tokens]
+        command += ["--objectives", "lm", "--batch-size", arguments.train_batch, *shared]
+    run_longext(*command, "--num-steps", steps)
     return output
+
+
+def in_front(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Return the ratios by distance of the anchor that is trained with its raw tokens in front."""
+    return tuple(map(int, arguments.in_front.split(",")))
 
 
 def trained_readers(arguments: argparse.Namespace) -> dict[str, Callable[[int], tuple[str, str]]]:
@@ -115,13 +126,19 @@ def trained_readers(arguments: argparse.Namespace) -> dict[str, Callable[[int], 
     found[f"prefix@{uniform} (control)"] = memory("prefix", str(uniform))
     for first in range(len(RATIOS)):
         ratios = RATIOS[first:]
-        name, one = ",".join(map(str, ratios)), ratios[:1]
+        name, one = spelled(ratios), ratios[:1]
         if fits(arguments, one, 1):
             found[f"anchor@{one[0]} and raw tokens"] = memory("anchor", f"{one[0]}+{most_raw(arguments, one)}")
         if len(ratios) > 1 and fits(arguments, ratios, 1):
             sizes = f"{name}+{most_raw(arguments, ratios)}"
             found[f"anchor-fading@{name}"] = memory("anchor-fading", sizes)
             found[f"anchor read fading@{name}"] = memory("anchor", sizes)
+    if arguments.in_front:
+        ratios = in_front(arguments)
+        for first in range(len(ratios) - 1):  # nested: it is read at the last ratios alone too
+            name = spelled(ratios[first:])
+            sizes = f"{name}+{most_raw(arguments, ratios[first:])}"
+            found[f"anchor-fading with raw tokens@{name}"] = memory("anchor-fading-in-front", sizes)
     return found | {"LoRA, raw window (control)": adapted}
 
 
