@@ -269,7 +269,7 @@ class DocumentRows(TokenRows):
         if not long:
             longest = int(np.diff(self.cache.bounds).max())
             raise DataError(
-                f"No document has the {self.minimum:,} tokens that reading a memory takes: the longest has "
+                f"No document has the {self.minimum:,} tokens that a training text needs: the longest has "
                 f"{longest:,}. Give longer documents (--data) or a shorter --segment."
             )
         trained = self.cache.trained

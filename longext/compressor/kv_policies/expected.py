@@ -36,9 +36,9 @@ class ExpectedAttention(KVPolicy):
         mean = seen.notes["sum"] / seen.notes["count"]
         covariance = seen.notes["square"] / seen.notes["count"] - mean[..., :, None] * mean[..., None, :]
         future = torch.arange(end, end + max(1, min(HORIZON, seen.window - seen.budget)))
-        mean = self._turned(seen, mean[..., None, :], future)[..., 0, :]
-        covariance = self._turned(seen, covariance, future)  # rows, then columns: R C R'
-        covariance = self._turned(seen, covariance.transpose(-1, -2), future)
+        average = self._average(seen, mean, future)
+        mean = mean @ average
+        covariance = average.mT @ covariance @ average
         keys = seen.text_keys[:, :, None]
         logits = (keys @ mean[..., None])[..., 0] * seen.scale
         logits = logits + ((keys @ covariance) * keys).sum(-1) * seen.scale**2 / 2
@@ -47,9 +47,12 @@ class ExpectedAttention(KVPolicy):
         norms: torch.Tensor = torch.linalg.vector_norm(wide(seen.values[..., : seen.num_keys, :]), dim=-1)
         return logits.softmax(-1).mean(2) * norms
 
-    def _turned(self, seen: Seen, rows: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-        """Return rows [..., m, d] turned to the average of the positions `future`."""
-        return torch.stack([seen.turn(rows, at.expand(rows.shape[-2])) for at in future]).mean(0)
+    def _average(self, seen: Seen, like: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
+        """Return A [d, d] with q A the average of a row q turned to each of the positions `future`: turns are linear."""
+        size = like.shape[-1]
+        rows = torch.eye(size, dtype=like.dtype, device=like.device).repeat(len(future), 1)
+        turned = seen.turn(rows[None], future.repeat_interleave(size))[0]
+        return turned.unflatten(0, (-1, size)).mean(0)
 
 
 KV_POLICIES.register("expected", ExpectedAttention)
