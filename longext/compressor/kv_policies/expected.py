@@ -48,7 +48,7 @@ class ExpectedAttention(KVPolicy):
         return logits.softmax(-1).mean(2) * norms
 
     def _average(self, seen: Seen, like: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-        """Return A [d, d] with q A the average of a row q turned to each of the positions `future`: turns are linear."""
+        """Return A [d, d]: q A is the average of a row q turned to each position of `future` (a turn is linear)."""
         size = like.shape[-1]
         rows = torch.eye(size, dtype=like.dtype, device=like.device).repeat(len(future), 1)
         turned = seen.turn(rows[None], future.repeat_interleave(size))[0]
