@@ -233,7 +233,8 @@ class Backbone:
         if not all(close_states(a, b) for a, b in zip(self.rerotate(here, -5), there, strict=True)):
             raise ConfigError(
                 f"{type(self.model).__name__} turns its keys in a way longext does not know, so caches that move "
-                "(streaming, transformer-xl, a session beyond its window) cannot be used with it."
+                "(streaming, transformer-xl, KV policies, ratios by distance, a session beyond its window) cannot be "
+                "used with it."
             )
 
     def enable_checkpointing(self, adapters: Any, offload: bool, enable: Callable[[Any, bool], None]) -> None:

@@ -338,6 +338,11 @@ def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
     directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
         return Path(directory).expanduser(), *read_sizes(f"{directory}@", sizes)
+    if Path(spec).expanduser().is_file():
+        raise ConfigError(
+            f"--memory {spec} is a file: `generate`, `chat` and `memory build` go on from one, and nothing else does. "
+            "Name the kind of memory, as in OUT@8, thinned:8 or snapkv:256."
+        )
     hint, _, _ = did_you_mean(name, [*MEMORIES, *KV_POLICIES, UNTRAINED]).rpartition("Available")
     forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{UNTRAINED}:R"])
     raise ConfigError(

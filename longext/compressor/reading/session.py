@@ -6,6 +6,7 @@ Shape legend: l tokens of a segment, k = l / ratio slots, M slots in memory, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,11 @@ class Session(Stream, Continued):
 
     def refusal(self, num_tokens: int) -> str:
         """Return what to say where there is no room."""
+        rest = "thin" if self.compressor.nested else "forget"
         return (
             f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
             f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
-            'room (when_full="thin").'
+            f"room (--when-full {rest})."
         )
 
     def facts(self) -> dict[str, Any]:
@@ -224,6 +226,11 @@ class Session(Stream, Continued):
         if said["kind"] != "compressor":
             raise CheckpointError(f"{path} was written with --memory {said['memory']}, not by a compressor.")
         spec = CompressorSpec.from_json(said["spec"])
+        if spec.overlap != self.spec.overlap and replace(spec, overlap=self.spec.overlap) == self.spec:
+            raise CheckpointError(
+                f"{path} was written with {spec.overlap} raw tokens beside the memories, and this compressor keeps "
+                f"{self.spec.overlap}: open it by its name (--memory {path})."
+            )
         if spec != self.spec or said["compressor"] != self._hash():
             raise CheckpointError(
                 f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than this one "
