@@ -221,7 +221,8 @@ def main() -> None:
             "per_place": means.mean(0).tolist(),
         }
         record["rows"] = list(rows.values())
-        print_table(record, owners, only=name)
+        compare(record, owners)
+        print_rows(record, [name])
         save(record, output)
 
     skipped = tuple(filter(None, arguments.skip.split(",")))
@@ -236,8 +237,10 @@ def main() -> None:
     for name, reader_of in trained_readers(arguments).items() if arguments.train else ():
         if name not in rows and not name.startswith(skipped):
             add(name, [reader_of(seed) for seed in range(arguments.seeds)])
-    print_table(record, owners)
+    compare(record, owners)
     save(record, output)
+    print("\n| memory | slots | MiB | perplexity | difference (interval) | CPU s |\n|:--|--:|--:|--:|:--|--:|")
+    print_rows(record, [row["memory"] for row in sorted(record["rows"], key=lambda row: row["nll"])])
 
 
 def score(reader: Reader, texts: Texts, arguments: argparse.Namespace) -> np.ndarray:
@@ -256,24 +259,31 @@ def save(record: dict, output: Path) -> None:
     output.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def print_table(record: dict, owners: np.ndarray, only: str | None = None) -> None:
-    """Add to each row its perplexity and difference from the raw window of equal bytes, over books, and print it."""
+def compare(record: dict, owners: np.ndarray) -> None:
+    """Add to each row its perplexity and its difference from the raw window of equal bytes, over books."""
     rows = {row["memory"]: row for row in record["rows"]}
-    window = np.array(rows.get(f"window:{record['arguments']['slots']}", record["rows"][0])["per_place"])
-    for name, row in rows.items():
-        if only not in (None, name):
-            continue
+    window = np.array(rows.get(window_of(record), record["rows"][0])["per_place"])
+    for row in rows.values():
         difference = np.array(row["per_place"]) - window
         sums = np.array([difference[owners == book].sum() for book in np.unique(owners)])
         counts = np.array([(owners == book).sum() for book in np.unique(owners)], dtype=np.float64)
         low, high = bootstrap_mean(sums, counts, num_samples=2000, seed=0) or (0.0, 0.0)
         row |= {"ppl": float(np.exp(row["nll"])), "difference": float(difference.mean()), "low": low, "high": high}
-        size = record["bytes_per_position"] * row["slots"] / 2**20
-        print(
-            f"| `{name}` | {row['slots']} | {size:.2f} | {row['ppl']:.2f} | {row['difference']:+.4f} "
-            f"({low:+.4f} to {high:+.4f}) | {row['seconds']:.0f} |",
-            flush=True,
-        )
+
+
+def window_of(record: dict) -> str:
+    """Return the name of the row that the others are compared with."""
+    return f"window:{record['arguments']['slots']}"
+
+
+def print_rows(record: dict, names: Sequence[str]) -> None:
+    """Print rows of the table, the CPU seconds for one seed."""
+    for row in (row for name in names for row in record["rows"] if row["memory"] == name):
+        name = f"**{row['memory']}**" if row["memory"] == window_of(record) else row["memory"]
+        size = f"{record['bytes_per_position'] * row['slots'] / 2**20:.2f}"
+        difference = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+        seconds = round(row["seconds"] / len(row["seeds"]))
+        print(f"| {name} | {row['slots']:,} | {size} | {row['ppl']:.2f} | {difference} | {seconds} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 384 tokens at 4x and 8x. Then memories of no more slots than the window
+anchor is trained on it to answer drills of 384 tokens at 4x and 8x, then drills and what follows in books after 2,048
+tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the window
 holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what follows
 in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it
 fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes
@@ -27,6 +28,7 @@ from longext.compressor.backbone import Backbone
 from longext.compressor.reading.readers import load_reader
 from longext.compressor.reading.session import Session
 from longext.evals.memory.efficiency import bytes_per_position
+from longext.evals.passkey_prompts import QUESTION
 from longext.manifest import versions
 from longext.options import RuntimeConfig
 from longext.report.plots import INK, new_figure, save_png, style
@@ -36,8 +38,10 @@ SEGMENT = 128
 CHUNK = 512  # tokens that policies read at once
 DRILLS = {  # rows of tokens, what is in them, seed
     "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
-    "memory": (384, "drill:1*1", 5),
+    "memory-near": (384, "drill:1*1", 5),
+    "memory": (17 * SEGMENT, "drill:1*5 drill:4*1 book:1*2", 6),
 }
+FOLLOWS = 40  # words of a book that are asked for, given all before them
 
 
 def arguments() -> argparse.Namespace:
@@ -51,7 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--memory-steps", type=int, default=500, help="of 16 drills")
+    parser.add_argument("--near-steps", type=int, default=500, help="of 16 drills")
+    parser.add_argument("--memory-steps", type=int, default=150, help="of 8 documents")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
@@ -69,10 +74,15 @@ def drills(given: argparse.Namespace, name: str, rows: int) -> Path:
     asked += ["--length", length, "--mix", mix, "--edges", 0.3, "--rows", rows, "--seed", seed, "--out", file]
     subprocess.run(list(map(str, asked)), check=True)
     if name != "base":
-        texts = [json.loads(line)["text"].rpartition(" ") for line in file.read_text(encoding="utf-8").splitlines()]
-        rows_of = ({"prompt": before, "completion": f" {key}"} for before, _, key in texts)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of), encoding="utf-8")
+        texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+        file.write_text("".join(json.dumps(asked_of(text)) + "\n" for text in texts), encoding="utf-8")
     return file
+
+
+def asked_of(text: str) -> dict[str, str]:
+    """Return a prompt and what has to come: the key of a drill, the last words of a piece of a book."""
+    words = text.rsplit(" ", 1 if QUESTION in text else FOLLOWS)
+    return {"prompt": words[0], "completion": " " + " ".join(words[1:])}
 
 
 def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
@@ -91,13 +101,18 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
             "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
-    if not memory.is_dir():
-        run_longext(
-            "compress-train", base, "--arch", "anchor", "--data", drills(given, "memory", given.memory_steps * 16),
-            "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", "4,8",
-            "--document-length", DRILLS["memory"][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", 16,
-            "--num-steps", given.memory_steps, "--set", "weight_decay=0", *shared, *resume(memory), "-o", memory,
-        )  # fmt: skip
+    stages = (  # name, steps, documents of a step, ratios, words more
+        ("memory-near", given.near_steps, 16, "4,8", []),
+        ("memory", given.memory_steps, 8, "4,8,16,32", ["--fading", "--init", given.work / "memory-near"]),
+    )
+    for name, steps, size, ratios, more in stages:
+        if not (given.work / name).is_dir():
+            run_longext(
+                "compress-train", base, "--arch", "anchor", "--data", drills(given, name, steps * size), "--num-steps",
+                steps, "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", ratios, *more,
+                "--document-length", DRILLS[name][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", size,
+                "--set", "weight_decay=0", *shared, *resume(given.work / name), "-o", given.work / name,
+            )  # fmt: skip
     return base, memory
 
 

@@ -6,7 +6,7 @@ Shape legend: B rows, N tokens, D hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -308,16 +308,25 @@ class Backbone:
         return F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
     @torch.no_grad()
-    def teacher_states(self, tokens: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return the last hidden states [B, stop - start, D] at tokens start .. stop - 1.
+    def teacher_states(self, tokens: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Return the last hidden states [B, stop - start, D] at tokens start .. stop - 1 of each span.
 
-        The model reads as much of the text before them as its window holds, raw.
+        The model reads as much of the text before them as its window holds, raw: what lies within the window in one
+        pass, each further span in one of its own.
 
         Args:
             tokens: int64 [B, N], the whole documents.
         """
-        first = max(0, stop - self.window)  # a teacher beyond its window would teach noise
-        return self.run(self.embed(tokens[:, first:stop]))[:, start - stop :]
+        within = max((stop for _, stop in spans if stop <= self.window), default=0)
+        shared = self.run(self.embed(tokens[:, :within])) if within else None
+
+        def states(start: int, stop: int) -> torch.Tensor:
+            if shared is not None and stop <= within:
+                return shared[:, start:stop]
+            first = stop - self.window  # a teacher beyond its window would teach noise
+            return self.run(self.embed(tokens[:, first:stop]))[:, start - stop :]
+
+        return [states(start, stop) for start, stop in spans]
 
     @torch.no_grad()
     def gain(self, tokens: torch.Tensor, segment: int, overlap: int) -> torch.Tensor:

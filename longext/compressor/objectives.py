@@ -76,13 +76,17 @@ class Objectives:
         last = max((t for t, s in enumerate(segments) if bool((s.labels != IGNORED).any())), default=0)
         segments = segments[: last + 1]  # padding is neither written nor read
         weights = self._label_weights(compressor, batch.tokens) if "longce" in self.weights else None
+        taught: list[tuple[Segment, tuple[int, int]]] = []
         for t, segment in enumerate(segments):
             segment.weights = self.of_tokens
             start = t * compressor.spec.segment
             stop = start + segment.tokens.shape[1]
             segment.label_weights = None if weights is None else weights[:, start:stop]
             if self.of_tokens[1] and bool((segment.labels != IGNORED).any()):
-                segment.teacher = compressor.backbone.teacher_states(batch.tokens, start, stop)
+                taught.append((segment, (start, stop)))
+        states = compressor.backbone.teacher_states(batch.tokens, [span for _, span in taught])
+        for (segment, _), teacher in zip(taught, states, strict=True):
+            segment.teacher = teacher
         return segments
 
     def _label_weights(self, compressor: Compressor, tokens: torch.Tensor) -> torch.Tensor:

@@ -277,7 +277,7 @@ def test_divergence_equals_the_full_softmax_and_vanishes_for_the_teacher():
     compressor = make_compressor("uio")
     backbone, ids = compressor.backbone, random_ids(2, 2)
     backbone.loss_chunk = 5
-    teacher = backbone.teacher_states(ids, SEGMENT, 2 * SEGMENT)
+    (teacher,) = backbone.teacher_states(ids, [(SEGMENT, 2 * SEGMENT)])
     model = backbone.model
     expected = model(ids).logits[:, SEGMENT:]
     torch.testing.assert_close(backbone.logits(teacher), expected, **TIGHT)
@@ -289,6 +289,15 @@ def test_divergence_equals_the_full_softmax_and_vanishes_for_the_teacher():
     torch.testing.assert_close(found, reference, **TIGHT)
     torch.testing.assert_close(*torch.autograd.grad(found, student), *torch.autograd.grad(reference, student), **TIGHT)
     assert abs(backbone.divergence(teacher, teacher, scored)) < 1e-12
+
+
+def test_a_teacher_reads_what_its_window_holds():
+    backbone, ids = Backbone(tiny_llama(max_position_embeddings=2 * SEGMENT + 3)), random_ids(2, 4)
+    spans = [(t * SEGMENT, (t + 1) * SEGMENT) for t in range(4)]
+    for (start, stop), states in zip(spans, backbone.teacher_states(ids, spans), strict=True):
+        first = max(0, stop - backbone.window)
+        expected = backbone.model(ids[:, first:stop]).logits[:, start - stop :]
+        torch.testing.assert_close(backbone.logits(states), expected, **TIGHT)
 
 
 def test_gradient_check_reports_and_keeps_the_gradients():

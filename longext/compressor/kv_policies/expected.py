@@ -51,8 +51,8 @@ class ExpectedAttention(KVPolicy):
         """Return A [d, d]: q A is the average of a row q turned to each position of `future` (a turn is linear)."""
         size = like.shape[-1]
         rows = torch.eye(size, dtype=like.dtype, device=like.device).repeat(len(future), 1)
-        turned = seen.turn(rows[None], future.repeat_interleave(size))[0]
-        return turned.unflatten(0, (-1, size)).mean(0)
+        turned = seen.turn(rows[None], future.repeat_interleave(size))
+        return turned.reshape(-1, size, size).mean(0)
 
 
 KV_POLICIES.register("expected", ExpectedAttention)
