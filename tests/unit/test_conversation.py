@@ -399,6 +399,8 @@ def test_what_no_file_stands_for_is_refused(uio, tmp_path):
         with pytest.raises(ConfigError, match=text):
             opened(spec, uio).save(tmp_path / "a.memory")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="--method selfextend moves positions"):
+        opened("thinned:8", uio, method="selfextend", factor=4.0)
 
 
 def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):

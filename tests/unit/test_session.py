@@ -343,3 +343,25 @@ def test_a_foreign_memory_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no readable safetensors header.*damaged"):
         Session.load(path, loaded)
+
+
+def test_a_damaged_memory_is_one_line(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    compressor, path = make("anchor"), tmp_path / "a.memory"
+    one = Session.of(disk(compressor))
+    one.absorb(document())
+    one.save(path)
+    with safe_open(path, "pt") as file:
+        said, tensors = file.metadata()["longext"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    heads = {name: tensor.repeat(1, 2, 1, 1) for name, tensor in tensors.items() if name.startswith("memory.")}
+    for changed, text in (
+        (heads, said),
+        ({}, said.replace('"num_segments": 2', '"num_segments": 3')),
+        ({}, said.replace(f'"num_tokens": {LENGTH}', '"num_tokens": 5')),
+        ({"sink": tensors["before"].clone()}, said),
+    ):
+        save_file({**tensors, **changed}, path, {"longext": text})
+        with pytest.raises(CheckpointError, match="damaged"):
+            Session.load(path, disk(compressor))

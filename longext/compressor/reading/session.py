@@ -23,6 +23,7 @@ from longext.compressor.reading.memory_file import (
     check_held,
     check_memory,
     check_model,
+    damaged,
     hash_weights,
     memory_of,
     read_memory,
@@ -246,6 +247,10 @@ class Session(Stream, Continued):
         end = schedule.places(held)[-1]
         check_memory(path, memory, compressor, end if count else 0)
         sink, before, tail = (self.checked(stored.tokens[name]) for name in TOKENS)
+        past = count * spec.segment
+        sizes = (spec.sink if count else 0, min(spec.overlap, past), said["num_tokens"] - past)
+        if sizes != (sink.shape[1], before.shape[1], tail.shape[1]) or tail.shape[1] > spec.segment:
+            raise damaged(path, "its tokens are not as many as it says")
         if count:
             backbone = compressor.backbone
             memory = tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory)
