@@ -255,4 +255,5 @@ def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
     """Return a new compressor of `spec.arch` on `backbone` (ConfigError as `check_spec`)."""
     check_spec(spec, backbone.window)
     backbone.hold_rotation()
+    backbone.check_masks()
     return COMPRESSORS[spec.arch](backbone, spec)
