@@ -162,7 +162,6 @@ def _from_file(config: MemoryConfig, path: Path) -> Opened:
     opened = _of_compressor(config, stored) if is_trained else _of_reader(config, stored)
     assert isinstance(opened.text, (Session, HeldSession))
     opened.text.restore_from(stored)
-    opened.text.origin = origin
     _check_asked(config, path, opened.text)
     opened.documents, opened.turn = stored.description["documents"], stored.description["turn"]
     return opened
@@ -194,21 +193,26 @@ def _of_compressor(config: MemoryConfig, stored: Stored) -> Opened:
         raise CheckpointError(
             f"{stored.path} was written with the compressor {directory}, which is not there: give MODEL."
         )
-    loaded = _load_compressor(config, directory, config.base or (None if is_given else config.model or None))
+    here = origin.model if Path(origin.model).is_dir() else None
+    loaded = _load_compressor(config, directory, config.base or ("" if is_given else config.model) or here)
     check_model(stored.path, loaded.base, origin.weights)
     found = find_compressor(f"{directory}{sizes}")
     if found is not None and found[2] is not None:
         loaded.compressor.spec = dataclasses.replace(loaded.compressor.spec, overlap=found[2])
-    return Opened(loaded.plain, Session.of(loaded))
+    text = Session.of(loaded)
+    named = f"{Path(directory).expanduser().absolute()}{sizes}"
+    text.origin = dataclasses.replace(origin, memory=named, model=loaded.base.name)  # where they lie now
+    return Opened(loaded.plain, text)
 
 
 def _of_reader(config: MemoryConfig, stored: Stored) -> Opened:
     origin = stored.origin
     given = config.base or config.model
     model, revision = (given, config.revision) if given else (origin.model, origin.revision)
-    check_model(stored.path, find_base(model, revision), origin.weights)
+    base = find_base(model, revision)
+    check_model(stored.path, base, origin.weights)
     named = dataclasses.replace(config, model=model, revision=revision)
     reader = load_reader(named, origin.memory, segment=origin.segment, method=origin.method, factor=origin.factor)
     text = reader.session()
-    text.origin = origin
+    text.origin = dataclasses.replace(origin, model=base.name, revision=revision)
     return Opened(reader.plain, text, origin.memory)
