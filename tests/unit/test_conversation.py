@@ -401,6 +401,10 @@ def test_what_no_file_stands_for_is_refused(uio, tmp_path):
         with pytest.raises(ConfigError, match=text):
             opened(spec, uio).save(tmp_path / "a.memory")
     assert not list(tmp_path.iterdir())
+    one = opened("thinned:8", uio)
+    one.model.adapter = {"base": "m"}
+    with pytest.raises(ConfigError, match="merge it"):  # before documents are read
+        one.check_saving()
     with pytest.raises(ConfigError, match="--method selfextend moves positions"):
         opened("thinned:8", uio, method="selfextend", factor=4.0)
 

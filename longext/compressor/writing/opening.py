@@ -43,21 +43,21 @@ class Opened:
     turn: str = ""
 
     def check_saving(self) -> None:
-        """Raise ConfigError if what the text keeps is nothing that a file could stand for."""
+        """Raise ConfigError if what the text keeps is nothing that a file could stand for, before much is read."""
         if isinstance(self.text, HeldSession):
             check_holds(self.spec, self.text.trail)
         elif not isinstance(self.text, Session):
             raise ConfigError(
                 "A plain model's window is no memory to keep: give a compressor, or --memory (thinned:8, snapkv:512)."
             )
+        if self.text.origin is None:
+            assert self.find_origin is not None
+            self.text.origin = self.find_origin()
 
     def save(self, path: Path) -> None:
         """Write the text to a memory file (ConfigError as `check_saving`)."""
         self.check_saving()
         assert isinstance(self.text, (Session, HeldSession))
-        if self.text.origin is None:
-            assert self.find_origin is not None
-            self.text.origin = self.find_origin()
         self.text.save(path, documents=list(self.documents), turn=self.turn)
 
 
