@@ -184,9 +184,9 @@ def _check_asked(config: MemoryConfig, path: Path, text: Session | HeldSession) 
 def _of_compressor(config: MemoryConfig, stored: Stored) -> Opened:
     origin = stored.origin
     spec, is_given = origin.memory, is_compressor(config.model)
-    _, at, said = spec.rpartition("@")
+    said = spec.rpartition("@")[2]
     # a directory may have an @ in its name, and may have moved
-    has_sizes = at and not is_compressor(spec) and set(said) <= set("0123456789,+")
+    has_sizes = said and not is_compressor(spec) and set(said) <= set("0123456789,+")
     sizes = f"@{said}" if has_sizes else ""
     directory = config.model if is_given else spec[: len(spec) - len(sizes)]
     if not is_compressor(directory):
