@@ -230,10 +230,15 @@ class Backbone:
         tokens = torch.arange(4, device=self.device)[None]
         captured = self.attention_inputs(self.embed(tokens), slice(None))
         here, there = (self.project(captured, tokens + first) for first in (5, 0))
-        if not all(close_states(a, b) for a, b in zip(self.rerotate(here, -5), there, strict=True)):
+        try:
+            turned = self.rerotate(here, -5)
+        except (RuntimeError, TypeError, ValueError):  # a rotation that is not cos and sin
+            turned = here
+        if not all(close_states(a, b) for a, b in zip(turned, there, strict=True)):
             raise ConfigError(
                 f"{type(self.model).__name__} turns its keys in a way longext does not know, so caches that move "
-                "(streaming, transformer-xl, a session beyond its window) cannot be used with it."
+                "(streaming, transformer-xl, KV policies, ratios by distance, a session beyond its window) cannot be "
+                "used with it."
             )
 
     def enable_checkpointing(self, adapters: Any, offload: bool, enable: Callable[[Any, bool], None]) -> None:
@@ -346,6 +351,27 @@ class Backbone:
     # --- checks -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def check_masks(self) -> None:
+        """Raise ConfigError unless the model's attention takes a mask of longext's own (flash-attn takes none)."""
+        if self.config._attn_implementation in ("sdpa", "eager"):
+            return
+        embeds = self.embed(torch.arange(4, device=self.device)[None])
+        places = torch.arange(4, device=self.device)
+        try:
+            alone = self.run(embeds.transpose(0, 1), places[:, None])[:, 0]
+            masked = self.run(embeds, mask=torch.eye(4, dtype=torch.bool, device=self.device))[0]
+            causal = self.run(embeds)[0]
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
+            is_masked = False
+        else:
+            is_masked = bool((masked - alone).float().norm() <= (causal - alone).float().norm() / 2)
+        if not is_masked:
+            raise ConfigError(
+                f"The attention of {type(self.model).__name__} ({self.config._attn_implementation}) takes no mask of "
+                "longext's own, which memories need: use --attention sdpa or eager."
+            )
+
+    @torch.no_grad()
     def _check(self) -> None:
         """Make sure that what `project` makes is what the model itself puts into its cache."""
         from transformers import DynamicCache
@@ -355,6 +381,8 @@ class Backbone:
             f"{name} does not take its KV cache and rotation as transformers' attention modules do, so longext cannot "
             "put memories into it. Llama, Mistral, Qwen, Gemma, Phi and GPT-NeoX models work."
         )
+        if getattr(self.model, "_is_stateful", False):  # a state is no key and no value
+            raise ConfigError(refusal)
         tokens = torch.arange(4, device=self.device)[None]
         try:
             cache = DynamicCache(config=self.config)

@@ -78,17 +78,17 @@ class Compressor(nn.Module):
         """Return the slots that a segment's memory has."""
         return self.spec.segment // ratio
 
-    def find_ratio(self, ratio: Ratio | None) -> Ratio:
+    def find_ratio(self, ratio: int | Sequence[int] | None) -> Ratio:
         """Return the ratio to compress at, or several by distance: `ratio`, or the first of training if None.
 
         Raises:
             ConfigError: as `check_ratio` and `check_fading`.
         """
         chosen = self.spec.ratios[0] if ratio is None else ratio
-        if isinstance(chosen, tuple) and len(chosen) > 1:
-            check_fading(self.spec, chosen, self.backbone.window)
-            return chosen
-        chosen = chosen[0] if isinstance(chosen, tuple) else chosen
+        if not isinstance(chosen, int) and len(chosen) > 1:
+            check_fading(self.spec, tuple(chosen), self.backbone.window)
+            return tuple(chosen)
+        chosen = chosen if isinstance(chosen, int) else chosen[0]
         check_ratio(self.spec, chosen, self.backbone.window)
         return chosen
 
@@ -255,4 +255,5 @@ def build_compressor(backbone: Backbone, spec: CompressorSpec) -> Compressor:
     """Return a new compressor of `spec.arch` on `backbone` (ConfigError as `check_spec`)."""
     check_spec(spec, backbone.window)
     backbone.hold_rotation()
+    backbone.check_masks()
     return COMPRESSORS[spec.arch](backbone, spec)

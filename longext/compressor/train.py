@@ -110,6 +110,8 @@ class CompressPlan(RunPlan):
         )
         set_seed(config.seed)
         compressor = build_compressor(backbone, self.spec)
+        if config.fading:  # its readers turn keys
+            backbone.check_rotation()
         if config.init:
             _start_from(compressor, Path(config.init).expanduser(), self.base)
         compressor.repeat.requires_grad_("ae" in parse_objectives(config.objectives))

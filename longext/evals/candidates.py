@@ -129,7 +129,7 @@ class Trial:
         import torch
 
         ids = torch.tensor([self.windows[place][-length:]])
-        return float(self.model.score(ids, length - self.scored).nll.double().mean())
+        return float(self.model.score(ids, length - self.scored).nll.cpu().double().mean())
 
     def passkeys(self, place: int) -> list[int]:
         """Return 1 or 0 for each prompt of a place."""

@@ -49,6 +49,8 @@ class Sampler:
         if not self.temperature:
             return best_tokens(logits)
         probabilities = torch.softmax(logits.detach().cpu().double() / self.temperature, -1)
+        if not bool(probabilities.isfinite().all()):
+            raise not_numbers("where a token is drawn")
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         inside = ordered.cumsum(-1) - ordered < self.top_p  # the token that reaches top_p is still inside
         drawn = torch.multinomial(ordered * inside, 1, generator=self._generator)

@@ -114,6 +114,8 @@ def test_a_saved_memory_stands_for_its_context(run, compressor, tmp_path):
     assert "slots" in read.stderr
     again = run("generate", compressor, "--memory", "m.safetensors", *PROMPT)
     assert ok(again) == text
+    named = json.loads(ok(run("generate", "--memory", "m.safetensors", *PROMPT, "--json")))
+    assert named["model"] == "books-5m" and named["text"] == text[:-1]
     assert again.stderr.split(" tokens read")[0] == read.stderr.split(" tokens read")[0]
     refused = run("generate", compressor, "--context", "sample", "--save-memory", "m.safetensors", *PROMPT)
     assert refused.exit_code == 2

@@ -16,6 +16,8 @@ from compressors import (
     random_ids,
     tiny_llama,
 )
+from families import CONFIGS, save_tiny_model, save_tiny_tokenizer
+from transformers import SmolLM3Config
 
 from longext.compressor.config import CompressConfig
 from longext.compressor.gradients import Sweep
@@ -26,6 +28,7 @@ from longext.compressor.reading.trails import CompressorTrail
 from longext.compressor.schedule import Schedule
 from longext.compressor.segments import Segment, split_segments
 from longext.compressor.settings import document_length, spec_of
+from longext.compressor.train import plan_compressor
 from longext.errors import ConfigError
 
 NESTED = ["uio", "anchor"]
@@ -208,6 +211,17 @@ def test_gradients_of_a_fading_memory_are_exact(variant):
     same.fading = ()
     same.__post_init__()
     assert not torch.allclose(gradient_of(compressor, same, "exact")[1], whole)
+
+
+def test_keys_that_cannot_be_turned_cannot_be_trained_to_fade(tmp_path):
+    """SmolLM3 has layers without rotation: its memories are read, but not at other positions."""
+    sizes = {**CONFIGS["llama"]().to_dict(), "model_type": "smollm3", "no_rope_layers": [1, 0]}
+    save_tiny_model(SmolLM3Config(**sizes), tmp_path / "m")
+    save_tiny_tokenizer(tmp_path / "m")
+    given = {"model": str(tmp_path / "m"), "data": "sample", "device": "cpu", "arch": "anchor", "segment": 8}
+    plan = plan_compressor(CompressConfig(**given, ratio=(2, 4), fading=True))
+    with pytest.raises(ConfigError, match="ratios by distance"):
+        plan.load(tmp_path)
 
 
 def test_training_that_cannot_fade_says_so():

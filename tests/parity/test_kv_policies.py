@@ -393,6 +393,8 @@ def test_a_question_is_seen_before_keys_go():
     expected = [one.advance(tokens) for tokens in ids.split(CHUNK, 1)]
     assert one.num_read == 64 and int(one.layers[0].origins.max()) < 64
     other = trail("snapkv-aware:20", model)
+    with pytest.raises(ConfigError, match="chooses by a question"):
+        other.advance(ids[:, :CHUNK])
     other.ask(random_ids(1, 1, seed=6))
     found = [other.advance(tokens) for tokens in ids.split(CHUNK, 1)]
     close(found[0], expected[0])

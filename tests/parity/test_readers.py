@@ -76,6 +76,8 @@ def test_none_scores_each_segment_by_itself():
     for start in range(0, ids.shape[1] - 1, SEGMENT):
         end = min(start + SEGMENT, ids.shape[1] - 1)
         close(nll[:, start:end], full_nll(model, ids[:, start : end + 1]))
+    for nothing in ("window:0", "streaming:0+0", "transformer-xl:0"):
+        close(reader(nothing, model=model).score(ids, 1).nll, nll)
 
 
 def test_window_sees_the_last_tokens_at_positions_from_zero():

@@ -16,10 +16,12 @@ from compressors import (
     tiny_llama,
 )
 from families import tiny_model
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longext.compressor.architectures.beacon import beacon_mask
 from longext.compressor.backbone import Backbone
-from longext.compressor.base import Compressor
+from longext.compressor.base import Compressor, build_compressor
 from longext.compressor.config import CompressConfig
 from longext.compressor.gradients import Sweep
 from longext.compressor.independent import causal_mask, prefix_mask
@@ -351,3 +353,16 @@ def test_impossible_specs_are_refused(variant, changes, said):
 def test_a_model_without_our_cache_seams_is_refused():
     with pytest.raises(ConfigError, match="cannot put memories"):
         Backbone(tiny_model("falcon"))
+    hybrid = tiny_model("llama")
+    hybrid._is_stateful = True  # layers with a state, as Falcon-H1 has beside its attention
+    with pytest.raises(ConfigError, match="cannot put memories"):
+        Backbone(hybrid)
+
+
+def test_attention_that_takes_no_mask_is_refused():
+    """As flash-attn: without its mask a probe would read what stands behind it."""
+    AttentionInterface.register("blind", lambda *args, **keys: sdpa_attention_forward(*args[:4], None, **keys))
+    model = tiny_model("llama", attention="sdpa")
+    model.set_attn_implementation("blind")
+    with pytest.raises(ConfigError, match="use --attention sdpa or eager"):
+        build_compressor(Backbone(model), CompressorSpec(segment=8, rank=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import shutil
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from families import tiny_model
 from longext.compressor.backbone import Backbone
 from longext.compressor.base import build_compressor
 from longext.compressor.checkpoint import find_base, save_compressor
-from longext.compressor.config import MemoryConfig
+from longext.compressor.config import GenerateConfig, MemoryConfig
 from longext.compressor.reading import readers
 from longext.compressor.reading.continuing import Choice
 from longext.compressor.reading.memory_file import describe_memory
@@ -22,6 +23,7 @@ from longext.compressor.reading.window import WindowSession
 from longext.compressor.spec import CompressorSpec
 from longext.compressor.writing import opening
 from longext.compressor.writing.conversation import Conversation, Writing
+from longext.compressor.writing.generation import open_writer
 from longext.compressor.writing.opening import Opened, open_text
 from longext.compressor.writing.pieces import TextStream
 from longext.errors import CheckpointError, ConfigError
@@ -343,6 +345,42 @@ def test_a_conversation_goes_on_from_its_file(books, uio, tmp_path):
         Conversation(open_text(MemoryConfig(memory=str(tmp_path / "a.memory"), device="cpu")), system="Be kind.")
 
 
+def writer(**settings):
+    return open_writer(GenerateConfig(device="cpu", **settings))
+
+
+def test_generate_asks_the_next_question_of_a_conversation(books, uio, tmp_path, monkeypatch):
+    books.tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(readers, "load_language_model", lambda *_: copy.copy(books))
+    talk = Conversation(opened("thinned:8", uio))
+    talk.read(STORY)
+    talk.ask("Who climbed?", max_new_tokens=3)
+    path = str(tmp_path / "a.memory")
+    talk.save(path)
+    one = writer(memory=path, prompt="Where?", max_new_tokens=5)
+    one.read(lambda amount: None)
+    assert one.write(lambda piece: None).tokens == talk.ask("Where?", max_new_tokens=5).tokens
+    assert writer(memory=path).num_unread == 0  # no question: the answer goes on
+    books.tokenizer.chat_template = None
+    assert writer(memory=path, prompt="Where?").num_unread == len(books.encode("Where?", add_bos=False))
+
+
+def test_a_compressor_that_moved_may_have_an_at_in_its_name(uio, tmp_path):
+    shutil.copytree(uio, tmp_path / "u@h")
+    one = open_text(MemoryConfig(model=str(tmp_path / "u@h"), device="cpu"))
+    one.text.absorb(range(3, 80))
+    one.text.save(tmp_path / "a.memory")
+    path, moved = str(tmp_path / "a.memory"), str(shutil.move(tmp_path / "u@h", tmp_path / "moved"))
+    back = open_text(MemoryConfig(model=moved, memory=path, device="cpu"))
+    back.save(tmp_path / "b.memory")  # names the place where it lies now
+    assert open_text(MemoryConfig(memory=str(tmp_path / "b.memory"), device="cpu")).text.num_tokens == 77
+    with pytest.raises(CheckpointError, match="u@h, which is not there"):
+        writer(memory=path, prompt="a")
+    # what there is no room for is told before anything is written
+    with pytest.raises(ConfigError, match="--when-full thin"):
+        writer(model=moved, prompt="a", max_new_tokens=10**4, when_full="refuse")
+
+
 def test_positions_are_those_that_the_next_token_sees(uio):
     """Memories inside the overlap take none."""
     for spec, held in (("uio", 1 + 3 * 32 // 4), ("thinned:8+32", 1 + 2 * 32 // 8 + 32), ("", 96)):
@@ -363,6 +401,12 @@ def test_what_no_file_stands_for_is_refused(uio, tmp_path):
         with pytest.raises(ConfigError, match=text):
             opened(spec, uio).save(tmp_path / "a.memory")
     assert not list(tmp_path.iterdir())
+    one = opened("thinned:8", uio)
+    one.model.adapter = {"base": "m"}
+    with pytest.raises(ConfigError, match="merge it"):  # before documents are read
+        one.check_saving()
+    with pytest.raises(ConfigError, match="--method selfextend moves positions"):
+        opened("thinned:8", uio, method="selfextend", factor=4.0)
 
 
 def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
@@ -381,6 +425,8 @@ def test_a_file_for_another_model_or_damaged_is_one_line(uio, tmp_path):
     one.text.save(path)
     notes = open_text(MemoryConfig(memory=str(path), device="cpu")).text.trail.layers[1].notes
     assert notes["count"] == 3 and torch.equal(notes["sum"], torch.ones(1, 2, 4))
+    with pytest.raises(ConfigError, match="leave --when-full out"):
+        open_text(MemoryConfig(memory=str(path), when_full="thin", device="cpu"))
     with pytest.raises(ConfigError, match="written with --segment 32"):
         open_text(MemoryConfig(memory=str(path), segment=64, device="cpu"))
     with safe_open(path, "pt") as file:

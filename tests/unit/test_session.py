@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import CONFIGS
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from longext.compressor.architectures import COMPRESSORS
@@ -21,7 +22,8 @@ from longext.compressor.memory import num_slots
 from longext.compressor.reading.session import Session
 from longext.compressor.segments import split_segments
 from longext.compressor.spec import CompressorSpec
-from longext.errors import CheckpointError, ConfigError
+from longext.errors import CheckpointError, ConfigError, LongextError
+from longext.models.decode import Sampler
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-8}
 KINDS = [(arch, memory) for arch in COMPRESSORS for memory in COMPRESSORS[arch].memories]
@@ -279,6 +281,20 @@ def test_sampling_repeats_with_its_seed_and_follows_top_p():
             draws.append(session.generate(6, temperature=5.0, top_p=top_p, seed=seed))
     assert draws[0] == draws[1] != draws[2]
     assert draws[3] == greedy
+    with pytest.raises(LongextError, match="not finite"):
+        Sampler(1.0)(torch.tensor([[1.0, float("inf")]]))
+
+
+def test_nothing_is_read_where_nothing_is_given(monkeypatch):
+    session = Session(make("uio", ratios=(4, 8)), ratio=[8])
+    assert session.ratio == 8
+    session.absorb([])
+    assert session.ask(document(20), 3) == session.ask(document(20), 3)
+    session.absorb(document(20))
+    session.logits()
+    monkeypatch.setattr(Cache, "crop", None)  # a crop by 0 drops everything in some versions of transformers
+    with session.snapshot():
+        pass
 
 
 def test_wrong_tokens_and_nothing_to_continue_are_refused():
@@ -327,3 +343,25 @@ def test_a_foreign_memory_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no readable safetensors header.*damaged"):
         Session.load(path, loaded)
+
+
+def test_a_damaged_memory_is_one_line(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    compressor, path = make("anchor"), tmp_path / "a.memory"
+    one = Session.of(disk(compressor))
+    one.absorb(document())
+    one.save(path)
+    with safe_open(path, "pt") as file:
+        said, tensors = file.metadata()["longext"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    heads = {name: tensor.repeat(1, 2, 1, 1) for name, tensor in tensors.items() if name.startswith("memory.")}
+    for changed, text in (
+        (heads, said),
+        ({}, said.replace('"num_segments": 2', '"num_segments": 3')),
+        ({}, said.replace(f'"num_tokens": {LENGTH}', '"num_tokens": 5')),
+        ({"sink": tensors["before"].clone()}, said),
+    ):
+        save_file({**tensors, **changed}, path, {"longext": text})
+        with pytest.raises(CheckpointError, match="damaged"):
+            Session.load(path, disk(compressor))

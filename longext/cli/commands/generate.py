@@ -39,7 +39,8 @@ def run(config: GenerateConfig, as_json: bool) -> None:
         say(note, aside=True)
     generated = writer.write((lambda _: None) if as_json else (lambda text: typer.echo(text, nl=False)))
     if as_json:
-        record = result_record("generate", config.model, read_seconds=seconds, **dataclasses.asdict(generated))
+        named = config.model or writer.opened.model.name  # a memory names its own
+        record = result_record("generate", named, read_seconds=seconds, **dataclasses.asdict(generated))
         show(record, [], as_json=True)
     else:
         typer.echo()

@@ -27,8 +27,8 @@ class Streaming(KVPolicy):
         return self.num_sinks
 
     def score(self, seen: Seen) -> torch.Tensor:
-        """Return the number of the token."""
-        return seen.origins.to(torch.float64)
+        """Return minus the age of the token: exact in float32 for all that are young enough to stay."""
+        return (seen.origins - seen.num_read).to(torch.float32)
 
 
 KV_POLICIES.register("streaming", Streaming)

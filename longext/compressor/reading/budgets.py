@@ -19,8 +19,8 @@ class Budget:
     """Keys that stay.
 
     Attributes:
-        slots: of a head, on average over layers; 0 if `ratio` says.
-        ratio: one key stays of so many tokens read.
+        slots: of a head, on average over layers.
+        ratio: one key stays of so many tokens read; 0 if `slots` says.
         most: slots at most, whatever the ratio is.
         num_layers: of the model.
         shape: "even", "pyramid" (falls linearly over the layers; PyramidKV, arXiv 2406.02069) or "ada" (the best scores
@@ -35,7 +35,7 @@ class Budget:
 
     def at(self, num_read: int) -> int:
         """Return the slots of a head, the mean of the layers, after so many tokens."""
-        wanted = self.slots if self.slots else -(-num_read // self.ratio)
+        wanted = -(-num_read // self.ratio) if self.ratio else self.slots
         return min(wanted, self.most)
 
     def of_layer(self, layer: int, num_read: int) -> int:

@@ -97,7 +97,8 @@ class CachedDecoder:
 
     def truncate(self, length: int) -> None:
         """Forget all positions but the first `length`."""
-        self._cache.crop(length - self.length)
+        if length < self.length:  # to some versions of transformers a crop by 0 leaves nothing
+            self._cache.crop(length - self.length)
 
     @torch.no_grad()
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:

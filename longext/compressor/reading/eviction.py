@@ -26,6 +26,7 @@ from longext.compressor.reading.budgets import Budget
 from longext.compressor.reading.decoder import CachedDecoder, RoomyLayer
 from longext.compressor.reading.seen import KVPolicy, Seen, rows_at_once, wide
 from longext.compressor.reading.trails import Trail
+from longext.errors import ConfigError
 
 _NAME = "longext_kv_attn"
 _READING: ContextVar[PolicyTrail] = ContextVar("reading")
@@ -255,6 +256,8 @@ class PolicyTrail(Trail):
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read a chunk and evict: in the same pass, or in one over what the policy takes its queries from."""
+        if self.policy.aware and self.question is None:
+            raise ConfigError("A memory named -aware chooses by a question: tell it (`expect`) before it reads.")
         probes = self.question if self.policy.aware else tokens if self.policy.repeats else None
         self.num_read += tokens.shape[1]
         self.evicts = probes is None

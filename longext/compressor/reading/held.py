@@ -162,7 +162,7 @@ def _put_in(
     keys, values, origins = (found.pop(name) for name in names)
     rows, (num_heads, *widths) = tuple(origins.shape), shape
     fits = all(tuple(one.shape) == (*rows, width) for one, width in zip((keys, values), widths, strict=True))
-    is_held = rows[:2] == (1, num_heads) and len(rows) == 3 and 0 < rows[2] <= num_heads * trail.budget.most
+    is_held = rows[:2] == (1, num_heads) and len(rows) == 3 and rows[2] <= num_heads * trail.budget.most
     if not (fits and is_held and all(bool(one.isfinite().all()) for one in (keys, values))):
         raise damaged(path, f"layer {layer.number} holds keys or values that the model does not make")
     if bool(((origins < -1) | (origins >= trail.num_read)).any()):

@@ -81,5 +81,8 @@ def attends_by_interface(backbone: Backbone) -> bool:
         return False
     tokens = torch.arange(6, device=backbone.device)[None]
     trail = PolicyTrail(backbone, KV_POLICIES["streaming"](), Budget(6, 0, 6, len(backbone.layers)))
-    same = close_states(trail.advance(tokens), backbone.run(backbone.embed(tokens)))
+    try:
+        same = close_states(trail.advance(tokens), backbone.run(backbone.embed(tokens)))
+    except (IndexError, RuntimeError, TypeError, ValueError):  # a cache of other states than keys and values (MLA)
+        return False
     return same and all(layer.num_held == 6 for layer in trail.layers)

@@ -191,7 +191,7 @@ def check_model(path: Path, base: BaseModel, recorded: str) -> None:
 
 def check_held(path: Path, held: tuple[int, ...], first: int, num_segments: int, segment: int) -> None:
     """Refuse ratios of held memories that no session has: CheckpointError unless each divides a segment."""
-    if first < 0 or first + len(held) > num_segments or any(r < 1 or segment % r for r in held):
+    if first < 0 or first + len(held) != num_segments or any(r < 1 or segment % r for r in held):
         raise CheckpointError(f"{path}: {_KEY} names memories of ratios that cannot be. {_ADVICE}")
 
 
@@ -224,14 +224,22 @@ def check_memory(path: Path, memory: Memory, compressor: Compressor, num_slots: 
             f"{path} holds {len(memory)} memory tensors, and its compressed segments take {number if num_slots else 0}."
             f" {_ADVICE}"
         )
-    hidden = (backbone.embedding.weight.shape[1],)
-    for i, tensor in enumerate(memory):
-        is_alike = tensor.dim() == (3 if compressor.is_soft else 4) and tensor.shape[-2] == num_slots
-        fits = tensor.shape[-1:] == hidden if compressor.is_soft else tensor.shape[-1] == memory[i % 2].shape[-1]
-        if not (is_alike and fits and tensor.shape[0] == 1):
+    for i, (tensor, like) in enumerate(zip(memory, _slot(compressor) if memory else (), strict=True)):
+        if tensor.shape != (*like.shape[:-2], num_slots, like.shape[-1]):
             raise CheckpointError(f"{path}: 'memory.{i}' has the shape {list(tensor.shape)}, not a memory's. {_ADVICE}")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: 'memory.{i}' has NaN or infinite values. {_ADVICE}")
+
+
+@torch.no_grad()
+def _slot(compressor: Compressor) -> Memory:
+    """Return a memory of one slot, for its shapes: what the model makes of one token."""
+    backbone = compressor.backbone
+    token = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
+    embedded = backbone.embed(token)
+    if compressor.is_soft:
+        return (embedded,)
+    return backbone.project(backbone.attention_inputs(embedded, slice(None)), token)
 
 
 def hash_weights(compressor: Compressor) -> str:

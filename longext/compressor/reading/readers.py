@@ -36,6 +36,7 @@ from longext.errors import ConfigError
 from longext.models.decode import continue_rows
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel, load_language_model, score_hidden
+from longext.models.methods import remap_request
 from longext.models.protocol import TokenScores
 from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RuntimeConfig
@@ -287,6 +288,11 @@ def load_reader(
     name, _, argument = spec.partition(":")
     length = DEFAULT_SEGMENT if segment is None else segment
     is_kept = is_policy(name) and name not in MEMORIES
+    if method is not None and remap_request(method, factor) is not None:
+        raise ConfigError(
+            f"--method {method} moves positions inside a window of its own, and a memory has other ones: give an "
+            "extension (linear, ntk, yarn, ...) with --memory, or leave one of the two out."
+        )
     if is_kept:
         policy_of(spec)  # before anything is loaded
     plain = load_language_model(config, method, factor)
@@ -338,6 +344,11 @@ def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
     directory, at, sizes = spec.rpartition("@")
     if at and is_compressor(directory):
         return Path(directory).expanduser(), *read_sizes(f"{directory}@", sizes)
+    if Path(spec).expanduser().is_file():
+        raise ConfigError(
+            f"--memory {spec} is a file: `generate`, `chat` and `memory build` go on from one, and nothing else does. "
+            "Name the kind of memory, as in OUT@8, thinned:8 or snapkv:256."
+        )
     hint, _, _ = did_you_mean(name, [*MEMORIES, *KV_POLICIES, UNTRAINED]).rpartition("Available")
     forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{UNTRAINED}:R"])
     raise ConfigError(

@@ -6,6 +6,7 @@ Shape legend: l tokens of a segment, k = l / ratio slots, M slots in memory, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from longext.compressor.reading.memory_file import (
     check_held,
     check_memory,
     check_model,
+    damaged,
     hash_weights,
     memory_of,
     read_memory,
@@ -137,10 +139,11 @@ class Session(Stream, Continued):
 
     def refusal(self, num_tokens: int) -> str:
         """Return what to say where there is no room."""
+        rest = "thin" if self.compressor.nested else "forget"
         return (
             f"At ratio {spelled(self.ratio)} the model's {self.compressor.backbone.window:,} positions hold "
             f"documents of at most {self.limit:,} tokens: raise the ratio, extend the model, or let memories make "
-            'room (when_full="thin").'
+            f"room (--when-full {rest})."
         )
 
     def facts(self) -> dict[str, Any]:
@@ -224,6 +227,11 @@ class Session(Stream, Continued):
         if said["kind"] != "compressor":
             raise CheckpointError(f"{path} was written with --memory {said['memory']}, not by a compressor.")
         spec = CompressorSpec.from_json(said["spec"])
+        if spec.overlap != self.spec.overlap and replace(spec, overlap=self.spec.overlap) == self.spec:
+            raise CheckpointError(
+                f"{path} was written with {spec.overlap} raw tokens beside the memories, and this compressor keeps "
+                f"{self.spec.overlap}: open it by its name (--memory {path})."
+            )
         if spec != self.spec or said["compressor"] != self._hash():
             raise CheckpointError(
                 f"{path} was written by another compressor ({spec.arch}, segments of {spec.segment}) than this one "
@@ -239,6 +247,10 @@ class Session(Stream, Continued):
         end = schedule.places(held)[-1]
         check_memory(path, memory, compressor, end if count else 0)
         sink, before, tail = (self.checked(stored.tokens[name]) for name in TOKENS)
+        past = count * spec.segment
+        sizes = (spec.sink if count else 0, min(spec.overlap, past), said["num_tokens"] - past)
+        if sizes != (sink.shape[1], before.shape[1], tail.shape[1]) or tail.shape[1] > spec.segment:
+            raise damaged(path, "its tokens are not as many as it says")
         if count:
             backbone = compressor.backbone
             memory = tuple(tensor.to(backbone.device, backbone.dtype) for tensor in memory)

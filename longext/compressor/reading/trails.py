@@ -362,6 +362,8 @@ class Stream:
     @torch.no_grad()
     def add(self, tokens: torch.Tensor, advance: Callable[[int], object] = lambda _: None) -> None:
         """Take tokens, int64 [B, n]; `advance` is told how many tokens the trail has just gone past."""
+        if not tokens.shape[1]:
+            return
         text = tokens if self.tail is None else torch.cat([self.tail, tokens], 1)
         whole = max(0, text.shape[1] - 1) // self.segment * self.segment
         if whole:

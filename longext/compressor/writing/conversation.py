@@ -151,7 +151,7 @@ class Conversation:
                 f"A message of '{role}' cannot stand here: user and assistant take turns, the user first."
             )
 
-    def _head(self) -> str:
+    def head(self) -> str:
         """Return what stands in front of the next text of the user."""
         between = self.turns.between
         heads = {
@@ -166,7 +166,7 @@ class Conversation:
         return self.model.encode(text, add_bos=not self.text.num_tokens and not self.turns.begins)
 
     def _user_ids(self, text: str, behind: str) -> list[int]:
-        return self._encode(f"{self._head()}{user_text(self.model, text)}{behind}")
+        return self._encode(f"{self.head()}{user_text(self.model, text)}{behind}")
 
     def _said_by_user(self, text: str) -> None:
         if self.state == "user" and self._exchanges:

@@ -8,9 +8,10 @@ from pathlib import Path
 from longext.checkpoint.bundled import SAMPLE_DOCUMENT
 from longext.compressor.checkpoint import is_compressor
 from longext.compressor.config import GenerateConfig
-from longext.compressor.reading.continuing import Choice
+from longext.compressor.reading.continuing import Choice, Continued
 from longext.compressor.reading.session import Session
 from longext.compressor.reading.window import WindowSession
+from longext.compressor.writing.conversation import Conversation
 from longext.compressor.writing.opening import check_memory_config, open_text
 from longext.compressor.writing.pieces import Generated, OnText, TextStream
 from longext.data.documents import SAMPLE
@@ -19,6 +20,7 @@ from longext.models.chat import (
     chat_frame,
     chat_tokens,
     check_asking,
+    has_template,
     set_asking,
     stripped_marks,
     user_text,
@@ -102,25 +104,32 @@ class Writer:
         self._model, self._text = self.opened.model, self.opened.text
         set_asking(self._model, config)
         self._text.eos = self._model.ending_tokens
-        self.is_chat = bool(config.chat_template) or (config.chat_template is None and self.opened.turn == "user")
+        self.is_chat = bool(config.chat_template) or (
+            config.chat_template is None and bool(self.opened.turn) and has_template(self._model)
+        )
         self._context, self._prompt = self._tokens(context)
         self.num_unread = len(self._context) + len(self._prompt)
         if not (self.num_unread or self._text.num_tokens):
             raise ConfigError("There is nothing to continue: the text given has no tokens.")
-        if isinstance(self._text, WindowSession):
-            self._check_window(self._text)
+        self._check_room(self._text)
         if config.save_memory is not None:
             self.opened.check_saving()
 
-    def _check_window(self, text: WindowSession) -> None:
+    def _check_room(self, text: Continued) -> None:
+        """Raise ConfigError if all that is to come is more than the text may grow to."""
         config = self._config
-        if self.num_unread + config.max_new_tokens > text.limit:
-            raise ConfigError(
-                f"{self.num_unread:,} tokens of text and --max-new-tokens {config.max_new_tokens:,} exceed the "
-                f"{text.limit:,} positions of {config.model}: give less text, extend the model "
-                "(longext extend), or give a compressor trained on it (longext compress-train)."
-            )
-        text.hold_rope(self.num_unread + config.max_new_tokens)
+        whole = text.num_tokens + self.num_unread + config.max_new_tokens
+        is_full = text.limit is not None and whole > text.limit
+        if isinstance(text, WindowSession):
+            if is_full:
+                raise ConfigError(
+                    f"{self.num_unread:,} tokens of text and --max-new-tokens {config.max_new_tokens:,} exceed the "
+                    f"{text.limit:,} positions of {config.model}: give less text, extend the model "
+                    "(longext extend), or give a compressor trained on it (longext compress-train)."
+                )
+            text.hold_rope(whole)
+        elif is_full:
+            raise ConfigError(f"{whole:,} tokens, those of --max-new-tokens included: {text.refusal(whole)}")
 
     def _tokens(self, context: str) -> tuple[list[int], list[int]]:
         """Return context and prompt in tokens; with --chat-template they are one message, whose turn stays open."""
@@ -129,12 +138,21 @@ class Writer:
             read = model.encode(user_text(model, context), add_bos=is_new)
             return read, model.encode(user_text(model, prompt), add_bos=False)
         uses_template(model, True)
+        if not (is_new or context or prompt) and self.opened.turn != "user":
+            return [], []  # an answer goes on
         if is_new and not context:
             return [], chat_tokens(model, user_text(model, prompt))
         frame = chat_frame(model)
-        before = f"{frame.before if is_new else ''}{user_text(model, context)}"
+        before = f"{frame.before if is_new else self._head()}{user_text(model, context)}"
         question = f"{user_text(model, prompt)}{frame.after}"
+        if not context:
+            return [], model.encode(f"{before}{question}", add_bos=False)
         return model.encode(before, add_bos=is_new and not frame.begins), model.encode(question, add_bos=False)
+
+    def _head(self) -> str:
+        """Return what stands between a text that goes on and the user's next words."""
+        # a message that is open goes on as a text does
+        return "" if self.opened.turn == "user" else Conversation(self.opened, template=True).head()
 
     def read(self, advance: Callable[[int], object]) -> None:
         """Read the context, save its memory if asked to, and read the prompt; `advance` is told of the tokens."""
@@ -149,6 +167,8 @@ class Writer:
         text.absorb(self._context, tell)
         if config.save_memory is not None:
             self.opened.turn = "user" if self.is_chat else ""
+            read = {"name": Path(config.context or "").name, "num_tokens": len(self._context)}
+            self.opened.documents = [*self.opened.documents, read]
             self.opened.save(Path(config.save_memory).expanduser())
         text.absorb(self._prompt, tell)
         advance(unread)

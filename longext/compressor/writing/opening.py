@@ -16,7 +16,7 @@ from longext.compressor.reading.memory_file import Origin, Stored, check_model, 
 from longext.compressor.reading.readers import Reader, find_compressor, load_reader
 from longext.compressor.reading.session import UNTRAINED, Session
 from longext.compressor.reading.window import WindowSession
-from longext.compressor.schedule import spelled
+from longext.compressor.schedule import Ratio, spelled
 from longext.errors import CheckpointError, ConfigError
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import check_method
@@ -43,21 +43,21 @@ class Opened:
     turn: str = ""
 
     def check_saving(self) -> None:
-        """Raise ConfigError if what the text keeps is nothing that a file could stand for."""
+        """Raise ConfigError if what the text keeps is nothing that a file could stand for, before much is read."""
         if isinstance(self.text, HeldSession):
             check_holds(self.spec, self.text.trail)
         elif not isinstance(self.text, Session):
             raise ConfigError(
                 "A plain model's window is no memory to keep: give a compressor, or --memory (thinned:8, snapkv:512)."
             )
+        if self.text.origin is None:
+            assert self.find_origin is not None
+            self.text.origin = self.find_origin()
 
     def save(self, path: Path) -> None:
         """Write the text to a memory file (ConfigError as `check_saving`)."""
         self.check_saving()
         assert isinstance(self.text, (Session, HeldSession))
-        if self.text.origin is None:
-            assert self.find_origin is not None
-            self.text.origin = self.find_origin()
         self.text.save(path, documents=list(self.documents), turn=self.turn)
 
 
@@ -71,7 +71,7 @@ def check_memory_config(config: MemoryConfig) -> None:
         check_base_options(config)
         _check_unused(config, ("method", "factor", "segment"), "a trained compressor")
         return
-    trained = find_compressor(config.memory) if config.memory else None
+    trained = _find_compressor(config.memory) if config.memory else None
     if not (config.model or trained):
         raise ConfigError(
             "Missing: model. Name the model that reads, or a file of `longext memory build` with --memory."
@@ -82,6 +82,15 @@ def check_memory_config(config: MemoryConfig) -> None:
         raise ConfigError(f"--memory {config.memory} says the ratio, as in OUT@8 or OUT@2,4,8: leave --ratio out.")
     if not config.memory:
         _check_unused(config, ("segment",), "a plain model")
+
+
+def _find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
+    try:
+        return find_compressor(spec)
+    except ConfigError as error:
+        if "/" not in spec and ":" in spec:
+            raise
+        raise ConfigError(f"{error} There is no memory file of that name either (`longext memory build`).") from error
 
 
 def _check_unused(config: MemoryConfig, names: Sequence[str], what: str) -> None:
@@ -146,13 +155,13 @@ def _from_file(config: MemoryConfig, path: Path) -> Opened:
     stored = read_memory(path)
     origin = stored.origin
     for name in ("method", "factor", "segment"):
-        if getattr(config, name) not in (None, getattr(origin, name)):
-            raise ConfigError(f"{path} was written with --{name} {getattr(origin, name)}: leave --{name} out.")
+        if getattr(config, name) not in (None, getattr(origin, name) or ("none" if name == "method" else None)):
+            written = f"with --{name} {getattr(origin, name)}" if getattr(origin, name) else f"without --{name}"
+            raise ConfigError(f"{path} was written {written}: leave --{name} out.")
     is_trained = stored.description["kind"] == "compressor" and not origin.memory.startswith(f"{UNTRAINED}:")
     opened = _of_compressor(config, stored) if is_trained else _of_reader(config, stored)
     assert isinstance(opened.text, (Session, HeldSession))
     opened.text.restore_from(stored)
-    opened.text.origin = origin
     _check_asked(config, path, opened.text)
     opened.documents, opened.turn = stored.description["documents"], stored.description["turn"]
     return opened
@@ -160,7 +169,10 @@ def _from_file(config: MemoryConfig, path: Path) -> Opened:
 
 def _check_asked(config: MemoryConfig, path: Path, text: Session | HeldSession) -> None:
     if not isinstance(text, Session):
-        _check_unused(config, ("ratio",), "a plain model")
+        wrong = [name for name in ("ratio", "when_full") if getattr(config, name)]
+        if wrong:
+            flag = f"--{wrong[0].replace('_', '-')}"
+            raise ConfigError(f"{path} keeps what {text.reader.spec} keeps, and no more: leave {flag} out.")
         return
     written = text.trail.schedule.ratios
     if config.ratio and config.ratio != written:
@@ -172,27 +184,35 @@ def _check_asked(config: MemoryConfig, path: Path, text: Session | HeldSession) 
 def _of_compressor(config: MemoryConfig, stored: Stored) -> Opened:
     origin = stored.origin
     spec, is_given = origin.memory, is_compressor(config.model)
-    sizes = "" if is_compressor(spec) or "@" not in spec else spec[spec.rindex("@") :]
+    said = spec.rpartition("@")[2]
+    # a directory may have an @ in its name, and may have moved
+    has_sizes = said and not is_compressor(spec) and set(said) <= set("0123456789,+")
+    sizes = f"@{said}" if has_sizes else ""
     directory = config.model if is_given else spec[: len(spec) - len(sizes)]
     if not is_compressor(directory):
         raise CheckpointError(
             f"{stored.path} was written with the compressor {directory}, which is not there: give MODEL."
         )
-    loaded = _load_compressor(config, directory, config.base or (None if is_given else config.model or None))
+    here = origin.model if Path(origin.model).is_dir() else None
+    loaded = _load_compressor(config, directory, config.base or ("" if is_given else config.model) or here)
     check_model(stored.path, loaded.base, origin.weights)
     found = find_compressor(f"{directory}{sizes}")
     if found is not None and found[2] is not None:
         loaded.compressor.spec = dataclasses.replace(loaded.compressor.spec, overlap=found[2])
-    return Opened(loaded.plain, Session.of(loaded))
+    text = Session.of(loaded)
+    named = f"{Path(directory).expanduser().absolute()}{sizes}"
+    text.origin = dataclasses.replace(origin, memory=named, model=loaded.base.name)  # where they lie now
+    return Opened(loaded.plain, text)
 
 
 def _of_reader(config: MemoryConfig, stored: Stored) -> Opened:
     origin = stored.origin
     given = config.base or config.model
     model, revision = (given, config.revision) if given else (origin.model, origin.revision)
-    check_model(stored.path, find_base(model, revision), origin.weights)
+    base = find_base(model, revision)
+    check_model(stored.path, base, origin.weights)
     named = dataclasses.replace(config, model=model, revision=revision)
     reader = load_reader(named, origin.memory, segment=origin.segment, method=origin.method, factor=origin.factor)
     text = reader.session()
-    text.origin = origin
+    text.origin = dataclasses.replace(origin, model=base.name, revision=revision)
     return Opened(reader.plain, text, origin.memory)

@@ -139,7 +139,7 @@ class Scorer:
     def _score(self, texts: Sequence[list[int]], lengths: Sequence[int]) -> list[dict[str, Any]]:
         scores = self.model.score(torch.tensor(texts), len(texts[0]) - max(lengths))
         return [
-            {"value": -float(nll[-length:].double().sum()), "is_greedy": bool(is_top1[-length:].all())}
+            {"value": -float(nll[-length:].cpu().double().sum()), "is_greedy": bool(is_top1[-length:].all())}
             for nll, is_top1, length in zip(scores.nll, scores.is_top1, lengths, strict=True)
         ]
 

@@ -225,7 +225,7 @@ def _token_scores(compressor: Compressor, hidden: torch.Tensor, tokens: torch.Te
         logits = compressor.backbone.logits(part).float()
         correct.append(logits.argmax(-1) == targets)
         nll.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    sums = (torch.cat(values).view(wanted.shape).double().sum(1).cpu().numpy() for values in (nll, correct))
+    sums = (torch.cat(values).view(wanted.shape).cpu().double().sum(1).numpy() for values in (nll, correct))
     return next(sums), next(sums)
 
 
