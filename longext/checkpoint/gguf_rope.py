@@ -120,6 +120,8 @@ def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
         found |= {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
     if kind == "yarn":
         found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        betas = {key: _number(file, f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+        found |= {key: value for key, value in betas.items() if value is not None}
         if temperature is not None:  # llama.cpp multiplies YaRN's own by it
             own = compute_inv_freq(read_parameters(found, rotary_dim, length))[1]
             found["attention_factor"] = own * temperature

@@ -47,19 +47,24 @@ def load_config(directory: Path, trust_remote_code: bool | None = None) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=bool(trust_remote_code))
 
 
+def is_known_type(config: dict[str, Any]) -> bool:
+    """Return True if transformers has a class of its own for the model type of a parsed config.json."""
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
+
+
 def build_model_config(config: dict[str, Any]) -> Any:
     """Return the transformers config object of a parsed config.json.
 
     Raises:
         CheckpointError: transformers has no such class, or it refuses a value.
     """
-    from transformers import CONFIG_MAPPING
-
     from longext.checkpoint import _built
 
     _check_type(config, "config.json")
     model_type = config["model_type"]
-    if model_type not in CONFIG_MAPPING and "auto_map" in config:
+    if "auto_map" in config and not is_known_type(config):
         raise CheckpointError(
             f"A model of type '{model_type}' is not part of transformers, and needs code of its own (config.json: "
             "auto_map), which can neither be trained nor given another RoPE here. Give a model of a class of "

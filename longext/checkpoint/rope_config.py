@@ -341,6 +341,7 @@ def write_rope(
     if rope.layer_theta:
         text["layer_rope_theta"] = [_layer_theta(spec, theta) for theta in rope.layer_theta]
     text[rope.length_key] = length
+    _raise_other_lengths(config, text, rope, length)
     original = spec.original_max_position_embeddings
     if parameters["rope_type"] in _TOP_LEVEL_LENGTH_TYPES or "original_max_position_embeddings" in text:
         # transformers 4 (longrope) and llama.cpp's converter (llama3) look here, not inside the dict
@@ -351,6 +352,23 @@ def write_rope(
         # several rope types read `head_dim` from the config without a fallback (Mixtral has null there)
         text[family.head_dim_key] = rope.head_dim
     return config
+
+
+def _raise_other_lengths(config: dict[str, Any], text: dict[str, Any], rope: ModelRope, length: int) -> None:
+    """Raise other keys that state a length, in the text config and beside it: vLLM serves the least of them."""
+    for level in (config, text):
+        for key in OTHER_LENGTHS:
+            value = level.get(key)
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or key == rope.length_key
+                and level is text
+            ):
+                continue
+            is_wish = key == "max_length" and value < rope.max_position_embeddings  # for short answers, no limit
+            if value < length and not is_wish:
+                level[key] = length
 
 
 def _write_old_spelling(
@@ -377,6 +395,12 @@ def one_spelling(config: dict[str, Any], rope: ModelRope, layout: str) -> dict[s
         text.pop(key, None)
     return config
 
+
+# What besides `length_key` may state how many tokens a model reads, or generates up to (`max_length`).
+OTHER_LENGTHS = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
+    *("seq_len", "seq_length", "model_max_length", "tokenizer_model_max_length", "max_length"),
+)
 
 # What to delete from config.json to leave one spelling of the RoPE.
 OLD_KEYS = (

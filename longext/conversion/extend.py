@@ -117,6 +117,8 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
     spec, origin, relation = plan_rope(config, source, rope)
     parameters = exportable_parameters(rope, spec)
     new_length = round(spec.original_max_position_embeddings * spec.factor)
+    if spec == rope.spec and config.target_length is None and config.original_length is None:
+        new_length = rope.max_position_embeddings  # nothing changes; Llama 3.1 reads more than L times its factor
     plan = ExtensionPlan(
         config=config,
         source=source,
@@ -130,9 +132,26 @@ def plan_extension(config: ExtendConfig) -> ExtensionPlan:
         shards=tuple(read_shards(source)),
         side_files=side_files(source),
         layers=f"{rope.describe_layers()} (as config.json says)",
-        warnings=engine_notes(parameters),
+        warnings=(*engine_notes(parameters), *_length_note(config, source, rope, spec, new_length)),
     )
     return checked(plan) if config.check and has("torch", "transformers") else plan
+
+
+def _length_note(
+    config: ExtendConfig, source: Path, rope: ModelRope, spec: RopeSpec, new_length: int
+) -> tuple[str, ...]:
+    """One line if trained weights already read `new_length` tokens by their config, and nobody said otherwise."""
+    old, trained = rope.max_position_embeddings, spec.original_max_position_embeddings
+    is_same = spec == rope.spec and new_length == old
+    if spec.factor == 1 or is_same or new_length > old or config.original_length is not None:
+        return ()
+    if not trained_rope(source, rope)[1]:
+        return ()
+    what = "gains no length" if new_length == old else f"shortens the model to {new_length:,}"
+    return (
+        f"This {what}: config.json says {old:,} tokens already, and factors count from the {trained:,} of pre-training "
+        f"(factor {old / trained:g} is {old:,}). Give --target-length above {old:,}, or state --original-length.",
+    )
 
 
 def checked(plan: ExtensionPlan) -> ExtensionPlan:
@@ -183,7 +202,7 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
             f"{origin.original_max_position_embeddings} tokens): `{config.method}` would undo what it learned. "
             f"Use `{origin.method}` with a larger factor, or start from the bare base theta: longext extend --replace."
         ).about("rope")
-    spec = new_spec(config, origin if composes else bare_spec(origin))
+    spec = new_spec(config, _growing(origin) if composes else bare_spec(origin))
     if composes and spec.factor < origin.factor:
         raise ConfigError(
             f"{config.model} already has {origin.method} factor {origin.factor:g}; factors are absolute, against the "
@@ -194,6 +213,14 @@ def plan_rope(config: ExtendConfig, source: Path, rope: ModelRope) -> tuple[Rope
     else:
         relation = "extends" if is_plain and was_trained else "replaces"
     return spec, origin, relation
+
+
+def _growing(spec: RopeSpec) -> RopeSpec:
+    """`spec` without an attention factor that is its method's own: that follows from the factor, so it grows too."""
+    plain = replace(spec, attention_factor=None)
+    own = ROPE_METHODS[spec.method].attention_factor(plain)
+    is_own = spec.attention_factor is not None and math.isclose(spec.attention_factor, own, rel_tol=1e-6)
+    return plain if is_own else spec
 
 
 def trained_rope(source: Path, rope: ModelRope) -> tuple[RopeSpec, bool]:

@@ -16,12 +16,13 @@ from longext.checkpoint.weights import INDEX_NAME
 from longext.errors import LongextError
 from longext.manifest import write_text
 
-# Small files that travel with a checkpoint; config.json is rewritten, the weights are linked.
+# Small files that travel with a checkpoint; config.json is rewritten, the weights are linked. params.json, which says
+# the RoPE in Mistral's own format, stays behind: it would be the old one.
 _SIDE_PATTERNS = (
     *("*.json", "*.jsonl", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
-_NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", INDEX_NAME}
+_NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", "params.json", INDEX_NAME}
 _LEGACY_INDEX = ".bin.index.json"
 # What an adapter's directory may hold of a tokenizer; its other files describe the training.
 TOKENIZER_FILES = (

@@ -24,7 +24,7 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}")
 # besides the weights: what transformers or a reader takes from a checkpoint
 _PARTS = (
     *TOKENIZER_FILES,
-    *("config.json", INDEX_NAME, "preprocessor_config.json", "processor_config.json"),
+    *("config.json", INDEX_NAME, "*preprocessor_config.json", "processor_config.json", "tekken.json"),
     *(CARD_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes", MANIFEST_NAME, RECIPE_NAME),
 )
 _TEXTS = (MANIFEST_NAME, RECIPE_NAME)  # hold paths of this machine

@@ -8,13 +8,14 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longext.attention.bands import no_checkpoint
 from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.gguf import is_gguf, read_gguf
 from longext.checkpoint.gguf_rope import read_gguf_rope, rope_for
-from longext.checkpoint.rope_config import ModelRope, read_model_rope
-from longext.checkpoint.source import refuse_adapter, resolve_model
+from longext.checkpoint.rope_config import OTHER_LENGTHS, ModelRope, read_model_rope, write_rope
+from longext.checkpoint.source import read_config, refuse_adapter, resolve_model
 from longext.conversion.config import ServeConfig
 from longext.conversion.engines import LLAMA_CPP, REFUSED, RIGHT, Engine, kind_of, serving_engines
 from longext.conversion.extend import exportable_parameters, plan_rope, written_rope
@@ -82,7 +83,8 @@ def serving(config: ServeConfig) -> Serving:
         command = _for_llama_cpp(config, rope, spec, parameters, length)
     else:
         model = str(source) if config.model in BUNDLED_MODELS else config.model
-        command = _for_checkpoint(config, engine, model, parameters, length)
+        changes = config_changes(read_config(source), rope, spec, parameters, length) if config.method else {}
+        command = _for_checkpoint(config, engine, model, parameters, length, changes)
     return Serving(
         engine=f"{engine.name} {config.version}" if config.version else engine.title,
         command=command,
@@ -92,8 +94,33 @@ def serving(config: ServeConfig) -> Serving:
     )
 
 
-def _for_checkpoint(config: ServeConfig, engine: Engine, model: str, parameters: RopeParameters, length: int) -> str:
-    """Return the command of an engine that reads config.json."""
+def config_changes(
+    config: dict[str, Any], rope: ModelRope, spec: RopeSpec, parameters: RopeParameters, length: int
+) -> dict[str, Any]:
+    """Return what a parsed config.json has to change for a RoPE, in the new spelling; under its text config's key.
+
+    Engines put it in place of what is there: a rotated fraction and the RoPE of other layers are said again.
+    """
+    text = rope.text_of(write_rope(config, rope, spec, parameters, length))
+    before = rope.text_of(config)
+    keys = [rope.length_key, "rope_parameters", "original_max_position_embeddings", "layer_rope_theta"]
+    keys += [key for key in OTHER_LENGTHS if key not in keys]
+    always = ("rope_parameters", rope.length_key)
+    changes = {key: text[key] for key in keys if key in always or (key in before and text[key] != before[key])}
+    for name in reversed(rope.section.split(".") if rope.section else []):
+        changes = {name: changes}
+    return changes
+
+
+def _for_checkpoint(
+    config: ServeConfig,
+    engine: Engine,
+    model: str,
+    parameters: RopeParameters,
+    length: int,
+    changes: dict[str, Any],
+) -> str:
+    """Return the command of an engine that reads config.json; `changes` of it go into a flag."""
     reading = engine.reading(kind_of(parameters))
     if reading.verdict != RIGHT:
         verb = "refuses this RoPE: it" if reading.verdict == REFUSED else "makes something else of this RoPE: it"
@@ -106,10 +133,17 @@ def _for_checkpoint(config: ServeConfig, engine: Engine, model: str, parameters:
             f"{engine.title} has no flag for RoPE: longext extend {config.model} --method {config.method} writes a "
             "checkpoint that it serves."
         )
-    changes = {"max_position_embeddings": length, "rope_parameters": parameters}
-    if engine.name == "vLLM" and _older(config.version, _FLAG_BEFORE):
+    is_old = engine.name == "vLLM" and _older(config.version, _FLAG_BEFORE)
+    is_flat = isinstance(changes.get("rope_parameters"), dict) and "rope_type" in changes["rope_parameters"]
+    if not is_flat and (is_old or engine.name != "vLLM"):
+        raise ConfigError(
+            f"{engine.title if not is_old else f'vLLM {config.version}'} has no flag for a RoPE in a text config or "
+            f"for one of several layer types: longext extend {config.model} --method {config.method} writes a "
+            "checkpoint that it serves."
+        )
+    if is_old:
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        flags = f"--rope-theta {parameters['rope_theta']:g}"
+        flags = f"--rope-theta {_digits(parameters['rope_theta'])}"
         flags += "" if scaling["rope_type"] == "default" else f" --rope-scaling {shlex.quote(json.dumps(scaling))}"
         return f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {command} {flags}"
     flag = next(part for part in engine.override.split() if "override" in part)
@@ -137,6 +171,11 @@ def _for_llama_cpp(
     return f"python convert_hf_to_gguf.py {model} --outfile MODEL.gguf && {serve}"
 
 
+def _digits(value: float) -> str:
+    """Return a number with all of its digits, a whole one without a point."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
 def _method_flags(config: ServeConfig) -> list[str]:
     """Return the flags of `longext extend` that were given."""
     flags = [f"--method {config.method}"]
@@ -145,7 +184,7 @@ def _method_flags(config: ServeConfig) -> list[str]:
         if isinstance(value, bool):
             flags += [] if value == item.default else [f"--{flag}" if value else f"--no-{flag}"]
         elif value is not None:
-            flags.append(f"--{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
+            flags.append(f"--{flag} {shlex.quote(_digits(value) if isinstance(value, float) else str(value))}")
     return flags
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longext.checkpoint.checks import left_over
+from longext.checkpoint.load import is_known_type
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.checkpoint.weights import Shard, StoredTensor, read_shards, tensors_of
@@ -175,7 +176,9 @@ def _check_layouts(config: dict[str, Any], rope: ModelRope, extension: dict[str,
             return [Check("layouts", "info", why)]
         if extension:
             return [Check("layouts", "fail", missing)]
-        repair = "`longext extend MODEL --method none -o DIR` writes both"
+        is_plain = rope.spec.factor == 1 or rope.spec.method not in ("linear", "yarn", "llama3")
+        method = "none" if is_plain else f"{rope.spec.method} --factor {rope.spec.factor:g}"
+        repair = f"`longext extend MODEL --method {method} -o DIR` writes both"
         return [Check("layouts", "info", f"{missing}; transformers 5 wrote it so, {repair}")]
     old = {**(text.get("rope_scaling") or {"rope_type": "default"}), "rope_theta": text.get(theta_key)}
     for key in sorted(set(new) - {"partial_rotary_factor"} | set(old) - {"type"}):
@@ -187,13 +190,18 @@ def _check_layouts(config: dict[str, Any], rope: ModelRope, extension: dict[str,
 
 def _check_adapter_free(directory: Path) -> Check:
     leftovers = sorted(
-        file.name for pattern in ("adapter_*", "*.bin", "trainable_params*") for file in directory.glob(pattern)
+        file.name for pattern in ("adapter_*", "trainable_params*", "non_lora_*") for file in directory.glob(pattern)
     )
     if leftovers:
         return Check("adapter-free", "fail", f"{leftovers[0]} is in the directory: merge the adapter first")
-    if "auto_map" in read_config(directory):
+    config = read_config(directory)
+    if "auto_map" not in config:
+        return Check("adapter-free", "pass", "plain checkpoint, no adapter, no remote code")
+    if not has("torch", "transformers"):
+        return Check("adapter-free", "info", "no adapter; config.json has auto_map: it may need remote code")
+    if not is_known_type(config):
         return Check("adapter-free", "fail", "config.json has auto_map: the model needs remote code")
-    return Check("adapter-free", "pass", "plain checkpoint, no adapter, no remote code")
+    return Check("adapter-free", "pass", "no adapter; transformers has this class, so auto_map's code is not needed")
 
 
 def _reload(

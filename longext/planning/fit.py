@@ -195,7 +195,7 @@ def _model_notes(shape: ModelShape) -> Iterator[str]:
             "the plan is for the latter"
         )
     if shape.has_sliding_layers:
-        yield "sliding-window layers are counted as full attention, an upper bound of time"
+        yield "sliding-window layers are counted as full attention, an upper bound of time and of the KV cache"
     if shape.caps_scores:
         yield "this family caps attention scores: a kernel without that cap holds them in memory, which is not planned"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -16,7 +17,7 @@ from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
-from longext.conversion.verify import verify_checkpoint
+from longext.conversion.verify import _check_adapter_free, verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.spec import compute_inv_freq
 
@@ -263,6 +264,53 @@ def test_composition_keeps_the_trained_parameters(base, tmp_path):
     assert plan.spec.beta_fast == 16.0
     expected, _ = compute_inv_freq(plan.spec)
     assert len(expected) == 32
+
+
+def test_an_attention_factor_that_is_yarns_own_grows_with_the_factor(base, tmp_path):
+    old = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    trained_with(base, {**old, "attention_factor": 0.1 * math.log(4) + 1}, 2048)
+    grown = extend(base, tmp_path / "grown", "yarn", factor=16.0, check=False).spec
+    assert compute_inv_freq(grown)[1] == pytest.approx(0.1 * math.log(16) + 1)
+    trained_with(base, {**old, "attention_factor": 1.05}, 2048)  # a choice of its makers, which stays
+    assert extend(base, tmp_path / "kept", "yarn", factor=16.0, check=False).parameters["attention_factor"] == 1.05
+
+
+def test_a_config_that_claims_more_than_its_factor_keeps_its_length_or_says_so(base, tmp_path):
+    ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    trained_with(base, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **ends}, 8192)  # as Llama 3.1
+    same = extend(base, tmp_path / "same", "llama3", factor=8.0, check=False)
+    assert (same.new_length, same.warnings) == (8192, ())
+    assert config_of(tmp_path / "same")["max_position_embeddings"] == 8192
+    equal = extend(base, tmp_path / "equal", "llama3", factor=16.0, check=False)
+    assert equal.new_length == 8192 and "gains no length" in equal.warnings[0]
+    for method, keys in (("llama3", {"target_length": 4096}), ("yarn", {"factor": 4.0, "replace": True})):
+        assert "shortens the model to" in extend(base, tmp_path / method, method, check=False, **keys).warnings[0]
+    assert not extend(base, tmp_path / "longer", "llama3", target_length=16384, check=False).warnings
+
+
+def test_a_pre_training_length_beside_a_linear_factor_counts(base, tmp_path):
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    trained_with(base, linear, 512)
+    assert extend(base, tmp_path / "out", "linear", factor=8.0, check=False).new_length == 4096
+
+
+def test_other_keys_that_state_a_length_are_raised_with_it(base, tmp_path):
+    lengths = {"max_sequence_length": 512, "seq_length": 256, "model_max_length": 10**9, "max_length": 20}
+    edit_config(base, lambda c: c.update(lengths))
+    (base / "params.json").write_text('{"max_seq_len": 512}')
+    extend(base, tmp_path / "out", check=False)
+    after = config_of(tmp_path / "out")
+    expected = {"max_sequence_length": 4096, "seq_length": 4096, "model_max_length": 10**9, "max_length": 20}
+    assert {key: after[key] for key in lengths} == expected
+    assert not (tmp_path / "out/params.json").exists()
+
+
+def test_auto_map_of_a_class_that_transformers_has_and_pickled_weights_are_no_adapter(base):
+    edit_config(base, lambda c: c.update(auto_map={"AutoConfig": "configuration_llama.LlamaConfig"}))
+    (base / "pytorch_model.bin").write_bytes(b"x")
+    assert _check_adapter_free(base).status == "pass"
+    edit_config(base, lambda c: c.update(model_type="of-its-own"))
+    assert _check_adapter_free(base).status == "fail"
 
 
 def test_a_trained_extension_refuses_another_method_and_says_the_way_out(base, tmp_path):

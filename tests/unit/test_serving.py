@@ -6,6 +6,7 @@ import json
 import shlex
 
 import pytest
+from families import CONFIGS
 
 import longext
 from longext.conversion.config import ServeConfig
@@ -60,6 +61,28 @@ def test_vllm_before_its_change_of_flags():
     assert "--rope-scaling" not in command(version="0.11.1", method="yarn", factor=8.0).command
     assert "--rope-scaling" not in command(version="0.10.2", method="ntk", factor=8.0).command
     assert "0.33.0 is the version that was looked at" in command(version="0.10.2").notes[-1]
+
+
+def test_flags_say_again_what_they_would_replace(tmp_path):
+    """A rotated fraction, the RoPE of other layers, a text config's own key: engines put the flag in their place."""
+
+    def saved(name):
+        CONFIGS[name]().save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    flag, keys = "--hf-overrides", {"method": "yarn", "factor": 4.0}
+    assert (
+        override(command(saved("gpt_neox"), **keys).command, flag)["rope_parameters"]["partial_rotary_factor"] == 0.25
+    )
+    given = override(command(saved("gemma3"), **keys).command, flag)["text_config"]
+    assert given["max_position_embeddings"] == 256
+    assert given["rope_parameters"]["sliding_attention"]["rope_theta"] == 20_000
+    assert given["rope_parameters"]["full_attention"]["rope_type"] == "yarn"
+    for settings in ({"engine": "sglang"}, {"version": "0.10.2"}):
+        with pytest.raises(ConfigError, match="no flag for a RoPE in a text config"):
+            command(str(tmp_path / "gemma3"), **keys, **settings)
+    flags = command(engine="llama.cpp", method="yarn", factor=2.44140625).command
+    assert "--factor 2.44140625 " in flags
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ from longext.rope.spec import ROPE_METHODS, RopeMethod, RopeParameters
 
 
 def _read(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
-    # neither type records the pre-training length; configs that follow the convention hold L * factor
+    # configs seldom record the pre-training length of this type; those that follow the convention hold L * factor
     factor = float(parameters["factor"])
-    length = max(1, round(max_length / factor))
+    length = int(parameters.get("original_max_position_embeddings") or max(1, round(max_length / factor)))
     return {"method": "linear", "factor": factor, "original_max_position_embeddings": length}
 
 
 def _read_proportional(parameters: RopeParameters, max_length: int) -> dict[str, Any]:
     """Gemma 4: `partial_rotary_factor` of a head's pairs have the frequencies of the whole head, the others none."""
     factor = parameters.get("factor") or 1.0
-    return {**_read({"factor": factor}, max_length), "method": "none" if factor == 1 else "linear"}
+    return {**_read({**parameters, "factor": factor}, max_length), "method": "none" if factor == 1 else "linear"}
 
 
 ROPE_METHODS.register(
