@@ -113,11 +113,12 @@ def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
         )
     # the second name is that of files of 2023
     factor = _number(file, "rope.scaling.factor") or _number(file, "rope.scale_linear") or 1.0
-    original = _whole(file, "rope.scaling.original_context_length") or length
+    recorded = _whole(file, "rope.scaling.original_context_length")
+    original = recorded or length
     temperature = _number(file, "rope.scaling.attn_factor")
     found: RopeParameters = {"rope_type": "default", "rope_theta": _number(file, "rope.freq_base") or 10000.0}
     if kind in ("linear", "longrope") and factor != 1:  # llama.cpp divides positions by it but for "none"
-        found |= {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
+        found |= {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": recorded}
     if kind == "yarn":
         found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         betas = {key: _number(file, f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}

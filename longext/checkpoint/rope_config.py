@@ -358,13 +358,8 @@ def _raise_other_lengths(config: dict[str, Any], text: dict[str, Any], rope: Mod
     """Raise other keys that state a length, in the text config and beside it: vLLM serves the least of them."""
     for level in (config, text):
         for key in OTHER_LENGTHS:
-            value = level.get(key)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or key == rope.length_key
-                and level is text
-            ):
+            value, is_done = level.get(key), level is text and key == rope.length_key
+            if is_done or not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             is_wish = key == "max_length" and value < rope.max_position_embeddings  # for short answers, no limit
             if value < length and not is_wish:

@@ -11,7 +11,7 @@ import torch
 from rope_examples import CASES, case_id, example
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
-from longext.checkpoint.gguf import BLOCKS, STRING, UINT32, read_gguf, write_changed
+from longext.checkpoint.gguf import BLOCKS, FLOAT32, STRING, UINT32, read_gguf, write_changed
 from longext.checkpoint.gguf_rope import READ_FREQS, GgufRope, read_gguf_rope, rope_for
 from longext.conversion.config import ExportConfig
 from longext.conversion.gguf.extend import RECORD_KEY, extension_record, path_from, read_record, record_value
@@ -167,6 +167,19 @@ def test_what_is_written_reads_as_the_formula(written, tmp_path, case):
     assert np.allclose(inv_freq, wanted, rtol=1e-6, atol=0)
     assert temperature == pytest.approx(own, rel=1e-6)
     assert rope.max_position_embeddings == 256
+
+
+def test_keys_that_longext_does_not_write_are_read(written, tmp_path):
+    def read(name, **keys):
+        own = {"type": (STRING, name), "factor": (FLOAT32, 4.0), **keys}
+        found = GgufRope({f"llama.rope.scaling.{key}": value for key, value in own.items()})
+        return read_gguf_rope(changed(written, tmp_path / "x.gguf", found)).spec
+
+    yarn = read("yarn", yarn_beta_fast=(FLOAT32, 16.0), yarn_beta_slow=(FLOAT32, 2.0))
+    assert (yarn.beta_fast, yarn.beta_slow) == (16.0, 2.0)
+    assert read("linear").original_max_position_embeddings == 2048 // 4  # by convention
+    recorded = read("linear", original_context_length=(UINT32, 2048))
+    assert (recorded.original_max_position_embeddings, recorded.factor) == (2048, 4.0)
 
 
 def test_graphs_without_rope_freqs_take_what_keys_can_say():
