@@ -30,7 +30,7 @@ from longext.conversion.adapter_base import describe_adapter, find_base, plan_ro
 from longext.conversion.card import adapter_card
 from longext.conversion.config import ConvertConfig, ExtendConfig
 from longext.conversion.extend import ExtensionPlan, extended_config, plan_extension, provenance
-from longext.conversion.files import belongs_to, place_file, tokenizer_files, write_json
+from longext.conversion.files import belongs_to, place_side_file, tokenizer_files, write_json
 from longext.errors import CheckpointError, ConfigError
 from longext.options import RopeConfig
 from longext.staging import check_output, staged_directory
@@ -84,7 +84,7 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
         read_adapter(staging, base, stored)
         write_base(staging, base, extended_config(plan))
         for file in [] if notes else (file for file in tokenizer_files(source) if belongs_to(file, source)):
-            place_file(file, staging / file.name, force_copy=True)
+            place_side_file(file, staging)
         (staging / "README.md").write_text(adapter_card(record), encoding="utf-8")
     num_lora = sum(map(is_lora_key, tensors))
     return Conversion(record=record, num_lora=num_lora, num_whole=len(tensors) - num_lora, notes=tuple(notes))

@@ -23,6 +23,7 @@ from longext.conversion.engines import engine_notes
 from longext.conversion.files import (
     mark_files,
     place_file,
+    place_side_file,
     raise_lengths,
     side_files,
     write_json,
@@ -406,7 +407,7 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
         for shard in plan.shards:
             place_file(shard.path, staging / shard.path.name, force_copy)
         for file in plan.side_files:
-            place_file(file, staging / file.name, force_copy or file.stat().st_size < _LINKED_FROM)
+            place_side_file(file, staging, force_copy or file.stat().st_size < _LINKED_FROM)
         if (plan.source / INDEX_NAME).is_file():
             shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
         write_json(staging / "config.json", extended_config(plan))

@@ -18,8 +18,9 @@ from longext.manifest import write_text
 
 # Small files that travel with a checkpoint; config.json is rewritten, the weights are linked. params.json, which says
 # the RoPE in Mistral's own format, stays behind: it would be the old one.
+TEMPLATES = "additional_chat_templates"  # a folder of transformers: one file for each named chat template
 _SIDE_PATTERNS = (
-    *("*.json", "*.jsonl", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"),
+    *(f"{TEMPLATES}/*.jinja", "*.json", "*.jsonl", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 _NOT_COPIED = {"config.json", "run.json", "trainer_state.json", "adapter_config.json", "params.json", INDEX_NAME}
@@ -27,7 +28,7 @@ _LEGACY_INDEX = ".bin.index.json"
 # What an adapter's directory may hold of a tokenizer; its other files describe the training.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("chat_template*", "generation_config.json"),
+    *("chat_template*", f"{TEMPLATES}/*.jinja", "generation_config.json"),
 )
 _FICLONE = 0x40049409  # Linux ioctl: share the blocks of one file with another (btrfs, xfs)
 _NUM_SAMPLES, _SAMPLE = 64, 4096
@@ -101,6 +102,18 @@ def _clone(source: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         return False
     return True
+
+
+def side_name(file: Path) -> str:
+    """Return the name of a side file within its checkpoint."""
+    return f"{TEMPLATES}/{file.name}" if file.parent.name == TEMPLATES else file.name
+
+
+def place_side_file(file: Path, directory: Path, force_copy: bool = True) -> None:
+    """Place a side file under its name within a checkpoint, as `place_file` does."""
+    target = directory / side_name(file)
+    target.parent.mkdir(exist_ok=True)
+    place_file(file, target, force_copy)
 
 
 def raise_lengths(directory: Path, length: int) -> None:

@@ -42,8 +42,9 @@ from longext.conversion.files import (
     belongs_to,
     left_out,
     left_out_note,
-    place_file,
+    place_side_file,
     raise_lengths,
+    side_name,
     tokenizer_files,
     write_json,
 )
@@ -304,8 +305,8 @@ def _write_side_files(merge: Merge, staging: Path) -> None:
     """Write config.json and copy the small files: the adapter's tokenizer wins over the base's."""
     directory = merge.adapter.path.parent
     replacing = [file for file in tokenizer_files(directory) if belongs_to(file, directory)]
-    for name, file in {file.name: file for file in (*merge.extension.side_files, *replacing)}.items():
-        place_file(file, staging / name, force_copy=True)
+    for file in {side_name(file): file for file in (*merge.extension.side_files, *replacing)}.values():
+        place_side_file(file, staging)
     write_json(staging / "config.json", merged_config(merge))
     raise_lengths(staging, merge.extension.new_length)
 

@@ -14,7 +14,7 @@ from typing import Any
 from longext.checkpoint.source import read_config, refuse_adapter
 from longext.checkpoint.weights import INDEX_NAME, read_shards
 from longext.conversion.card import LINKS, base_name, paths_of, without_folders
-from longext.conversion.files import TOKENIZER_FILES, belongs_to
+from longext.conversion.files import TEMPLATES, TOKENIZER_FILES, belongs_to, side_name
 from longext.errors import CheckpointError, ConfigError
 from longext.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
 from longext.untrusted import read_text
@@ -67,8 +67,9 @@ def pack(directory: Path, repo: str, leave_out: bool = False) -> Parcel:
     config = read_config(directory)
     shards = {shard.path.name for shard in read_shards(directory)}
     has_code = "auto_map" in config
-    found = sorted(directory.iterdir())
-    files = {file.name: file for file in found if _is_part(file, directory, shards, has_code)}
+    found = sorted(file for file in directory.iterdir() if file.name != TEMPLATES)
+    every = (*found, *sorted(directory.glob(f"{TEMPLATES}/*")))
+    files = {side_name(file): file for file in every if _is_part(file, directory, shards, has_code)}
     others = tuple(f"{file.name}/" if file.is_dir() else file.name for file in found if file.name not in files)
     if others and not leave_out:
         raise ConfigError(
@@ -93,7 +94,7 @@ def _is_part(file: Path, directory: Path, shards: set[str], has_code: bool) -> b
     if not file.is_file() or not belongs_to(file, directory):
         return False
     is_code = has_code and file.suffix == ".py"
-    return file.name in shards or is_code or any(fnmatch(file.name, pattern) for pattern in _PARTS)
+    return file.name in shards or is_code or any(fnmatch(side_name(file), pattern) for pattern in _PARTS)
 
 
 def _text(file: Path) -> str:

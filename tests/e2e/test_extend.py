@@ -17,6 +17,7 @@ from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
+from longext.conversion.publish import pack
 from longext.conversion.verify import _check_adapter_free, verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.spec import compute_inv_freq
@@ -294,15 +295,20 @@ def test_a_pre_training_length_beside_a_linear_factor_counts(base, tmp_path):
     assert extend(base, tmp_path / "out", "linear", factor=8.0, check=False).new_length == 4096
 
 
-def test_other_keys_that_state_a_length_are_raised_with_it(base, tmp_path):
+def test_limits_and_templates_in_other_places_travel(base, tmp_path):
     lengths = {"max_sequence_length": 512, "seq_length": 256, "model_max_length": 10**9, "max_length": 20}
     edit_config(base, lambda c: c.update(lengths))
     (base / "params.json").write_text('{"max_seq_len": 512}')
+    named = "additional_chat_templates/rag.jinja"
+    (base / named).parent.mkdir()
+    (base / named).write_text("{{ messages }}")
     extend(base, tmp_path / "out", check=False)
     after = config_of(tmp_path / "out")
     expected = {"max_sequence_length": 4096, "seq_length": 4096, "model_max_length": 10**9, "max_length": 20}
     assert {key: after[key] for key in lengths} == expected
     assert not (tmp_path / "out/params.json").exists()
+    assert (tmp_path / "out" / named).read_text() == "{{ messages }}"
+    assert {named, "config.json"} <= set(pack(tmp_path / "out", "me/it").files)
 
 
 def test_auto_map_of_a_class_that_transformers_has_and_pickled_weights_are_no_adapter(base):

@@ -30,7 +30,7 @@ def run(config: ExtendConfig, as_json: bool) -> None:
     from longext.conversion.computed import layers_in_words
     from longext.conversion.extend import exportable_parameters, plan_rope
 
-    if config.method == "none" and (config.factor or config.target_length):
+    if config.method == "none" and (config.factor, config.target_length) != (None, None):
         raise ConfigError("--factor and --target-length need a --method, for example --method yarn.").about("method")
     if is_gguf(config.model):
         _inspect_gguf(config, as_json)
