@@ -14,7 +14,7 @@ from longext.checkpoint.bundled import is_bundled
 from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
-from longext.checkpoint.source import read_config, read_json, refuse_adapter, resolve_model
+from longext.checkpoint.source import read_config, refuse_adapter, resolve_model
 from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
@@ -42,7 +42,7 @@ from longext.rope.spec import (
     rope_parameters,
 )
 from longext.staging import check_output, staged_directory
-from longext.untrusted import fields, is_a
+from longext.untrusted import fields, is_a, read_json
 
 _LINKED_FROM = 2**20  # larger side files (tokenizers of big vocabularies) are linked as the weights are
 
@@ -322,9 +322,9 @@ def read_factors(path: Path) -> dict[str, Any]:
         ConfigError: missing file, broken JSON, no `long_factor`, or values that are not positive numbers.
     """
     try:
-        values = read_json(path, "a factor file")
-    except CheckpointError as error:
-        raise ConfigError(f"--factors {path}: {error}") from error
+        values = read_json(path, ConfigError, advice="Write it again.", want=dict)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--factors {path}: there is no such file.") from error
     known = {"long_factor", "short_factor", "factor", "attention_factor"}
     if "long_factor" not in values or set(values) - known:
         raise ConfigError(

@@ -311,6 +311,13 @@ def test_limits_and_templates_in_other_places_travel(base, tmp_path):
     assert {named, "config.json"} <= set(pack(tmp_path / "out", "me/it").files)
 
 
+def test_a_factor_file_that_does_not_fit_is_told_by_its_own_key(base, tmp_path):
+    for text, told in (('{"long_factor": [1, 2]}', "`long_factor` must have 32"), ('{"x"', "Write it again")):
+        (tmp_path / "f.json").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            extend(base, tmp_path / "out", "longrope", factors=str(tmp_path / "f.json"))
+
+
 def test_auto_map_of_a_class_that_transformers_has_and_pickled_weights_are_no_adapter(base):
     edit_config(base, lambda c: c.update(auto_map={"AutoConfig": "configuration_llama.LlamaConfig"}))
     (base / "pytorch_model.bin").write_bytes(b"x")

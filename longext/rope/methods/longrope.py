@@ -29,7 +29,8 @@ def _factors(spec: RopeSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _check(spec: RopeSpec) -> None:
     if spec.long_factor is None:
         raise ConfigError("`longrope` needs per-dimension factors: give --factors FILE (JSON with long_factor).")
-    for name, values in zip(("short_factor", "long_factor"), _factors(spec), strict=True):
+    short, long = _factors(spec)
+    for name, values in (("long_factor", long), ("short_factor", short)):  # short ones are as many, if none are given
         if len(values) != spec.rotary_dim // 2:
             raise ConfigError(
                 f"`{name}` must have {spec.rotary_dim // 2} numbers (rotary dimensions / 2), got {len(values)}."
