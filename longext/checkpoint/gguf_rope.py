@@ -118,7 +118,8 @@ def _parameters(file: GgufFile, rotary_dim: int, length: int) -> RopeParameters:
     temperature = _number(file, "rope.scaling.attn_factor")
     found: RopeParameters = {"rope_type": "default", "rope_theta": _number(file, "rope.freq_base") or 10000.0}
     if kind in ("linear", "longrope") and factor != 1:  # llama.cpp divides positions by it but for "none"
-        found |= {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": recorded}
+        found |= {"rope_type": "linear", "factor": factor}
+        found |= {"original_max_position_embeddings": recorded} if recorded else {}
     if kind == "yarn":
         found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         betas = {key: _number(file, f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}

@@ -16,9 +16,9 @@ from longext.checkpoint.weights import INDEX_NAME
 from longext.errors import LongextError
 from longext.manifest import write_text
 
+TEMPLATES = "additional_chat_templates"  # a folder of transformers: one file for each named chat template
 # Small files that travel with a checkpoint; config.json is rewritten, the weights are linked. params.json, which says
 # the RoPE in Mistral's own format, stays behind: it would be the old one.
-TEMPLATES = "additional_chat_templates"  # a folder of transformers: one file for each named chat template
 _SIDE_PATTERNS = (
     *(f"{TEMPLATES}/*.jinja", "*.json", "*.jsonl", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),

@@ -176,10 +176,11 @@ def _check_layouts(config: dict[str, Any], rope: ModelRope, extension: dict[str,
             return [Check("layouts", "info", why)]
         if extension:
             return [Check("layouts", "fail", missing)]
-        is_plain = rope.spec.factor == 1 or rope.spec.method not in ("linear", "yarn", "llama3")
-        method = "none" if is_plain else f"{rope.spec.method} --factor {rope.spec.factor:g}"
-        repair = f"`longext extend MODEL --method {method} -o DIR` writes both"
-        return [Check("layouts", "info", f"{missing}; transformers 5 wrote it so, {repair}")]
+        method, told = rope.spec.method, f"{missing}; transformers 5 wrote it so"
+        if method in ("none", "linear", "yarn", "llama3"):  # of others the same again takes more than a factor
+            flags = method if method == "none" else f"{method} --factor {rope.spec.factor:.17g}"
+            told += f", `longext extend MODEL --method {flags} -o DIR` writes both"
+        return [Check("layouts", "info", told)]
     old = {**(text.get("rope_scaling") or {"rope_type": "default"}), "rope_theta": text.get(theta_key)}
     for key in sorted(set(new) - {"partial_rotary_factor"} | set(old) - {"type"}):
         if old.get(key, old.get("type") if key == "rope_type" else None) != new.get(key):

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
+from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
 from longext.conversion.publish import pack
-from longext.conversion.verify import _check_adapter_free, verify_checkpoint
+from longext.conversion.verify import _check_adapter_free, _check_layouts, verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.spec import compute_inv_freq
 
@@ -279,6 +280,8 @@ def test_an_attention_factor_that_is_yarns_own_grows_with_the_factor(base, tmp_p
 def test_a_config_that_claims_more_than_its_factor_keeps_its_length_or_says_so(base, tmp_path):
     ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
     trained_with(base, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **ends}, 8192)  # as Llama 3.1
+    [hint] = _check_layouts(config_of(base), read_model_rope(base), None)
+    assert "--method llama3 --factor 8 -o" in hint.detail
     same = extend(base, tmp_path / "same", "llama3", factor=8.0, check=False)
     assert (same.new_length, same.warnings) == (8192, ())
     assert config_of(tmp_path / "same")["max_position_embeddings"] == 8192
