@@ -56,6 +56,12 @@ class LazyMask:
     arguments: dict[str, Any]
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that the mask keeps attention to, a sliding window's or a chunk's; None for all."""
+        size: int | None = self.arguments.get("local_size")
+        return size
+
     def dense(self) -> torch.Tensor | None:
         """Return the mask that `sdpa` would have got: bool [B, 1, Q, K] or None."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -106,6 +112,8 @@ def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> Non
     layers: list[int | None] = []
 
     def note(module: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        if kwargs.get("s_aux") is not None:
+            raise _has_sinks(module)
         seen.append(PLAN in kwargs)
         layers.append(getattr(module, "layer_idx", None))
         return torch.zeros_like(query).transpose(1, 2), None
@@ -144,6 +152,13 @@ def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> Non
         )
 
 
+def _has_sinks(module: torch.nn.Module) -> ConfigError:
+    return ConfigError(
+        f"{type(module).__name__} has attention sinks (gpt-oss), which training attention does not know: use another "
+        "model."
+    )
+
+
 def _meet_elsewhere(logits: torch.Tensor) -> bool:
     """True if, without attention, the last output [2, 2, V] of two rows depends on the token before it."""
     first, last = (logits[0] - logits[1]).abs().amax(-1)
@@ -175,10 +190,16 @@ def attention_forward(
     if not isinstance(attention_mask, LazyMask):
         raise ConfigError(f"{variant.implementation} makes its own mask: pass a 2-D attention_mask or none.")
     if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{variant.implementation} does not know attention sinks (gpt-oss): use another model.")
+        raise _has_sinks(module)
     if key.shape[2] != query.shape[2]:
         raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
     plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
+    window = attention_mask.window
+    if sliding_window is None and window is not None and window < plan.layout.length:
+        raise ConfigError(
+            f"{type(module).__name__} keeps to {window:,} tokens by its mask alone (chunked attention of Llama 4, a "
+            f"window of Qwen2-MoE), which training attention does not read: train on rows of at most {window:,} tokens."
+        )
     layer = getattr(module, "layer_idx", 0)
     return train_attention(variant, plan, query, key, value, scale, dropout, softcap, sliding_window, layer), None
 

@@ -205,6 +205,11 @@ def _row_document(row: Row, config: DataConfig) -> Document:
     value = row.value
     if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
         keys = ", ".join(sorted(value))[:200] if isinstance(value, dict) else type_name(value)
+        if isinstance(value, dict) and config.text_field in value:
+            raise DataError(
+                f"{row.where}: no text under '{config.text_field}', which holds {type_name(value[config.text_field])}. "
+                "Leave the row out, or name another column with --text-field."
+            )
         raise DataError(
             f"{row.where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
         )

@@ -254,13 +254,14 @@ def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator
     """Put `model` into eval mode under transformers' own full attention; undone on leaving.
 
     A model that trains under a remapping of positions is used under it too, and stays there.
-    Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
+    Families that have no SDPA, as those that cap attention scores (Gemma 2), get eager.
     """
     trained_with = model.config.get_text_config()._attn_implementation
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    has_sdpa = not capped and getattr(model, "_supports_sdpa", True)
     was_training = model.training
     if trained_with != IMPLEMENTATION:
-        model.set_attn_implementation("eager" if capped else "sdpa")
+        model.set_attn_implementation("sdpa" if has_sdpa else "eager")
     model.eval()
     # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())

@@ -22,9 +22,9 @@ from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_tokenizer
-from longext.checkpoint.source import HUB_ID
+from longext.checkpoint.source import HUB_ID, text_of
 from longext.checkpoint.tying import untied
-from longext.checkpoint.weights import read_shards
+from longext.checkpoint.weights import main_dtype, read_shards
 from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, short_context, short_step
 from longext.data.packing import Windows
@@ -474,9 +474,11 @@ class FinetuneRun(Run):
 
     def _saved_dtype(self) -> torch.dtype:
         """Return the dtype of a fully trained checkpoint: as asked, else the base's own."""
-        name, config = self.plan.config.save_dtype, self.plan.extension.config
+        name = self.plan.config.save_dtype
         if name == "auto":
-            name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            sections = (self.plan.extension.config, text_of(self.plan.extension.config))
+            said = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+            name = str(next(filter(None, said), None) or main_dtype(self.plan.source))
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
