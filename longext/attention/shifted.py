@@ -97,25 +97,30 @@ def register_attention() -> None:
         AttentionMaskInterface.register(variant.implementation, lazy_mask)
 
 
-def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> None:
-    """Raise ConfigError if a layer of the model would not get the plan, and so not attend as it says.
+def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> int:
+    """Return how many attention calls have no sliding window, which variants leave as it is.
 
     A forward over two tokens, with an attention function that notes what reaches it and returns zeros, tells.
 
     Args:
         swept, shared: rows are cut, by a sweep or over processes: tokens may meet in attention alone. What a sweep
             keeps of a layer is found by its number, so that each attends once.
+
+    Raises:
+        ConfigError: a layer would not get the plan, and so not attend as it says; attention sinks.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     seen: list[bool] = []
     layers: list[int | None] = []
+    windows: list[int | None] = []
 
     def note(module: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         if kwargs.get("s_aux") is not None:
             raise _has_sinks(module)
         seen.append(PLAN in kwargs)
         layers.append(getattr(module, "layer_idx", None))
+        windows.append(kwargs.get("sliding_window"))
         return torch.zeros_like(query).transpose(1, 2), None
 
     AttentionInterface.register(_PROBE, note)
@@ -150,6 +155,7 @@ def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> Non
             f"{type(model).__name__} attends more than once in a layer or does not number its layers, which a sweep "
             "needs to tell them apart: leave --sweep out."
         )
+    return windows.count(None)
 
 
 def _has_sinks(module: torch.nn.Module) -> ConfigError:

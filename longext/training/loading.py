@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,13 +29,13 @@ from longext.conversion.extend import (
     plan_extension,
     provenance,
 )
-from longext.errors import ConfigError
+from longext.errors import ConfigError, LongextWarning
 from longext.manifest import read_manifest
 from longext.models.methods import RemapRequest, remap_request
 from longext.models.remap import IMPLEMENTATION
 from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
-from longext.processes.group import local_rank
+from longext.processes.group import is_main_process, local_rank
 from longext.rope.spec import ROPE_METHODS
 from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
@@ -172,7 +173,14 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     check_tokens(tokenizer, model, extension.source)
     model.config.use_cache = False
     if config.context_parallel == 1:
-        check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
+        whole = check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
+        if attention_of(config) != "full" and not whole and is_main_process():
+            warnings.warn(
+                f"Every layer of {config.model} has a sliding window, which training keeps: {attention_of(config)} "
+                "attention groups none of them, and the run is that of --attention full.",
+                LongextWarning,
+                stacklevel=2,
+            )
     return model, tokenizer
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, short_context, short_step
 from longext.data.packing import Windows
 from longext.data.rows import open_rows
-from longext.errors import ConfigError, TrainingError
+from longext.errors import ConfigError, LongextWarning, TrainingError
 from longext.models.batching import kv_numbers
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel
@@ -144,6 +145,9 @@ class FinetunePlan(RunPlan):
         from transformers import set_seed
 
         config = self.config
+        if config.method != "none" and is_main_process():
+            for told in self.extension.record.get("warnings", ()):
+                warnings.warn(told, LongextWarning, stacklevel=2)
         set_seed(config.seed)
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
