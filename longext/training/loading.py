@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from longext.conversion.extend import (
     plan_extension,
     provenance,
 )
-from longext.errors import ConfigError, LongextWarning
+from longext.errors import ConfigError
 from longext.manifest import read_manifest
 from longext.models.methods import RemapRequest, remap_request
 from longext.models.remap import IMPLEMENTATION
@@ -43,6 +42,7 @@ from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
 from longext.training.sweep import OFF
 from longext.training.tuning import norm_modules, quantisation
+from longext.untrusted import note
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,9 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     if config.context_parallel == 1:
         whole = check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
         if attention_of(config) != "full" and not whole and is_main_process():
-            warnings.warn(
+            note(
                 f"Every layer of {config.model} has a sliding window, which training keeps: {attention_of(config)} "
-                "attention groups none of them, and the run is that of --attention full.",
-                LongextWarning,
-                stacklevel=2,
+                "attention groups none of them, and the run is that of --attention full."
             )
     return model, tokenizer
 

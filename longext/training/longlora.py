@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, short_context, short_step
 from longext.data.packing import Windows
 from longext.data.rows import open_rows
-from longext.errors import ConfigError, LongextWarning, TrainingError
+from longext.errors import ConfigError, TrainingError
 from longext.models.batching import kv_numbers
 from longext.models.head import head_is_plain
 from longext.models.hf import HFLanguageModel
@@ -59,6 +58,7 @@ from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
+from longext.untrusted import note
 
 SHORT_SHARE = 0.3  # of the rows of mixed windows: arXiv 2502.20082 trains on 3 B short tokens of 10 B
 
@@ -147,7 +147,7 @@ class FinetunePlan(RunPlan):
         config = self.config
         if config.method != "none" and is_main_process():
             for told in self.extension.record.get("warnings", ()):
-                warnings.warn(told, LongextWarning, stacklevel=2)
+                note(told)
         set_seed(config.seed)
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)

@@ -203,6 +203,11 @@ def test_what_training_attention_refuses():
         model.train()(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize(("family", "whole"), [("llama", 2), ("mistral", 0), ("gemma3_text", 1)])
+def test_layers_that_see_everything_are_counted(family, whole):
+    assert check_model(tiny_model(family)) == whole
+
+
 def test_a_window_that_is_in_the_mask_alone_bounds_the_row():
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     chunked = Llama4TextConfig(
