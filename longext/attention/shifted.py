@@ -56,6 +56,12 @@ class LazyMask:
     arguments: dict[str, Any]
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that the mask keeps attention to, a sliding window's or a chunk's; None for all."""
+        size: int | None = self.arguments.get("local_size")
+        return size
+
     def dense(self) -> torch.Tensor | None:
         """Return the mask that `sdpa` would have got: bool [B, 1, Q, K] or None."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -91,23 +97,30 @@ def register_attention() -> None:
         AttentionMaskInterface.register(variant.implementation, lazy_mask)
 
 
-def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> None:
-    """Raise ConfigError if a layer of the model would not get the plan, and so not attend as it says.
+def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> int:
+    """Return how many attention calls have no sliding window, which variants leave as it is.
 
     A forward over two tokens, with an attention function that notes what reaches it and returns zeros, tells.
 
     Args:
         swept, shared: rows are cut, by a sweep or over processes: tokens may meet in attention alone. What a sweep
             keeps of a layer is found by its number, so that each attends once.
+
+    Raises:
+        ConfigError: a layer would not get the plan, and so not attend as it says; attention sinks.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     seen: list[bool] = []
     layers: list[int | None] = []
+    windows: list[int | None] = []
 
     def note(module: Any, query: torch.Tensor, *__: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        if kwargs.get("s_aux") is not None:
+            raise _has_sinks(module)
         seen.append(PLAN in kwargs)
         layers.append(getattr(module, "layer_idx", None))
+        windows.append(kwargs.get("sliding_window"))
         return torch.zeros_like(query).transpose(1, 2), None
 
     AttentionInterface.register(_PROBE, note)
@@ -142,6 +155,14 @@ def check_model(model: Any, *, swept: bool = False, shared: bool = False) -> Non
             f"{type(model).__name__} attends more than once in a layer or does not number its layers, which a sweep "
             "needs to tell them apart: leave --sweep out."
         )
+    return windows.count(None)
+
+
+def _has_sinks(module: torch.nn.Module) -> ConfigError:
+    return ConfigError(
+        f"{type(module).__name__} has attention sinks (gpt-oss), which training attention does not know: use another "
+        "model."
+    )
 
 
 def _meet_elsewhere(logits: torch.Tensor) -> bool:
@@ -175,10 +196,16 @@ def attention_forward(
     if not isinstance(attention_mask, LazyMask):
         raise ConfigError(f"{variant.implementation} makes its own mask: pass a 2-D attention_mask or none.")
     if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{variant.implementation} does not know attention sinks (gpt-oss): use another model.")
+        raise _has_sinks(module)
     if key.shape[2] != query.shape[2]:
         raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
     plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
+    window = attention_mask.window
+    if sliding_window is None and window is not None and window < plan.layout.length:
+        raise ConfigError(
+            f"{type(module).__name__} keeps to {window:,} tokens by its mask alone (chunked attention of Llama 4, a "
+            f"window of Qwen2-MoE), which training attention does not read: train on rows of at most {window:,} tokens."
+        )
     layer = getattr(module, "layer_idx", 0)
     return train_attention(variant, plan, query, key, value, scale, dropout, softcap, sliding_window, layer), None
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +226,15 @@ def _check_floats(directory: Path, shards: list[Shard]) -> None:
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def main_dtype(directory: Path) -> str:
+    """Return torch's name of the float type that most weights of a model are stored in ("float32" if there is none)."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors_of(read_shards(directory)).values():
+        counts[TORCH_NAMES.get(tensor.dtype, "")] += math.prod(tensor.shape)
+    counts.pop("", None)
+    return counts.most_common(1)[0][0] if counts else "float32"
 
 
 def fingerprint_weights(directory: Path) -> str:

@@ -80,8 +80,9 @@ def check_base_weights(adapter: Path, name: str, base: Path) -> None:
     trained_on = record_of(adapter)[0].get("base_weights")
     if trained_on is not None and not same_weights(base, trained_on):
         raise CheckpointError(
-            f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes. Give "
-            "the model it was trained on with `longext merge --base`."
+            f"The adapter {adapter} was trained on other weights than those of {name}, though of the same shapes; a "
+            "copy in other files or another dtype counts as other weights. Give the model it was trained on with "
+            "`longext merge --base`."
         )
 
 

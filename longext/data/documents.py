@@ -16,7 +16,7 @@ from longext.checksums import sha256_of
 from longext.errors import DataError
 from longext.extras import require
 from longext.options import DataConfig
-from longext.untrusted import json_lines, open_file, read_json, read_text, spelled, type_name
+from longext.untrusted import json_lines, note, open_file, read_json, read_text, spelled, type_name
 
 SAMPLE = "sample"
 _SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
@@ -153,7 +153,13 @@ def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     if config.split in splits.values() and len(set(splits.values())) > 1:
+        unnamed = [file for file in files if splits[file] is None]
         files = [file for file in files if splits[file] == config.split]  # a downloaded dataset: one split of it
+        if unnamed:
+            note(
+                f"{folder} was read as a dataset with splits: {len(files)} file(s) of '{config.split}'. Left out are "
+                f"{len(unnamed)} that name no split, as {unnamed[0].relative_to(folder)}; rename what is no split."
+            )
     return files
 
 
@@ -205,6 +211,11 @@ def _row_document(row: Row, config: DataConfig) -> Document:
     value = row.value
     if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
         keys = ", ".join(sorted(value))[:200] if isinstance(value, dict) else type_name(value)
+        if isinstance(value, dict) and config.text_field in value:
+            raise DataError(
+                f"{row.where}: no text under '{config.text_field}', which holds {type_name(value[config.text_field])}. "
+                "Leave the row out, or name another column with --text-field."
+            )
         raise DataError(
             f"{row.where}: no text under '{config.text_field}' (found: {keys}). Name the column with --text-field."
         )

@@ -259,6 +259,7 @@ def attention_forward(
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and query.dtype != value.dtype:  # as autocast does for SDPA; kernels do not
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    sliding_window = attention_mask.window if sliding_window is None else sliding_window
     remapping, type_ = current.remapping, current.remapping.kind_of(module)
     rotation = remapping.rotations.get(type_)
     first, starts = _place(current, attention_mask, query)

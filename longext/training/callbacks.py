@@ -44,6 +44,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; after a resume, drop the lines that came after the checkpoint."""
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the save_every and log_every it was made with
         self._last = self._step_ended = time.perf_counter()
         self._last_step = state.global_step
         if self.path is not None:

@@ -34,7 +34,7 @@ from longext.models.methods import RemapRequest, remap_request
 from longext.models.remap import IMPLEMENTATION
 from longext.models.rotary import LENGTH_DEPENDENT
 from longext.options import RopeConfig, RuntimeConfig
-from longext.processes.group import local_rank
+from longext.processes.group import is_main_process, local_rank
 from longext.rope.spec import ROPE_METHODS
 from longext.rope.windows import join_windows
 from longext.training.config import TUNINGS, FinetuneConfig
@@ -42,6 +42,7 @@ from longext.training.layers.rematerialise import Rematerialisation
 from longext.training.layers.transfer import Transfer
 from longext.training.sweep import OFF
 from longext.training.tuning import norm_modules, quantisation
+from longext.untrusted import note
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,12 @@ def load_for_training(config: FinetuneConfig, extension: Extension) -> tuple[Any
     check_tokens(tokenizer, model, extension.source)
     model.config.use_cache = False
     if config.context_parallel == 1:
-        check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
+        whole = check_model(model, swept=config.sweep != OFF, shared=config.sequence_parallel > 1)
+        if attention_of(config) != "full" and not whole and is_main_process():
+            note(
+                f"Every layer of {config.model} has a sliding window, which training keeps: {attention_of(config)} "
+                "attention groups none of them, and the run is that of --attention full."
+            )
     return model, tokenizer
 
 
@@ -254,13 +260,14 @@ def full_attention(model: Any, device: torch.device, autocast: bool) -> Iterator
     """Put `model` into eval mode under transformers' own full attention; undone on leaving.
 
     A model that trains under a remapping of positions is used under it too, and stays there.
-    Families that cap attention scores (Gemma 2) have no SDPA: they get eager.
+    Families that have no SDPA, as those that cap attention scores (Gemma 2), get eager.
     """
     trained_with = model.config.get_text_config()._attn_implementation
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    has_sdpa = not capped and getattr(model, "_supports_sdpa", True)
     was_training = model.training
     if trained_with != IMPLEMENTATION:
-        model.set_attn_implementation("eager" if capped else "sdpa")
+        model.set_attn_implementation("sdpa" if has_sdpa else "eager")
     model.eval()
     # compiled modules are for the rows that are trained on: other lengths would be compiled one by one
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())

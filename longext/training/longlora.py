@@ -22,9 +22,9 @@ from longext.attention.sequence import check_heads
 from longext.attention.variant import ATTENTION_VARIANTS
 from longext.checkpoint.checks import check_token_cache, embedding_rows
 from longext.checkpoint.load import load_tokenizer
-from longext.checkpoint.source import HUB_ID
+from longext.checkpoint.source import HUB_ID, text_of
 from longext.checkpoint.tying import untied
-from longext.checkpoint.weights import read_shards
+from longext.checkpoint.weights import main_dtype, read_shards
 from longext.conversion.adapter_base import describe_adapter, write_base
 from longext.data.long_short import LARGEST_WEIGHT, long_short, longce_weights, short_context, short_step
 from longext.data.packing import Windows
@@ -58,6 +58,7 @@ from longext.training.run import Run, RunPlan, TrainingResult, train
 from longext.training.settings import DECIDING_FINETUNE, check_finetune_config, fingerprint, world_size
 from longext.training.sweep import chunk_tokens
 from longext.training.tuning import Trainable, make_trainable
+from longext.untrusted import note
 
 SHORT_SHARE = 0.3  # of the rows of mixed windows: arXiv 2502.20082 trains on 3 B short tokens of 10 B
 
@@ -144,6 +145,9 @@ class FinetunePlan(RunPlan):
         from transformers import set_seed
 
         config = self.config
+        if config.method != "none" and is_main_process():
+            for told in self.extension.record.get("warnings", ()):
+                note(told)
         set_seed(config.seed)
         base, tokenizer = load_for_training(config, self.extension)
         rows = self.open_rows(tokenizer, on_tokens)
@@ -474,9 +478,11 @@ class FinetuneRun(Run):
 
     def _saved_dtype(self) -> torch.dtype:
         """Return the dtype of a fully trained checkpoint: as asked, else the base's own."""
-        name, config = self.plan.config.save_dtype, self.plan.extension.config
+        name = self.plan.config.save_dtype
         if name == "auto":
-            name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            sections = (self.plan.extension.config, text_of(self.plan.extension.config))
+            said = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+            name = str(next(filter(None, said), None) or main_dtype(self.plan.source))
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 

@@ -29,11 +29,30 @@ class Trainable:
 def attention_projections(model: Any) -> list[str]:
     """Return the leaf names of the linear layers inside attention modules (q, k, v, o, or a family's fused ones)."""
     names: dict[str, None] = {}
-    for name, module in model.named_modules():
+    for name, module in language_linears(model).items():
         parent = name.rsplit(".", 2)[-2] if name.count(".") else ""
-        if isinstance(module, nn.Linear) and "attn" in parent or _is_attention_linear(name, module):
-            names[name.rsplit(".", 1)[-1]] = None
+        if "attn" in parent or _is_attention_linear(name, module):
+            names[_leaf(name)] = None
     return sorted(names)
+
+
+def language_linears(model: Any) -> dict[str, nn.Linear]:
+    """Return the linear layers of the language model by full name, its output matrix among them."""
+    language = _language(model)
+    return {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in language
+    }  # fmt: skip
+
+
+def _language(model: Any) -> set[int]:
+    """Return the ids of the modules that a text goes through: a vision tower is none of them."""
+    head = model.get_output_embeddings()
+    return {id(module) for module in (*decoder_of(model).modules(), *([] if head is None else head.modules()))}
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _is_attention_linear(name: str, module: nn.Module) -> bool:
@@ -47,7 +66,7 @@ def norm_modules(model: Any, which: str = "all") -> list[str]:
     belong to it (q_norm and k_norm of Qwen 3, Gemma 3, OLMo 2); `which="residual"` leaves those alone.
     """
     hidden = model.config.get_text_config().hidden_size
-    language = {id(module) for module in decoder_of(model).modules()}
+    language = _language(model)
     names = [name for name, module in model.named_modules() if id(module) in language and is_norm(name, module)]
     if which == "residual":
         wide = (name for name in names if model.get_submodule(name).weight.shape == (hidden,))
@@ -81,11 +100,13 @@ def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[
     stay tied. Trained parameters are float32 whatever the frozen ones are.
 
     Raises:
-        ConfigError: unknown tuning, or LoRA targets that match no linear layer.
+        ConfigError: unknown tuning, or LoRA targets that match no linear layer or an embedding that is trained whole.
     """
     tuning = TUNINGS[config.tuning]
     if not tuning.lora:
-        model.requires_grad_(True)
+        model.requires_grad_(False)  # a vision tower stays as it is: several processes wait for every trained gradient
+        for part in (decoder_of(model), model.get_output_embeddings()):
+            part.requires_grad_(True)
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         return model, describe_trainable(model, config.tuning)
@@ -93,6 +114,15 @@ def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[
 
     targets = list(config.lora_targets or attention_projections(model))
     _check_targets(model, targets)
+    linears = language_linears(model)
+    if any(isinstance(m, nn.Linear) and _leaf(n) in targets and n not in linears for n, m in model.named_modules()):
+        targets = [name for name in linears if _leaf(name) in targets]  # full names leave a vision tower out
+    head = next((name for name, m in linears.items() if m is model.get_output_embeddings()), "")
+    if tuning.embeddings and is_tied(model) and {head, _leaf(head)} & set(targets):
+        raise ConfigError(
+            f"LoRA target '{_leaf(head)}' is the embedding of this model too, which --tuning {config.tuning} "
+            "trains whole: leave it out, or use --tuning lora or lora+norm."
+        )
     saved = [embedding_module(model)] if tuning.embeddings else []
     saved += norm_modules(model, config.norms) if tuning.norms else []
     lora = LoraConfig(
@@ -113,7 +143,7 @@ def make_trainable(model: Any, config: FinetuneConfig, base_name: str) -> tuple[
 
 
 def _check_targets(model: Any, targets: list[str]) -> None:
-    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    linear = sorted({_leaf(name) for name in language_linears(model)})
     unknown = [target for target in targets if target not in linear]
     if unknown or not targets:
         raise ConfigError(f"LoRA targets {unknown or targets} are no linear layers of this model: choose of {linear}.")

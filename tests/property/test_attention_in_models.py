@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CONFIGS, tiny_model
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from longext.attention.layout import Layout, make_layout
 from longext.attention.shifted import AttentionPlan, check_model, register_attention
@@ -192,6 +201,32 @@ def test_what_training_attention_refuses():
     cache = model.eval()(ids, use_cache=True).past_key_values
     with pytest.raises(ConfigError, match="use_cache=False"):
         model.train()(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(("family", "whole"), [("llama", 2), ("mistral", 0), ("gemma3_text", 1)])
+def test_layers_that_see_everything_are_counted(family, whole):
+    assert check_model(tiny_model(family)) == whole
+
+
+def test_a_window_that_is_in_the_mask_alone_bounds_the_row():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    chunked = Llama4TextConfig(
+        **sizes, num_key_value_heads=1, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=1,
+        attention_chunk_size=16, layer_types=["chunked_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(chunked).train()
+    check_model(model)
+    ids = torch.randint(3, 60, (1, 24))
+    assert torch.allclose(forward(model, ids[:, :16], "full"), model(ids[:, :16]).logits, atol=1e-6)
+    with pytest.raises(ConfigError, match="keeps to 16 tokens by its mask alone"):
+        forward(model, ids, "full")
+
+
+def test_attention_sinks_are_refused_before_anything_is_trained():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    experts = {"num_key_value_heads": 1, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 1}
+    with pytest.raises(ConfigError, match="attention sinks"):
+        check_model(GptOssForCausalLM(GptOssConfig(**sizes, **experts, pad_token_id=0)))
 
 
 def test_layout_of_unpadded_rows_needs_no_index():

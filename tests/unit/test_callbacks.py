@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from longext.training import callbacks
 from longext.training.callbacks import Metrics, read_metrics
@@ -17,7 +18,7 @@ def test_the_rate_counts_steps_and_leaves_measurements_out(tmp_path, monkeypatch
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
     metrics = Metrics(tmp_path / "metrics.jsonl", 1000)
     args, control = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(should_log=False)
-    metrics.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=3), control)
+    metrics.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=3, compute_steps=lambda *_: None), control)
 
     def measure(step, seconds):
         clock[0] += seconds
@@ -33,3 +34,10 @@ def test_the_rate_counts_steps_and_leaves_measurements_out(tmp_path, monkeypatch
         metrics.on_log(args, state, control, {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0})
     rates = [line["tokens_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
     assert rates == pytest.approx([500.0] * 3)
+
+
+def test_a_resumed_run_saves_and_logs_as_it_is_told_now():
+    state = TrainerState(global_step=4, max_steps=8, save_steps=1, logging_steps=1)  # as its checkpoint holds them
+    args = SimpleNamespace(save_steps=5, logging_steps=2, eval_steps=None)
+    Metrics(None, 1000).on_train_begin(args, state, None)
+    assert (state.global_step, state.save_steps, state.logging_steps) == (4, 5, 2)

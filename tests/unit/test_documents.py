@@ -9,6 +9,7 @@ import pytest
 from longext.data.documents import data_hash, load_documents
 from longext.errors import DataError
 from longext.options import DataConfig
+from longext.untrusted import take_notes
 
 
 def ids(folder, **keys):
@@ -25,6 +26,12 @@ def test_a_downloaded_dataset_is_read_one_split_at_a_time(tmp_path):
     fill(tmp_path, "README.md", "train/a.txt", "test/b.txt", "test/c.txt")
     assert ids(tmp_path) == ["b.txt", "c.txt"]
     assert ids(tmp_path, split="train") == ["a.txt"]
+
+
+def test_files_that_a_split_leaves_out_are_told(tmp_path):
+    fill(tmp_path, "train_journey.txt", "war.txt", "peace.txt")
+    assert ids(tmp_path, split="train") == ["train_journey.txt"]
+    assert "Left out are 2 that name no split, as peace.txt" in take_notes()[0]
 
 
 def test_a_plain_folder_is_read_whole(tmp_path):

@@ -7,10 +7,13 @@ import dataclasses
 import pytest
 import torch
 from families import CONFIGS, save_tiny_model, tiny_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from longext.checkpoint.weights import main_dtype
 from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
+from longext.errors import ConfigError
 from longext.planning.config import PlanConfig
 from longext.planning.setup import setup_of
 from longext.planning.shape import read_shape
@@ -55,3 +58,26 @@ def test_what_is_trained_is_saved_and_merged(tmp_path, norms):
     lora = trainable.by_kind["lora"]
     if norms == "all":
         assert planned - read_shape(base).lora_weights(2) == trainable.num_trainable - lora
+
+
+@pytest.mark.parametrize("tuning", ["lora", "lora+embed+norm", "full"])
+def test_a_vision_tower_stays_as_it_is(tuning):
+    model = tiny_model("gemma3")
+    adapted, trainable = make_trainable(model, dataclasses.replace(CONFIG, tuning=tuning), "base")
+    adapted(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None], use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+    assert trainable.num_trainable
+    assert not any("vision" in name for name in trainable.modules)
+
+
+def test_a_tied_embedding_is_trained_whole_or_adapted():
+    model = tiny_model("gemma2")
+    config = dataclasses.replace(CONFIG, lora_targets=("q_proj", "lm_head"))
+    with pytest.raises(ConfigError, match="'lm_head' is the embedding of this model too"):
+        make_trainable(model, config, "base")
+
+
+def test_weights_are_of_the_type_that_most_are_stored_in(tmp_path):
+    tensors = {"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert main_dtype(tmp_path) == "bfloat16"
