@@ -107,7 +107,7 @@ def test_a_method_is_what_it_says_of_itself(name):
         ("cope", {"clip": "soft"}, "`clip` must be 'cosine' or 'hard', got 'soft'."),
         ("resonance", {"waves": "abf"}, "`waves` must be 'yarn' or 'ntk' or 'linear' or 'none', got 'abf'."),
         ("p-rope", {"rotary_share": 1.5}, "`rotary_share` must be at most 1 (all pairs turn), got 1.5."),
-        ("longrope", {"long_factor": (1.0,)}, "`short_factor` must have 32 numbers (rotary dimensions / 2), got 1."),
+        ("longrope", {"long_factor": (1.0,)}, "`long_factor` must have 32 numbers (rotary dimensions / 2), got 1."),
         (
             "yarn",
             {"num_rotated": 8},
