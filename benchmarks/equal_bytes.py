@@ -70,7 +70,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", default="out/equal-bytes", help="where what is trained goes")
     parser.add_argument("--skip", default="", help="rows that are left out, comma-separated beginnings of names")
     parser.add_argument("-o", "--output", required=True)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.in_front and not (given.train and "," in given.in_front):
+        parser.error("--in-front takes two ratios or more, the nearest first, and needs --train")
+    return given
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int) -> Path:

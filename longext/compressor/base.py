@@ -84,13 +84,13 @@ class Compressor(nn.Module):
         Raises:
             ConfigError: as `check_ratio` and `check_fading`.
         """
-        chosen = self.spec.ratios[0] if ratio is None else ratio
-        if not isinstance(chosen, int) and len(chosen) > 1:
-            check_fading(self.spec, tuple(chosen), self.backbone.window)
-            return tuple(chosen)
-        chosen = chosen if isinstance(chosen, int) else chosen[0]
-        check_ratio(self.spec, chosen, self.backbone.window)
-        return chosen
+        given = self.spec.ratios[:1] if ratio is None else ratio
+        chosen = (given,) if isinstance(given, int) else tuple(given)
+        if len(chosen) > 1:
+            check_fading(self.spec, chosen, self.backbone.window)
+            return chosen
+        check_ratio(self.spec, chosen[0], self.backbone.window)
+        return chosen[0]
 
     def schedule(self, ratio: Ratio, *, parts: int | None = None, thins: bool = False) -> Schedule:
         """Return what segments read at one ratio, or several by distance, in the model's window; as `Schedule.of`."""
