@@ -3,12 +3,12 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 384 tokens at 4x and 8x; with --more-steps then to answer drills, and to go
-on with books, after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the window
-holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what follows
-in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it
-fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes
-far.json, far.png and table.md.
+anchor is trained on it to answer drills of 384 tokens at --memory-ratios; with --more-steps then to answer drills,
+and to go on with books, after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the
+window holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what
+follows in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
+as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
+Writes far.json, far.png and table.md.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
     parser.add_argument("--places", type=int, default=2, help="of each book")
+    parser.add_argument("--memory-ratios", default="4,8", help="that drills of 384 tokens are answered at")
+    parser.add_argument("--policy-text", action="store_true", help="perplexity of KeyDiff and SnapKV as well (slow)")
     return parser.parse_args()
 
 
@@ -102,7 +104,7 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
     stages = (  # name, steps, documents of a step, ratios, words more
-        ("memory", given.memory_steps, 16, "4,8", []),
+        ("memory", given.memory_steps, 16, given.memory_ratios, []),
         ("memory-more", given.more_steps, 8, "4,8,16,32", ["--fading", "--init", given.work / "memory"]),
     )
     for name, steps, size, ratios, more in stages:
@@ -169,17 +171,18 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, spec in memories(given, memory).items():
         lengths = [n for n in map(int, given.lengths.split(",")) if spec or n <= given.window]
-        reads = ["--lengths", ",".join(map(str, lengths)), *(["--memory", spec] if spec else [])]
+        reads, sizes = ["--memory", spec] if spec else [], ["--lengths", ",".join(map(str, lengths))]
         chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
         label = "".join(c if c.isalnum() else "-" for c in name)
-        slow = name in ("keydiff", "snapkv")  # minutes for each 100,000 tokens: answers alone, and fewer of them
+        slow = name in ("keydiff", "snapkv")  # minutes for each 100,000 tokens: generated answers alone
         asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else "both"]
-        keys = stage(given, f"{label}-passkey", "passkey", base, *reads, *chunk, *asks)
+        keys = stage(given, f"{label}-passkey", "passkey", base, *sizes, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:
-            if not slow:
+            if given.policy_text or not slow:
+                sizes = ["--lengths", "1024,8192,32768"] if slow else sizes  # policies read 128 tokens at once here
                 texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
-                found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
+                found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *sizes, *reads, *texts)
             reading = given.work / "runs" / f"{label}-reading.json"
             if not reading.is_file():
                 reading.write_text(json.dumps(read_on(base, spec, book, lengths)))
