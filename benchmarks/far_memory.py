@@ -3,8 +3,8 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 384 tokens at --memory-ratios; with --more-steps then to answer drills,
-and to go on with books, after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the
+anchor is trained on it to answer drills of 384 tokens at --memory-ratios, then, if two are given, drills and pieces of
+books; with --more-steps then after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the
 window holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what
 follows in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
 as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
@@ -39,6 +39,7 @@ CHUNK = 512  # tokens that policies read at once
 DRILLS = {  # rows of tokens, what is in them, seed
     "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
     "memory": (384, "drill:1*1", 5),
+    "memory-2": (384, "drill:1*2 book:1*1", 7),
     "memory-more": (17 * SEGMENT, "drill:1*5 drill:4*1 book:1*2", 6),
 }
 FOLLOWS = 40  # words of a book that are asked for, given all before them
@@ -55,13 +56,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--memory-steps", type=int, default=500, help="of 16 drills")
+    parser.add_argument("--memory-steps", default="500", help="of 16 drills; 200/100: then of drills and books")
+    parser.add_argument("--memory-ratios", default="4,8", help="of each stage: 4,8/8,16,32")
     parser.add_argument("--more-steps", type=int, default=0, help="of 8 drills and pieces of books of 2,176 tokens")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
     parser.add_argument("--places", type=int, default=2, help="of each book")
-    parser.add_argument("--memory-ratios", default="4,8", help="that drills of 384 tokens are answered at")
     parser.add_argument("--policy-text", action="store_true", help="perplexity of KeyDiff and SnapKV as well (slow)")
     return parser.parse_args()
 
@@ -103,19 +104,22 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
             "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
-    stages = (  # name, steps, documents of a step, ratios, words more
-        ("memory", given.memory_steps, 16, given.memory_ratios, []),
-        ("memory-more", given.more_steps, 8, "4,8,16,32", ["--fading", "--init", given.work / "memory"]),
-    )
+    stages: list[tuple[str, int, int, str, list[Any]]] = []  # name, steps, documents of a step, ratios, words more
+    for steps, ratios in zip(given.memory_steps.split("/"), given.memory_ratios.split("/"), strict=True):
+        before = ["--init", given.work / stages[-1][0]] if stages else []
+        stages.append((f"memory-{len(stages) + 1}" if stages else "memory", int(steps), 16, ratios, before))
+    if given.more_steps:
+        more = ["--fading", "--init", given.work / stages[-1][0]]
+        stages.append(("memory-more", given.more_steps, 8, "4,8,16,32", more))
     for name, steps, size, ratios, more in stages:
-        if steps and not (given.work / name).is_dir():
+        if not (given.work / name).is_dir():
             run_longext(
                 "compress-train", base, "--arch", "anchor", "--data", drills(given, name, steps * size), "--num-steps",
                 steps, "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", ratios, *more,
                 "--document-length", DRILLS[name][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", size,
                 "--set", "weight_decay=0", *shared, *resume(given.work / name), "-o", given.work / name,
             )  # fmt: skip
-    return base, given.work / ("memory-more" if given.more_steps else "memory")
+    return base, given.work / stages[-1][0]
 
 
 def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
