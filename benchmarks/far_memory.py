@@ -4,7 +4,7 @@
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
 anchor is trained on it to answer drills of 384 tokens at --memory-ratios, then, if two are given, drills and pieces of
-books; with --more-steps then after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the
+books; with --more-steps then after 2,048 tokens at ratios by distance, 4x to 32x. Memories of no more slots than the
 window holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what
 follows in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
 as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
