@@ -99,7 +99,7 @@ def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> li
     return [
         f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}",
         f"rope {rope.parameters}",
-        f"trained length {trained:,}, max_position_embeddings {claimed:,}; {layers}",
+        f"trained length {trained:,}, length by config.json {claimed:,}; {layers}",
         f"{len(never)} of {num_pairs} dimension pairs never complete a turn in training{which}",
     ]
 
