@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from longext.checkpoint.source import read_config
 from longext.errors import CheckpointError
 from longext.rope.reading import read_parameters
 from longext.rope.spec import RopeParameters, RopeSpec, rope_parameters
+from longext.untrusted import note
 
 FULL_ATTENTION = "full_attention"
 _OLD_TYPES = {"su": "longrope", "mrope": "default"}
@@ -34,7 +36,7 @@ class ModelRope:
         section: the key of the nested text config (dots between keys), or None if the config is flat.
         head_dim: size of an attention head.
         partial_rotary_factor: the fraction of a head that is rotated.
-        max_position_embeddings: the length the config claims.
+        max_position_embeddings: the length the config claims (`claimed_length`).
         parameters: flat rope_parameters of the layers that an extension changes.
         local_parameters: rope_parameters of the other layer types (left untouched), by layer type.
         spec: the same RoPE as a `RopeSpec`.
@@ -206,7 +208,12 @@ def _model_rope(
     head_dim = text.get(family.head_dim_key) or text["hidden_size"] // text["num_attention_heads"]
     if not text.get("max_position_embeddings"):
         raise CheckpointError(f"{directory / 'config.json'} does not say its length (max_position_embeddings).")
-    max_length = int(text["max_position_embeddings"])
+    max_length = claimed_length(text)
+    if max_length != text["max_position_embeddings"]:
+        note(
+            f"{directory / 'config.json'} says max_position_embeddings {text['max_position_embeddings']:,}, and factor "
+            f"times as many under another key: read as trained on the former, with a linear RoPE for {max_length:,}."
+        )
     parameters, local, kind = _flat_parameters(text, family, directory)
     thetas = tuple(float(theta) for theta in text.get("layer_rope_theta") or ())
     if parameters.get("rope_theta") is None:
@@ -396,6 +403,26 @@ OTHER_LENGTHS = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
     *("seq_len", "seq_length", "model_max_length", "tokenizer_model_max_length", "max_length"),
 )
+
+
+def claimed_length(text: Mapping[str, Any]) -> int:
+    """Return how many tokens a text config says that its model reads: max_position_embeddings, in nearly all of them.
+
+    A linear RoPE that does not record its pre-training length was written both ways. If another key (OTHER_LENGTHS)
+    says factor x max_position_embeddings, that is what is read, and max_position_embeddings the pre-training length
+    (Vicuna 1.5 16k).
+    """
+    length, rope = int(text["max_position_embeddings"]), text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if (rope.get("rope_type") or rope.get("type")) != "linear" or rope.get("original_max_position_embeddings"):
+        return length
+    whole = round(length * rope["factor"])
+    return whole if any(text.get(key) == whole for key in OTHER_LENGTHS) else length
+
+
+def length_of(config: Any) -> int:
+    """Return `claimed_length` of a text config as transformers holds it."""
+    return claimed_length({**config.to_dict(), "max_position_embeddings": config.max_position_embeddings})
+
 
 # What to delete from config.json to leave one spelling of the RoPE.
 OLD_KEYS = (

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from longext.checkpoint.rope_config import length_of
 from longext.compressor.memory import CapturedStates, Memory, PrefixCache, num_slots
 from longext.data.long_short import windowed_loss
 from longext.errors import ConfigError
@@ -28,7 +29,7 @@ _TOLERANCE = 1e-3
 
 def window_of(config: Any) -> int:
     """Return the positions a model of this text config was made for, at most its sliding window."""
-    sizes = [int(config.max_position_embeddings)]
+    sizes = [length_of(config)]
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         sizes.append(int(config.sliding_window))
     return min(sizes)

@@ -103,7 +103,8 @@ def verify_checkpoint(
         why = f"the base model {base_name} is not here any more" if base_name else "no base model given or recorded"
         checks.append(Check("weights", "skip", f"{why}: pass --base MODEL"))
     elif is_trained:
-        checks.append(_check_trained(tensors_of(shards), tensors_of(read_shards(base_directory))))
+        tensors = tensors_of(shards), tensors_of(read_shards(base_directory))
+        checks.append(_check_trained(*tensors, manifest["finetune"].get("tuning") or {}))
     elif hashes:
         touched = set(merge["touched"]) if merge else set()
         checks.append(_check_weights(shards, tensors_of(read_shards(base_directory)), touched, on_progress))
@@ -322,13 +323,17 @@ def _check_in_place(shards: list[Shard], marks: dict[str, Any]) -> Check:
     return Check("weight files", "pass", f"{len(shards)} not written to since `extend` (size, time, 64 samples each)")
 
 
-def _check_trained(ours: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]) -> Check:
-    """Compare names and shapes with the base's: every number was trained."""
+def _check_trained(
+    ours: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], tuning: Mapping[str, Any]
+) -> Check:
+    """Compare names and shapes with the base's: the numbers were trained, of a model with a vision tower most."""
     for name in sorted(set(ours) | set(base)):
         here, there = (tensors[name].shape if name in tensors else None for tensors in (ours, base))
         if here != there:
             return Check("weights", "fail", f"tensor '{name}' is {here} here, {there} in the base")
-    return Check("weights", "pass", f"{len(ours)} tensors of the base's names and shapes; all were trained")
+    trained, total = tuning.get("num_trainable"), tuning.get("num_total")
+    told = "all were trained" if trained == total else f"{trained:,} of {total:,} parameters were trained"
+    return Check("weights", "pass", f"{len(ours)} tensors of the base's names and shapes; {told}")
 
 
 def _check_weights(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longext.attention.bands import REMAPS, remap_spec
+from longext.checkpoint.load import first_line
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.engines import REMAPPED, RIGHT, kind_of, serving_engines
@@ -205,8 +206,11 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
     started = time.perf_counter()
     tell(_estimate(trial, len(found)))
     with progress("advise", len(trial.windows) * len(found), "measurements") as advance:
-        measured = _run(trial, found, candidates, base, advance, started + 60 * config.minutes)
+        measured, failed = _run(trial, found, candidates, base, advance, started + 60 * config.minutes)
     trial.apply(None)
+    left_out += [f"{name}: {first_line(error)}" for name, error in failed.items()]
+    found = [choice for choice in found if choice.name not in failed]
+    candidates = [candidate for candidate in candidates if candidate.name not in failed]
     return _record(trial, found, candidates, base, documents, measured, left_out)
 
 
@@ -268,15 +272,29 @@ def _run(
     base: Candidate,
     advance: Callable[..., None],
     deadline: float,
-) -> int:
-    """Measure until one method is told apart, or the time or the places are used up; return the places."""
-    by_name = {each.name: each for each in found}
+) -> tuple[int, dict[str, Exception]]:
+    """Measure until one method is told apart, or the time or the places are used up.
+
+    Returns:
+        (places, the methods that failed: they are measured no further).
+
+    Raises:
+        Exception: what the last method failed of, if no other is left.
+    """
+    by_name, failed = {each.name: each for each in found}, dict[str, Exception]()
     last = [time.perf_counter(), 0.0]  # when the last place ended, and what it took
 
     def measure(candidate: Candidate, place: int) -> None:
         if len(base.nll.get(trial.trained, ())) <= place:
             trial.measure(base, None, place)
-        trial.measure(candidate, by_name[candidate.name], place)
+        if candidate.name in failed:
+            return
+        try:
+            trial.measure(candidate, by_name[candidate.name], place)
+        except Exception as error:  # of one method: the others are still told apart
+            failed[candidate.name], candidate.beaten_by = error, "a failure"
+            if isinstance(error, (DataError, OSError)) or not groups(candidates)["transformers"]:
+                raise
         advance(1, candidate.name)
 
     def is_late() -> bool:
@@ -284,7 +302,7 @@ def _run(
         last[:] = now, now - last[0]
         return now + last[1] > deadline
 
-    return eliminate(candidates, trial.config.target_length, len(trial.windows), measure, is_late)
+    return eliminate(candidates, trial.config.target_length, len(trial.windows), measure, is_late), failed
 
 
 def _record(
@@ -319,6 +337,7 @@ def _record(
             "minutes": config.minutes,
         },
         documents_facts(config, documents),
+        revision=config.revision,
         trained_length=trial.trained,
         target_length=target,
         window_perplexity=base.perplexity(trial.trained),

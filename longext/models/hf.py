@@ -27,7 +27,7 @@ from longext.checkpoint.load import (
     resolve_device,
     resolve_dtype,
 )
-from longext.checkpoint.rope_config import model_rope, read_model_rope
+from longext.checkpoint.rope_config import length_of, model_rope, read_model_rope
 from longext.checkpoint.source import is_adapter, read_config, resolve_model
 from longext.checkpoint.weights import read_shards
 from longext.checksums import sha256_of
@@ -107,8 +107,7 @@ class HFLanguageModel:
     @property
     def context_length(self) -> int:
         """How many positions the model has, with an extension in memory; dynamic NTK keeps L in its config."""
-        positions: int = self.model.config.get_text_config().max_position_embeddings
-        return max(positions, self.extended_length)
+        return max(length_of(self.model.config.get_text_config()), self.extended_length)
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
@@ -234,7 +233,7 @@ class HFLanguageModel:
             self.remapping, self.extended_length = None, 0
         if request is None:
             return
-        trained = request.original_length or int(self.model.config.get_text_config().max_position_embeddings)
+        trained = request.original_length or self.context_length
         self.extended_length = request.target(trained)
         self.remapping = attach(
             self.model, request.name, self.extended_length, original_length=trained, **request.parameters

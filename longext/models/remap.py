@@ -18,6 +18,7 @@ from longext.attention.banded import BandPlan, Rotation, StepPlan
 from longext.attention.bands import RemapSpec, remap_spec
 from longext.attention.shifted import PLAN, LazyMask, lazy_mask
 from longext.checkpoint import _built
+from longext.checkpoint.rope_config import length_of
 from longext.errors import ConfigError
 from longext.models.head import decoder_of
 from longext.models.rotary import hold_rope
@@ -126,7 +127,7 @@ def attach(
     if text._attn_implementation == IMPLEMENTATION:
         raise ConfigError("The model is under a remapping already: detach that first.")
     kinds = _rotated_kinds(model)
-    length = original_length or int(text.max_position_embeddings)
+    length = original_length or length_of(text)
     first = next(iter(kinds.items()))
     num_pairs = _inv_freq(first[1], first[0]).numel()
     spec = remap_spec(method, length, target_length, num_pairs, parameters)

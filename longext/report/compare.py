@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan
-from longext.errors import ConfigError
+from longext.errors import ConfigError, DataError, LongextError
 from longext.evals.base import Eval, Progress
 from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
 from longext.manifest import result_record
 from longext.models.methods import RemapRequest, apply_method, described, plan_method
+from longext.processes.launcher import num_processes
 from longext.report.outcome import Comparison, Result
 from longext.report.page import report_files
 from longext.report.results import Contents, Written, write_result_files
@@ -52,12 +53,16 @@ def compare_methods(
 ) -> Comparison:
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
+    A method that fails is left out: the record has it with the reason under "failed". Of several processes the others
+    would wait for it, so there it ends the run.
+
     Args:
         progress: (what, total, unit) -> context manager that yields advance(n).
         announce: called with one line when a method is done.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input; nothing has been run then.
+        LongextError: what the first method failed of, if all did.
     """
     from longext.evals.passkey import check_prompts
     from longext.models.hf import load_language_model
@@ -75,28 +80,49 @@ def compare_methods(
         check_prompts(model, tasks["passkey"])
     plain = read_config(directory)
     results: list[Result] = []
-    methods = []
+    methods, failed = list[dict[str, Any]](), dict[str, Exception]()
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
-        apply_method(model, plan, plain)
-        measured = {
-            key: run_eval(
-                _with_method(task, name, config, key),
-                model,
-                data=documents if key != "passkey" else None,
-                progress=_titled(progress, f"{name} ({index}/{len(plans)})"),
-            )
-            for key, task in tasks.items()
-        }
+        own = {key: _with_method(task, name, config, key) for key, task in tasks.items()}
+        try:
+            apply_method(model, plan, plain)
+            measured = _measure(own, model, documents, _titled(progress, f"{name} ({index}/{len(plans)})"))
+        except Exception as error:
+            if num_processes() > 1 or isinstance(error, (DataError, OSError)):
+                raise
+            failed[name] = error
+            if announce:
+                announce(f"{name:<16} failed: {_reason(error)}")
+            continue
         rope, spec = (plan.parameters, plan.spec) if isinstance(plan, ExtensionPlan) else (base.parameters, base.spec)
         formula = model.remapping.spec.formula if model.remapping else described(spec)
         seconds = time.perf_counter() - started
         methods.append(_method_record(name, rope, formula, measured, seconds))
-        results += [Result(own) for own in measured.values()]
+        results += [Result(each) for each in measured.values()]
         if announce:
             announce(_one_line(methods[-1]))
+    if not methods:
+        raise next(iter(failed.values()))
     model.set_rope(plain)
-    return Comparison(results=results, record=_record(config, model, results[: len(tasks)], trained, methods))
+    record = _record(config, model, results[: len(tasks)], trained, methods)
+    reasons = [{"name": name, "reason": _reason(error)} for name, error in failed.items()]
+    return Comparison(results=results, record={**record, **({"failed": reasons} if reasons else {})})
+
+
+def _measure(
+    tasks: Mapping[str, Any], model: HFLanguageModel, documents: Any, progress: Progress
+) -> dict[str, Measured]:
+    """Run the evaluations of one method."""
+    return {
+        key: run_eval(task, model, data=documents if key != "passkey" else None, progress=progress)
+        for key, task in tasks.items()
+    }
+
+
+def _reason(error: Exception) -> str:
+    """Return why a method failed on one line."""
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    return text if isinstance(error, LongextError) else f"{type(error).__name__}: {text}"
 
 
 def _titled(progress: Progress, title: str) -> Progress:
@@ -185,7 +211,7 @@ def write_comparison(output: Path, config: CompareConfig, comparison: Comparison
             command="compare",
             config=config,
             record=comparison.record,
-            tables=rendered.tables,
+            tables=comparison.table,
             figures=rendered.figures,
             extra=report_files(rendered),
         )

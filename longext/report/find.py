@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def find_results(names: Sequence[str]) -> tuple[list[Result], list[str]]:
             trouble = _trouble(result)
             if trouble is None:
                 results[path] = result
+                failed = result.record.get("failed") or () if result.record["kind"] == _COMPARE else ()
+                left_out += [f"{each['name']} of {result.name}: {each['reason']}" for each in failed]
             elif is_named:
                 raise DataError(f"{file} {trouble}")
             elif result.record.get("kind") != _REPORT:
@@ -199,7 +202,8 @@ def _method(record: Mapping[str, Any], model: Mapping[str, Any], config: Mapping
     if method in _NO_METHOD:
         return ""
     name, _, settings = str(method).partition(":")
-    return " ".join([name, *([f"{factor:g}x"] if factor else []), *([settings] if settings else [])])
+    has_own = re.search(r"(^|:)(factor|target[_-]length)=", settings)
+    return " ".join([name, *([f"{factor:g}x"] if factor and not has_own else []), *([settings] if settings else [])])
 
 
 # --- records that hold several ----------------------------------------------------------------------------------------

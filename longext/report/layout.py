@@ -229,7 +229,7 @@ class _Layout:
     @property
     def width(self) -> int:
         """Return the characters of a row."""
-        return sum(self.table.widths)
+        return self.table.width
 
 
 def _add_price(group: Group, shown: Shown, rows: list[list[str]], columns: list[str], turned: bool) -> None:

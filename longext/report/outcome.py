@@ -200,3 +200,19 @@ class Comparison(_Shown):
     @property
     def _records(self) -> list[Record]:
         return [record for result in self.results for record in result._records]
+
+    @cached_property
+    def rendered(self) -> Rendered:
+        """The tables and pictures, made when they are called for."""
+        return Rendered(build_report(self._records, [f"{name}: {why}" for name, why in self.failed.items()]))
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The methods that failed, with the reason."""
+        return {each["name"]: each["reason"] for each in self.record.get("failed", ())}
+
+    def table(self) -> Tables:
+        """Return the tables, with one of the methods that failed if there are any."""
+        rows = [list(each) for each in self.failed.items()]
+        more = [Table("Not measured", ["method", "reason"], rows, left=frozenset({1}))] if rows else []
+        return Tables([*super().table(), *more])

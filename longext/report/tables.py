@@ -49,14 +49,19 @@ class Table:
         rows = [self.texts(row) for row in range(len(self.rows))]
         return [max(map(len, texts)) + _GAP for texts in zip(self.columns, *rows, strict=True)]
 
+    @property
+    def width(self) -> int:
+        """Return the characters of a line on a terminal."""
+        return sum(self.widths) + 1
+
     def parts(self, width: int) -> list[Table]:
         """Return the table, cut by columns into several with the same first ones if it is wider than `width`."""
         numbers = [c for c in range(len(self.columns)) if not self.is_left(c)]
-        if sum(self.widths) <= width or not numbers:
+        if self.width <= width or not numbers:
             return [self]
         names = range(1, numbers[0] + 1)  # as few of the first columns as tell rows apart stand in every part
         fixed = next((n for n in names if len({tuple(row[:n]) for row in self.rows}) == len(self.rows)), numbers[0])
-        held = column_parts(self.widths, fixed, width)
+        held = column_parts(self.widths, fixed, width - 1)
         return [self] if len(held) < 2 else [self._with_columns(own, i, len(held)) for i, own in enumerate(held, 1)]
 
     def _with_columns(self, kept: Sequence[int], number: int, count: int) -> Table:

@@ -54,6 +54,7 @@ def test_a_built_memory_stands_for_its_documents(run, story, tmp_path, spec):
     assert held["documents"] == [{"name": "story.txt", "num_tokens": held["num_tokens"]}]
     assert held["num_bytes"] > 0 and held["num_slots"] > 0
     fails_in_one_line(run(*BUILD, "--memory", spec), 2, "a.memory exists already", "--force")
+    fails_in_one_line(run("inspect", "a.memory"), 2, "is a memory, not a model: longext memory inspect a.memory says")
 
 
 def test_several_documents_and_more_later(run, story, tmp_path):

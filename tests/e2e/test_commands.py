@@ -7,8 +7,10 @@ import dataclasses
 import json
 
 import pytest
-from command_line import ok, result_of
+from command_line import fails, ok, result_of
 
+from longext.errors import LongextError
+from longext.evals.runner import run_eval
 from longext.settings import shipped_recipes
 
 SMALL = ("--lengths", "96,192", "--max-tokens", "400", "--num-bootstrap", "20")
@@ -169,6 +171,26 @@ def test_compare_leaves_a_result_of_every_method_and_evaluation(run, tmp_path):
     ok(run("report", "c/none", "c/dynamic-alpha-4", "-o", "r"))
     ok(run("report", ".", "-o", "all"))
     assert [own["result"] for own in result_of(tmp_path / "all")["results"]] == ["again", "c"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_method_that_fails_leaves_the_others_in_a_comparison(run, tmp_path, monkeypatch):
+    def failing(task, *args, **options):
+        if task.method == "linear":
+            raise LongextError("its scores are no numbers.")
+        return run_eval(task, *args, **options)
+
+    monkeypatch.setattr("longext.report.compare.run_eval", failing)
+    args = ("compare", "books-5m", "--factor", 4, "--lengths", 96, "--max-tokens", 300, "--no-passkey")
+    result = run(*args, "--methods", "linear,none", "-o", "c")
+    fails(result, 1, "1 of 2 methods failed. linear: its scores are no numbers")
+    record = result_of(tmp_path / "c")
+    assert record["failed"] == [{"name": "linear", "reason": "its scores are no numbers"}]
+    assert [method["name"] for method in record["methods"]] == ["none"]
+    assert "Not measured" in result.stdout and "Not measured" in (tmp_path / "c/table.md").read_text()
+    assert "Left out: linear of c: its scores" in ok(run("report", "c", "-o", "r"))
+    fails(run(*args, "--methods", "linear", "-o", "d"), 1, "no numbers")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longext.checkpoint.bundled import BUNDLED_MODELS
-from longext.checkpoint.rope_config import read_model_rope
+from longext.checkpoint.load import load_config
+from longext.checkpoint.rope_config import length_of, read_model_rope
 from longext.checkpoint.weights import read_shards
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint, plan_extension
@@ -22,6 +23,7 @@ from longext.conversion.publish import pack
 from longext.conversion.verify import _check_adapter_free, _check_layouts, verify_checkpoint
 from longext.errors import ConfigError
 from longext.rope.spec import compute_inv_freq
+from longext.untrusted import take_notes
 
 BASE = BUNDLED_MODELS["books-5m"]
 
@@ -296,6 +298,18 @@ def test_a_pre_training_length_beside_a_linear_factor_counts(base, tmp_path):
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
     trained_with(base, linear, 512)
     assert extend(base, tmp_path / "out", "linear", factor=8.0, check=False).new_length == 4096
+
+
+def test_a_linear_factor_counts_from_a_length_of_which_another_key_says_the_multiple(base, tmp_path):
+    trained_with(base, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 512)
+    assert read_model_rope(base).spec.original_max_position_embeddings == 128
+    edit_config(base, lambda c: c.update(max_sequence_length=2048))  # Vicuna 1.5 16k
+    plan = extend(base, tmp_path / "out", "linear", factor=8.0, check=False)
+    assert (plan.spec.original_max_position_embeddings, plan.old_length, plan.new_length) == (512, 2048, 4096)
+    assert length_of(load_config(base)) == 2048
+    after = read_model_rope(tmp_path / "out")
+    assert (after.spec.original_max_position_embeddings, after.max_position_embeddings) == (512, 4096)
+    assert any("read as trained on the former" in text for text in take_notes())
 
 
 def test_limits_and_templates_in_other_places_travel(base, tmp_path):

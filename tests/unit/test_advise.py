@@ -123,6 +123,8 @@ def test_the_answer_is_two_sentences_and_the_command_that_follows():
         "longext extend org/model --method yarn --target-length 4096 -o model-4096",
         "longext generate org/model --method leaky-rerope:logn=true --factor 8 --context FILE --prompt ...",
     ]
+    of_a_tag = Advice(record([made("yarn:factor=4")], revision="v1")).commands
+    assert of_a_tag == ["longext extend org/model --revision v1 --method yarn --factor 4 -o model-4096"]
     assert advice.method() == "leaky-rerope:logn=true" and advice.method("engines") == "yarn"
     row = summary(candidates[0], made("none", 3.6), [L, N], L)
     assert math.log1p(row["price"]["change"]) == pytest.approx(-0.1, abs=0.02)

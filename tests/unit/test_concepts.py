@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import longext
 from longext.concepts import CONCEPTS
-from longext.report.commands.model import in_sentences
+from longext.report.commands.model import dimension_table, in_sentences
 from longext.rope.analysis import dimension_rows
 from longext.rope.spec import RopeSpec
 
@@ -61,6 +62,9 @@ def test_inspect_counts_the_pairs_that_come_to_new_angles(run):
         assert "16 of them turn so slowly" in text
         assert unseen in text
         assert "for 4,096 tokens" in text
+    long = RopeSpec(method="none", rope_theta=1e7, rotary_dim=128, original_max_position_embeddings=131072)
+    rows = dimension_rows(long, replace(long, method="yarn", factor=8.0), 2**20)
+    assert len(dimension_table(rows, 131072, 2**20, "RoPE of it").parts(80)) == 1
     said = run("inspect", "books-5m").stdout
     assert said.startswith("books-5m was trained on 512 tokens at a time.")
     short = RopeSpec(method="none", rope_theta=10.0, rotary_dim=8, original_max_position_embeddings=512)

@@ -5,9 +5,20 @@ from __future__ import annotations
 import io
 
 import pytest
+import rich.console
 
 from longext.report import console
 from longext.report.console import duration, pace
+from longext.report.tables import Table
+
+
+def test_a_table_is_cut_where_a_terminal_would_wrap_it():
+    for width, parts in ((40, 1), (41, 2)):
+        table = Table("t", ["x" * 10, "y" * 10, "z" * (width - 30)], [["a", "1", "2"]])
+        shown = rich.console.Console(width=width, file=io.StringIO())
+        shown.print(table.to_rich())
+        assert (table.width, len(table.parts(40))) == (width, parts)
+        assert shown.file.getvalue().splitlines()[2].rstrip().endswith("z" * (width - 30))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import functools
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
+from longext.errors import LongextError
 from longext.report.config import CompareConfig
 
 
@@ -38,6 +39,9 @@ def run(config: CompareConfig, as_json: bool) -> None:
     notes = [f"Report: {output / 'report.html'}"]
     show(comparison.record, written.tables, as_json=as_json, notes=notes, warnings=written.notes)
     say(f"Results: {output} ({', '.join(written.names)})", aside=as_json)
+    if comparison.failed:
+        told = "; ".join(f"{name}: {reason}" for name, reason in comparison.failed.items())
+        raise LongextError(f"{len(comparison.failed)} of {len(config.methods)} methods failed. {told}")
 
 
 COMMANDS.register("compare", Command(config=CompareConfig, run=run, extras=("eval", "report")))

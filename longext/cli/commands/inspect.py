@@ -7,14 +7,16 @@ Example: longext inspect books-5m --method yarn --factor 8
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longext.cli.app import COMMANDS
 from longext.cli.build import Command
 from longext.conversion.config import ExtendConfig
-from longext.errors import ConfigError
+from longext.errors import CheckpointError, ConfigError
 from longext.manifest import result_record
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def run(config: ExtendConfig, as_json: bool) -> None:
     if is_gguf(config.model):
         _inspect_gguf(config, as_json)
         return
+    _refuse_memory(config.model)
     directory = resolve_model(config.model, config.revision, weights=False)
     rope = read_model_rope(directory)
     spec = rope.spec
@@ -42,6 +45,17 @@ def run(config: ExtendConfig, as_json: bool) -> None:
         spec = plan_rope(dataclasses.replace(config, replace=True), directory, rope)[0]
         exportable_parameters(rope, spec)
     _show(config, rope, spec, layers_in_words(rope, directory), as_json)
+
+
+def _refuse_memory(model: str) -> None:
+    """Raise ConfigError for a file of `longext memory`, with the command that shows it."""
+    from longext.checkpoint.weights import read_header
+
+    metadata: Mapping[str, str] = {}
+    with contextlib.suppress(CheckpointError, OSError):
+        metadata = read_header(Path(model).expanduser()).metadata
+    if "longext" in metadata:
+        raise ConfigError(f"{model} is a memory, not a model: longext memory inspect {model} says what it holds.")
 
 
 def _inspect_gguf(config: ExtendConfig, as_json: bool) -> None:
@@ -99,7 +113,7 @@ def _notes(rope: ModelRope, layers: str, num_pairs: int, never: list[int]) -> li
     return [
         f"model type {rope.model_type}, head_dim {rope.head_dim}, rotary dimensions {rope.spec.rotary_dim}{fraction}",
         f"rope {rope.parameters}",
-        f"trained length {trained:,}, max_position_embeddings {claimed:,}; {layers}",
+        f"trained length {trained:,}, length by config.json {claimed:,}; {layers}",
         f"{len(never)} of {num_pairs} dimension pairs never complete a turn in training{which}",
     ]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from longext.conversion.engines import serving_engines
 from longext.evals.sequential.elimination import FEWEST
 from longext.report.tables import Table, number
+from longext.settings import shown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,24 +168,24 @@ def _open(record: Mapping[str, Any], name: str) -> list[str]:
 def next_commands(record: Mapping[str, Any]) -> list[str]:
     """Return the commands to run next, ready to be pasted."""
     answers, target = record["answers"], record["target_length"]
-    model, factor = record["model"]["id"], f"{target / record['trained_length']:g}"
+    revision = ["--revision", record["revision"]] if record.get("revision") else []
+    model, factor = [record["model"]["id"], *revision], f"{target / record['trained_length']:g}"
     commands = []
     if "engines" in answers:
         commands.append(_extend(model, answers["engines"]["method"], target))
     chosen = answers["transformers"]["method"]
     if chosen != answers.get("engines", {}).get("method"):
-        given = ["longext", "generate", model, "--method", chosen, "--factor", factor, "--context", "FILE"]
+        given = ["longext", "generate", *model, "--method", chosen, "--factor", factor, "--context", "FILE"]
         commands.append(shlex.join([*given, "--prompt", "..."]))
     return commands
 
 
-def _extend(model: str, method: str, target: int) -> str:
+def _extend(model: Sequence[str], method: str, target: int) -> str:
     name, *settings = method.split(":")
     flags = [text for setting in settings for text in _flag(*setting.split("=", 1))]
-    output = f"{model.rstrip('/').split('/')[-1]}-{target}"
-    return shlex.join(
-        ["longext", "extend", model, "--method", name, *flags, "--target-length", str(target), "-o", output]
-    )
+    length = [] if {"--factor", "--target-length"} & {*flags} else ["--target-length", str(target)]
+    output = f"{shown_name(model[0]).split('/')[-1]}-{target}"
+    return shlex.join(["longext", "extend", *model, "--method", name, *flags, *length, "-o", output])
 
 
 def _flag(key: str, value: str) -> list[str]:

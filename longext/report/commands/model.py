@@ -65,21 +65,15 @@ def _cell(value: Any) -> str:
 
 
 def dimension_table(rows: Sequence[DimensionRow], trained: int, target: int | None, title: str) -> Table:
-    """Wavelength and turns of each dimension pair; with a target, what the method does to it."""
-    columns = ["pair", "wavelength", f"turns in {trained:,}", "full turn"]
-    if target:
-        columns += ["method", f"turns in {target:,}"]
+    """Wavelength and turns of each dimension pair; with a target, what the method does to it (in 80 columns)."""
+    columns = ["pair", "wavelength", f"turns in {trained:,}"]
+    columns += [f"turns in {target:,}", "method"] if target else ["full turn"]
     cells = []
     for row in rows:
-        line = [
-            str(row.index),
-            f"{row.wavelength:,.1f}",
-            f"{row.turns:.3g}",
-            "yes" if row.completes_a_turn else "never",
-        ]
+        line = [str(row.index), f"{row.wavelength:,.{1 if row.wavelength < 1e6 else 0}f}", f"{row.turns:.3g}"]
         turns = "0" if row.is_stopped else f"{row.turns_at_target:.3g}"
-        cells.append([*line, row.treatment, turns] if target else line)
-    return Table(title, columns, cells, left=frozenset({3, 4}))
+        cells.append(line + ([turns, row.treatment] if target else ["yes" if row.completes_a_turn else "never"]))
+    return Table(title, columns, cells, left=frozenset({len(columns) - 1}))
 
 
 def endpoint_table(answer: EndpointAnswer) -> Table:

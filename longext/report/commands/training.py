@@ -49,7 +49,7 @@ _ADAPTER = (
     "An adapter (LoRA and what was trained with it, in one safetensors file) for the base model above, with the RoPE "
     "it was trained for in `config.json`."
 )
-_CHECKPOINT = "All weights were trained. A standard checkpoint; no code of longext is needed."
+_CHECKPOINT = "{} were trained. A standard checkpoint; no code of longext is needed."
 _COMPRESSOR_USE = """```
 longext generate DIR --context book.txt --prompt "..."
 longext eval ppl --memory DIR --data TEXT
@@ -148,7 +148,7 @@ def _finetune_plan(record: Mapping[str, Any], config: Any) -> Table:
         ("", kinds),
         ("step", f"{per_step} rows x {length:,} = {per_step * length:,} tokens; {config.num_steps:,} steps"),
         ("layers", _layers(record)),
-        ("data", _counts(record["data"])),
+        ("data", f"{_counts(record['data'])}; {_passes(record['data'], per_step * config.num_steps)}"),
         *_first_loss(record.get("first_loss")),
     ]
     return Table(f"Fine-tuning {config.model}", ("", "value"), rows, left=frozenset({1}))
@@ -203,10 +203,12 @@ def _finetune_title(record: Mapping[str, Any], config: Any) -> str:
 def _finetune_card(config: Any, result: TrainingResult) -> dict[str, str]:
     is_adapter, attention = _is_adapter(result.directory), result.record["attention"]
     use = adapter_use(result.extension or {}) if is_adapter else "```\nlongext verify DIR\n```"
+    trained, total = (result.record["tuning"][key] for key in ("num_trainable", "num_total"))
+    what = "All weights" if trained == total else f"{trained:,} of {total:,} parameters"
     return {
         "library": "peft" if is_adapter else "transformers",
         "title": f"{markdown_text(Path(config.model).name)} trained at {result.record['target_length']:,} tokens",
-        "what": _ADAPTER if is_adapter else _CHECKPOINT,
+        "what": _ADAPTER if is_adapter else _CHECKPOINT.format(what),
         "use": f"{use}\n\nTrained under {attention['objective']} ({attention['definition']}). The model is used with "
         "full attention, as every evaluation here was made.",
     }
@@ -251,7 +253,11 @@ def _compress_plan(record: Mapping[str, Any], config: Any) -> Table:
         ("trained", f"{record['num_trainable']:,} beside {record['num_total']:,} frozen ({share:.1%})"),
         ("learns", f"{weights}; gradient {record['gradient']}"),
         ("step", f"{record['documents_per_step']} documents = {tokens:,} tokens; {config.num_steps:,} steps"),
-        ("data", f"{record['data']['num_tokens']:,} tokens, {record['data']['num_documents']:,} documents"),
+        (
+            "data",
+            f"{record['data']['num_tokens']:,} tokens, {record['data']['num_documents']:,} documents; "
+            f"{_passes(record['data'], record['documents_per_step'] * config.num_steps)}",
+        ),
     ]
     return Table(f"Compressing for {Path(record['base_model']).name}", ("", "value"), rows, left=frozenset({1}))
 
@@ -319,6 +325,11 @@ def _counts(data: Mapping[str, Any]) -> str:
     if counts.get("num_trained") == counts.get("num_tokens"):
         counts.pop("num_trained", None)
     return ", ".join(f"{value:,} {key.removeprefix('num_').replace('_', ' ')}" for key, value in counts.items())
+
+
+def _passes(data: Mapping[str, Any], num_rows: int) -> str:
+    """Spell how often a run of `num_rows` rows reads what there is."""
+    return f"{data['rows_per_epoch']:,} rows, read {num_rows / data['rows_per_epoch']:,.3g} times"
 
 
 def training_figure(metrics: Metrics, title: str, losses: Mapping[str, str]) -> Figure:
