@@ -96,6 +96,9 @@ def test_an_output_never_takes_what_is_read_with_it(run, base, tmp_path):  # noq
     fails(run("extend", "out", "--method", "yarn", "--factor", 16, "-o", "alias", "--force"), 2, "overlap")
     fails(run("eval", "ppl", "out", *SHORT, "-o", "alias", "--force"), 2, "which this command reads")
     fails(run("eval", "ppl", "alias", *SHORT, "-o", "out", "--force"), 2, "which this command reads")
+    for reader in (("eval", "short", "books-5m", "--against"), ("gate", "books-5m", "--baseline")):
+        fails(run(*reader, "out", "-o", "alias", "--force"), 2, "which this command reads")
+    fails(run("eval", "longppl", "books-5m", "--evaluator", "out", "-o", "out", "--force"), 2, "this command reads")
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
