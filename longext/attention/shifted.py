@@ -55,12 +55,24 @@ class LazyMask:
 
     arguments: dict[str, Any]
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    ndim = 0  # not 2: what is made already, and handed back by `generate`
+
+    def contiguous(self) -> LazyMask:
+        """Return itself: `generate` asks this of the masks that it makes before a forward with a static cache."""
+        return self
 
     @property
     def window(self) -> int | None:
         """Tokens that the mask keeps attention to, a sliding window's or a chunk's; None for all."""
         size: int | None = self.arguments.get("local_size")
         return size
+
+    @property
+    def is_causal(self) -> bool:
+        """True if a token sees all tokens before it but padding: no packed rows by positions, no images both ways."""
+        from transformers.masking_utils import causal_mask_function
+
+        return self.arguments.get("mask_function") is causal_mask_function
 
     def dense(self) -> torch.Tensor | None:
         """Return the mask that `sdpa` would have got: bool [B, 1, Q, K] or None."""
@@ -83,6 +95,8 @@ class LazyMask:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function of our variants (transformers calls it once per forward): keep the arguments."""
+    if isinstance(given := arguments.get("attention_mask"), LazyMask):
+        return given
     offset = arguments.get("q_offset", 0)  # of a static cache its own counter, which layers raise before we read it
     return LazyMask({**arguments, "q_offset": offset.clone() if isinstance(offset, torch.Tensor) else offset})
 
@@ -199,6 +213,11 @@ def attention_forward(
         raise _has_sinks(module)
     if key.shape[2] != query.shape[2]:
         raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
+    if PLAN not in kwargs and attention_mask.window is None and not attention_mask.is_causal:
+        raise ConfigError(
+            f"{variant.implementation} was not told of packed rows (position_ids that begin again) or of another mask: "
+            "pass an attention_mask, or one document a row."
+        )
     plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
     window = attention_mask.window
     if sliding_window is None and window is not None and window < plan.layout.length:
