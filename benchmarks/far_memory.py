@@ -56,7 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--memory-steps", default="500", help="of 16 drills; 200/100: then of drills and books")
+    parser.add_argument("--memory-steps", default="500", help="on drills; 200/100: then on drills and books")
+    parser.add_argument("--memory-batch", type=int, default=16, help="drills of a step")
     parser.add_argument("--memory-ratios", default="4,8", help="of each stage: 4,8/8,16,32")
     parser.add_argument("--more-steps", type=int, default=0, help="of 8 drills and pieces of books of 2,176 tokens")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
@@ -107,7 +108,9 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
     stages: list[tuple[str, int, int, str, list[Any]]] = []  # name, steps, documents of a step, ratios, words more
     for steps, ratios in zip(given.memory_steps.split("/"), given.memory_ratios.split("/"), strict=True):
         before = ["--init", given.work / stages[-1][0]] if stages else []
-        stages.append((f"memory-{len(stages) + 1}" if stages else "memory", int(steps), 16, ratios, before))
+        stages.append(
+            (f"memory-{len(stages) + 1}" if stages else "memory", int(steps), given.memory_batch, ratios, before)
+        )
     if given.more_steps:
         more = ["--fading", "--init", given.work / stages[-1][0]]
         stages.append(("memory-more", given.more_steps, 8, "4,8,16,32", more))
