@@ -268,8 +268,8 @@ def answer_lines(
     prompts = Prompts(model, config)
     asking = _Asking(prompts, GENERATE, advance)
     size = batch_size(config.batch_tokens, max(config.lengths), model.device)
-    ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
-    return [each.line for each in asking.tried]
+    number = ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
+    return [each.line for each in asking.tried[:number]]
 
 
 def _expect(task: Passkey, model: LanguageModel, prompts: Prompts, work: Work) -> None:

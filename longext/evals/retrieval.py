@@ -261,13 +261,20 @@ class RetrievalEval(QuestionEval, AnswersEval):
 
         started = time.perf_counter()
         planned = self.questions(model, data)
+        num_ranked = sum(each.choices is not None for each in planned) if self.ranks else 0
+        if self.ranks and not num_ranked:
+            raise ConfigError(
+                f"--answers {self.answers} needs wrong answers, and no question here has any: leave it out."
+            )
         decisions = None if self.error_rate is None else self._decisions(planned, data)
         self._expect(model, planned, work)
-        with work.progress(self.name, len(planned) * (self.generates + self.ranks), self.unit) as advance:
+        with work.progress(self.name, len(planned) * self.generates + num_ranked, self.unit) as advance:
             asked = self._answered(model, planned, decisions, work.answers, advance)
         questions, scores, answers, ranks = asked.questions, asked.scores, asked.answers, asked.ranks
         seconds = time.perf_counter() - started
         notes = [decisions.note(self.unit)] if decisions else []
+        if num_ranked < len(planned) and self.ranks:
+            notes.append(f"{len(planned) - num_ranked} of {len(planned)} {self.unit} have no wrong answers to rank.")
         notes += [*self.notes(model, data, scores or ranks), *self.window_notes(model, scores or ranks)]
         notes += answer_notes(answers.values()) if answers else []
         is_chat = self.uses_chat(model)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.data.json_lines import rows_of, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
-from longext.evals.limits import Place, check_lengths
+from longext.evals.limits import check_lengths
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import (
     Question,
@@ -153,10 +153,6 @@ class GraphWalks(RetrievalEval):
     def read_data(self) -> Any:
         """Return the rows of --data, None if graphs are made."""
         return None if self.data is None else read_rows(Path(self.data).expanduser())
-
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and lengths."""
-        return [] if self.data else super().places(data)
 
     def questions(self, model: LanguageModel, data: Any) -> list[Question]:
         """Return every graph.

@@ -116,8 +116,6 @@ class Mrcr(RetrievalEval):
 
     def places(self, data: Any) -> list[Place]:
         """Return the numbers of needles and the lengths."""
-        if self.data is not None:
-            return []
         return [(_task(count), str(length)) for count in self.needles for length in sorted(self.lengths)]
 
     def questions(self, model: LanguageModel, data: Any) -> list[Question]:

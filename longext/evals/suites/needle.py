@@ -310,8 +310,7 @@ class Needle(RetrievalEval):
             return [line["score"] for line in lines[-len(asked) :]]
 
         size = batch_size(self.batch_tokens, max(self.lengths), model.device)
-        ask_questions(decide(questions) if decide else None, questions, size, answer)
-        return lines
+        return lines[: ask_questions(decide(questions) if decide else None, questions, size, answer)]
 
     def _first_choices(
         self, model: LanguageModel, questions: Sequence[NeedleQuestion], advance: Advance

@@ -8,6 +8,7 @@ Published answers: longext eval longbench2 --predictions results/model.jsonl
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +95,21 @@ class LongBench2(RetrievalEval):
 
     def questions(self, model: LanguageModel, data: Sequence[dict[str, str]]) -> list[Question]:
         """Return the question of each row, its prompt cut in the middle where it is too long."""
-        return [self._question(model, row, number) for number, row in enumerate(data)]
+        names = [row.get("_id", str(number)) for number, row in enumerate(data)]
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        return [
+            self._question(model, row, f"{name}/{number}" if name in repeated else name)
+            for number, (row, name) in enumerate(zip(data, names, strict=True))
+        ]
 
-    def _question(self, model: LanguageModel, row: dict[str, str], number: int) -> Question:
+    def _question(self, model: LanguageModel, row: dict[str, str], name: str) -> Question:
         letters = {letter: row[f"choice_{letter}"].strip() for letter in _LETTERS}
         text = _PROMPT.format(context=row["context"].strip(), question=row["question"].strip(), **letters)
         text, _ = cut_prompt(model, self, text)
         opening = _OPENING if self.uses_chat(model) else f"\n\n{_OPENING}"
         wrong = [letter for letter in _LETTERS if letter != row["answer"]]
         return Question(
-            id=row.get("_id", str(number)),
+            id=name,
             task=row["difficulty"],
             length=_SIZES[row["length"]],
             input_ids=self.prompt_tokens(model, text, "\n\n"),
