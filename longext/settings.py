@@ -6,6 +6,7 @@ alone. Precedence: defaults < recipe (`-c FILE`) < `--set key=value` < flags typ
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from longext.errors import ConfigError
+from longext.errors import ConfigError, LongextError
 from longext.registry import did_you_mean
 from longext.untrusted import parse_yaml, read_yaml, shown, type_name
 
@@ -195,6 +196,10 @@ def to_recipe(config: Any) -> str:
     defaults = {field.name: field.default for field in fields}
     asked = dataclasses.asdict(config)
     values = {key: asked[key] for key, default in defaults.items() if asked[key] != default}
+    if hasattr(config, "implied_defaults"):
+        with contextlib.suppress(LongextError):  # a compressor that is gone by now: its numbers are still written
+            implied = config.implied_defaults(values)
+            values |= {key: asked[key] for key, other in implied.items() if asked[key] != other}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False)
 

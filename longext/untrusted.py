@@ -412,13 +412,18 @@ def _tuple_items(hint: Any) -> list[Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without dates: `2020-01-02` is text."""
+    """YAML in which only what is written as Python writes a number is one, and no date is.
+
+    `2020-01-02`, `0123456` (else octal), `1:30` (else 90) and `1.10` are text, as a commit or tag is.
+    """
 
 
 _PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":int", ":float"))]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _tag, _pattern in (("int", r"-?(0|[1-9]\d*)$"), ("float", r"-?(0|[1-9]\d*)\.(0|\d*[1-9])$")):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-0123456789"))
 
 
 def parse_yaml(text: str, where: str, kind: Kind = ConfigError) -> Any:

@@ -126,7 +126,10 @@ class _Reader:
         if _is_given(value.get("weight")) and value["weight"] != 1:
             raise self.error("'weight' of a whole row cannot be used; leave the row out, or give its messages weights.")
         self.count_unused(value, {*known, "system", "system_prompt", "tools", "weight"}, "")
-        return Conversation(turns=(*self.system(turns), *turns), tools=self.tools(), is_raw=is_raw)
+        system = self.system(turns)
+        if system and turns[:1] and turns[0].role == "system":
+            turns = turns[1:]  # it is empty, and the row has its text beside the messages
+        return Conversation(turns=(*system, *turns), tools=self.tools(), is_raw=is_raw)
 
     def schema(self) -> tuple[tuple[str, ...], tuple[Turn, ...], bool]:
         """Return the fields that hold the conversation, its turns, and whether they are plain text."""
@@ -184,7 +187,7 @@ class _Reader:
     def system(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the row's own system message, unless the conversation begins with the same one."""
         fields = {name: self.text(self.value.get(name), name, "") for name in ("system", "system_prompt")}
-        first = [turn.content for turn in turns[:1] if turn.role == "system"]
+        first = [turn.content for turn in turns[:1] if turn.role == "system" and turn.content.strip()]
         texts = {text for text in (*fields.values(), *first) if text.strip()}
         if len(texts) > 1:
             name = next(name for name, text in fields.items() if text.strip())

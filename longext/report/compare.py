@@ -14,6 +14,7 @@ from longext.checkpoint.source import read_config, resolve_model
 from longext.conversion.extend import ExtensionPlan
 from longext.errors import ConfigError, DataError, LongextError
 from longext.evals.base import Eval, Progress
+from longext.evals.limits import check_lengths
 from longext.evals.runner import Measured, run_eval
 from longext.evals.suites.passkey import Passkey
 from longext.evals.suites.ppl import Perplexity
@@ -132,6 +133,7 @@ def _titled(progress: Progress, title: str) -> Progress:
 
 def _tasks(config: CompareConfig, trained: int) -> dict[str, Any]:
     """Return the evaluations that every method runs through; a length within the trained window is among them."""
+    check_lengths(config.lengths, minimum=2)
     lengths = tuple(sorted({*config.lengths, *(() if min(config.lengths) <= trained else (trained,))}))
     perplexity = Perplexity(**shared_settings(config, Perplexity, _OF_TASKS), lengths=lengths, protocol="sliding")
     positions = dataclasses.replace(perplexity, protocol="positional", stride=perplexity.step)

@@ -263,6 +263,7 @@ def test_passkey_refuses(run, tmp_path, args, texts):
     [
         (("--methods", "none,yarm"), ("Unknown method 'yarm'",)),
         (("--methods", "yarn,yarn"), ("twice",)),
+        (("--set", "lengths=[]"), ("--lengths must be different whole numbers",)),
         (("--methods", "none:factor=8"), ("takes no parameters",)),
         (("--methods", "yarn:betafast=3"), ("unknown key 'betafast'",)),
         (("--factor", "0.5"), ("factor",)),

@@ -72,6 +72,13 @@ def test_to_recipe_comes_back_equal_but_for_force(tmp_path):
     assert build_config(CompareConfig, tmp_path / "r.yaml", [], {}) == compare
 
 
+def test_a_recipe_holds_what_is_a_default_but_not_the_one_that_other_settings_imply(tmp_path):
+    given = {"model": "m", "memory": "window:64", "protocol": "sliding", "lengths": (512, 1024, 2048, 4096)}
+    config = build_config(Perplexity, None, [], given)
+    (tmp_path / "r.yaml").write_text(to_recipe(config))
+    assert build_config(Perplexity, tmp_path / "r.yaml", [], {}) == config
+
+
 def test_a_shipped_recipe_is_found_by_name():
     assert find_recipe("extend/books-5m-4k-yarn").name == "books-5m-4k-yarn.yaml"
     with pytest.raises(ConfigError, match="Did you mean 'extend/books-5m-4k-yarn'"):

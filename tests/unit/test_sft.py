@@ -106,6 +106,9 @@ def test_every_field_of_a_row_that_has_a_meaning_is_used():
     assert turns_of({**alpaca, "history": [], "system": None, "tools": "[]"}) == asked
     same = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "system": "S"}
     assert turns_of(same) == [("system", "S"), ("user", "Q")]
+    empty = {"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "Q"}]}
+    assert turns_of({**empty, "system": "S"}) == [("system", "S"), ("user", "Q")]
+    assert turns_of(empty) == [("system", " "), ("user", "Q")]
     assert turns_of({"messages": [{"role": "developer", "content": ["a", {"type": "text", "text": "b"}]}]}) == [
         ("system", "ab")
     ]

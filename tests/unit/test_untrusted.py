@@ -135,6 +135,11 @@ def test_dates_in_yaml_are_text():
     assert parse_yaml("a: 2020-13-45\nb: 2020-01-02\nc: 1.5", "r") == {"a": "2020-13-45", "b": "2020-01-02", "c": 1.5}
 
 
+@pytest.mark.parametrize("text", ["0123456", "1:30", "1.10", "1_000", "0x1f", "+5", "1e5", ".5"])
+def test_numbers_that_would_be_spelled_otherwise_are_text(text):
+    assert parse_yaml(f"a: {text}", "r") == {"a": text}
+
+
 def test_expressions_that_would_never_end_are_refused_and_common_ones_pass():
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(32)]
     check_patterns([("target_modules", r".*\.(q|k|v)_proj"), ("rank_pattern", r"(.*\.)?(q_proj)$")], names, "f")
