@@ -51,9 +51,13 @@ class LazyMask:
     """What the mask interface returns for our variants: the arguments, turned into what the mode needs.
 
     In eval mode that is SDPA's own mask, in train mode a default plan (groups of a quarter of the row).
+
+    Attributes:
+        is_causal: a token sees all tokens before it but padding: no packed rows by positions, no images both ways.
     """
 
     arguments: dict[str, Any]
+    is_causal: bool = True
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     ndim = 0  # not 2: what is made already, and handed back by `generate`
 
@@ -66,13 +70,6 @@ class LazyMask:
         """Tokens that the mask keeps attention to, a sliding window's or a chunk's; None for all."""
         size: int | None = self.arguments.get("local_size")
         return size
-
-    @property
-    def is_causal(self) -> bool:
-        """True if a token sees all tokens before it but padding: no packed rows by positions, no images both ways."""
-        from transformers.masking_utils import causal_mask_function
-
-        return self.arguments.get("mask_function") is causal_mask_function
 
     def dense(self) -> torch.Tensor | None:
         """Return the mask that `sdpa` would have got: bool [B, 1, Q, K] or None."""
@@ -97,8 +94,13 @@ def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function of our variants (transformers calls it once per forward): keep the arguments."""
     if isinstance(given := arguments.get("attention_mask"), LazyMask):
         return given
+    from transformers.masking_utils import causal_mask_function
+
+    # while torch.compile traces, transformers takes every row for a packed one
+    is_causal = arguments.get("mask_function") is causal_mask_function or torch.compiler.is_compiling()
     offset = arguments.get("q_offset", 0)  # of a static cache its own counter, which layers raise before we read it
-    return LazyMask({**arguments, "q_offset": offset.clone() if isinstance(offset, torch.Tensor) else offset})
+    own = offset.clone() if isinstance(offset, torch.Tensor) else offset
+    return LazyMask({**arguments, "q_offset": own}, is_causal)
 
 
 def register_attention() -> None:
