@@ -29,6 +29,7 @@ from longext.evals.retrieval import (
     answer_files,
     answer_line,
     mean_at,
+    told_note,
 )
 from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
 from longext.evals.statistics import wilson_interval
@@ -309,7 +310,9 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
 
 def score_given(task: Passkey, given: GivenAnswers) -> Outcome:
     """Return the record of answers that are given."""
-    return _outcome(given.scores, {**task.given_facts(given), "protocol": _protocol(task, ())})
+    protocol = _protocol(task, ())
+    outcome = _outcome(given.scores, {**task.given_facts(given), "protocol": protocol})
+    return dataclasses.replace(outcome, notes=told_note(task, protocol))
 
 
 def _outcome(scores: Sequence[QuestionScore], facts: Mapping[str, Any], ranked_at: Any = None) -> Outcome:

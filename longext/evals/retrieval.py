@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -94,6 +95,7 @@ class Answered:
     ranks: list[Rank] = field(default_factory=list)
 
 
+_OF_ANSWERS = ("tasks", "lengths", "num_trials")  # what answers themselves say of how they were asked for
 GENERATE, LIKELIHOOD, BOTH = "generate", "likelihood", "both"
 ANSWERS: Registry[str] = Registry("way of answering")
 ANSWERS.register(GENERATE, "answers are generated and scored")
@@ -132,9 +134,11 @@ class RetrievalEval(QuestionEval, AnswersEval):
     error_rate: float | None = error_rate()
 
     def check(self) -> None:
-        """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked."""
+        """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked or limited."""
         check_method(self.method, self.factor)
         check_answers(self)
+        if self.predictions is not None and getattr(self, "limit", None) is not None:
+            raise ConfigError("--limit is of the rows that are asked, and --predictions has the answers: leave it out.")
 
     @property
     def generates(self) -> bool:
@@ -360,15 +364,28 @@ class RetrievalEval(QuestionEval, AnswersEval):
             work.expect(model, [each.choices.input_ids for each in questions if each.choices], 0)
 
     def _outcome_of(self, given: GivenAnswers) -> Outcome:
+        protocol = self._asked_as(given.scores).protocol(None)
+        notes = [*given.notes, *told_note(self, protocol)]
         record = result_record(
             self.kind,
-            protocol={**self.protocol(None), "chat_template": None},
+            protocol={**protocol, "chat_template": None},
             **self.given_facts(given),
             **self.tables(given.scores),
             **given.facts,
-            notes=list(given.notes),
+            notes=notes,
         )
-        return Outcome(record=record, score_at=mean_at(given.scores, self.spell), notes=given.notes)
+        return Outcome(record=record, score_at=mean_at(given.scores, self.spell), notes=notes)
+
+    def _asked_as(self, scores: Sequence[QuestionScore]) -> Any:
+        """Return it with the tasks, lengths and numbers of trials of answers."""
+        trials = Counter((each.task, each.length, each.depth) for each in scores)
+        found = {
+            "tasks": tuple(dict.fromkeys(each.task for each in scores)),
+            "lengths": tuple(sorted({each.length for each in scores})),
+            "num_trials": max(trials.values()),
+        }
+        own: Any = self
+        return replace(own, **{name: found[name] for name in _OF_ANSWERS if hasattr(own, name)})
 
     def window_notes(self, model: LanguageModel, scores: Sequence[Any]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
@@ -388,6 +405,23 @@ def opened_tokens(model: LanguageModel, is_chat: bool, text: str, opening: str) 
     return tuple(with_prefix(model, model.encode(f"{rendered}{opening}", add_bos=False)))
 
 
+def told_note(config: Any, protocol: Mapping[str, Any]) -> list[str]:
+    """Return a note on what the record of given answers says by the settings of the command alone."""
+    names = {each.name for each in fields(config)} - {*_OF_ANSWERS}
+    told = [name for name, value in protocol.items() if name in names and value is not None]
+    if not told:
+        return []
+    return [f"The file does not say how its prompts were made; as this command has it: {', '.join(told)}."]
+
+
+def rated(where: str, task: str, score: Callable[[], float]) -> float:
+    """Return the score of a line's answer (DataError: what it is held to is of another form)."""
+    try:
+        return score()
+    except (TypeError, ValueError, IndexError, RecursionError) as error:
+        raise DataError(f"{where} is no answer to {task}: what is expected is of another form.") from error
+
+
 def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore:
     """Return the score of a line of `answers.jsonl`.
 
@@ -398,10 +432,10 @@ def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore
     expected, length, depth = row.get("expected"), row.get("length"), row.get("depth")
     if not isinstance(expected, list) or not expected or not all(isinstance(text, str) for text in expected):
         raise DataError(f"{where} is no answer: no list of texts under 'expected'.")
-    if not is_a(length, int) or not (depth is None or is_a(depth, float)):
+    if not is_a(length, int) or length < 0 or not (depth is None or is_a(depth, float)):
         raise DataError(f"{where} is no answer: no whole number under 'length', or another 'depth' than a number.")
     tokens = row.get("num_prompt_tokens")
-    score = rate(task, tuple(expected), answer, str(row.get("asked", "")))
+    score = rated(where, task, partial(rate, task, tuple(expected), answer, str(row.get("asked", ""))))
     return QuestionScore(task, length, depth, score, tokens if is_a(tokens, int) else 0)
 
 

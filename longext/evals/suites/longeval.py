@@ -81,8 +81,9 @@ class LongEvalCase:
 
 
 def _last_integer(expected: str, answer: str) -> float:
-    digits = re.findall(r"\d+", answer)
-    return float(bool(digits) and int(digits[-1]) == int(expected))
+    digits, wanted = re.findall(r"\d+", answer), int(expected)
+    last = digits[-1].lstrip("0") if digits else None
+    return float(last is not None and len(last) <= len(expected) and int(last or 0) == wanted)
 
 
 def _names_topic(expected: str, answer: str) -> float:
