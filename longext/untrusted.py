@@ -235,7 +235,9 @@ def parse_json(
         )
         _check_depth(value)
     except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else f"nested more than {MAX_DEPTH} deep"
+        reason = str(error) if isinstance(error, ValueError) else f"nested more than {MAX_DEPTH} deep"
+        if "\n" not in text.rstrip():  # one line of a file, whose place `where` names
+            reason = re.sub(r"( at)?: line 1 column", " at column", reason)
         raise kind(f"{where} is not valid JSON ({reason}). {advice}".rstrip()) from error
     if want is not None and type(value) is not want:
         expected = {dict: "a JSON object", list: "a JSON list"}[want]

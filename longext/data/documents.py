@@ -152,7 +152,10 @@ def _folder_files(folder: Path, config: DataConfig) -> list[Path]:
     if not files:
         raise DataError(f"No {', '.join(sorted(_READERS))} files in the folder {folder}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
-    if config.split in splits.values() and len(set(splits.values())) > 1:
+    named = sorted({split for split in splits.values() if split})
+    if named and config.split not in named:
+        note(f"{folder} names the split {', '.join(named)}, not '{config.split}' (--split): all its files were read.")
+    elif len(set(splits.values())) > 1 and named:
         unnamed = [file for file in files if splits[file] is None]
         files = [file for file in files if splits[file] == config.split]  # a downloaded dataset: one split of it
         if unnamed:
@@ -188,7 +191,7 @@ def _read_jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
 
 
 def _read_json(path: Path, _: DataConfig) -> Iterator[Row]:
-    rows = read_json(path, limit=None, constant=float)
+    rows = read_json(path, limit=None, constant=float, advice="If each line is a row, call the file .jsonl.")
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield Row(f"{spelled(path.name)}:{number}", f"{path}, entry {number}", row)
 

@@ -164,6 +164,9 @@ def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[list[t
     batch: list[tuple[str, str]] = []
     num_characters = 0
     for document in documents:
+        if batch and len(document[1]) >= size:  # alone it is tokenised in windows
+            yield batch
+            batch, num_characters = [], 0
         batch.append(document)
         num_characters += len(document[1])
         if num_characters >= size:

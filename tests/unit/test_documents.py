@@ -42,6 +42,8 @@ def test_a_plain_folder_is_read_whole(tmp_path):
 def test_a_folder_of_one_split_is_read_whatever_the_split_asked_for(tmp_path):
     fill(tmp_path, "validation/a.txt")
     assert ids(tmp_path) == ["a.txt"]
+    assert "names the split validation, not 'test' (--split): all its files were read" in take_notes()[0]
+    assert ids(tmp_path, split="validation") == ["a.txt"] and not take_notes()
 
 
 def test_max_documents_and_the_hash_follow_the_texts(tmp_path):

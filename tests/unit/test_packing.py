@@ -21,7 +21,7 @@ from longext.checkpoint.checks import check_token_cache
 from longext.data.cache import TokenizedText, build_token_cache, open_token_cache
 from longext.data.documents import data_hash, iterate_documents, load_documents
 from longext.data.packing import PackedExamples, PackedRows, collate_rows, pack_lengths, pose_positions
-from longext.data.rows import cached_tokens, encode_documents, open_rows, tokenizer_hash
+from longext.data.rows import _batches, cached_tokens, encode_documents, open_rows, tokenizer_hash
 from longext.errors import ConfigError, DataError
 from longext.options import DataConfig
 from longext.training.config import FinetuneConfig
@@ -90,6 +90,7 @@ def test_documents_are_tokenised_in_batches_and_read_one_batch_ahead_at_most(tok
     encoded = encode_documents(documents(), tokenizer, batch_characters=100)
     assert [next(encoded).id, next(encoded).id] == ["d0", "d1"] and read == [0, 1]
     assert len(list(encoded)) == 4
+    assert [len(batch) for batch in _batches([("a", "b"), ("c", "long" * 9), ("d", "e")], 30)] == [1, 1, 1]
     whole = list(encode_documents([("a", "b " * 9)], tokenizer))[0].input_ids
     assert list(encode_documents([("a", "b " * 9)], tokenizer, max_tokens=4))[0].input_ids == whole[:4]
 
