@@ -287,8 +287,9 @@ class ReadingConfig(EndpointConfig, RuntimeConfig):
     factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
     memory: str | None = option(
         None,
-        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained "
-        "compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
+        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, thinned:R, a KV policy "
+        "(snapkv:N, snapkv:8x, keydiff:N+M with the M newest), or a trained compressor OUT[@ratio[+overlap]] (MODEL "
+        "may then be left out).",
         panel="Method",
     )
     segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")
