@@ -64,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", default="0,0.5")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
     parser.add_argument("--places", type=int, default=2, help="of each book")
+    parser.add_argument("--skip", default="", help="memories that are left out, comma-separated beginnings of names")
     parser.add_argument("--policy-text", action="store_true", help="perplexity of KeyDiff and SnapKV as well (slow)")
     return parser.parse_args()
 
@@ -139,14 +140,17 @@ def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
 def memories(given: argparse.Namespace, memory: Path) -> dict[str, str | None]:
     """Return what `--memory` reads, by name; None: full attention, where it fits."""
     room = given.window - CHUNK
-    return {
+    found = {
         "full attention": None,
         "trained, 4x and thinned": f"{memory}@4",
         "raw keys, 4x and thinned": "thinned:4",
         "raw window": f"window:{room}",
         "keydiff": f"keydiff:{room}",
+        "keydiff and the newest": f"keydiff:{room - CHUNK}+{CHUNK}",
         "snapkv": f"snapkv:{room}",
     }
+    skipped = tuple(filter(None, given.skip.split(",")))
+    return {name: spec for name, spec in found.items() if not name.startswith(skipped)}
 
 
 def read_on(base: Path, spec: str, book: Path, lengths: list[int]) -> list[dict[str, float]]:
@@ -181,7 +185,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         reads, sizes = ["--memory", spec] if spec else [], ["--lengths", ",".join(map(str, lengths))]
         chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
         label = "".join(c if c.isalnum() else "-" for c in name)
-        slow = name in ("keydiff", "snapkv")  # minutes for each 100,000 tokens: generated answers alone
+        slow = name.startswith(("keydiff", "snapkv"))  # minutes for each 100,000 tokens: generated answers alone
         asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else "both"]
         keys = stage(given, f"{label}-passkey", "passkey", base, *sizes, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
@@ -219,7 +223,9 @@ def table_of(found: dict[str, Any]) -> Table:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw keys found, perplexity, bytes and time by tokens read."""
-    colours = dict(zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"), strict=False))
+    colours = dict(
+        zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#e69f00", "#cc79a7"), strict=False)
+    )
     figure = new_figure(12.0, 6.4)
     panels = figure.subplots(2, 3).flatten()
     found_panel, rank_panel, ppl_panel, bytes_panel, time_panel, names = panels
