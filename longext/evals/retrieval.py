@@ -20,6 +20,7 @@ from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, AnswersEval, GivenAnswers, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import PLACES, Place, PlaceLimit, place_limits
+from longext.evals.models import told_positions
 from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, rank_questions, ranked_tables
 from longext.evals.sequential.asking import (
     Decisions,
@@ -29,7 +30,6 @@ from longext.evals.sequential.asking import (
     rounds_path,
     stopping_facts,
 )
-from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.batching import batch_size
@@ -389,7 +389,7 @@ class RetrievalEval(QuestionEval, AnswersEval):
 
     def window_notes(self, model: LanguageModel, scores: Sequence[Any]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
-        longest, window = max(each.num_tokens for each in scores), model.context_length
+        longest, window = max(each.num_tokens for each in scores), told_positions(model)
         if self.memory or longest <= window:
             return []
         over = sum(each.num_tokens > window for each in scores)
@@ -581,41 +581,3 @@ def _generated_line(question: Question, score: QuestionScore, answer: Prediction
         is_cut=answer.is_cut,
         **({"asked": question.asked} if question.asked else {}),
     )
-
-
-# --- tables and pictures ----------------------------------------------------------------------------------------------
-
-MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
-_TRIALS = ("prompts", "num_trials")
-
-
-def by_task(title: str, of: str, axis: str = PROMPT, **more: Any) -> Lines:
-    """Return the view of scores by length, a block for each task."""
-    return Lines(title, of=of, panel="task", axis=axis, per_cell=_TRIALS, **more)
-
-
-def pooled(title: str, **more: Any) -> Lines:
-    """Return the view of all tasks together; they are drawn task by task in another view."""
-    return Lines(
-        title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, per_cell=_TRIALS, **more
-    )
-
-
-def task_map(title: str, of: str, **more: Any) -> HeatMap:
-    """Return the picture of a single result: tasks by lengths."""
-    return HeatMap(title, of=of, rows="task", name="tasks", table=NEVER, picture=ONE, **more)
-
-
-def depth_map(title: str, of: str, **more: Any) -> HeatMap:
-    """Return the view of depths by lengths."""
-    return HeatMap(title, of=of, name="depths", rows="depth", rows_name="depth", spell_row=_spell_depth, **more)
-
-
-def _spell_depth(depth: float | None) -> str:
-    return "random" if depth is None else f"{depth:.0%}"
-
-
-def depths_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the depths of a record, which must agree for its scores to share a table with others."""
-    depths = {row.get("depth") for row in record["results"]} - {None}
-    return {"depths": sorted(depths)} if depths else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -99,6 +100,18 @@ def test_a_server_without_log_probabilities_of_prompts_is_told_so_and_generates(
     with CompletionsServer(books, "llama").running() as url:
         fails(run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "gives no log-probabilities")
         ok(run("eval", *SUITES["generating"][:-2], "--endpoint", url, "-o", "out"))
+
+
+def test_a_server_and_a_tokenizer_that_say_no_length_answer_all_the_same(run, tmp_path, books):
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(books.directory / name, tmp_path / "tokenizer")
+    server = CompletionsServer(books, "llama")
+    real = server.answer
+    server.answer = lambda method, *rest: (200, {"data": [{"id": "m"}]}) if method == "GET" else real(method, *rest)
+    args = ("--tasks", "lines", "--sizes", 2, "--num-cases", 1, "-o", "out")
+    with server.running() as url:
+        ok(run("eval", "longeval", "tokenizer", *args, "--endpoint", url))
 
 
 def test_log_probabilities_that_are_no_numbers_and_a_usage_of_another_form(books):

@@ -19,17 +19,8 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import check_lengths
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    first_that_holds,
-    most_that_fit,
-    pooled,
-    text_hash,
-)
-from longext.evals.views import SEVERAL, Section
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, first_that_holds, most_that_fit, text_hash
+from longext.evals.views import SEVERAL, Section, by_task, pooled
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
 

@@ -21,16 +21,9 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
 from longext.evals.ranks import Choices, ranked_view
-from longext.evals.retrieval import (
-    MEAN_TOKENS,
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    text_hash,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
 from longext.evals.ruler.words import NUM_NAMES, draw_different, draw_name
-from longext.evals.views import Detail, Section
+from longext.evals.views import MEAN_TOKENS, Detail, Section, by_task
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.settings import MANY, option

@@ -20,8 +20,8 @@ from longext.evals.base import register
 from longext.evals.limits import Place
 from longext.evals.longbench.cutting import cut_prompt
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, cells_of, text_hash
-from longext.evals.views import ONE, SEVERAL, Section
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, text_hash
+from longext.evals.views import ONE, SEVERAL, Section, by_task
 from longext.settings import LENGTH, option
 from longext.untrusted import json_lines, read_json
 
