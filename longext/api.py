@@ -76,9 +76,11 @@ def _python_errors(call: CallT) -> CallT:
 
 
 def _check_alone(settings: dict[str, Any]) -> None:
-    """Raise ConfigError if several processes are asked for."""
+    """Raise ConfigError for what a call does not do: run in several processes, or write a directory of results."""
     if settings.get("num_processes", 1) != 1:
         raise ConfigError("num_processes: several processes are for the command line and torchrun; give 1.")
+    if settings.get("output") is not None:
+        raise ConfigError("output: results are returned, not written. What is returned has their `record` and tables.")
 
 
 @_python_errors
@@ -112,6 +114,7 @@ def load(
     from longext.evals.base import Eval, ReadingConfig
     from longext.evals.models import open_model
     from longext.models.methods import check_method
+    from longext.threads import set_threads
 
     check_method(method, factor)
     given: dict[str, Any] = {"method": method, "factor": factor, "memory": memory, "segment": segment}
@@ -122,6 +125,7 @@ def load(
     values = {key: value for key, value in given.items() if value is not None}
     implied = Eval.implied_defaults(values) if values.get("memory") else {}
     task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
+    set_threads(task.threads)
     opened: Any = open_model(task)
     opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
     return opened  # type: ignore[no-any-return]  # Any, to take the attribute that the protocol does not have
@@ -204,6 +208,7 @@ def advise(model: str | Path, target_length: int, *, progress: bool = False, **s
     from longext.report.console import progress as progress_bar
     from longext.report.console import say
 
+    _check_alone(settings)
     given = {"model": str(model), "target_length": target_length, **settings}
     config = build_config(AdviseConfig, None, [], given)
     show, tell = (progress_bar, lambda text: say(text, aside=True)) if progress else (no_progress, lambda text: None)

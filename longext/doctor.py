@@ -103,7 +103,12 @@ def _outside_of_what_is_allowed() -> Iterator[str]:
         listed = importlib.metadata.requires("longext") or []
     except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
         return
-    ranges = {requirement.name: requirement for requirement in map(Requirement, listed) if requirement.specifier}
+    extras_of_ours = [{"extra": extra} for extra in ("", *_FEATURES)]  # not those that develop longext
+    ranges = {
+        requirement.name: requirement
+        for requirement in map(Requirement, listed)
+        if requirement.specifier and (not requirement.marker or any(map(requirement.marker.evaluate, extras_of_ours)))
+    }
     for name, requirement in ranges.items():
         there = _version(name)
         if there is not None and not requirement.specifier.contains(there, prereleases=True):
@@ -165,7 +170,7 @@ def _accelerators() -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
         devices.append({"kind": "cuda", "name": torch.cuda.get_device_name(index), **facts})
     if torch.backends.mps.is_available():
         devices.append({"kind": "mps", "name": "Apple GPU"})
-    problems = []
+    problems = [f"{each['name']} cannot be used: {each['error']}" for each in devices if "error" in each]
     if driver and not devices:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         problems.append(

@@ -188,6 +188,7 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
         ConfigError, CheckpointError, DataError: something given cannot be used.
     """
     from longext.models.hf import load_language_model
+    from longext.threads import set_threads
 
     directory = resolve_model(config.model, config.revision)
     rope = read_model_rope(directory, config.trust_remote_code).spec
@@ -197,6 +198,7 @@ def try_methods(config: Any, progress: Progress, tell: Callable[[str], None]) ->
         raise ConfigError(told).about("target length")
     found, left_out = choices(config, rope)
     documents = load_documents(config)
+    set_threads(config.threads)
     model = load_language_model(config)
     trial = Trial(config, model, read_config(directory), trained, ())
     found = _that_apply(trial, found, left_out)

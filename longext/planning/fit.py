@@ -180,12 +180,11 @@ def _check_numbers(config: PlanConfig) -> None:
 
 def _by_length(shape: ModelShape, wanted: TrainingSetup, machine: Machine, longest: int) -> Iterator[Cost]:
     """Yield the cost at three halvings of the asked length, at it, and at doublings until it no longer fits."""
-    length = max(STEP, wanted.length >> 3)
-    while True:
+    below = [wanted.length >> halvings for halvings in (3, 2, 1) if wanted.length >> halvings >= STEP]
+    for length in (*below, *(wanted.length << doublings for doublings in range(4))):
         yield cost_of(shape, dataclasses.replace(wanted, length=length), machine)
-        if length >= wanted.length and (length > longest or length >= 8 * wanted.length):
+        if length >= wanted.length and length > longest:
             return
-        length *= 2
 
 
 def _model_notes(shape: ModelShape) -> Iterator[str]:

@@ -50,7 +50,7 @@ def plan_methods(config: CompareConfig) -> dict[str, ExtensionPlan | RemapReques
 
 
 def compare_methods(
-    config: CompareConfig, progress: Progress, announce: Callable[[str], None] | None = None
+    config: CompareConfig, progress: Progress, announce: Callable[[str], None] = lambda line: None
 ) -> Comparison:
     """Run `eval ppl` (sliding, positional) and `passkey` with every method of `config.methods` on one loaded model.
 
@@ -67,55 +67,56 @@ def compare_methods(
     """
     from longext.evals.passkey import check_prompts
     from longext.models.hf import load_language_model
+    from longext.threads import set_threads
 
     plans = plan_methods(config)
     directory = resolve_model(config.model, config.revision)
     base = read_model_rope(directory, config.trust_remote_code)
-    trained = base.spec.original_max_position_embeddings
-    tasks = _tasks(config, trained)
+    tasks = _tasks(config, trained := base.spec.original_max_position_embeddings)
     for task in tasks.values():
         task.check()
     documents = tasks["perplexity"].load_data()
+    set_threads(config.threads)
     model = load_language_model(config)
     if config.passkey:
         check_prompts(model, tasks["passkey"])
     plain = read_config(directory)
     results: list[Result] = []
-    methods, failed = list[dict[str, Any]](), dict[str, Exception]()
+    methods: list[dict[str, Any]] = []
+    failed: dict[str, Exception] = {}
     for index, (name, plan) in enumerate(plans.items(), 1):
         started = time.perf_counter()
-        own = {key: _with_method(task, name, config, key) for key, task in tasks.items()}
+        show = _titled(progress, f"{name} ({index}/{len(plans)})")
         try:
             apply_method(model, plan, plain)
-            measured = _measure(own, model, documents, _titled(progress, f"{name} ({index}/{len(plans)})"))
+            measured = _measure(name, config, tasks, model, documents, show)
         except Exception as error:
             if num_processes() > 1 or isinstance(error, (DataError, OSError)):
                 raise
             failed[name] = error
-            if announce:
-                announce(f"{name:<16} failed: {_reason(error)}")
+            announce(f"{name:<16} failed: {_reason(error)}")
             continue
         rope, spec = (plan.parameters, plan.spec) if isinstance(plan, ExtensionPlan) else (base.parameters, base.spec)
         formula = model.remapping.spec.formula if model.remapping else described(spec)
-        seconds = time.perf_counter() - started
-        methods.append(_method_record(name, rope, formula, measured, seconds))
+        methods.append(_method_record(name, rope, formula, measured, time.perf_counter() - started))
         results += [Result(each) for each in measured.values()]
-        if announce:
-            announce(_one_line(methods[-1]))
+        announce(_one_line(methods[-1]))
     if not methods:
         raise next(iter(failed.values()))
     model.set_rope(plain)
     record = _record(config, model, results[: len(tasks)], trained, methods)
-    reasons = [{"name": name, "reason": _reason(error)} for name, error in failed.items()]
-    return Comparison(results=results, record={**record, **({"failed": reasons} if reasons else {})})
+    if failed:
+        record["failed"] = [{"name": name, "reason": _reason(error)} for name, error in failed.items()]
+    return Comparison(results=results, record=record)
 
 
 def _measure(
-    tasks: Mapping[str, Any], model: HFLanguageModel, documents: Any, progress: Progress
+    name: str, config: CompareConfig, tasks: Mapping[str, Any], model: HFLanguageModel, documents: Any, show: Progress
 ) -> dict[str, Measured]:
     """Run the evaluations of one method."""
+    data = {key: documents for key in tasks if key != "passkey"}
     return {
-        key: run_eval(task, model, data=documents if key != "passkey" else None, progress=progress)
+        key: run_eval(_with_method(task, name, config, key), model, data=data.get(key), progress=show)
         for key, task in tasks.items()
     }
 

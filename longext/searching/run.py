@@ -32,6 +32,7 @@ from longext.searching.config import SearchConfig
 from longext.searching.problem import Journal, Problem, Weights
 from longext.searching.samples import make_samples, short_windows, split_documents
 from longext.searching.searcher import SEARCHERS, Candidate, Searcher, Space, critical_pair, record_of
+from longext.threads import set_threads
 
 _HELD_OUT_SEED = 1_000_003  # added to the seed for the prompts of the judgement
 _MOST_TEMPERATURE = 1.5  # up to which the price on short texts is measured
@@ -112,6 +113,7 @@ def search(
     documents = load_documents(config)
     others = None if config.eval_data is None else load_documents(replace(config, data=config.eval_data))
     searched, held_out = split_documents(documents, others)
+    set_threads(config.threads)
     model = load_language_model(config)
     started, cpu = time.perf_counter(), time.process_time()
     problem = _problem(model, plan, reference, searched, config, searcher, journal)

@@ -67,9 +67,13 @@ def test_a_result_is_a_page(result, tmp_path):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_extend_writes_what_load_reads(tmp_path):
+def test_extend_writes_what_load_reads(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("longext.threads.set_threads", asked.append)
     path = longext.extend("books-5m", "linear", factor=2, output=tmp_path / "out", check=False)
-    assert longext.load(path, device="cpu").context_length == 1024
+    assert longext.load(path, device="cpu", threads=1).context_length == 1024
+    longext.compare(path, ["none"], device="cpu", threads=1, lengths=[64], max_tokens=200, stride=32, passkey=False)
+    assert asked == [1, 1]
 
 
 def test_a_plan_and_a_continuation():
@@ -99,6 +103,7 @@ def test_training_and_what_becomes_of_it(tmp_path):
     ("call", "message"),
     [
         (lambda: longext.evaluate("books-5m", "ppl", strid=3), "unknown key 'strid'. Did you mean 'stride'?"),
+        (lambda: longext.evaluate("books-5m", "ppl", output="out"), "output: results are returned, not written"),
         (lambda: longext.evaluate("books-5m", "perplexty"), "Did you mean 'perplexity'?"),
         (lambda: longext.evaluate("books-5m", "ppl", lengths=[64], stride=64), "stride must be below"),
         (lambda: longext.load("books-5m", factor=8), "factor 8 needs a method"),

@@ -19,9 +19,7 @@ def run(config: ConversationConfig) -> None:
     """Load, read the documents, and talk until the user leaves."""
     from longext.compressor.writing.talking import open_conversation
     from longext.report.commands.chat import Terminal
-    from longext.threads import set_threads
 
-    set_threads(config.threads)
     Terminal(open_conversation(config)).talk(config.context)
 
 

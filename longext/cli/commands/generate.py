@@ -27,9 +27,7 @@ def run(config: GenerateConfig, as_json: bool) -> None:
     from longext.compressor.writing.generation import open_writer
     from longext.manifest import result_record
     from longext.report.console import progress, say
-    from longext.threads import set_threads
 
-    set_threads(config.threads)
     writer = open_writer(config)
     started = time.perf_counter()
     with progress("reading", writer.num_unread, "tokens") as advance:

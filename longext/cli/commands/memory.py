@@ -24,14 +24,12 @@ def run(config: BuildConfig, as_json: bool) -> None:
     from longext.compressor.writing.building import Builder, check_build, describe
     from longext.manifest import result_record
     from longext.report.console import progress, say
-    from longext.threads import set_threads
 
     check_build(config)
     if config.action == "inspect":
         held = describe(config.sources[0])
         show(result_record("memory", held["model"], memory=held), [memory_table(held)], as_json=as_json)
         return
-    set_threads(config.threads)
     builder = Builder(config)
     with progress("reading", builder.num_unread, "tokens") as advance:
         held = builder.build(advance)

@@ -20,11 +20,9 @@ def run(config: SearchConfig, as_json: bool) -> None:
     from longext.report.commands.search import CHECKPOINT, journal_of, point_line, search_and_write, search_table
     from longext.report.console import progress, say
     from longext.report.results import output_directory
-    from longext.threads import set_threads
 
     output = output_directory(config.output, "search", config.model)
     open_output(output, config)
-    set_threads(config.threads)
     try:
         found, written = search_and_write(config, output, progress, lambda line: say(line, aside=as_json))
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from longext.errors import CheckpointError, ConfigError
 from longext.models.hf import HFLanguageModel, load_language_model
 from longext.models.methods import check_method
 from longext.settings import check_names
+from longext.threads import set_threads
 
 
 @dataclass
@@ -115,6 +116,7 @@ def open_text(config: MemoryConfig) -> Opened:
         ConfigError, CheckpointError: as the message says.
     """
     check_memory_config(config)
+    set_threads(config.threads)
     path = memory_file(config)
     if path is not None:
         return _from_file(config, path)

@@ -193,4 +193,4 @@ def difference_notes(difference: Difference) -> list[str]:
     if not difference.comparable:
         return [f"Not comparable: {'; '.join(difference.reasons)}."]
     tail = f" But {'; '.join(difference.cautions)}." if difference.cautions else ""
-    return [f"Comparable: kind, protocol id and data hash agree.{tail}"]
+    return [f"Comparable: kind, protocol id and, where it is recorded, data hash agree.{tail}"]

@@ -19,7 +19,8 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table]:
     for device in found["devices"]:
         sizes = f", {_gib(device['free'])} of {_gib(device['memory'])} free" if "memory" in device else ""
         half = "" if device.get("bfloat16", True) else ", no bfloat16"
-        machine.append(["device", f"{device['name']}{sizes}{half}{device.get('error', '')}"])
+        error = f", cannot be used: {device['error']}" if "error" in device else ""
+        machine.append(["device", f"{device['name']}{sizes}{half}{error}"])
     if not found["devices"]:
         machine.append(["device", "CPU"])
     memory = found["memory"]

@@ -55,7 +55,7 @@ def prepare(config: PushConfig) -> Publication:
     if not directory.is_dir():
         raise ConfigError(f"There is no directory '{config.model}'. Give the -o of extend, merge or finetune.")
     parcel = pack(directory, config.repo, config.leave_out)
-    found = evaluation_results(config.results, directory)
+    found, untold = evaluation_results(config.results, directory)
     try:
         card = ModelCard(parcel.texts[CARD_NAME])
     except (ValueError, TypeError) as error:  # YAML that somebody edited
@@ -73,6 +73,7 @@ def prepare(config: PushConfig) -> Publication:
         *(["No base model with a Hub id is known: --base-model ID names it."] if not base else []),
         *(["No licence is known: --license ID names it."] if not card.data.get("license") else []),
         *(["The card has no evaluation: --results DIR adds those that were run."] if not found else []),
+        *untold,
     ]
     parcel = Parcel(parcel.files, {**parcel.texts, CARD_NAME: str(card)}, parcel.left_out)
     return Publication(parcel, card, found, notes)
@@ -103,8 +104,8 @@ def push(publication: Publication, config: PushConfig) -> str:
 # --- evaluations ------------------------------------------------------------------------------------------------------
 
 
-def evaluation_results(names: Sequence[str], directory: Path) -> list[Any]:
-    """Return the numbers of results as `huggingface_hub.EvalResult`.
+def evaluation_results(names: Sequence[str], directory: Path) -> tuple[list[Any], list[str]]:
+    """Return the numbers of results as `huggingface_hub.EvalResult`, and a line on each result that is not whole.
 
     Args:
         names: results, or folders of them.
@@ -114,8 +115,8 @@ def evaluation_results(names: Sequence[str], directory: Path) -> list[Any]:
         DataError: there is no result. ConfigError: it is of another model, or of one with a method or memory on top.
     """
     if not names:
-        return []
-    results, _ = find_results(names)
+        return [], []
+    results, left_out = find_results(names)
     expected = config_hash(directory)
     parts = [(result, part) for result in results for part in parts_of(result)]
     for result, part in parts:
@@ -125,13 +126,20 @@ def evaluation_results(names: Sequence[str], directory: Path) -> list[Any]:
             on_top = f" with {part.method or part.memory}" if part.method or part.memory else ""
             whose = f"{part.model or 'another model'}{on_top}"
             raise ConfigError(f"{result.name} is of {whose}, not of {directory} as it is.")
-    return [number for _, part in parts for number in _numbers(part)]
+    numbers = [(result, _numbers(part)) for result, part in parts]
+    untold = [f"Not on the card: {reason}" for reason in left_out]
+    untold += [
+        f"The card has the first {_MOST} of {len(own)} numbers of {result.name}."
+        for result, own in numbers
+        if len(own) > _MOST
+    ]
+    return [number for _, own in numbers for number in own[:_MOST]], untold
 
 
 def _numbers(part: Part) -> list[Any]:
     """The numbers of the first view that a single result's table shows."""
     view = next((view for view in part.section.views if view.table != SEVERAL and part.scores[view.name]), None)
-    return [_number(part, view, score) for score in part.scores[view.name][:_MOST]] if view else []
+    return [_number(part, view, score) for score in part.scores[view.name]] if view else []
 
 
 def _number(part: Part, view: View, score: Any) -> Any:
@@ -141,7 +149,8 @@ def _number(part: Part, view: View, score: Any) -> Any:
     kind, source = str(part.record["kind"]), str(data.get("source") or "made by longext")
     column = read(view.columns, score)
     panel = read(view.panel, score) if view.panel else None
-    what = f"{panel}, " if panel else ""
+    variant = read(view.variant, score) if view.variant else None
+    what = "".join(f"{part}, " for part in (panel, variant) if part)
     interval = score.interval()
     return EvalResult(
         task_type="text-generation",
