@@ -163,7 +163,7 @@ def _filler_ids(model: LanguageModel, config: Passkey) -> list[int]:
             repeats *= 2
             ids = model.encode(" ".join([FILLER] * repeats), add_bos=False)
         return ids
-    path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler)
+    path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler).expanduser()
     if not path.exists():
         raise ConfigError(f"--filler must be landmark, book (the bundled story) or a text file, got '{config.filler}'.")
     ids = model.encode(read_text(path), add_bos=False)

@@ -58,6 +58,7 @@ class Question:
         max_new_tokens, stop: where the answer ends at the latest.
         choices: right and wrong answers for likelihood; None if the question has none.
         asked: the question itself, if the score of an answer depends on it.
+        is_cut: the prompt was too long and lost its middle.
         frame_ids: see `Request`.
     """
 
@@ -71,6 +72,7 @@ class Question:
     stop: tuple[str, ...] = ()
     choices: Choices | None = None
     asked: str = ""
+    is_cut: bool = False
     frame_ids: tuple[int, ...] = ()
 
 
@@ -280,6 +282,7 @@ class RetrievalEval(QuestionEval, AnswersEval):
         if num_ranked < len(planned) and self.ranks:
             notes.append(f"{len(planned) - num_ranked} of {len(planned)} {self.unit} have no wrong answers to rank.")
         notes += [*self.notes(model, data, scores or ranks), *self.window_notes(model, scores or ranks)]
+        notes += cut_note(questions)
         notes += answer_notes(answers.values()) if answers else []
         is_chat = self.uses_chat(model)
         record = result_record(
@@ -403,6 +406,12 @@ def opened_tokens(model: LanguageModel, is_chat: bool, text: str, opening: str) 
         return tuple(model.encode(f"{text}{opening}"))
     rendered = render_chat(model, [{"role": "user", "content": text}])
     return tuple(with_prefix(model, model.encode(f"{rendered}{opening}", add_bos=False)))
+
+
+def cut_note(questions: Sequence[Any]) -> list[str]:
+    """Return a note if prompts lost their middle."""
+    cut = sum(each.is_cut for each in questions)
+    return [f"{cut} of {len(questions)} prompts were too long and lost their middle (--max-length)."] if cut else []
 
 
 def told_note(config: Any, protocol: Mapping[str, Any]) -> list[str]:

@@ -251,6 +251,7 @@ def test_data_that_is_not_text(run, tmp_path):
         (("--num-trials", "0"), ("`num_trials` must be >= 1, got 0",)),
         (("--lengths", "64"), ("needs at least",)),
         (("--protocol", "landmarks"), ("Did you mean 'landmark'",)),
+        (("--protocol", "yarn", "--num-digits", 8), ("--num-digits and --filler are for landmark",)),
         (("--protocol", "yarn", "--num-needles", "2"), ("as published",)),
         (("--filler", "nothing.txt"), ("--filler",)),
     ],

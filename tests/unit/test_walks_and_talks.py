@@ -9,6 +9,7 @@ import pytest
 
 from longext.errors import ConfigError, DataError
 from longext.evals.base import make_eval
+from longext.evals.retrieval import cut_note
 from longext.evals.runner import run_eval
 from longext.evals.suites.files.longbench2 import LongBench2, read_letter
 from longext.evals.suites.graphwalks import GraphWalks, at_depth, parents, read_nodes, set_f1
@@ -194,6 +195,9 @@ def test_questions_lose_their_middle_and_have_four_choices(books, tmp_path):
     task = LongBench2(model="m", data=str(tmp_path / "rows.json"), max_length=300, answers="both")
     (question,) = task.questions(books, task.read_data())
     assert 250 < len(question.input_ids) <= 305
+    assert question.is_cut and cut_note([question]) == [
+        "1 of 1 prompts were too long and lost their middle (--max-length)."
+    ]
     text = books.decode(question.input_ids)
     assert text.startswith("Please read")
     assert "(D) answer D" in text

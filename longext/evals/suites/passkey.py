@@ -157,9 +157,11 @@ class Passkey(ReadingConfig, AnswersEval):
         check_answers(self)
         check_method(self.method, self.factor)
         check_depths(self.depths, 0.01, least=1)
-        if not rules.has_depths and (self.num_needles > 1 or self.filler != "landmark"):
+        own = (self.num_needles, self.num_digits, self.filler)
+        if not rules.has_depths and own != (Passkey.num_needles, Passkey.num_digits, Passkey.filler):
             raise ConfigError(
-                f"The {self.protocol} protocol is as published: --num-needles and --filler are for landmark."
+                f"The {self.protocol} protocol is as published: --num-needles, --num-digits and --filler are for "
+                "landmark."
             )
 
     def limits(self, data: Any) -> list[PlaceLimit]:

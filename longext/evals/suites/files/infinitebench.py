@@ -18,7 +18,7 @@ from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import Place
-from longext.evals.longbench.cutting import cut_prompt
+from longext.evals.longbench.cutting import cut_prompt, prompt_limit
 from longext.evals.longbench.infinitebench import INFINITE_TASKS, label_of, prompt_of
 from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, rated, text_hash
 from longext.evals.views import Bars, Detail, Score, Section
@@ -102,7 +102,7 @@ class InfiniteBench(RetrievalEval):
         ]
 
     def _question(self, model: LanguageModel, task: str, row: Row, number: int) -> Question:
-        text, _ = cut_prompt(model, self, prompt_of(task, row))
+        text, is_cut = cut_prompt(model, self, prompt_of(task, row))
         label = label_of(task, row)
         right = label[1] if task in _OPTIONS else ""
         expected = (json.dumps(label, ensure_ascii=False),)
@@ -113,6 +113,7 @@ class InfiniteBench(RetrievalEval):
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=expected,
             max_new_tokens=INFINITE_TASKS[task].max_new_tokens,
+            is_cut=is_cut,
             choices=self.choices(model, text, "\n\nAnswer:", [right], [each for each in "ABCD" if each != right])
             if right
             else None,
@@ -145,7 +146,7 @@ class InfiniteBench(RetrievalEval):
             "definition": "the authors' GPT-4 prompts as lm-eval has them; longer ones lose their middle; greedy",
             "reference": "InfiniteBench, arXiv 2402.13718",
             "scoring": "the authors' compute_scores.py, task by task; intervals over questions",
-            "max_length": self.max_length,
+            "max_length": self.max_length if model is None else prompt_limit(model, self),
             "limit": self.limit,
         }
 

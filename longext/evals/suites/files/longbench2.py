@@ -18,7 +18,7 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place
-from longext.evals.longbench.cutting import cut_prompt
+from longext.evals.longbench.cutting import cut_prompt, prompt_limit
 from longext.evals.ranks import ranked_view
 from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, text_hash
 from longext.evals.views import ONE, SEVERAL, Section, by_task
@@ -105,7 +105,7 @@ class LongBench2(RetrievalEval):
     def _question(self, model: LanguageModel, row: dict[str, str], name: str) -> Question:
         letters = {letter: row[f"choice_{letter}"].strip() for letter in _LETTERS}
         text = _PROMPT.format(context=row["context"].strip(), question=row["question"].strip(), **letters)
-        text, _ = cut_prompt(model, self, text)
+        text, is_cut = cut_prompt(model, self, text)
         opening = _OPENING if self.uses_chat(model) else f"\n\n{_OPENING}"
         wrong = [letter for letter in _LETTERS if letter != row["answer"]]
         return Question(
@@ -115,6 +115,7 @@ class LongBench2(RetrievalEval):
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=(row["answer"],),
             max_new_tokens=self.max_new_tokens,
+            is_cut=is_cut,
             choices=self.choices(model, text, opening, [row["answer"]], wrong),
         )
 
@@ -145,7 +146,7 @@ class LongBench2(RetrievalEval):
             "reference": "LongBench v2, arXiv 2412.15204",
             "scoring": "the letter of the first 'The correct answer is (X)'; an answer without one is wrong and counts "
             "(the authors leave empty responses out)",
-            "max_length": self.max_length,
+            "max_length": self.max_length if model is None else prompt_limit(model, self),
         }
 
     def data_facts(self, data: Sequence[dict[str, str]]) -> dict[str, Any]:
