@@ -62,7 +62,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--more-steps", type=int, default=0, help="of 8 drills and pieces of books of 2,176 tokens")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
-    parser.add_argument("--answers", default="both", help="generate, likelihood or both")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
     parser.add_argument("--places", type=int, default=2, help="of each book")
     parser.add_argument("--skip", default="", help="memories that are left out, comma-separated beginnings of names")
@@ -187,7 +186,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
         label = "".join(c if c.isalnum() else "-" for c in name)
         slow = name.startswith(("keydiff", "snapkv"))  # minutes for each 100,000 tokens: generated answers alone
-        asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else given.answers]
+        asks = ["--depths", given.depths, "--num-trials", given.num_trials]
+        asks += ["--answers", "generate" if slow else "both"]
         keys = stage(given, f"{label}-passkey", "passkey", base, *sizes, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:

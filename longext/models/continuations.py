@@ -30,8 +30,8 @@ class Continuations:
 
     A plain model reads a prompt once (of prompts that follow each other only what differs), and behind its cache all
     continuations in one row, each under a mask that hides the others; or, if the model takes no such mask, one after
-    the other. That the first continuations are found as likely as in one pass is looked at once; if they are not,
-    every continuation is read with its prompt.
+    the other. What a memory keeps of a prompt is taken back to it after each continuation. That the first continuations
+    are found as likely as in one pass is looked at once; if they are not, every continuation is read with its prompt.
 
     Attributes:
         reads_once: the prompt is read once; None until it was tried.
@@ -40,8 +40,11 @@ class Continuations:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self._reader = PrefixReader.of(model)
-        self._form: _Form = self._packed
-        self.reads_once: bool | None = None if self._reader else False
+        self._forms: tuple[_Form, ...] = (self._packed, self._one_by_one) if self._reader else ()
+        if hasattr(model, "stream"):  # a reader with a memory
+            self._forms = (self._taken_back,)
+        self._form: _Form = self._whole
+        self.reads_once: bool | None = None if self._forms else False
 
     def nll(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
         """Return the negative log-likelihood of each continuation in nats, summed over its tokens.
@@ -56,8 +59,7 @@ class Continuations:
     def decide(self, prompt: Sequence[int], continuations: Continued) -> None:
         """Try how prompts can be read, unless that is known."""
         if self.reads_once is None:
-            forms: tuple[_Form, ...] = (self._packed, self._one_by_one)
-            self._form = next((form for form in forms if self._agrees(form, prompt, continuations)), self._whole)
+            self._form = next((form for form in self._forms if self._agrees(form, prompt, continuations)), self._whole)
             self.reads_once = self._form != self._whole
 
     def forget(self) -> None:
@@ -81,7 +83,7 @@ class Continuations:
             return False
         whole = self._whole(prompt, first[:2])
         model: Any = self.model
-        each = _TOLERANCE.get(str(model.model.dtype), _HALF_TOLERANCE)
+        each = _TOLERANCE.get(str(getattr(model, "plain", model).model.dtype), _HALF_TOLERANCE)
         pairs = zip(found, [*whole, whole[0]], first, strict=True)
         return all(abs(value - exact) <= len(ids) * each + 1e-3 * abs(exact) for value, exact, ids in pairs)
 
@@ -105,6 +107,21 @@ class Continuations:
             logits = self._reader.behind(ids, [len(each) for each in part])
             pieces = logits.split([len(each) for each in part])
             found += [_nll(piece, each) for piece, each in zip(pieces, part, strict=True)]
+        return found
+
+    def _taken_back(self, prompt: Sequence[int], continuations: Continued) -> list[float]:
+        import torch
+
+        model: Any = self.model
+        stream = model.stream(prompt)
+        start, found = stream.mark(), []
+        for each in continuations:
+            rows = []
+            for token in each:
+                rows.append(stream.next_logits())
+                stream.add(torch.tensor([[token]], device=model.device))
+            found.append(_nll(torch.cat(rows), each))
+            stream.restore(start)
         return found
 
 

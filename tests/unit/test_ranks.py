@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longext.compressor.backbone import Backbone
+from longext.compressor.reading.kv_memory import open_policy
+from longext.compressor.reading.readers import Reader
 from longext.errors import LongextError
 from longext.evals.ranks import Choices, Rank, _ranked, choices_of, ranked_tables
 from longext.evals.suites.needle import Needle
@@ -37,6 +40,22 @@ def test_a_prompt_read_once_gives_what_whole_texts_give(books):
     assert found == pytest.approx(whole, abs=1e-3)
     reader.reads_once = False
     assert reader.nll(prompt, others) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["snapkv:24", "tova-aware:24", "keydiff:16+8"])
+def test_what_a_memory_keeps_is_read_once_for_all_candidates(books, spec, monkeypatch):
+    """Three chunks of 16 and a tail; a candidate that goes on beyond its segment is taken back as well."""
+    opened, _, budget = open_policy(Backbone(books.model), spec, 16)
+    model = Reader(books, spec, 16, opened, size=budget.at)
+    prompt = books.encode("There was an old keeper of the light, who " * 4)[:60]
+    others = [books.encode(t, add_bos=False) for t in (" was old", " rope", " did not know how far the ships were")]
+    whole = [float(model.score(torch.tensor([[*prompt, *each]]), len(prompt)).nll.sum()) for each in others]
+    reader = Continuations(model)
+    reader.decide(prompt, others)
+    assert reader.reads_once
+    monkeypatch.setattr(model, "score", None)
+    assert reader.nll(prompt, others) == pytest.approx(whole, abs=1e-4)
+    assert reader.nll(prompt, others[::-1]) == pytest.approx(whole[::-1], abs=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
