@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from longext.report.tables import Table
 
 
-_READ = ("model", "base", "adapter", "data", "eval_data", "memory", "predictions", "include_path", "init")
+_READ = (
+    *("model", "base", "adapter", "against", "baseline", "evaluator", "memory", "init"),
+    *("data", "eval_data", "predictions", "key_tokens", "include_path"),
+)
 
 
 def open_output(output: Path, config: Any, *read: Path) -> None:
@@ -30,7 +33,8 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
     from longext.staging import check_apart, hold_output
 
     settings = dataclasses.asdict(config)
-    named = [str(settings.get(name) or "").partition("@")[0] for name in _READ]
+    whole = [str(settings.get(name) or "") for name in _READ]
+    named = [*whole, *(name.partition("@")[0] for name in whole)]  # a memory may end in @RATIO, a directory too
     paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
     for path in (*(path for path in paths if path.exists()), *read):
         check_apart(output, path)
