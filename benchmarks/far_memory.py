@@ -3,12 +3,12 @@
     python benchmarks/far_memory.py books-5m --books BOOKS --eval-books OTHER_BOOKS -o docs/results/far/books-5m
 
 The model is extended to 4,096 tokens and trained on passkey drills and books, so that it can use far text at all; an
-anchor is trained on it to answer drills of 384 tokens at 4x and 8x; with --more-steps then to answer drills, and to go
-on with books, after 2,048 tokens at ratios by distance, 4x to 32x. Then memories of no more slots than the window
-holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what follows
-in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned as it
-fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint. Writes
-far.json, far.png and table.md.
+anchor is trained on it to answer drills of 384 tokens at --memory-ratios, then, if two are given, drills and pieces of
+books; with --more-steps then after 2,048 tokens at ratios by distance, 4x to 32x. Memories of no more slots than the
+window holds read 1,024 to 100,096 tokens with a key in them: is it found, is it the likeliest of ten, what does what
+follows in a book cost, how many bytes are held, how long does it take. The trained memory reads at 4x and is thinned
+as it fills. A stage that is finished is not run again; a training that was stopped goes on from its last checkpoint.
+Writes far.json, far.png and table.md.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CHUNK = 512  # tokens that policies read at once
 DRILLS = {  # rows of tokens, what is in them, seed
     "base": (4096, "drill:1*6 drill:2*2 book:1*4", 4),
     "memory": (384, "drill:1*1", 5),
+    "memory-2": (384, "drill:1*2 book:1*1", 7),
     "memory-more": (17 * SEGMENT, "drill:1*5 drill:4*1 book:1*2", 6),
 }
 FOLLOWS = 40  # words of a book that are asked for, given all before them
@@ -55,12 +56,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--lengths", default="1024,8192,32768,100096")
     parser.add_argument("--base-steps", type=int, default=60, help="of 2 rows of the window")
-    parser.add_argument("--memory-steps", type=int, default=500, help="of 16 drills")
+    parser.add_argument("--memory-steps", default="500", help="on drills; 200/100: then on drills and books")
+    parser.add_argument("--memory-batch", type=int, default=16, help="drills of a step")
+    parser.add_argument("--memory-ratios", default="4,8", help="of each stage: 4,8/8,16,32")
     parser.add_argument("--more-steps", type=int, default=0, help="of 8 drills and pieces of books of 2,176 tokens")
     parser.add_argument("--num-trials", type=int, default=2, help="passkeys of a length and depth")
     parser.add_argument("--depths", default="0,0.5")
+    parser.add_argument("--answers", default="both", help="generate, likelihood or both")
     parser.add_argument("--documents", type=int, default=4, help="books that perplexity is measured on")
     parser.add_argument("--places", type=int, default=2, help="of each book")
+    parser.add_argument("--skip", default="", help="memories that are left out, comma-separated beginnings of names")
+    parser.add_argument("--policy-text", action="store_true", help="perplexity of KeyDiff and SnapKV as well (slow)")
     return parser.parse_args()
 
 
@@ -101,19 +107,24 @@ def prepare(given: argparse.Namespace) -> tuple[Path, Path]:
             "--num-steps", given.base_steps, "--schedule", "linear", *shared, *resume(adapter), "-o", adapter,
         )  # fmt: skip
         subprocess.run([sys.executable, "-m", "longext", "merge", str(adapter), "-o", str(base)], check=True)
-    stages = (  # name, steps, documents of a step, ratios, words more
-        ("memory", given.memory_steps, 16, "4,8", []),
-        ("memory-more", given.more_steps, 8, "4,8,16,32", ["--fading", "--init", given.work / "memory"]),
-    )
+    stages: list[tuple[str, int, int, str, list[Any]]] = []  # name, steps, documents of a step, ratios, words more
+    for steps, ratios in zip(given.memory_steps.split("/"), given.memory_ratios.split("/"), strict=True):
+        before = ["--init", given.work / stages[-1][0]] if stages else []
+        stages.append(
+            (f"memory-{len(stages) + 1}" if stages else "memory", int(steps), given.memory_batch, ratios, before)
+        )
+    if given.more_steps:
+        more = ["--fading", "--init", given.work / stages[-1][0]]
+        stages.append(("memory-more", given.more_steps, 8, "4,8,16,32", more))
     for name, steps, size, ratios, more in stages:
-        if steps and not (given.work / name).is_dir():
+        if not (given.work / name).is_dir():
             run_longext(
                 "compress-train", base, "--arch", "anchor", "--data", drills(given, name, steps * size), "--num-steps",
                 steps, "--objectives", "qa", "--prompt", "plain", "--segment", SEGMENT, "--ratio", ratios, *more,
                 "--document-length", DRILLS[name][0], "--lora-r", 64, "--lora-alpha", 128, "--batch-size", size,
                 "--set", "weight_decay=0", *shared, *resume(given.work / name), "-o", given.work / name,
             )  # fmt: skip
-    return base, given.work / ("memory-more" if given.more_steps else "memory")
+    return base, given.work / stages[-1][0]
 
 
 def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
@@ -130,14 +141,17 @@ def stage(given: argparse.Namespace, name: str, *words: Any) -> dict[str, Any]:
 def memories(given: argparse.Namespace, memory: Path) -> dict[str, str | None]:
     """Return what `--memory` reads, by name; None: full attention, where it fits."""
     room = given.window - CHUNK
-    return {
+    found = {
         "full attention": None,
         "trained, 4x and thinned": f"{memory}@4",
         "raw keys, 4x and thinned": "thinned:4",
         "raw window": f"window:{room}",
         "keydiff": f"keydiff:{room}",
+        "keydiff and the newest": f"keydiff:{room - CHUNK}+{CHUNK}",
         "snapkv": f"snapkv:{room}",
     }
+    skipped = tuple(filter(None, given.skip.split(",")))
+    return {name: spec for name, spec in found.items() if not name.startswith(skipped)}
 
 
 def read_on(base: Path, spec: str, book: Path, lengths: list[int]) -> list[dict[str, float]]:
@@ -169,17 +183,18 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, spec in memories(given, memory).items():
         lengths = [n for n in map(int, given.lengths.split(",")) if spec or n <= given.window]
-        reads = ["--lengths", ",".join(map(str, lengths)), *(["--memory", spec] if spec else [])]
+        reads, sizes = ["--memory", spec] if spec else [], ["--lengths", ",".join(map(str, lengths))]
         chunk = ["--segment", chunk_of(spec)] if chunk_of(spec) else []
         label = "".join(c if c.isalnum() else "-" for c in name)
-        slow = name in ("keydiff", "snapkv")  # minutes for each 100,000 tokens: answers alone, and fewer of them
-        asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else "both"]
-        keys = stage(given, f"{label}-passkey", "passkey", base, *reads, *chunk, *asks)
+        slow = name.startswith(("keydiff", "snapkv"))  # minutes for each 100,000 tokens: generated answers alone
+        asks = ["--depths", given.depths, "--num-trials", given.num_trials, "--answers", "generate" if slow else given.answers]
+        keys = stage(given, f"{label}-passkey", "passkey", base, *sizes, *reads, *chunk, *asks)
         found[name] = {"memory": spec and spec.replace(str(memory), "OUT"), "passkey": keys}
         if spec:
-            if not slow:
+            if given.policy_text or not slow:
+                sizes = ["--lengths", "1024,8192,32768"] if slow else sizes  # policies read 128 tokens at once here
                 texts = ["--data", given.eval_books, "--max-documents", given.documents, "--num-places", given.places]
-                found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *reads, *texts)
+                found[name]["ppl"] = stage(given, f"{label}-ppl", "eval", "ppl", base, *sizes, *reads, *texts)
             reading = given.work / "runs" / f"{label}-reading.json"
             if not reading.is_file():
                 reading.write_text(json.dumps(read_on(base, spec, book, lengths)))
@@ -209,7 +224,9 @@ def table_of(found: dict[str, Any]) -> Table:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw keys found, perplexity, bytes and time by tokens read."""
-    colours = dict(zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"), strict=False))
+    colours = dict(
+        zip(found, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#e69f00", "#cc79a7"), strict=False)
+    )
     figure = new_figure(12.0, 6.4)
     panels = figure.subplots(2, 3).flatten()
     found_panel, rank_panel, ppl_panel, bytes_panel, time_panel, names = panels

@@ -125,7 +125,8 @@ def load(
     values = {key: value for key, value in given.items() if value is not None}
     implied = Eval.implied_defaults(values) if values.get("memory") else {}
     task = build_config(ReadingConfig, None, [], {**implied, **values, **settings})
-    set_threads(task.threads)
+    if task.threads is not None:  # else the program's own number stays
+        set_threads(task.threads)
     opened: Any = open_model(task)
     opened.loaded_as = {key: getattr(task, key) for key in ("model", "method", "factor", "memory", "segment")}
     return opened  # type: ignore[no-any-return]  # Any, to take the attribute that the protocol does not have

@@ -194,7 +194,11 @@ def remap_spec(
     settled = {**REMAPS[method].defaults(trained_length, target, num_pairs, values), **values}
     for name, value in settled.items():
         known[name].check(value)
-    return RemapSpec(method, trained_length, target, num_pairs, settled, logn, temperature)
+    spec = RemapSpec(method, trained_length, target, num_pairs, settled, logn, temperature)
+    if REMAPS[method].exact(spec) < 1:
+        used = ", ".join(f"{name} {value}" for name, value in settled.items())
+        raise ConfigError(f"`{method}` keeps no distance as it is with {used}: give a smaller window.")
+    return spec
 
 
 def check_parameters(method: str, given: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -227,10 +231,13 @@ def _number(parameter: Parameter, value: Any) -> Any:
         numbers: list[Any] = [float(each) for each in listed]
     except (TypeError, ValueError):
         raise ConfigError(f"`{parameter.name}` cannot be '{value}': {parameter.help}.") from None
+    if math.inf in numbers:
+        raise ConfigError(f"`{parameter.name}` must be a finite number, got '{value}'.")
     numbers = [int(each) if float(each).is_integer() else each for each in numbers]
+    for each in numbers:
+        parameter.check(each)
     if parameter.name == "factors":
         return tuple(numbers)
     if len(numbers) > 1 or (parameter.name not in _FRACTIONS and not isinstance(numbers[0], int)):
         raise ConfigError(f"`{parameter.name}` must be one whole number, got '{value}'.")
-    parameter.check(numbers[0])
     return numbers[0]

@@ -144,8 +144,10 @@ def _blocks(x: Tensor, count: int, first: int, step: int, length: int) -> Tensor
     """Return a view [B, H, count, length, D] of x [B, H, *, D]."""
     if count == 1:
         return x[:, :, None, first : first + length]
-    inside = x[:, :, first : first + step * (count - 1) + length]
-    return inside.unfold(2, length, step).transpose(-1, -2)
+    rows, heads, tokens, width = x.stride()
+    sizes = (*x.shape[:2], count, length, x.shape[3])
+    # not unfold: what is written into its blocks under torch.compile zeroes the tokens between them
+    return x.as_strided(sizes, (rows, heads, step * tokens, tokens, width), x.storage_offset() + first * tokens)
 
 
 def _take(x: Tensor, piece: Piece, first: int, step: int, length: int) -> Tensor:

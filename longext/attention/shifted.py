@@ -51,10 +51,19 @@ class LazyMask:
     """What the mask interface returns for our variants: the arguments, turned into what the mode needs.
 
     In eval mode that is SDPA's own mask, in train mode a default plan (groups of a quarter of the row).
+
+    Attributes:
+        is_causal: a token sees all tokens before it but padding: no packed rows by positions, no images both ways.
     """
 
     arguments: dict[str, Any]
+    is_causal: bool = True
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    ndim = 0  # not 2: what is made already, and handed back by `generate`
+
+    def contiguous(self) -> LazyMask:
+        """Return itself: `generate` asks this of the masks that it makes before a forward with a static cache."""
+        return self
 
     @property
     def window(self) -> int | None:
@@ -83,8 +92,15 @@ class LazyMask:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function of our variants (transformers calls it once per forward): keep the arguments."""
+    if isinstance(given := arguments.get("attention_mask"), LazyMask):
+        return given
+    from transformers.masking_utils import causal_mask_function
+
+    # while torch.compile traces, transformers takes every row for a packed one
+    is_causal = arguments.get("mask_function") is causal_mask_function or torch.compiler.is_compiling()
     offset = arguments.get("q_offset", 0)  # of a static cache its own counter, which layers raise before we read it
-    return LazyMask({**arguments, "q_offset": offset.clone() if isinstance(offset, torch.Tensor) else offset})
+    own = offset.clone() if isinstance(offset, torch.Tensor) else offset
+    return LazyMask({**arguments, "q_offset": own}, is_causal)
 
 
 def register_attention() -> None:
@@ -199,6 +215,11 @@ def attention_forward(
         raise _has_sinks(module)
     if key.shape[2] != query.shape[2]:
         raise ConfigError(f"{variant.implementation} trains without a KV cache: pass use_cache=False.")
+    if PLAN not in kwargs and attention_mask.window is None and not attention_mask.is_causal:
+        raise ConfigError(
+            f"{variant.implementation} was not told of packed rows (position_ids that begin again) or of another mask: "
+            "pass an attention_mask, or one document a row."
+        )
     plan: AttentionPlan = kwargs.get(PLAN) or attention_mask.plan()
     window = attention_mask.window
     if sliding_window is None and window is not None and window < plan.layout.length:

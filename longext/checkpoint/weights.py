@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
+_WHOLE_NAME = "model.safetensors"
 # safetensors' name of a float type that adapters can be merged in -> torch's
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -173,9 +174,18 @@ def read_shards(directory: Path) -> list[Shard]:
     return shards
 
 
+def weight_index(directory: Path) -> Path | None:
+    """Return the index of a model's weight files, None if they are one file.
+
+    transformers takes `model.safetensors` before an index, which a smaller model that was saved there leaves behind.
+    """
+    index = directory / INDEX_NAME
+    return index if index.is_file() and not (directory / _WHOLE_NAME).is_file() else None
+
+
 def _find_shards(directory: Path) -> list[Shard]:
-    index_path = directory / INDEX_NAME
-    if index_path.is_file():
+    index_path = weight_index(directory)
+    if index_path is not None:
         weight_map = read_json(index_path, "a weight index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path} has no weight_map. Download the model again.")
@@ -190,8 +200,9 @@ def _find_shards(directory: Path) -> list[Shard]:
         if missing:
             raise CheckpointError(f"{index_path} promises '{missing[0]}' ({len(missing)} missing), no shard has it.")
         return shards
-    files = sorted(directory.glob("model*.safetensors")) or sorted(
-        file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter")
+    files = [file for file in (directory / _WHOLE_NAME,) if file.is_file()] or sorted(
+        directory.glob("model*.safetensors")
+        or (file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter"))
     )
     if len(files) > 1:
         raise CheckpointError(f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. Download it again.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from longext.report.tables import Table
 
 
+# settings that may name what a command reads, and their values that name no file
 _READ = (
-    *("model", "base", "adapter", "against", "baseline", "evaluator", "memory", "init"),
-    *("data", "eval_data", "predictions", "key_tokens", "include_path"),
-)
+    "model base against baseline evaluator adapter init memory data eval_data predictions include_path key_tokens "
+    "essays haystack filler squad hotpotqa factors"
+).split()
+_NO_FILES = ("sample", "book", "landmark", "noise", "needles")
 
 
 def open_output(output: Path, config: Any, *read: Path) -> None:
@@ -29,14 +31,12 @@ def open_output(output: Path, config: Any, *read: Path) -> None:
         ConfigError: nothing can be written there, something would be lost, or another process is at work there.
     """
     from longext.checkpoint.bundled import BUNDLED_MODELS
-    from longext.data.documents import SAMPLE
     from longext.staging import check_apart, hold_output
 
-    settings = dataclasses.asdict(config)
-    whole = [str(settings.get(name) or "") for name in _READ]
-    named = [*whole, *(name.partition("@")[0] for name in whole)]  # a memory may end in @RATIO, a directory too
-    paths = [Path(name).expanduser() for name in named if name and name not in (*BUNDLED_MODELS, SAMPLE)]
-    for path in (*(path for path in paths if path.exists()), *read):
+    named = {getattr(config, name, None) or "" for name in _READ} - {*BUNDLED_MODELS, *_NO_FILES}
+    # a memory may be a directory and a ratio; os.path takes any text
+    paths = {os.path.expanduser(part) for name in named for part in (name, name.partition("@")[0]) if part}  # noqa: PTH111
+    for path in (*(Path(path) for path in paths if os.path.exists(path)), *read):  # noqa: PTH110
         check_apart(output, path)
     hold_output(output, config.force)
 

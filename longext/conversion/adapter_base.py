@@ -16,7 +16,7 @@ from typing import Any
 from longext.checkpoint.bundled import BUNDLED_MODELS, is_bundled
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import HUB_ID, read_config, read_json, resolve_model, text_of
-from longext.checkpoint.weights import INDEX_NAME, read_shards, same_weights
+from longext.checkpoint.weights import read_shards, same_weights, weight_index
 from longext.conversion.adapter import ADAPTER_CONFIG
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import ExtensionPlan, provenance, trained_rope, written_rope
@@ -210,8 +210,8 @@ def write_base(directory: Path, source: Path, config: dict[str, Any]) -> None:
 
 def weight_files(source: Path) -> list[Path]:
     """Return the weight files of a model and their index."""
-    index = [source / INDEX_NAME] if (source / INDEX_NAME).is_file() else []
-    return [*index, *(shard.path for shard in read_shards(source))]
+    index = weight_index(source)
+    return [*([index] if index else []), *(shard.path for shard in read_shards(source))]
 
 
 def _link(source: Path, target: Path) -> None:

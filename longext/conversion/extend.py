@@ -15,7 +15,7 @@ from longext.checkpoint.families import UNLISTED
 from longext.checkpoint.ranges import MAX_FACTOR
 from longext.checkpoint.rope_config import ModelRope, one_spelling, read_model_rope, write_rope
 from longext.checkpoint.source import read_config, refuse_adapter, resolve_model
-from longext.checkpoint.weights import INDEX_NAME, Shard, read_shards
+from longext.checkpoint.weights import Shard, read_shards, weight_index
 from longext.conversion.card import license_of, model_card
 from longext.conversion.computed import compare, compute, describe_layers, warn
 from longext.conversion.config import ExtendConfig
@@ -408,8 +408,8 @@ def write_extension(plan: ExtensionPlan, output: Path) -> None:
             place_file(shard.path, staging / shard.path.name, force_copy)
         for file in plan.side_files:
             place_side_file(file, staging, force_copy or file.stat().st_size < _LINKED_FROM)
-        if (plan.source / INDEX_NAME).is_file():
-            shutil.copyfile(plan.source / INDEX_NAME, staging / INDEX_NAME)
+        if index := weight_index(plan.source):
+            shutil.copyfile(index, staging / index.name)
         write_json(staging / "config.json", extended_config(plan))
         raise_lengths(staging, plan.new_length)
         record = {**provenance(plan), "files": mark_files(staging / shard.path.name for shard in plan.shards)}

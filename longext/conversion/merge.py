@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from longext.checkpoint.source import read_json, text_of
 from longext.checkpoint.tying import untied
 from longext.checkpoint.weights import (
-    INDEX_NAME,
     ITEM_BYTES,
     TORCH_NAMES,
     StoredTensor,
     TensorPlan,
     read_shards,
     tensors_of,
+    weight_index,
     write_shard,
 )
 from longext.conversion.adapter import (
@@ -259,12 +259,12 @@ def _write_weights(merge: Merge, staging: Path, on_progress: Callable[[int], Non
     by_file: dict[str, dict[str, TensorPlan]] = {shard.path.name: {} for shard in merge.extension.shards}
     for name, source in merge.sources.items():
         by_file[source.path.name][name] = _tensor_plan(merge, name, source)
-    if (merge.base / INDEX_NAME).is_file():
-        index = read_json(merge.base / INDEX_NAME, "a weight index")
+    if path := weight_index(merge.base):
+        index = read_json(path, "a weight index")
         total = sum(plan.num_bytes for plans in by_file.values() for plan in plans.values())
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
         index["weight_map"] = {name: file for file, plans in by_file.items() for name in sorted(plans)}
-        write_json(staging / INDEX_NAME, index)
+        write_json(staging / path.name, index)
     return {file: write_shard(staging / file, plans, on_progress) for file, plans in by_file.items()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longext.checkpoint.source import read_config, refuse_adapter
-from longext.checkpoint.weights import INDEX_NAME, read_shards
+from longext.checkpoint.weights import read_shards, weight_index
 from longext.conversion.card import LINKS, base_name, paths_of, without_folders
 from longext.conversion.files import TEMPLATES, TOKENIZER_FILES, belongs_to, side_name
 from longext.errors import CheckpointError, ConfigError
@@ -24,7 +24,7 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}")
 # besides the weights: what transformers or a reader takes from a checkpoint
 _PARTS = (
     *TOKENIZER_FILES,
-    *("config.json", INDEX_NAME, "*preprocessor_config.json", "processor_config.json", "tekken.json"),
+    *("config.json", "*preprocessor_config.json", "processor_config.json", "tekken.json"),
     *(CARD_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes", MANIFEST_NAME, RECIPE_NAME),
 )
 _TEXTS = (MANIFEST_NAME, RECIPE_NAME)  # hold paths of this machine
@@ -65,7 +65,8 @@ def pack(directory: Path, repo: str, leave_out: bool = False) -> Parcel:
         raise ConfigError(f"REPO must be OWNER/NAME, as the Hub spells a repository, got '{repo}'.")
     refuse_adapter(directory)
     config = read_config(directory)
-    shards = {shard.path.name for shard in read_shards(directory)}
+    index = weight_index(directory)
+    shards = {path.name for path in (*(shard.path for shard in read_shards(directory)), *([index] if index else []))}
     has_code = "auto_map" in config
     found = sorted(file for file in directory.iterdir() if file.name != TEMPLATES)
     every = (*found, *sorted(directory.glob(f"{TEMPLATES}/*")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ _ORDER = (
 ).split()
 EVALS: Registry[type[Eval]] = Registry("evaluation", "longext.evals.suites", _ORDER)
 EvalT = TypeVar("EvalT", bound="Eval")
+_PLACES = (("tasks", "task"), ("lengths", "length"), ("sizes", "length"), ("depths", "depth"))  # setting, of a score
 _ANSWER_FILES = (".jsonl", ".txt")  # what a name of results leaves out
 
 
@@ -215,8 +216,29 @@ class AnswersEval(Eval):
         return None if self.predictions is not None else super().open_model()
 
     def load_data(self) -> Any:
-        """Return what questions are made of, or the scores of --predictions."""
-        return self.read_data() if self.predictions is None else self.read_answers(Path(self.predictions).expanduser())
+        """Return what questions are made of, or the scores of --predictions at the places that settings name."""
+        if self.predictions is None:
+            return self.read_data()
+        given = self.read_answers(Path(self.predictions).expanduser())
+        return self._at_named_places(given) if isinstance(given, GivenAnswers) else given
+
+    def _at_named_places(self, given: GivenAnswers) -> GivenAnswers:
+        """Return the scores at the tasks, lengths and depths of settings; one at its default names none.
+
+        Raises:
+            DataError: there are none.
+        """
+        defaults, spell = {each.name: each.default for each in fields(self)}, getattr(self, "spell", str)
+        scores, named = given.scores, list[str]()
+        for name, place in _PLACES:
+            wanted: Sequence[Any] = getattr(self, name, ())
+            if wanted != defaults.get(name, ()):
+                named.append(f"--{name} {','.join(map(str, wanted))}")
+                found = ((each, getattr(each, place, None)) for each in scores)
+                scores = [each for each, at in found if at is None or at in wanted or spell(at) in wanted]
+        if not scores:
+            raise DataError(f"{self.predictions} has no answer of {' '.join(named)}.")
+        return replace(given, scores=scores)
 
     def read_data(self) -> Any:
         """Return what questions are made of."""
@@ -265,8 +287,9 @@ class ReadingConfig(EndpointConfig, RuntimeConfig):
     factor: float | None = option(None, "Factor of --method: target length / trained length.", le=MANY, panel="Method")
     memory: str | None = option(
         None,
-        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, or a trained "
-        "compressor OUT[@ratio[+overlap]] (MODEL may then be left out).",
+        "Read by segments with this memory: none, window[:N], streaming:4+N, transformer-xl:N, thinned:R, a KV policy "
+        "(snapkv:N, snapkv:8x, keydiff:N+M with the M newest), or a trained compressor OUT[@ratio[+overlap]] (MODEL "
+        "may then be left out).",
         panel="Method",
     )
     segment: int = option(128, "Tokens of a segment (--memory; compressors: their own).", ge=1, panel="Method")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longext.checkpoint.gguf import is_gguf
+from longext.errors import ConfigError
+from longext.settings import LENGTH
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -32,3 +34,11 @@ def open_model(config: Any) -> LanguageModel:
     from longext.models.hf import load_language_model
 
     return load_language_model(config, method, factor)
+
+
+def told_positions(model: LanguageModel) -> int:
+    """Return how many positions a model has, without an end for a server that does not say: what notes go by."""
+    try:
+        return model.context_length
+    except ConfigError:
+        return LENGTH

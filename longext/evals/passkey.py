@@ -29,6 +29,7 @@ from longext.evals.retrieval import (
     answer_files,
     answer_line,
     mean_at,
+    told_note,
 )
 from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
 from longext.evals.statistics import wilson_interval
@@ -162,7 +163,7 @@ def _filler_ids(model: LanguageModel, config: Passkey) -> list[int]:
             repeats *= 2
             ids = model.encode(" ".join([FILLER] * repeats), add_bos=False)
         return ids
-    path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler)
+    path = SAMPLE_DOCUMENT if config.filler == "book" else Path(config.filler).expanduser()
     if not path.exists():
         raise ConfigError(f"--filler must be landmark, book (the bundled story) or a text file, got '{config.filler}'.")
     ids = model.encode(read_text(path), add_bos=False)
@@ -268,8 +269,8 @@ def answer_lines(
     prompts = Prompts(model, config)
     asking = _Asking(prompts, GENERATE, advance)
     size = batch_size(config.batch_tokens, max(config.lengths), model.device)
-    ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
-    return [each.line for each in asking.tried]
+    number = ask_questions(decide(prompts.trials) if decide else None, prompts.trials, size, asking.ask)
+    return [each.line for each in asking.tried[:number]]
 
 
 def _expect(task: Passkey, model: LanguageModel, prompts: Prompts, work: Work) -> None:
@@ -309,7 +310,9 @@ def measure_passkey(task: Passkey, model: LanguageModel, work: Work) -> Outcome:
 
 def score_given(task: Passkey, given: GivenAnswers) -> Outcome:
     """Return the record of answers that are given."""
-    return _outcome(given.scores, {**task.given_facts(given), "protocol": _protocol(task, ())})
+    protocol = _protocol(task, ())
+    outcome = _outcome(given.scores, {**task.given_facts(given), "protocol": protocol})
+    return dataclasses.replace(outcome, notes=told_note(task, protocol))
 
 
 def _outcome(scores: Sequence[QuestionScore], facts: Mapping[str, Any], ranked_at: Any = None) -> Outcome:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import Advance, AnswersEval, GivenAnswers, Outcome, QuestionEval, Work, fail_under, silent
 from longext.evals.limits import PLACES, Place, PlaceLimit, place_limits
+from longext.evals.models import told_positions
 from longext.evals.ranks import DEFINITION, Choices, Rank, choices_of, grouped, rank_questions, ranked_tables
 from longext.evals.sequential.asking import (
     Decisions,
@@ -28,7 +30,6 @@ from longext.evals.sequential.asking import (
     rounds_path,
     stopping_facts,
 )
-from longext.evals.views import NEVER, ONE, PROMPT, Detail, HeatMap, Lines
 from longext.manifest import result_record
 from longext.models.answer_file import tokens_hash
 from longext.models.batching import batch_size
@@ -57,6 +58,7 @@ class Question:
         max_new_tokens, stop: where the answer ends at the latest.
         choices: right and wrong answers for likelihood; None if the question has none.
         asked: the question itself, if the score of an answer depends on it.
+        is_cut: the prompt was too long and lost its middle.
         frame_ids: see `Request`.
     """
 
@@ -70,6 +72,7 @@ class Question:
     stop: tuple[str, ...] = ()
     choices: Choices | None = None
     asked: str = ""
+    is_cut: bool = False
     frame_ids: tuple[int, ...] = ()
 
 
@@ -94,6 +97,7 @@ class Answered:
     ranks: list[Rank] = field(default_factory=list)
 
 
+_OF_ANSWERS = ("tasks", "lengths", "num_trials")  # what answers themselves say of how they were asked for
 GENERATE, LIKELIHOOD, BOTH = "generate", "likelihood", "both"
 ANSWERS: Registry[str] = Registry("way of answering")
 ANSWERS.register(GENERATE, "answers are generated and scored")
@@ -132,9 +136,11 @@ class RetrievalEval(QuestionEval, AnswersEval):
     error_rate: float | None = error_rate()
 
     def check(self) -> None:
-        """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked."""
+        """Raise ConfigError for a method that cannot be applied, or answers that are given and ranked or limited."""
         check_method(self.method, self.factor)
         check_answers(self)
+        if self.predictions is not None and getattr(self, "limit", None) is not None:
+            raise ConfigError("--limit is of the rows that are asked, and --predictions has the answers: leave it out.")
 
     @property
     def generates(self) -> bool:
@@ -261,14 +267,22 @@ class RetrievalEval(QuestionEval, AnswersEval):
 
         started = time.perf_counter()
         planned = self.questions(model, data)
+        num_ranked = sum(each.choices is not None for each in planned) if self.ranks else 0
+        if self.ranks and not num_ranked:
+            raise ConfigError(
+                f"--answers {self.answers} needs wrong answers, and no question here has any: leave it out."
+            )
         decisions = None if self.error_rate is None else self._decisions(planned, data)
         self._expect(model, planned, work)
-        with work.progress(self.name, len(planned) * (self.generates + self.ranks), self.unit) as advance:
+        with work.progress(self.name, len(planned) * self.generates + num_ranked, self.unit) as advance:
             asked = self._answered(model, planned, decisions, work.answers, advance)
         questions, scores, answers, ranks = asked.questions, asked.scores, asked.answers, asked.ranks
         seconds = time.perf_counter() - started
         notes = [decisions.note(self.unit)] if decisions else []
+        if num_ranked < len(planned) and self.ranks:
+            notes.append(f"{len(planned) - num_ranked} of {len(planned)} {self.unit} have no wrong answers to rank.")
         notes += [*self.notes(model, data, scores or ranks), *self.window_notes(model, scores or ranks)]
+        notes += cut_note(questions)
         notes += answer_notes(answers.values()) if answers else []
         is_chat = self.uses_chat(model)
         record = result_record(
@@ -353,19 +367,32 @@ class RetrievalEval(QuestionEval, AnswersEval):
             work.expect(model, [each.choices.input_ids for each in questions if each.choices], 0)
 
     def _outcome_of(self, given: GivenAnswers) -> Outcome:
+        protocol = self._asked_as(given.scores).protocol(None)
+        notes = [*given.notes, *told_note(self, protocol)]
         record = result_record(
             self.kind,
-            protocol={**self.protocol(None), "chat_template": None},
+            protocol={**protocol, "chat_template": None},
             **self.given_facts(given),
             **self.tables(given.scores),
             **given.facts,
-            notes=list(given.notes),
+            notes=notes,
         )
-        return Outcome(record=record, score_at=mean_at(given.scores, self.spell), notes=given.notes)
+        return Outcome(record=record, score_at=mean_at(given.scores, self.spell), notes=notes)
+
+    def _asked_as(self, scores: Sequence[QuestionScore]) -> Any:
+        """Return it with the tasks, lengths and numbers of trials of answers."""
+        trials = Counter((each.task, each.length, each.depth) for each in scores)
+        found = {
+            "tasks": tuple(dict.fromkeys(each.task for each in scores)),
+            "lengths": tuple(sorted({each.length for each in scores})),
+            "num_trials": max(trials.values()),
+        }
+        own: Any = self
+        return replace(own, **{name: found[name] for name in _OF_ANSWERS if hasattr(own, name)})
 
     def window_notes(self, model: LanguageModel, scores: Sequence[Any]) -> list[str]:
         """Return a note if prompts are longer than the model has positions (and no memory reads them by segments)."""
-        longest, window = max(each.num_tokens for each in scores), model.context_length
+        longest, window = max(each.num_tokens for each in scores), told_positions(model)
         if self.memory or longest <= window:
             return []
         over = sum(each.num_tokens > window for each in scores)
@@ -381,6 +408,29 @@ def opened_tokens(model: LanguageModel, is_chat: bool, text: str, opening: str) 
     return tuple(with_prefix(model, model.encode(f"{rendered}{opening}", add_bos=False)))
 
 
+def cut_note(questions: Sequence[Any]) -> list[str]:
+    """Return a note if prompts lost their middle."""
+    cut = sum(each.is_cut for each in questions)
+    return [f"{cut} of {len(questions)} prompts were too long and lost their middle (--max-length)."] if cut else []
+
+
+def told_note(config: Any, protocol: Mapping[str, Any]) -> list[str]:
+    """Return a note on what the record of given answers says by the settings of the command alone."""
+    names = {each.name for each in fields(config)} - {*_OF_ANSWERS}
+    told = [name for name, value in protocol.items() if name in names and value is not None]
+    if not told:
+        return []
+    return [f"The file does not say how its prompts were made; as this command has it: {', '.join(told)}."]
+
+
+def rated(where: str, task: str, score: Callable[[], float]) -> float:
+    """Return the score of a line's answer (DataError: what it is held to is of another form)."""
+    try:
+        return score()
+    except (TypeError, ValueError, IndexError, RecursionError) as error:
+        raise DataError(f"{where} is no answer to {task}: what is expected is of another form.") from error
+
+
 def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore:
     """Return the score of a line of `answers.jsonl`.
 
@@ -391,10 +441,10 @@ def own_score(rate: Callable[..., float], where: str, row: Any) -> QuestionScore
     expected, length, depth = row.get("expected"), row.get("length"), row.get("depth")
     if not isinstance(expected, list) or not expected or not all(isinstance(text, str) for text in expected):
         raise DataError(f"{where} is no answer: no list of texts under 'expected'.")
-    if not is_a(length, int) or not (depth is None or is_a(depth, float)):
+    if not is_a(length, int) or length < 0 or not (depth is None or is_a(depth, float)):
         raise DataError(f"{where} is no answer: no whole number under 'length', or another 'depth' than a number.")
     tokens = row.get("num_prompt_tokens")
-    score = rate(task, tuple(expected), answer, str(row.get("asked", "")))
+    score = rated(where, task, partial(rate, task, tuple(expected), answer, str(row.get("asked", ""))))
     return QuestionScore(task, length, depth, score, tokens if is_a(tokens, int) else 0)
 
 
@@ -540,41 +590,3 @@ def _generated_line(question: Question, score: QuestionScore, answer: Prediction
         is_cut=answer.is_cut,
         **({"asked": question.asked} if question.asked else {}),
     )
-
-
-# --- tables and pictures ----------------------------------------------------------------------------------------------
-
-MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
-_TRIALS = ("prompts", "num_trials")
-
-
-def by_task(title: str, of: str, axis: str = PROMPT, **more: Any) -> Lines:
-    """Return the view of scores by length, a block for each task."""
-    return Lines(title, of=of, panel="task", axis=axis, per_cell=_TRIALS, **more)
-
-
-def pooled(title: str, **more: Any) -> Lines:
-    """Return the view of all tasks together; they are drawn task by task in another view."""
-    return Lines(
-        title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, per_cell=_TRIALS, **more
-    )
-
-
-def task_map(title: str, of: str, **more: Any) -> HeatMap:
-    """Return the picture of a single result: tasks by lengths."""
-    return HeatMap(title, of=of, rows="task", name="tasks", table=NEVER, picture=ONE, **more)
-
-
-def depth_map(title: str, of: str, **more: Any) -> HeatMap:
-    """Return the view of depths by lengths."""
-    return HeatMap(title, of=of, name="depths", rows="depth", rows_name="depth", spell_row=_spell_depth, **more)
-
-
-def _spell_depth(depth: float | None) -> str:
-    return "random" if depth is None else f"{depth:.0%}"
-
-
-def depths_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the depths of a record, which must agree for its scores to share a table with others."""
-    depths = {row.get("depth") for row in record["results"]} - {None}
-    return {"depths": sorted(depths)} if depths else {}

@@ -238,3 +238,41 @@ TOKENIZER = frozenset({"model.tokenizer_sha256"})  # a value per token is of tha
 def either(word: str, other: str) -> Callable[[Any], str]:
     """Return the form of a detail that is true or false: `word`, or `other`."""
     return lambda value: word if value else other
+
+
+# --- of scores by task, length and depth ------------------------------------------------------------------------------
+
+MEAN_TOKENS = Detail("tokens", "num_tokens", "{:,.0f}")
+_TRIALS = ("prompts", "num_trials")
+
+
+def by_task(title: str, of: str, axis: str = PROMPT, **more: Any) -> Lines:
+    """Return the view of scores by length, a block for each task."""
+    return Lines(title, of=of, panel="task", axis=axis, per_cell=_TRIALS, **more)
+
+
+def pooled(title: str, **more: Any) -> Lines:
+    """Return the view of all tasks together; they are drawn task by task in another view."""
+    return Lines(
+        title, of="by_length.score", axis=PROMPT, name="all", pooled=True, picture=NEVER, per_cell=_TRIALS, **more
+    )
+
+
+def task_map(title: str, of: str, **more: Any) -> HeatMap:
+    """Return the picture of a single result: tasks by lengths."""
+    return HeatMap(title, of=of, rows="task", name="tasks", table=NEVER, picture=ONE, **more)
+
+
+def depth_map(title: str, of: str, **more: Any) -> HeatMap:
+    """Return the view of depths by lengths."""
+    return HeatMap(title, of=of, name="depths", rows="depth", rows_name="depth", spell_row=_spell_depth, **more)
+
+
+def _spell_depth(depth: float | None) -> str:
+    return "random" if depth is None else f"{depth:.0%}"
+
+
+def depths_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the depths of a record, which must agree for its scores to share a table with others."""
+    depths = {row.get("depth") for row in record["results"]} - {None}
+    return {"depths": sorted(depths)} if depths else {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from longext.checkpoint.checks import not_numbers
 from longext.errors import ConfigError
 from longext.models.answer_file import kept_scores
 from longext.models.batching import batched_by
@@ -117,11 +119,18 @@ def _parts(continuations: Continued) -> Iterator[Continued]:
 
 
 def _nll(logits: torch.Tensor, ids: Sequence[int]) -> float:
-    """Return the summed negative log-likelihood of tokens, given logits [n, V] in front of each."""
+    """Return the summed negative log-likelihood of tokens, given logits [n, V] in front of each.
+
+    Raises:
+        LongextError: it is not finite.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    return float(cross_entropy(logits, torch.tensor(list(ids), device=logits.device), reduction="sum"))
+    value = float(cross_entropy(logits, torch.tensor(list(ids), device=logits.device), reduction="sum"))
+    if not math.isfinite(value):
+        raise not_numbers(f"for a continuation of {len(ids):,} tokens")
+    return value
 
 
 # --- whether a model answers by itself --------------------------------------------------------------------------------

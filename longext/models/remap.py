@@ -82,6 +82,8 @@ class Remapping:
         self.model.set_attn_implementation(IMPLEMENTATION)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if PLAN not in kwargs:
+            _check_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         return args, {**kwargs, _PASS: _Pass(self)}
 
     def _unrotate(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -220,6 +222,23 @@ def _not_remappable(model: Any) -> ConfigError:
 # --- one forward pass -------------------------------------------------------------------------------------------------
 
 
+def _check_positions(positions: Any, mask: Any) -> None:
+    """Raise ConfigError for position_ids [..., B, n] that do not count the tokens of a text, padding left out."""
+    if positions is None or positions.shape[-1] < 2:
+        return
+    mask = next(iter(mask.values()), None) if isinstance(mask, dict) else mask
+    mask = mask.arguments.get("attention_mask") if isinstance(mask, LazyMask) else mask
+    jumps = positions.diff(dim=-1) != 1
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        real = mask[:, -positions.shape[-1] :].bool()
+        jumps = jumps & (real[:, 1:] & real[:, :-1]).to(jumps.device)
+    if bool(jumps.any()):
+        raise ConfigError(
+            "A remapped model counts the tokens of a text itself: position_ids that jump or begin again (packed rows) "
+            "mean nothing to it. Leave them out, and give one text a row."
+        )
+
+
 @dataclass
 class _Pass:
     """What the layers of one forward pass share: plans and tables, made by the first that needs them."""
@@ -252,7 +271,8 @@ def attention_forward(
         ConfigError: a mask of the caller's own, dropout on attention weights, or attention sinks.
     """
     current: _Pass = kwargs.pop(_PASS)
-    if not isinstance(attention_mask, LazyMask):
+    is_ours = isinstance(attention_mask, LazyMask)
+    if not is_ours or not (attention_mask.is_causal or attention_mask.window is not None or PLAN in kwargs):
         raise ConfigError("A remapped model makes its own mask: pass a 2-D attention_mask or none.")
     if kwargs.get("s_aux") is not None or (dropout and module.training):
         raise ConfigError("Remapping knows neither attention sinks (gpt-oss) nor dropout on attention weights.")
@@ -297,9 +317,15 @@ def _place(current: _Pass, mask: LazyMask, query: torch.Tensor) -> tuple[int, li
 
     def starts() -> list[int]:
         two = mask.arguments.get("attention_mask")
-        if two is None or bool(two[:, 0].all()):
+        if two is None or bool(two.all()):
             return [0] * query.shape[0]
-        found: list[int] = two.long().argmax(1).tolist()
+        real = two.long()
+        if bool((real.diff(dim=1) == 1).sum(1).gt(1 - real[:, 0]).any()):  # a text that begins more than once
+            raise ConfigError(
+                "A remapped model reads a row's text in one piece: the attention_mask has zeros between its tokens. "
+                "Pad on the left if the rows go on."
+            )
+        found: list[int] = real.argmax(1).tolist()
         return found
 
     return int(mask.arguments.get("q_offset", 0)), current.made("starts", starts)

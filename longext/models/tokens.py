@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from longext.errors import DataError
+
 _WINDOW = 1 << 17  # characters tokenised at a time; an encoding takes about 200 bytes a token while it is made
 LONG = 2 * _WINDOW  # characters of a text that is cut into windows
 _OVERLAP = 1 << 13  # characters that two windows share
@@ -22,6 +24,9 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **opti
     Args:
         max_tokens: return only the first `max_tokens`; what comes after them is not tokenised.
         options: of the tokenizer's call.
+
+    Raises:
+        DataError: a text that is none, as a command line in another encoding gives.
     """
     if len(text) <= 2 * _WINDOW or not getattr(tokenizer, "is_fast", False):
         return _plain(tokenizer, text, options)[:max_tokens]
@@ -44,7 +49,7 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int | None = None, **opti
 
 
 def _plain(tokenizer: Any, text: str, options: dict[str, Any]) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
+    ids: list[int] = _encoded(tokenizer, text, options)["input_ids"]
     return ids
 
 
@@ -52,9 +57,21 @@ def with_offsets(
     tokenizer: Any, text: str, options: dict[str, Any] | None = None
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the tokens of `text` in one call of a fast tokenizer, and the characters that each stands for."""
-    options = options or {}
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True, **options)
+    encoded = _encoded(tokenizer, text, {**(options or {}), "return_offsets_mapping": True})
     return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _encoded(tokenizer: Any, text: str, options: dict[str, Any]) -> Any:
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except (TypeError, UnicodeError) as error:
+        lone = next((place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+        if lone is None:
+            raise
+        begin = text[:20].encode(errors="replace").decode()
+        raise DataError(
+            f"The text '{begin}...' is not UTF-8 (a byte or half a character at place {lone + 1:,}). Write it in UTF-8."
+        ) from error
 
 
 def _cut(offsets: Sequence[tuple[int, int]]) -> int:

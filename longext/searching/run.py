@@ -170,7 +170,7 @@ def _space(
         yarn=reference,
         most_temperature=problem.most_temperature(config.short_price),
         seed=config.seed,
-        evaluations=min(config.evaluations or searcher.evaluations, searcher.evaluations),
+        evaluations=config.evaluations or searcher.evaluations,
         num_samples=len(problem.samples),
     )
 

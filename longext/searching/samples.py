@@ -35,14 +35,6 @@ class Sample:
     text: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Documents as tokens, those that are searched on and those that are judged on."""
-
-    searched: list[list[int]]
-    held_out: list[Document]
-
-
 def split_documents(documents: Sequence[Document], others: Sequence[Document] | None) -> tuple[list[Document], ...]:
     """Return (documents to search on, documents to judge on).
 
@@ -51,8 +43,8 @@ def split_documents(documents: Sequence[Document], others: Sequence[Document] | 
     if others is not None:
         return list(documents), list(others)
     if len(documents) > 1:
-        held = list(documents[2::3] or documents[-1:])
-        return [each for each in documents if each not in held], held
+        held = range(2, len(documents), 3) or range(1, 2)  # by number: documents may be alike
+        return [each for n, each in enumerate(documents) if n not in held], [documents[n] for n in held]
     (only,) = documents
     cut = 2 * len(only.text) // 3
     return [Document(only.id, only.text[:cut])], [Document(f"{only.id}, last third", only.text[cut:])]

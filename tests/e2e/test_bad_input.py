@@ -129,6 +129,7 @@ def test_truncated_safetensors(run, base):
 
 def test_an_index_that_names_a_missing_shard(run, base):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors").unlink()  # which would go before the index
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     fails(run("extend", base, *EXTEND), 2, "model-00001-of-00002.safetensors", "missing")
 
@@ -218,6 +219,7 @@ def test_an_output_under_a_file_is_refused_before_the_work(run, tmp_path):
 
 
 def test_an_index_that_points_into_a_folder(run, base):
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "sub/a.safetensors"}}))
     fails(run("extend", base, *EXTEND), 2, "sub/a.safetensors", "next to their index")
 
@@ -249,6 +251,7 @@ def test_data_that_is_not_text(run, tmp_path):
         (("--num-trials", "0"), ("`num_trials` must be >= 1, got 0",)),
         (("--lengths", "64"), ("needs at least",)),
         (("--protocol", "landmarks"), ("Did you mean 'landmark'",)),
+        (("--protocol", "yarn", "--num-digits", 8), ("--num-digits and --filler are for landmark",)),
         (("--protocol", "yarn", "--num-needles", "2"), ("as published",)),
         (("--filler", "nothing.txt"), ("--filler",)),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -11,7 +12,7 @@ from command_line import fails, fails_in_one_line, no_leftovers, ok, undrawn
 from completions_server import CompletionsServer
 from typer.testing import CliRunner
 
-from longext.errors import ConfigError
+from longext.errors import ConfigError, LongextError
 from longext.models.engines import client
 from longext.models.engines.client import Client, base_url
 
@@ -99,6 +100,33 @@ def test_a_server_without_log_probabilities_of_prompts_is_told_so_and_generates(
     with CompletionsServer(books, "llama").running() as url:
         fails(run("eval", *SUITES["likelihood"], "--endpoint", url, "-o", "out"), 1, "gives no log-probabilities")
         ok(run("eval", *SUITES["generating"][:-2], "--endpoint", url, "-o", "out"))
+
+
+def test_a_server_and_a_tokenizer_that_say_no_length_answer_all_the_same(run, tmp_path, books):
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(books.directory / name, tmp_path / "tokenizer")
+    server = CompletionsServer(books, "llama")
+    real = server.answer
+    server.answer = lambda method, *rest: (200, {"data": [{"id": "m"}]}) if method == "GET" else real(method, *rest)
+    args = ("--tasks", "lines", "--sizes", 2, "--num-cases", 1, "-o", "out")
+    with server.running() as url:
+        ok(run("eval", "longeval", "tokenizer", *args, "--endpoint", url))
+
+
+def test_log_probabilities_that_are_no_numbers_and_a_usage_of_another_form(books):
+    from longext import load
+
+    server = CompletionsServer(books)
+    real, changes = server._complete, {}
+    server._complete = lambda body: real(body) | changes
+    with server.running() as url:
+        changes["usage"] = "none"
+        served = load("books-5m", endpoint=url)
+        rows = [None, *({str(token): {"logprob": float("nan")}} for token in range(5, 9))]
+        changes["choices"] = [{"text": "", "prompt_logprobs": rows}]
+        with pytest.raises(LongextError, match="for token 1 of a window of 5 are not finite numbers"):
+            served.score(torch.tensor([range(4, 9)]), 1)
 
 
 def test_a_server_that_splits_texts_itself_scores_no_window_without_its_beginning(run, books):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import longext
+from longext.checkpoint.bundled import BUNDLED_MODELS
 from longext.checkpoint.gguf import FLOAT32, read_gguf, write_changed
 
 PPL = ("--lengths", "64,256", "--max-tokens", 400, "--stride", 32, "--num-bootstrap", 0)
@@ -127,6 +130,12 @@ def test_export_refuses_what_it_does_not_know(run, tmp_path):
     result = run("export", "gguf", tmp_path / "neox", "-o", tmp_path / "x.gguf", expect=2)
     assert "convert_hf_to_gguf.py" in result.output
     assert "longext export writes gguf" in run("export", "onnx", "books-5m", expect=2).output
+    copy = shutil.copytree(BUNDLED_MODELS["books-5m"], tmp_path / "large")
+    weights = {name: tensor.float() for name, tensor in load_file(copy / "model.safetensors").items()}
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e5
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    result = run("export", "gguf", copy, "--dtype", "float16", "-o", tmp_path / "x.gguf", expect=2)
+    assert "not finite in torch.float16" in result.output and not (tmp_path / "x.gguf").exists()
 
 
 def test_a_server_is_told_which_rope_it_applies(run, tmp_path):

@@ -120,6 +120,19 @@ def test_a_method_is_its_definition_forward_and_backward(name, given, length):
         assert torch.allclose(own, reference, atol=1e-10, rtol=1e-10)
 
 
+def test_blocks_are_written_as_torch_compile_traces_them():
+    """Its functional form of a write into `unfold`ed blocks sets the tokens between them to zero."""
+    x, into = torch.zeros(1, 1, 10, 1), torch.ones(1, 1, 2, 3, 1)
+
+    def write(x: torch.Tensor) -> torch.Tensor:
+        out = x + 5
+        merged._blocks(out, 2, 1, 4, 3).copy_(into)
+        return out
+
+    expected = torch.tensor([5.0, 1, 1, 1, 5, 1, 1, 1, 5, 5])
+    assert torch.equal(torch.func.functionalize(write)(x).flatten(), expected)
+
+
 def test_every_method_has_a_definition_here():
     assert set(DISTANCES) == set(REMAPS)
     assert {name for name, _ in CASES} == set(REMAPS)

@@ -57,8 +57,8 @@ def mean_of(rows):
     return sum(rows) / len(rows)
 
 
-def snapkv(attention, keys, numbers, budget, state, layer_attention):
-    window = max(1, min(64, budget // 4))
+def snapkv(attention, keys, numbers, budget, state, layer_attention, newest=None):
+    window = newest or max(1, min(64, budget // 4))
     old = len(keys) - window
     of_heads = []
     for head in attention:
@@ -134,8 +134,12 @@ def attend(model, tokens, start, cache, masks=None):
 
 
 @torch.no_grad()
-def slow(model, ids, budget, name, choose=even, chunk=CHUNK):
-    """The last hidden states [1, T, D] of one text; a cache of lists, and the weights of transformers' attention."""
+def slow(model, ids, budget, name, choose=even, chunk=CHUNK, newest=None):
+    """The last hidden states [1, T, D] of one text; a cache of lists, and the weights of transformers' attention.
+
+    With `newest` so many stay besides, instead of those of the definition.
+    """
+    more = {"newest": newest} if name == "snapkv" else {}
     model.set_attn_implementation("eager")
     layers, heads = len(model.model.layers), model.config.num_key_value_heads
     groups = model.config.num_attention_heads // heads
@@ -174,9 +178,12 @@ def slow(model, ids, budget, name, choose=even, chunk=CHUNK):
                 own = weights[head * groups : (head + 1) * groups, :, empty:]
                 rows.append(
                     DEFINITIONS[name](
-                        own, keys[head, empty:], numbers, budgets[number], states[number][head], weights[:, :, empty:]
+                        own, keys[head, empty:], numbers, budgets[number], states[number][head], weights[:, :, empty:],
+                        **more,
                     )
-                )
+                )  # fmt: skip
+                if newest is not None:
+                    rows[-1] = rows[-1][0], set(range(len(numbers) - newest, len(numbers)))
             kept = choose([row[0] for row in rows], [row[1] for row in rows], budgets[number])
             raw = rope(keys, -torch.arange(total))
             for head in range(heads):
@@ -241,6 +248,21 @@ def test_layers_share_a_pyramid(name):
     assert [layer.num_held for layer in one.layers] == [39, 20, 1]
     for row in range(2):
         close(ours[row], slow(model, ids[row : row + 1], [39, 20, 1], name)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["snapkv:12+8", "h2o:12+8", "keydiff:12+8", "kvzip:20+0", "pyramid-knorm:12+8"])
+def test_newest_tokens_stay_besides(spec):
+    """Eight newest in every layer and the rest by score; none where the policy itself keeps half for them."""
+    model, ids = tiny_llama(), random_ids(2, 5)
+    name, _, sizes = spec.removeprefix("pyramid-").partition(":")
+    newest = int(sizes.partition("+")[2])
+    one = trail(spec, model)
+    ours = torch.cat([one.advance(tokens) for tokens in ids.split(CHUNK, 1)], 1)
+    held = [31, 20, 9] if spec.startswith("pyramid") else [20] * 3
+    assert [layer.num_held for layer in one.layers] == held
+    for row in range(2):
+        close(ours[row], slow(model, ids[row : row + 1], held, name, newest=newest)[0])
 
 
 # --- expected attention and attention matching: one layer's states ----------------------------------------------------
@@ -462,6 +484,8 @@ def test_a_chunk_takes_no_more_room_than_its_tokens():
         ("snapkv:250", "at most 240 slots"),
         ("kvzip:230", "read again"),
         ("pyramid-snapkv:200", "at most 120 slots"),
+        ("snapkv:200+64", "at most 176 slots beside 64 newest"),
+        ("snapkv:200+", "newest tokens that stay besides"),
         ("h2o-aware:8", "scores by no query"),
     ],
 )

@@ -178,6 +178,8 @@ def test_a_sharded_base_keeps_its_files(tmp_path):
     assert index["weight_map"] == before["weight_map"]
     assert index["metadata"]["total_size"] == before["metadata"]["total_size"]
     assert_same(load_tensors(tmp_path / "out"), peft_merge(tmp_path / "base", adapter))
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base")  # leaves the index, not the shards
+    assert [shard.path.name for shard in read_shards(tmp_path / "base")] == ["model.safetensors"]
 
 
 # --- tied embeddings --------------------------------------------------------------------------------------------

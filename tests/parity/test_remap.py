@@ -142,6 +142,10 @@ def test_a_static_cache_and_a_prompt_in_pieces(llama):
             for first, stop in ((0, 25), (25, 52), (52, 53), (53, 60))
         ]
         assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+        padded, mask = torch.nn.functional.pad(ids, (7, 0)), torch.tensor([[0] * 7 + [1] * 60])
+        settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        dynamic, static = (llama.generate(padded, cache_implementation=c, **settings) for c in (None, "static"))
+        assert torch.equal(dynamic, static)
 
 
 def test_training_on_packed_documents_equals_each_alone(llama):
@@ -168,13 +172,23 @@ def test_mistakes_are_told(llama):
         ({"method": "rerope", "logn": "yes"}, "true or false"),
         ({"method": "rerope", "temperature": 0}, "must be above 0"),
         ({"method": "selfextend", "target_length": 1}, "`target_length` must be >= 2"),
+        ({"method": "dca", "window": 63}, "keeps no distance as it is with chunk 48, window 63"),
+        ({"method": "dpe", "factors": "2-0-3"}, "`factors` must be >= 1, got 0"),
+        ({"method": "leaky-rerope", "k": math.inf}, "finite number"),
     ):
         with pytest.raises(ConfigError, match=message):
             attach(llama, **arguments)
     with attach(llama, "dca"), pytest.raises(ConfigError, match="detach that first"):
         attach(llama, "rerope")
-    with attach(llama, "dca"), pytest.raises(ConfigError, match="2-D attention_mask"):
-        _logits(llama, _ids(1, 30), attention_mask=torch.ones(1, 1, 30, 30, dtype=torch.bool))
+    twice, holed = torch.arange(30)[None] % 15, torch.ones(1, 30, dtype=torch.int64)
+    holed[0, 9:12] = 0
+    for arguments, message in (
+        ({"attention_mask": torch.ones(1, 1, 30, 30, dtype=torch.bool)}, "2-D attention_mask"),
+        ({"position_ids": twice}, "jump or begin again"),  # packed rows, which were read as one text
+        ({"attention_mask": holed}, "zeros between its tokens"),  # which were read as tokens
+    ):
+        with attach(llama, "dca", chunk=8), pytest.raises(ConfigError, match=message):
+            _logits(llama, _ids(1, 30), **arguments)
 
 
 @pytest.mark.gpu

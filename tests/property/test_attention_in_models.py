@@ -198,6 +198,8 @@ def test_what_training_attention_refuses():
     ids = torch.randint(3, 60, (1, 16))
     with pytest.raises(ConfigError, match="4-D|2-D"):
         model(ids, attention_mask=torch.ones(1, 1, 16, 16, dtype=torch.bool), use_cache=False)
+    with pytest.raises(ConfigError, match="not told of packed rows"):  # whose documents saw one another
+        model(ids, position_ids=torch.arange(16)[None] % 8, use_cache=False)
     cache = model.eval()(ids, use_cache=True).past_key_values
     with pytest.raises(ConfigError, match="use_cache=False"):
         model.train()(ids, past_key_values=cache)

@@ -146,3 +146,56 @@ def test_a_line_of_another_form_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({**line, "expected_tokens": None}))
     (row,) = run_eval(make_eval("reconstruction", "", predictions=str(tmp_path / "a.jsonl"))).record["results"]
     assert set(row["metrics"]) == {"bleu", "sentence_bleu", "rouge_l"} and row["num_tokens"] is None
+
+
+def lines_of(tmp_path, *lines):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def test_settings_choose_among_given_answers_and_the_record_is_of_those(tmp_path):
+    given = lines_of(
+        tmp_path,
+        *(
+            {"task": task, "length": length, "expected": ["one"], "answer": answer}
+            for task, length, answer in (("single", 64, "one"), ("single", 64, "one"), ("multikey", 128, "two"))
+        ),
+    )
+    every = run_eval(make_eval("needle", "", predictions=given)).record
+    assert list(every["protocol"]["tasks"]) == ["single", "multikey"]
+    (note,) = every["notes"]
+    assert note.startswith("The file does not say how its prompts were made; as this command has it: scoring, haystack")
+    for settings in ({"tasks": ("single",)}, {"lengths": (64,)}):
+        task = make_eval("needle", "", predictions=given, **settings, fail_under=("1",))
+        record = run_eval(task).record
+        assert [row["task"] for row in record["results"]] == list(record["protocol"]["tasks"]) == ["single"]
+        assert record["bars"][0]["passed"]
+    with pytest.raises(DataError, match="has no answer of --lengths 96"):
+        run_eval(make_eval("needle", "", predictions=given, lengths=(96,)))
+    with pytest.raises(ConfigError, match="Unknown task 'single'"):
+        run_eval(make_eval("nolit", "", predictions=given))
+    with pytest.raises(ConfigError, match="--limit is of the rows that are asked"):
+        run_eval(make_eval("longbench2", "", predictions=given, limit=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "expected", "answer", "found"),
+    [
+        ("longeval", "lines", ["17"], "017, " + "1" * 5000, 0),
+        ("longeval", "lines", ["17"], "1, 017", 1),
+        ("infinitebench", "math_calc", ["[10, 2]"], "10 " + "2" * 5000, 0.5),
+        ("longeval", "lines", ["x"], "1", None),
+        ("mrcr", "2 needles", ["a"], "a", None),
+        ("infinitebench", "code_debug", ["3"], "a", None),
+        ("infinitebench", "math_calc", ["[]"], "1", None),
+        ("infinitebench", "passkey", ["a b"], "1", None),
+    ],
+)
+def test_what_is_expected_has_a_form_and_numbers_any_length(tmp_path, name, task, expected, answer, found):
+    given = lines_of(tmp_path, {"task": task, "length": 0, "expected": expected, "answer": answer})
+    if found is None:
+        with pytest.raises(DataError, match=rf"a.jsonl:1 is no answer to {task}: what is expected is of another form"):
+            run_eval(make_eval(name, "", predictions=given))
+    else:
+        assert run_eval(make_eval(name, "", predictions=given)).record["results"][0]["score"] == found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longext.errors import LongextError
 from longext.evals.ranks import Choices, Rank, _ranked, choices_of, ranked_tables
 from longext.evals.suites.needle import Needle
 from longext.models.continuations import Continuations
@@ -36,6 +37,18 @@ def test_a_prompt_read_once_gives_what_whole_texts_give(books):
     assert found == pytest.approx(whole, abs=1e-3)
     reader.reads_once = False
     assert reader.nll(prompt, others) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_likelihood_that_is_no_number_ranks_nothing(books, value):
+    prompt, reader = books.encode("The keeper of the light"), Continuations(books)
+    others = [books.encode(t, add_bos=False) for t in (" was old", " rope")]
+    reader.decide(prompt, others)
+    broken = next(token for token in range(100, 200) if token not in (*prompt, *others[0], *others[1]))
+    with torch.no_grad():
+        books.model.get_input_embeddings().weight[broken] = value
+    with pytest.raises(LongextError, match="for a continuation of 2 tokens are not finite numbers"):
+        reader.nll([*prompt, broken, *prompt], others)
 
 
 def test_white_space_goes_with_the_candidate(books):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import longext
+from longext.data.documents import Document
 from longext.errors import ConfigError
+from longext.searching.samples import split_documents
 from longext.searching.searcher import SEARCHERS, Candidate, Space, critical_pair
 from longext.searching.searchers import _evolution, curve, longrope, longrope2
 
@@ -99,6 +101,18 @@ def test_an_evolution_stays_monotone_within_bounds_without_duplicates(module):
     if module is longrope2:
         low, high = longrope2.bounds(space())
         assert (factors >= low - 1e-9).all() and (factors <= high + 1e-9).all()
+
+
+def test_more_evaluations_than_the_default_are_made(monkeypatch):
+    ask, asked = bowl(curve.curve(32, 14, 3.0, 9.0))
+    monkeypatch.setattr(longrope, "SIZES", _evolution.Evolution(population=8, generations=1, parents=4))
+    longrope.search(space(evaluations=90), ask)
+    assert len(asked) == 90
+
+
+def test_documents_that_are_alike_are_split_all_the_same():
+    one = Document("rows:1", "text")
+    assert split_documents([one, one], None) == ([one], [one])
 
 
 def test_mutations_and_crossovers_keep_the_order():

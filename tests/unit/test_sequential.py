@@ -12,7 +12,7 @@ import pytest
 from longext.errors import ConfigError
 from longext.evals.base import make_eval
 from longext.evals.limits import PlaceLimit
-from longext.evals.sequential.asking import Decisions
+from longext.evals.sequential.asking import Decisions, ask_questions
 from longext.evals.sequential.means import LookTest, MeanTest, decide, planned_interval, stakes
 from longext.evals.suites.effective import STEP, Effective, longest, most_lengths, search_lengths
 
@@ -195,6 +195,22 @@ def test_the_effective_length_is_that_of_all_prompts_in_at_least_ninety_five_per
         asked += sum(row.num_trials for row in tried) / sum(row.num_trials for row in wanted)
     assert wrong <= 10
     assert asked / 200 < 0.9
+
+
+def test_what_a_round_asked_after_the_verdict_does_not_turn_it():
+    turned = 0
+    for seed in range(40):
+        questions, asked = [Asked("", 64, number < 39) for number in range(50)], []
+        decisions = Decisions([PlaceLimit("all", None, None, 0.8)], questions, error=0.4, seed=seed, grain=1)
+
+        def answer(batch, asked=asked):
+            asked += [float(each.is_right) for each in batch]
+            return asked[-len(batch) :]
+
+        number = ask_questions(decisions, questions, 16, answer)
+        assert [sum(asked[:number]) >= 0.8 * number] == decisions.passed
+        turned += [sum(asked) >= 0.8 * len(asked)] != decisions.passed
+    assert turned
 
 
 @pytest.mark.parametrize(("minimum", "maximum"), [(64, 64), (128, 2048), (128, 4096), (192, 8192), (64, 4032)])

@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from longext.checkpoint.bundled import BUNDLED_MODELS, SAMPLE_DOCUMENT
+from longext.errors import DataError
 from longext.models import tokens
 from longext.models.hf import load_tokenizer
 from longext.models.tokens import control_tokens, count_controls, encode_text
@@ -79,3 +80,9 @@ def test_control_tokens_that_a_text_spells_out_are_counted(tokenizers):
     assert count_controls(ids, control_tokens(tokenizer)) == 2
     plain = encode_text(tokenizer, "one </s> two</s>", split_special_tokens=True)
     assert count_controls(plain, control_tokens(tokenizer)) == 0
+
+
+def test_a_text_in_another_encoding_is_one_line():
+    tokenizer = load_tokenizer(BUNDLED_MODELS["books-5m"])
+    with pytest.raises(DataError, match="is not UTF-8 .* at place 4"):
+        encode_text(tokenizer, "abc\udcff")  # what Python makes of a byte on the command line

@@ -8,6 +8,9 @@ import re
 import pytest
 
 from longext.errors import ConfigError, DataError
+from longext.evals.base import make_eval
+from longext.evals.retrieval import cut_note
+from longext.evals.runner import run_eval
 from longext.evals.suites.files.longbench2 import LongBench2, read_letter
 from longext.evals.suites.graphwalks import GraphWalks, at_depth, parents, read_nodes, set_f1
 from longext.evals.suites.mrcr import Mrcr, mrcr_score
@@ -109,6 +112,18 @@ def test_openais_graph_rows_are_scored(tmp_path):
     assert (score.task, score.score) == ("parents", pytest.approx(2 / 3))
 
 
+def test_published_rows_have_limits_by_task_and_no_wrong_answers(books, tmp_path):
+    row = {"prompt": "a -> b. Which nodes does a reach?", "answer_nodes": ["b"], "problem_type": "bfs"}
+    (tmp_path / "g.jsonl").write_text(json.dumps(row) + "\n")
+    given = {"data": str(tmp_path / "g.jsonl"), "max_new_tokens": 16}
+    task = make_eval("graphwalks", "m", **given, fail_under=("bfs=0.5", "parents@2048=0"))
+    bars = run_eval(task, books).record["bars"]
+    assert [(bar["value"], bar["passed"]) for bar in bars] == [(0, False), (None, False)]
+    for answers in ("likelihood", "both"):
+        with pytest.raises(ConfigError, match="no question here has any: leave it out"):
+            run_eval(make_eval("graphwalks", "m", **given, answers=answers), books)
+
+
 # --- needles without shared words ---------------------------------------------------------------------------------
 
 _SMALL = set("which character the a an in of to is has was on for with and from up at or no not by out who".split())
@@ -180,12 +195,17 @@ def test_questions_lose_their_middle_and_have_four_choices(books, tmp_path):
     task = LongBench2(model="m", data=str(tmp_path / "rows.json"), max_length=300, answers="both")
     (question,) = task.questions(books, task.read_data())
     assert 250 < len(question.input_ids) <= 305
+    assert question.is_cut and cut_note([question]) == [
+        "1 of 1 prompts were too long and lost their middle (--max-length)."
+    ]
     text = books.decode(question.input_ids)
     assert text.startswith("Please read")
     assert "(D) answer D" in text
     assert task.score(question, "The correct answer is (B)") == 1
     assert books.decode(question.choices.input_ids).endswith("The correct answer is (")
     assert [books.decode(ids) for ids in (*question.choices.right, *question.choices.wrong)] == ["B", "A", "C", "D"]
+    (tmp_path / "rows.json").write_text(json.dumps([row, row, {**row, "_id": "q2"}]))
+    assert [each.id for each in task.questions(books, task.read_data())] == ["q1/0", "q1/1", "q2"]
     answers = [{**row, "response": "The correct answer is (B)"}, {**row, "pred": "A", "difficulty": "hard"}]
     (tmp_path / "pred.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
     given = LongBench2(model="", predictions=str(tmp_path / "pred.jsonl")).load_data()

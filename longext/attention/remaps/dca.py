@@ -28,7 +28,10 @@ REMAPS.register(
             Parameter("chunk", "chunk size c: the largest distance", least=2),
             Parameter("window", "distances up to w stay as they are across chunks too", least=1),
         ),
-        defaults=lambda L, N, pairs, given: {"chunk": max(2, L * 3 // 4), "window": max(1, L // 8)},
+        defaults=lambda L, N, pairs, given: {
+            "chunk": (c := given.get("chunk") or max(2, L * 3 // 4)),
+            "window": max(1, c // 6),  # L / 8 of the default chunk
+        },
         bands=_bands,
         exact=lambda s: s.chunk - s.window,
         colour="#117733",

@@ -11,7 +11,7 @@ REMAPS.register(
         title="DPE",
         reference="arXiv 2504.18857",
         formula="SelfExtend with its own G for each of equally many dimension pairs, the fastest first",
-        parameters=(WINDOW, Parameter("factors", "group sizes, the fastest pairs first: 2-8-2-8-32-32-32-4")),
+        parameters=(WINDOW, Parameter("factors", "group sizes, the fastest pairs first: 2-8-2-8-32-32-32-4", least=1)),
         defaults=lambda L, N, pairs, given: {
             "window": (W := given.get("window") or max(1, L // 8)),
             "factors": (math.ceil(group_of(L, N, W, 0.6)),),

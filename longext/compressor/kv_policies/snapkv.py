@@ -1,7 +1,7 @@
 """attention of the last 64 queries, smoothed over five keys; the 64 themselves stay.
 
-SnapKV (arXiv 2404.14469). Where the budget is below 256 the window is a quarter of it. As snapkv-aware the queries are
-those of the end of the prompt, read behind every chunk, and no key stays for being new.
+SnapKV (arXiv 2404.14469). Where the budget is below 256 the window is a quarter of it; snapkv:N+M has one of M. As
+snapkv-aware the queries are those of the end of the prompt, read behind every chunk, and no key stays for being new.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SnapKV(KVPolicy):
 
     def score(self, seen: Seen) -> torch.Tensor:
         """Return the smoothed attention; keys of the window itself stay out of it."""
-        last = min(self.num_last(seen.budget), seen.num_keys - 1)
+        last = min(self.stays(seen.budget), seen.num_keys - 1)
         count = min(WINDOW if self.aware else max(1, last), seen.queries.shape[-2])
         window = seen.total_attention(count)[..., : seen.num_keys - last] / count
         pooled = F.avg_pool1d(window.flatten(1, 2), KERNEL, stride=1, padding=KERNEL // 2)

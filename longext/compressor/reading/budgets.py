@@ -19,10 +19,11 @@ class Budget:
     """Keys that stay.
 
     Attributes:
-        slots: of a head, on average over layers.
+        slots: of a head, on average over layers, `newest` left out.
         ratio: one key stays of so many tokens read; 0 if `slots` says.
         most: slots at most, whatever the ratio is.
         num_layers: of the model.
+        newest: slots more of every head, for the newest tokens.
         shape: "even", "pyramid" (falls linearly over the layers; PyramidKV, arXiv 2406.02069) or "ada" (the best scores
             of all heads of a layer; AdaKV, arXiv 2407.11550).
     """
@@ -32,11 +33,12 @@ class Budget:
     most: int
     num_layers: int
     shape: str = "even"
+    newest: int = 0
 
     def at(self, num_read: int) -> int:
         """Return the slots of a head, the mean of the layers, after so many tokens."""
         wanted = -(-num_read // self.ratio) if self.ratio else self.slots
-        return min(wanted, self.most)
+        return min(wanted + self.newest, self.most)
 
     def of_layer(self, layer: int, num_read: int) -> int:
         """Return the slots of a head of one layer."""
@@ -50,7 +52,8 @@ class Budget:
         """Return the slots of a head in the largest layer."""
         if self.shape != "pyramid":
             return mean
-        return min(2 * mean - max(1, mean // STEEPNESS), self.most)
+        chosen = mean - self.newest
+        return min(mean + chosen - max(1, chosen // STEEPNESS), self.most)
 
     def choose(self, scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (int64 [B, H, m], the keys that stay in the text's order; bool [B, H, m], False where none is there).

@@ -128,7 +128,7 @@ class HeldLayer(RoomyLayer):
             kept={name: F.pad(one, (0, total - self.num_held)) for name, one in self.kept.items()},
         )  # fmt: skip
         scores = policy.score(seen).masked_fill(origins < 0, -torch.inf)
-        always = (origins < policy.num_first()) | (origins >= trail.num_read - policy.num_last(budget))
+        always = (origins < policy.num_first()) | (origins >= trail.num_read - policy.stays(budget))
         index, there = trail.budget.choose(scores.masked_fill(always & (origins >= 0), torch.inf), budget)
         values, fitted = policy.fit(seen, index, there) if total > budget else (None, None)
         self._keep(seen, index, there, values, fitted)

@@ -1,4 +1,7 @@
-"""KV policies as `--memory` spells them: [ada-|pyramid-]NAME[-aware]:N for N slots, or :Rx for one of R tokens."""
+"""KV policies as `--memory` spells them: [ada-|pyramid-]NAME[-aware]:N for N slots, or :Rx for one of R tokens.
+
+N+M and Rx+M keep the M newest tokens besides, whatever the policy says of them.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +52,26 @@ def open_policy(backbone: Backbone, spec: str, segment: int) -> tuple[partial[Po
         ConfigError: no budget, no room for it, or a model whose attention or rotation cannot be used so.
     """
     name, _, size = spec.partition(":")
+    chosen, plus, newest = size.partition("+")
     policy, shape = policy_of(spec), _parts(name)[0]
     read_again = QUESTION if policy.aware else segment if policy.repeats else 0
     room = backbone.window - segment - read_again
-    number, is_ratio = size.removesuffix("x"), size.endswith("x")
-    if not number.isdecimal() or int(number) < 1:
-        raise ConfigError(f"--memory {name} takes its slots or a ratio, as in {name}:256 or {name}:8x; got '{size}'.")
+    number, is_ratio = chosen.removesuffix("x"), chosen.endswith("x")
+    if not number.isdecimal() or int(number) < 1 or (plus and not newest.isdecimal()):
+        raise ConfigError(
+            f"--memory {name} takes its slots or a ratio, and the newest tokens that stay besides, as in {name}:256, "
+            f"{name}:8x or {name}:192+64; got '{size}'."
+        )
     slots, ratio = (0, int(number)) if is_ratio else (int(number), 0)
-    budget = Budget(slots, ratio, max(0, room), len(backbone.layers), shape)
-    if room < 1 or budget.largest(slots) > room or (shape == "pyramid" and 2 * slots > room):
+    policy.newest = int(newest) if plus else None
+    more = policy.newest or 0
+    budget = Budget(slots, ratio, max(0, room), len(backbone.layers), shape, more)
+    if max(1, 2 * slots if shape == "pyramid" else slots) + more > room:
         besides = f" and {read_again} tokens that are read again" if read_again else ""
         raise ConfigError(
             f"--memory {spec} and a segment of {segment} tokens{besides} do not fit the model's {backbone.window} "
-            f"positions: keep at most {max(0, room // 2 if shape == 'pyramid' else room)} slots, or shorten --segment."
+            f"positions: keep at most {max(0, (room - more) // 2 if shape == 'pyramid' else room - more)} slots"
+            f"{f' beside {more:,} newest' if more else ''}, or shorten --segment."
         )
     backbone.check_rotation()
     attends = attends_by_interface(backbone)

@@ -268,10 +268,9 @@ def load_reader(
 
     Args:
         config: its `model` is the base model; for a compressor its directory now, or "" for that of training.
-        spec: none, window[:N], streaming:S+N, transformer-xl:N, a KV policy (snapkv:N slots or snapkv:Rx), thinned:R
-            (raw keys, one of R tokens), or OUT[@R] with OUT a trained compressor; R may be several ratios by distance
-            and +OVERLAP raw tokens last: 2,4,8+256.
-        segment: l (default 128; for a compressor its own, and no other).
+        spec: none, window[:N], streaming:S+N, transformer-xl:N, a KV policy (snapkv:N slots or snapkv:Rx, +M for the
+            newest tokens besides), thinned:R (raw keys, one of R tokens), or OUT[@R] with OUT a trained compressor; R
+            may be several ratios by distance and +OVERLAP raw tokens last: 2,4,8+256.
         method, factor: a RoPE extension applied in memory first, as `load_language_model` does (no compressors).
 
     Raises:
@@ -323,7 +322,7 @@ def _policy_reader(plain: HFLanguageModel, spec: str, segment: int) -> Reader:
         "definition": policy_summary(spec),
         "reference": policy.reference,
         "query_aware": policy.aware,
-        **{part: getattr(budget, part) or None for part in ("slots", "ratio", "most", "shape")},
+        **{part: getattr(budget, part) or None for part in ("slots", "ratio", "newest", "most", "shape")},
     }
     return Reader(plain, spec, segment, opened, size=budget.at, facts=facts)
 
@@ -353,7 +352,7 @@ def find_compressor(spec: str) -> tuple[Path, Ratio | None, int | None] | None:
     forms = ", ".join([*(MEMORIES[known].form for known in MEMORIES), f"{UNTRAINED}:R"])
     raise ConfigError(
         f"--memory '{spec}' is no trained compressor (no {DESCRIPTION} there) and no known memory. {hint}Give {forms}, "
-        f"a KV policy with its slots or ratio ({', '.join(KV_POLICIES)}; as in snapkv:256 or snapkv:8x), "
+        f"a KV policy with its slots or ratio ({', '.join(KV_POLICIES)}; as in snapkv:256, snapkv:8x, snapkv:192+64), "
         "or the -o directory of `longext compress-train`, with @ratio, @2,4,8 (by distance) or @ratio+overlap."
     )
 

@@ -106,6 +106,7 @@ class KVPolicy(ABC):
 
     Attributes:
         aware: the queries are those of the end of the prompt, which is read behind every chunk and not kept there.
+        newest: how many of the newest tokens always stay, instead of the policy's own number (`num_last`); or None.
     """
 
     reference = ""
@@ -115,14 +116,19 @@ class KVPolicy(ABC):
 
     def __init__(self, aware: bool = False) -> None:
         self.aware = aware
+        self.newest: int | None = None
 
     def num_first(self) -> int:
         """Return how many of the text's first tokens always stay."""
         return 0
 
     def num_last(self, budget: int) -> int:
-        """Return how many of the newest tokens always stay."""
+        """Return how many of the newest tokens always stay, by the policy's definition."""
         return 0
+
+    def stays(self, budget: int) -> int:
+        """Return how many of the newest tokens always stay."""
+        return self.num_last(budget) if self.newest is None else self.newest
 
     @abstractmethod
     def score(self, seen: Seen) -> torch.Tensor:

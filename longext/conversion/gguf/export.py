@@ -255,6 +255,11 @@ def _data(plan: ExportPlan) -> Iterator[tuple[Any, int]]:
         if plan.architecture == "llama" and kind in heads:
             tensor = interleaved(tensor, heads[kind])
         tensor = tensor.to(getattr(torch, _dtype(stored, plan.config.dtype))).contiguous()
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{stored.path}: '{stored.name}' holds values that are not finite in {tensor.dtype}. If they are in "
+                "the file, use --dtype bfloat16 or float32."
+            )
         values = tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
         yield values, stored.end - stored.start
 

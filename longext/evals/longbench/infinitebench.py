@@ -92,10 +92,9 @@ def first_number(answer: str, label: Any) -> float:
 def leading_values(answer: str, label: Any) -> float:
     """Return the share of a list's values up to the first wrong one; signs are not read, as in the authors' script."""
     wanted = label[0] if isinstance(label[0], list) else label
-    found = [int(digits) for digits in re.findall("[0-9]+", answer)]
     right = 0
-    for value, own in zip(wanted, found, strict=False):
-        if value != own:
+    for value, digits in zip(wanted, re.findall("[0-9]+", answer), strict=False):
+        if digits.lstrip("0") != str(value).lstrip("0"):  # a model may write more digits than a number can have
             break
         right += 1
     return right / len(wanted)

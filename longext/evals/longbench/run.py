@@ -20,6 +20,7 @@ from longext.evals.longbench.cutting import cut_middle, prompt_limit
 from longext.evals.longbench.rows import LongBenchRow, TaskRun, references_hash, rows_hash
 from longext.evals.longbench.scores import TaskScore, average_entries, least_mean, row_weights, score_rows, score_task
 from longext.evals.longbench.tasks import TASKS, fill_prompt, prompt_hash, read_prompt
+from longext.evals.models import told_positions
 from longext.evals.sequential.asking import Decisions, ask_questions, stopping_facts
 from longext.manifest import result_record
 from longext.models.answers import Prediction, Request, answer_notes, generate_predictions
@@ -195,7 +196,7 @@ def _score(run: TaskRun, config: LongBench) -> TaskScore:
 def _model_notes(model: LanguageModel, runs: Sequence[TaskRun], config: LongBench) -> list[str]:
     """Return what may spoil answers: prompts beyond the model's positions, cut answers, thoughts, control tokens."""
     notes = []
-    positions = model.context_length
+    positions = told_positions(model)
     beyond = sum(len(r.input_ids) + r.max_new_tokens > positions for run in runs for r in run.requests)
     if beyond and not config.memory:
         notes.append(f"Prompts that with their answers go beyond the model's {positions:,} positions: {beyond}.")

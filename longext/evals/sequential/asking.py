@@ -121,6 +121,11 @@ class Decisions:
             self.add(questions, answer(questions))
 
     @property
+    def num_decisive(self) -> int:
+        """The answers until the verdict that took most of them."""
+        return max(len(test.values) for test in self._tests)
+
+    @property
     def passed(self) -> list[bool]:
         """The verdict on each limit."""
         return [bool(test.verdict) for test in self._tests]
@@ -146,9 +151,15 @@ class Decisions:
 
 def ask_questions(
     decisions: Decisions | None, questions: Sequence[Any], size: int, answer: Callable[[list[Any]], Sequence[float]]
-) -> None:
-    """Ask all questions at once; with `decisions`, made of them, in rounds until every limit has its verdict."""
+) -> int:
+    """Ask all questions at once; with `decisions`, made of them, in rounds until every limit has its verdict.
+
+    Returns:
+        How many answers, in the order of asking, made the verdict if there is one limit, on all questions: a round
+        may have asked for more, whose share may be on the other side of the limit.
+    """
     if decisions is None:
         answer(list(questions))
-    else:
-        decisions.ask(size, answer)
+        return len(questions)
+    decisions.ask(size, answer)
+    return decisions.num_decisive

@@ -16,16 +16,8 @@ from longext.errors import ConfigError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import Place
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    pooled,
-    task_map,
-    text_hash,
-)
-from longext.evals.views import SEVERAL, Column, Section
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
+from longext.evals.views import SEVERAL, Column, Section, by_task, pooled, task_map
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry, did_you_mean
 from longext.settings import MANY, option

@@ -17,19 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from longext.data.json_lines import rows_of, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import check_tasks, register
-from longext.evals.limits import Place, check_lengths
+from longext.evals.limits import check_lengths
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    first_that_holds,
-    most_that_fit,
-    pooled,
-    text_hash,
-)
-from longext.evals.views import SEVERAL, Section
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, first_that_holds, most_that_fit, text_hash
+from longext.evals.views import SEVERAL, Section, by_task, pooled
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option
 
@@ -154,10 +145,6 @@ class GraphWalks(RetrievalEval):
         """Return the rows of --data, None if graphs are made."""
         return None if self.data is None else read_rows(Path(self.data).expanduser())
 
-    def places(self, data: Any) -> list[Place]:
-        """Return the tasks and lengths."""
-        return [] if self.data else super().places(data)
-
     def questions(self, model: LanguageModel, data: Any) -> list[Question]:
         """Return every graph.
 
@@ -218,6 +205,7 @@ class GraphWalks(RetrievalEval):
 
     def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
         """Return the F1 of the sets of nodes."""
+        WALKS[task]  # ConfigError for a line of another evaluation
         return set_f1({node for node in expected if node}, read_nodes(answer))
 
     def given_score(self, where: str, row: Any) -> QuestionScore:

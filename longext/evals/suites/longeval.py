@@ -21,16 +21,9 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, fail_under, register
 from longext.evals.limits import PLACES, Place
 from longext.evals.ranks import Choices, ranked_view
-from longext.evals.retrieval import (
-    MEAN_TOKENS,
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    text_hash,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
 from longext.evals.ruler.words import NUM_NAMES, draw_different, draw_name
-from longext.evals.views import Detail, Section
+from longext.evals.views import MEAN_TOKENS, Detail, Section, by_task
 from longext.models.protocol import LanguageModel
 from longext.registry import Registry
 from longext.settings import MANY, option
@@ -81,8 +74,9 @@ class LongEvalCase:
 
 
 def _last_integer(expected: str, answer: str) -> float:
-    digits = re.findall(r"\d+", answer)
-    return float(bool(digits) and int(digits[-1]) == int(expected))
+    digits, wanted = re.findall(r"\d+", answer), int(expected)
+    last = digits[-1].lstrip("0") if digits else None
+    return float(last is not None and len(last) <= len(expected) and int(last or 0) == wanted)
 
 
 def _names_topic(expected: str, answer: str) -> float:

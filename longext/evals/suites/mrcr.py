@@ -22,18 +22,10 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place, check_lengths
 from longext.evals.ranks import Choices, choices_of, ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    first_that_holds,
-    most_that_fit,
-    text_hash,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, first_that_holds, most_that_fit, text_hash
 from longext.evals.ruler.sources import read_essays, split_sentences
 from longext.evals.ruler.words import ADJECTIVES, NOUNS
-from longext.evals.views import SEVERAL, Section
+from longext.evals.views import SEVERAL, Section, by_task
 from longext.models.chat import render_chat, user_text, with_prefix
 from longext.settings import LENGTH, MANY, option
 from longext.untrusted import parse_json
@@ -116,8 +108,6 @@ class Mrcr(RetrievalEval):
 
     def places(self, data: Any) -> list[Place]:
         """Return the numbers of needles and the lengths."""
-        if self.data is not None:
-            return []
         return [(_task(count), str(length)) for count in self.needles for length in sorted(self.lengths)]
 
     def questions(self, model: LanguageModel, data: Any) -> list[Question]:

@@ -17,18 +17,7 @@ from longext.evals.base import Advance, check_tasks, register, silent
 from longext.evals.limits import check_depths, check_lengths
 from longext.evals.passkey_prompts import PromptTokens
 from longext.evals.ranks import Choices, ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    answer_line,
-    by_task,
-    depth_map,
-    depths_of,
-    pooled,
-    score_of,
-    task_map,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, answer_line, score_of
 from longext.evals.ruler.haystacks import (
     NAME_TYPES,
     NEEDLE_TASKS,
@@ -44,7 +33,7 @@ from longext.evals.ruler.haystacks import (
 )
 from longext.evals.ruler.tasks import match_all
 from longext.evals.sequential.asking import Decisions, ask_questions
-from longext.evals.views import NEVER, ONE, SEVERAL, Section
+from longext.evals.views import NEVER, ONE, SEVERAL, Section, by_task, depth_map, depths_of, pooled, task_map
 from longext.models.batching import batch_size
 from longext.models.chat import chat_frame, user_text
 from longext.registry import Registry
@@ -310,8 +299,7 @@ class Needle(RetrievalEval):
             return [line["score"] for line in lines[-len(asked) :]]
 
         size = batch_size(self.batch_tokens, max(self.lengths), model.device)
-        ask_questions(decide(questions) if decide else None, questions, size, answer)
-        return lines
+        return lines[: ask_questions(decide(questions) if decide else None, questions, size, answer)]
 
     def _first_choices(
         self, model: LanguageModel, questions: Sequence[NeedleQuestion], advance: Advance

@@ -16,20 +16,9 @@ from longext.errors import ConfigError
 from longext.evals.base import check_tasks, register
 from longext.evals.limits import check_depths, check_lengths
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    cells_of,
-    depth_map,
-    depths_of,
-    most_that_fit,
-    pooled,
-    text_hash,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, most_that_fit, text_hash
 from longext.evals.ruler.sources import read_essays, split_sentences
-from longext.evals.views import NEVER, ONE, SEVERAL, Section
+from longext.evals.views import NEVER, ONE, SEVERAL, Section, by_task, depth_map, depths_of, pooled
 from longext.models.chat import user_text
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option

@@ -25,18 +25,9 @@ from longext.evals.base import (
 )
 from longext.evals.limits import PlaceLimit, check_depths, check_lengths, place_limits
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    MEAN_TOKENS,
-    QuestionScore,
-    RetrievalEval,
-    begins_with,
-    check_answers,
-    depth_map,
-    depths_of,
-    key_score,
-)
+from longext.evals.retrieval import QuestionScore, RetrievalEval, begins_with, check_answers, key_score
 from longext.evals.sequential.asking import Decisions, error_rate
-from longext.evals.views import ONE, PROMPT, SEVERAL, Detail, Lines, Section
+from longext.evals.views import MEAN_TOKENS, ONE, PROMPT, SEVERAL, Detail, Lines, Section, depth_map, depths_of
 from longext.models.methods import check_method
 from longext.registry import Registry
 from longext.settings import LENGTH, MANY, option, override
@@ -166,9 +157,11 @@ class Passkey(ReadingConfig, AnswersEval):
         check_answers(self)
         check_method(self.method, self.factor)
         check_depths(self.depths, 0.01, least=1)
-        if not rules.has_depths and (self.num_needles > 1 or self.filler != "landmark"):
+        own = (self.num_needles, self.num_digits, self.filler)
+        if not rules.has_depths and own != (Passkey.num_needles, Passkey.num_digits, Passkey.filler):
             raise ConfigError(
-                f"The {self.protocol} protocol is as published: --num-needles and --filler are for landmark."
+                f"The {self.protocol} protocol is as published: --num-needles, --num-digits and --filler are for "
+                "landmark."
             )
 
     def limits(self, data: Any) -> list[PlaceLimit]:

@@ -18,17 +18,9 @@ from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import ALL, check_lengths
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import (
-    Question,
-    QuestionScore,
-    RetrievalEval,
-    by_task,
-    opened_tokens,
-    pooled,
-    task_map,
-)
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, opened_tokens
 from longext.evals.ruler.tasks import REACHED, RULER_TASKS, ruler_score
-from longext.evals.views import NEVER, SEVERAL, Bars, Section
+from longext.evals.views import NEVER, SEVERAL, Bars, Section, by_task, pooled, task_map
 from longext.models.chat import chat_frame
 from longext.settings import LENGTH, MANY, option
 from longext.untrusted import json_lines

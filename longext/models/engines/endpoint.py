@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from longext.checkpoint.checks import check_scores
 from longext.checkpoint.load import load_config, load_tokenizer
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import read_json, resolve_model
@@ -140,7 +141,7 @@ class EndpointModel:
                     raise
                 refused = error
                 continue
-            counted = (answer.get("usage") or {}).get("prompt_tokens")
+            counted = _used(answer, "prompt_tokens")
             if counted in (None, len(ids)):
                 return spelling
             if not spelling.takes_ids:
@@ -202,14 +203,13 @@ class EndpointModel:
         """Score tokens first .. T-1 of int64 [B, T], a request for each row.
 
         Raises:
-            LongextError: the server gives no log-probabilities of a prompt, or of other tokens.
+            LongextError: the server gives no log-probabilities of a prompt, or of other tokens, or no finite ones.
         """
         assert first >= 1, "the first token of a window has nothing to be predicted from"
         rows = [self._score(row, first) for row in input_ids.tolist()]
-        return TokenScores(
-            torch.tensor([[-value for value in values] for values, _ in rows], dtype=torch.float32),
-            torch.tensor([is_top1 for _, is_top1 in rows], dtype=torch.bool),
-        )
+        nll = torch.tensor([[-value for value in values] for values, _ in rows], dtype=torch.float32)
+        check_scores(nll, first)
+        return TokenScores(nll, torch.tensor([is_top1 for _, is_top1 in rows], dtype=torch.bool))
 
     def _score(self, ids: list[int], first: int) -> _Scores:
         for read in (self._prompt_logprobs, self._echoed) if self._read is None else (self._read,):
@@ -258,8 +258,8 @@ class EndpointModel:
         told = self._choice(answer).get("logprobs")
         values, tops = ([] if not isinstance(told, dict) else told.get(key) or [] for key in _ECHOED)
         count = len(ids) - first
-        made = (answer.get("usage") or {}).get("completion_tokens", 1)
-        end = len(values) - made
+        made = _used(answer, "completion_tokens")
+        end = len(values) - (1 if made is None else made)
         if end < count or len(tops) != len(values):
             return None
         if end not in (len(ids), len(ids) - len(self.prefix)):
@@ -305,6 +305,13 @@ class EndpointModel:
             "prefix": list(self.prefix),
             "ending_tokens": sorted(self.ending_tokens),
         }
+
+
+def _used(answer: dict[str, Any], name: str) -> int | None:
+    """Return a number of tokens that an answer tells, None for none."""
+    usage = answer.get("usage")
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if is_a(count, int) else None
 
 
 def _named(directory: Path) -> Any:

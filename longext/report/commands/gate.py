@@ -231,7 +231,7 @@ class _Texts:
             "unit": "windows",
             "name": str(limit.length),
             "rule": "at most",
-            "limit": held,
+            "limit": held if limit.limit is None else limit.limit,
             "value": value,
             "passed": bool(test.verdict),
             "low": held * math.exp(low),

@@ -93,7 +93,8 @@ def evolve(sizes: Evolution, space: Space, ask: Ask, seeds: Sequence[Array], low
         if len(scored) == before:
             break
         first.append(scored[-1][1])
-    for _ in range(sizes.generations):
+    each = sizes.mutations + sizes.crossovers
+    for _ in range(max(sizes.generations, -(-(space.evaluations - sizes.population) // each))):
         scored.sort(key=lambda pair: pair[0])
         parents = [factors for _, factors in scored[: sizes.parents]]
         for _ in range(sizes.mutations):

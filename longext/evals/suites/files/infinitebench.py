@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,12 +18,12 @@ from longext.data.json_lines import text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import GivenAnswers, check_tasks, register
 from longext.evals.limits import Place
-from longext.evals.longbench.cutting import cut_prompt
+from longext.evals.longbench.cutting import cut_prompt, prompt_limit
 from longext.evals.longbench.infinitebench import INFINITE_TASKS, label_of, prompt_of
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, text_hash
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, rated, text_hash
 from longext.evals.views import Bars, Detail, Score, Section
 from longext.settings import LENGTH, option
-from longext.untrusted import json_lines, parse_json
+from longext.untrusted import json_lines
 
 if TYPE_CHECKING:
     from longext.models.protocol import LanguageModel
@@ -101,7 +102,7 @@ class InfiniteBench(RetrievalEval):
         ]
 
     def _question(self, model: LanguageModel, task: str, row: Row, number: int) -> Question:
-        text, _ = cut_prompt(model, self, prompt_of(task, row))
+        text, is_cut = cut_prompt(model, self, prompt_of(task, row))
         label = label_of(task, row)
         right = label[1] if task in _OPTIONS else ""
         expected = (json.dumps(label, ensure_ascii=False),)
@@ -112,6 +113,7 @@ class InfiniteBench(RetrievalEval):
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=expected,
             max_new_tokens=INFINITE_TASKS[task].max_new_tokens,
+            is_cut=is_cut,
             choices=self.choices(model, text, "\n\nAnswer:", [right], [each for each in "ABCD" if each != right])
             if right
             else None,
@@ -119,7 +121,7 @@ class InfiniteBench(RetrievalEval):
 
     def rate(self, task: str, expected: Sequence[str], answer: str, asked: str = "") -> float:
         """Return the authors' score; `expected` is the label as JSON."""
-        return INFINITE_TASKS[task].score(answer, parse_json(expected[0], "expected"))
+        return INFINITE_TASKS[task].score(answer, json.loads(expected[0]))
 
     def read_answers(self, path: Path) -> GivenAnswers:
         """Return the scores of the authors' preds_<task>.jsonl, of a folder of them, or of answers.jsonl of a run."""
@@ -144,7 +146,7 @@ class InfiniteBench(RetrievalEval):
             "definition": "the authors' GPT-4 prompts as lm-eval has them; longer ones lose their middle; greedy",
             "reference": "InfiniteBench, arXiv 2402.13718",
             "scoring": "the authors' compute_scores.py, task by task; intervals over questions",
-            "max_length": self.max_length,
+            "max_length": self.max_length if model is None else prompt_limit(model, self),
             "limit": self.limit,
         }
 
@@ -160,10 +162,8 @@ def _published(task: str, where: str, row: Any) -> QuestionScore:
         raise DataError(f"{where} is no answer of InfiniteBench.")
     label = row.get("ground_truth", row.get("label"))
     (answer,) = text_fields(where, row, ("prediction" if "prediction" in row else "pred",), "answer")
-    try:
-        return QuestionScore(task, 0, None, INFINITE_TASKS[task].score(answer, label), 0)
-    except (TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{where} is no answer of InfiniteBench's {task}: its label is of another form.") from error
+    score = rated(where, f"InfiniteBench's {task}", partial(INFINITE_TASKS[task].score, answer, label))
+    return QuestionScore(task, 0, None, score, 0)
 
 
 def read_rows(folder: str, tasks: Sequence[str], limit: int | None) -> dict[str, list[Row]]:

@@ -8,6 +8,7 @@ Published answers: longext eval longbench2 --predictions results/model.jsonl
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from longext.data.json_lines import repeated_note, text_fields
 from longext.errors import ConfigError, DataError
 from longext.evals.base import register
 from longext.evals.limits import Place
-from longext.evals.longbench.cutting import cut_prompt
+from longext.evals.longbench.cutting import cut_prompt, prompt_limit
 from longext.evals.ranks import ranked_view
-from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, by_task, cells_of, text_hash
-from longext.evals.views import ONE, SEVERAL, Section
+from longext.evals.retrieval import Question, QuestionScore, RetrievalEval, cells_of, text_hash
+from longext.evals.views import ONE, SEVERAL, Section, by_task
 from longext.settings import LENGTH, option
 from longext.untrusted import json_lines, read_json
 
@@ -94,21 +95,27 @@ class LongBench2(RetrievalEval):
 
     def questions(self, model: LanguageModel, data: Sequence[dict[str, str]]) -> list[Question]:
         """Return the question of each row, its prompt cut in the middle where it is too long."""
-        return [self._question(model, row, number) for number, row in enumerate(data)]
+        names = [row.get("_id", str(number)) for number, row in enumerate(data)]
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        return [
+            self._question(model, row, f"{name}/{number}" if name in repeated else name)
+            for number, (row, name) in enumerate(zip(data, names, strict=True))
+        ]
 
-    def _question(self, model: LanguageModel, row: dict[str, str], number: int) -> Question:
+    def _question(self, model: LanguageModel, row: dict[str, str], name: str) -> Question:
         letters = {letter: row[f"choice_{letter}"].strip() for letter in _LETTERS}
         text = _PROMPT.format(context=row["context"].strip(), question=row["question"].strip(), **letters)
-        text, _ = cut_prompt(model, self, text)
+        text, is_cut = cut_prompt(model, self, text)
         opening = _OPENING if self.uses_chat(model) else f"\n\n{_OPENING}"
         wrong = [letter for letter in _LETTERS if letter != row["answer"]]
         return Question(
-            id=row.get("_id", str(number)),
+            id=name,
             task=row["difficulty"],
             length=_SIZES[row["length"]],
             input_ids=self.prompt_tokens(model, text, "\n\n"),
             expected=(row["answer"],),
             max_new_tokens=self.max_new_tokens,
+            is_cut=is_cut,
             choices=self.choices(model, text, opening, [row["answer"]], wrong),
         )
 
@@ -139,7 +146,7 @@ class LongBench2(RetrievalEval):
             "reference": "LongBench v2, arXiv 2412.15204",
             "scoring": "the letter of the first 'The correct answer is (X)'; an answer without one is wrong and counts "
             "(the authors leave empty responses out)",
-            "max_length": self.max_length,
+            "max_length": self.max_length if model is None else prompt_limit(model, self),
         }
 
     def data_facts(self, data: Sequence[dict[str, str]]) -> dict[str, Any]:
