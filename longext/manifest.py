@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -9,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,22 @@ def _installed() -> dict[str, str]:
     return installed
 
 
+_typed: list[Sequence[str]] = []  # the command lines that are run in this process, the innermost last
+
+
+@contextlib.contextmanager
+def typed(arguments: Sequence[str]) -> Iterator[None]:
+    """Let records name this command line while it runs."""
+    _typed.append(arguments)
+    try:
+        yield
+    finally:
+        _typed.pop()
+
+
 def command_line() -> str:
-    """Return the command as the user typed it, its first word shortened to `longext`."""
-    return spelled(shlex.join(["longext", *sys.argv[1:]]))
+    """Return the command as the user typed it, its first word shortened to `longext`, or that Python called."""
+    return spelled(shlex.join(["longext", *_typed[-1]])) if _typed else "(called from Python)"
 
 
 def result_record(kind: str, model: Any = None, protocol: Any = None, data: Any = None, **body: Any) -> dict[str, Any]:

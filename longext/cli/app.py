@@ -15,6 +15,7 @@ from longext.cli.build import WIDEST, Command, build_command
 from longext.cli.errors import flush_output, prepare_streams, reported_errors
 from longext.errors import ConfigError
 from longext.evals.base import EVALS
+from longext.manifest import typed
 from longext.processes.launcher import is_main_process
 from longext.registry import Registry, did_you_mean
 from longext.signals import ending_signals
@@ -88,11 +89,12 @@ class _Root(_Group):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
         """Run the command line: streams that can be written to, signals that clean up, and one line for any failure."""
-        given = without_dash(list(sys.argv[1:] if args is None else args))
+        arguments = list(sys.argv[1:] if args is None else args)
+        given = without_dash(arguments)
         self._shows_traceback, given = _without(_TRACEBACK, given)
         self._explains, given = _without(_EXPLAIN, given)
         prepare_streams()
-        with ending_signals():
+        with ending_signals(), typed(arguments):
             try:
                 return super().main(given, *more, **settings)
             finally:

@@ -294,7 +294,7 @@ def _run(
         try:
             trial.measure(candidate, by_name[candidate.name], place)
         except Exception as error:  # of one method: the others are still told apart
-            failed[candidate.name], candidate.beaten_by = error, "a failure"
+            failed[candidate.name], candidate.beaten_by = error.with_traceback(None), "a failure"
             if isinstance(error, (DataError, OSError)) or not groups(candidates)["transformers"]:
                 raise
         advance(1, candidate.name)

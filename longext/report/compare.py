@@ -93,7 +93,7 @@ def compare_methods(
         except Exception as error:
             if num_processes() > 1 or isinstance(error, (DataError, OSError)):
                 raise
-            failed[name] = error
+            failed[name] = error.with_traceback(None)  # whose frames would keep what was in memory
             announce(f"{name:<16} failed: {_reason(error)}")
             continue
         rope, spec = (plan.parameters, plan.spec) if isinstance(plan, ExtensionPlan) else (base.parameters, base.spec)

@@ -36,6 +36,8 @@ def test_a_loaded_model_and_a_named_one_give_the_numbers_of_the_command(result, 
     command = json.loads((tmp_path / "out" / "result.json").read_text())
     assert numbers(result.record) == numbers(named.record) == numbers(command)
     assert result.record["model"] == named.record["model"]
+    assert command["command"].startswith("longext eval ppl books-5m --method yarn --factor 8 --lengths 96,192")
+    assert named.record["command"] == "(called from Python)"
 
 
 def test_a_result_prints_draws_and_is_a_data_frame(result):

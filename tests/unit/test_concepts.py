@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +67,10 @@ def test_inspect_counts_the_pairs_that_come_to_new_angles(run):
     long = RopeSpec(method="none", rope_theta=1e7, rotary_dim=128, original_max_position_embeddings=131072)
     rows = dimension_rows(long, replace(long, method="yarn", factor=8.0), 2**20)
     assert len(dimension_table(rows, 131072, 2**20, "RoPE of it").parts(80)) == 1
+    shorter = ("--method", "yarn", "--target-length", 1024, "--set", "original_length=256", "--json")
+    found = json.loads(run("inspect", "books-5m", *shorter).stdout)
+    assert (found["trained_length"], found["method"]["factor"]) == (256, 4.0)
+    assert found["dimensions"][0]["turns"] == pytest.approx(256 / (2 * math.pi))
     said = run("inspect", "books-5m").stdout
     assert said.startswith("books-5m was trained on 512 tokens at a time.")
     short = RopeSpec(method="none", rope_theta=10.0, rotary_dim=8, original_max_position_embeddings=512)

@@ -81,7 +81,8 @@ def _show(config: ExtendConfig, rope: ModelRope, spec: RopeSpec, layers: str, as
     from longext.rope.analysis import dimension_rows
 
     has_method = config.method != "none"
-    trained = rope.spec.original_max_position_embeddings
+    trained = spec.original_max_position_embeddings  # --set original_length may have said another
+    rope = dataclasses.replace(rope, spec=dataclasses.replace(rope.spec, original_max_position_embeddings=trained))
     target = round(trained * spec.factor) if has_method else trained
     rows = dimension_rows(rope.spec, spec, target)
     never = [row.index for row in rows if not row.completes_a_turn]
