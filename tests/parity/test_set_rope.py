@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import resolve_model
+from longext.conversion import computed
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.models.hf import load_language_model
@@ -54,6 +55,13 @@ def test_a_method_in_place_of_another_has_its_length(books, method):
     found = books.context_length
     apply_method(books, None, plain)
     assert found == (512 if method == "none" else 4096) and books.context_length == 512
+
+
+def test_layers_are_found_whatever_the_caller_has_switched_off():
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            computed._compute.cache_clear()
+            books_config("ntk", 3.5)  # raised: no layer that uses a RoPE
 
 
 def test_yarn_at_factor_one_leaves_logits_alone(books):
