@@ -298,6 +298,8 @@ def _scales(model: Any) -> dict[str, float]:
     }
 
 
+@torch.inference_mode(False)  # whatever the caller has switched off: without a graph no layer seems to rotate
+@torch.enable_grad()
 def measure(config: Any, lengths: list[int], layers: bool = True) -> dict[str, Any]:
     """Build the model of a transformers config and return what it computes (JSON values only).
 

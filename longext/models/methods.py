@@ -107,8 +107,12 @@ def apply_method(model: HFLanguageModel, plan: ExtensionPlan | RemapRequest | No
     """
     from longext.conversion.extend import ExtensionPlan, extended_config
 
-    model.set_rope(extended_config(plan) if isinstance(plan, ExtensionPlan) else plain)
-    model.remap(plan if isinstance(plan, RemapRequest) else None)
+    if isinstance(plan, ExtensionPlan):
+        model.set_rope(extended_config(plan))
+        model.extended_length = plan.new_length  # which dynamic NTK keeps out of its config
+    else:
+        model.set_rope(plain)
+        model.remap(plan)
 
 
 def _split(text: str) -> tuple[str, list[str]]:

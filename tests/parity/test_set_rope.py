@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from longext.checkpoint.rope_config import read_model_rope
 from longext.checkpoint.source import resolve_model
+from longext.conversion import computed
 from longext.conversion.config import ExtendConfig
 from longext.conversion.extend import extend_checkpoint
 from longext.models.hf import load_language_model
+from longext.models.methods import apply_method, plan_method
 from longext.options import RuntimeConfig
 from longext.rope.spec import ROPE_METHODS
 
@@ -45,6 +47,21 @@ def test_set_rope_and_back_is_the_identity(books):
         assert not torch.equal(books.model(IDS, use_cache=False).logits, before)
         books.set_rope(plain)
         assert torch.equal(books.model(IDS, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "yarn", "dca", "none"])
+def test_a_method_in_place_of_another_has_its_length(books, method):
+    apply_method(books, plan_method(method, "books-5m", None, 8.0), plain := dict(books.config))
+    found = books.context_length
+    apply_method(books, None, plain)
+    assert found == (512 if method == "none" else 4096) and books.context_length == 512
+
+
+def test_layers_are_found_whatever_the_caller_has_switched_off():
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            computed._compute.cache_clear()
+            books_config("ntk", 3.5)  # raised: no layer that uses a RoPE
 
 
 def test_yarn_at_factor_one_leaves_logits_alone(books):
