@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from longext.checkpoint.weights import main_dtype
 from longext.conversion.config import MergeConfig
 from longext.conversion.merge import merge_adapter
+from longext.conversion.verify import _check_trained
 from longext.errors import ConfigError
 from longext.planning.config import PlanConfig
 from longext.planning.setup import setup_of
 from longext.planning.shape import read_shape
+from longext.report.commands.training import _passes
 from longext.training.config import FinetuneConfig
 from longext.training.tuning import make_trainable, norm_modules
 
@@ -81,3 +83,9 @@ def test_weights_are_of_the_type_that_most_are_stored_in(tmp_path):
     tensors = {"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.zeros(3)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     assert main_dtype(tmp_path) == "bfloat16"
+
+
+def test_what_was_trained_and_how_often_the_data_were_read_is_said():
+    assert "all were trained" in _check_trained({}, {}, {"num_trainable": 9, "num_total": 9}).detail
+    assert "7 of 9 parameters were trained" in _check_trained({}, {}, {"num_trainable": 7, "num_total": 9}).detail
+    assert _passes({"rows_per_epoch": 22}, 8000) == "22 rows, read 364 times"
