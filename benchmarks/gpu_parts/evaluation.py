@@ -94,15 +94,15 @@ def passkey(setting: Setting, length: int, trials: int) -> dict[str, Any]:
 
 def generation(setting: Setting, prompts: int, length: int) -> dict[str, Any]:
     """Return new tokens per second of greedy decoding behind prompts of `length` tokens, reading them included."""
-    from longext.models.decode import generate
+    from longext.models.throughput.rows import write_rows
 
     model = language_model(setting)
     length, new = setting.tokens(length), setting.tokens(1024) // 8
     batch = torch.randint(3, 4096, (prompts, length), generator=torch.Generator().manual_seed(0)).tolist()
-    generate(model, batch, 2, ())
+    write_rows(model, batch, 2, ())
     setting.reset_peaks()
     started = time.perf_counter()
-    rows = generate(model, batch, new, ())
+    rows = write_rows(model, batch, new, ())
     setting.synchronise()
     seconds = time.perf_counter() - started
     return {"new_tokens_per_second": sum(map(len, rows)) / seconds, **setting.peaks()}

@@ -1,4 +1,4 @@
-"""Decoding: one loop for models that are read by segments, one call of transformers' for those that are read whole.
+"""Decoding: one loop for models that are read by segments; what `throughput.rows` needs of transformers' generation.
 
 Shape legend: B rows, n tokens, V vocabulary.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from longext.checkpoint.checks import not_numbers
 from longext.errors import ConfigError
-
-if TYPE_CHECKING:
-    from longext.models.hf import HFLanguageModel
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
 
@@ -131,45 +128,6 @@ def continue_rows(
 
 
 # --- transformers' generation -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: HFLanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    ends: Collection[int],
-    **settings: Any,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt, with a KV cache; greedy unless `settings` say otherwise.
-
-    What follows a row's end is only there to fill. Shorter prompts are padded on the left. Length-dependent RoPE
-    (dynamic NTK, LongRoPE) is frozen at prompt + max_new_tokens: keys cached before a change of length would keep their
-    old rotation, and the result would equal no single forward pass.
-
-    Args:
-        ends: tokens that end a row.
-        settings: further arguments of transformers' `generate`.
-
-    Raises:
-        LongextError: logits that are not numbers.
-    """
-    longest = max(map(len, prompts))
-    pad = model.pad_token() or 0  # masked: which token fills is without effect
-    padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    with model.frozen_rope(longest + max_new_tokens), plain_generation(model.model, ends):
-        output = model.model.generate(
-            torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            logits_processor=[watch := NanWatch()],
-            **{"do_sample": False, **settings},
-        )
-    watch.check()
-    continued: list[list[int]] = output[:, longest:].tolist()
-    return continued
 
 
 class NanWatch:

@@ -35,12 +35,12 @@ from longext.conversion.extend import ExtensionPlan, extended_config, plan_exten
 from longext.conversion.merge import merged_config
 from longext.errors import ConfigError
 from longext.models.adapted import adapter_facts, plan_adapter, put_in
-from longext.models.decode import generate
 from longext.models.head import decoder_of, head_is_plain, scale_logits
 from longext.models.methods import RemapRequest, method_request, remap_request
 from longext.models.protocol import TokenScores
 from longext.models.remap import Remapping, attach
 from longext.models.rotary import LENGTH_DEPENDENT, hold_rope, rebuild_rope, reset_rotary, rope_type_of, rotary_modules
+from longext.models.throughput.rows import write_rows
 from longext.models.tokens import encode_text
 from longext.models.turns import Asking, ending_tokens, prefix_of
 from longext.options import RuntimeConfig
@@ -167,8 +167,8 @@ class HFLanguageModel:
     # --- generation ---------------------------------------------------------------------------------------------
 
     def greedy(self, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of one prompt, as `generate` makes it."""
-        return generate(self, [input_ids], max_new_tokens, self.ending_tokens)[0]
+        """Return the greedy continuation of one prompt."""
+        return write_rows(self, [input_ids], max_new_tokens, self.ending_tokens)[0]
 
     def pad_token(self) -> int | None:
         """Return the token that fills prompts: the tokenizer's, else (or if the model has no row for it) its EOS."""
