@@ -196,6 +196,7 @@ def main() -> None:
     owners = np.array(texts.groups)
     output = Path(arguments.output)
     record = json.loads(output.read_text()) if output.exists() else {"rows": []}
+    asked = record.get("arguments", {}).get("memory", [])  # of runs before: their rows stay
     record |= {
         "arguments": {k: v for k, v in vars(arguments).items() if k not in ("output", "work", "train")}
         | {"model": Path(arguments.model).name},
@@ -205,6 +206,7 @@ def main() -> None:
         "bytes_per_position": bytes_per_position(Backbone(plain.model)),
     }
     record["arguments"] |= {"model": Path(arguments.model).name, "data": Path(arguments.data).name}
+    record["arguments"]["memory"] = list(dict.fromkeys([*asked, *arguments.memory]))
     rows = {row["memory"]: row for row in record["rows"]}
 
     def add(name: str, readers: Sequence[tuple[str, str]]) -> None:
