@@ -236,7 +236,7 @@ def parse_json(
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"nested more than {MAX_DEPTH} deep"
-        if "\n" not in text.rstrip():  # one line of a file, whose place `where` names
+        if re.search(r"(:|, line )\d+$", where):  # one line of a file
             reason = re.sub(r"( at)?: line 1 column", " at column", reason)
         raise kind(f"{where} is not valid JSON ({reason}). {advice}".rstrip()) from error
     if want is not None and type(value) is not want:
@@ -324,7 +324,7 @@ def json_lines(
         LongextError: as `numbered_lines`; or a line is not JSON.
     """
     for where, line in numbered_lines(path, kind, form):
-        yield where, parse_json(line, where, kind, **options)
+        yield where, parse_json(line.rstrip("\r\n"), where, kind, **options)
 
 
 def fields(

@@ -205,7 +205,7 @@ def test_eval_ppl_refuses(run, tmp_path, args, texts):
 
 def test_broken_jsonl_names_file_and_line(run, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    fails(run("eval", "ppl", "books-5m", "--data", "d.jsonl"), 2, "d.jsonl, line 2", "not valid JSON")
+    fails(run("eval", "ppl", "books-5m", "--data", "d.jsonl"), 2, "d.jsonl, line 2 is not valid JSON (", "at column ")
 
 
 def test_jsonl_that_is_not_utf8_names_the_line(run, tmp_path):
