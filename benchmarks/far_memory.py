@@ -66,7 +66,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--places", type=int, default=2, help="of each book")
     parser.add_argument("--skip", default="", help="memories that are left out, comma-separated beginnings of names")
     parser.add_argument("--policy-text", action="store_true", help="perplexity of KeyDiff and SnapKV as well (slow)")
-    return parser.parse_args()
+    given = parser.parse_args()
+    num_stages = given.memory_steps.count("/") + 1
+    if num_stages != given.memory_ratios.count("/") + 1 or num_stages > 2:
+        parser.error("--memory-steps and --memory-ratios take one stage or two, as many of both: 400/120 and 4,8/8,16")
+    return given
 
 
 def drills(given: argparse.Namespace, name: str, rows: int) -> Path:

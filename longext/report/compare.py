@@ -90,7 +90,7 @@ def compare_methods(
         try:
             apply_method(model, plan, plain)
             measured = _measure(name, config, tasks, model, documents, show)
-        except Exception as error:
+        except Exception as error:  # of one method: the others are still measured
             if num_processes() > 1 or isinstance(error, (DataError, OSError)):
                 raise
             failed[name] = error.with_traceback(None)  # whose frames would keep what was in memory
